@@ -1,0 +1,88 @@
+"""Every error Sfumato raises on purpose, in one tree.
+
+Each message is one sentence a user can act on: it names the file, key or argument, and the next thing to do::
+
+    SfumatoError                       failure, exit code 1
+    ├── UsageError (ValueError)        a wrong argument or request, exit code 2
+    │   └── UnknownArgument (TypeError)
+    ├── ConfigError (ValueError)       a configuration value that is not supported
+    ├── CheckpointError (OSError)      a file of a checkpoint is missing, damaged or does not fit its model
+    │   └── DownloadError              the hub could not be reached, or does not have what was asked for
+    ├── OutputError (OSError)          a result could not be written
+    ├── MissingExtra (ImportError)     an optional dependency is not installed
+    └── NonFiniteError (ArithmeticError)  a stage produced NaN or infinity; `stage` names it
+"""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DownloadError",
+    "MissingExtra",
+    "NonFiniteError",
+    "OutputError",
+    "SfumatoError",
+    "UnknownArgument",
+    "UsageError",
+    "suggest",
+]
+
+
+class SfumatoError(Exception):
+    """Base of every error raised on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(SfumatoError, ValueError):
+    """A wrong argument, request or combination of both."""
+
+    exit_code = 2
+
+
+class UnknownArgument(UsageError, TypeError):
+    """An argument or name that does not exist; the message suggests the nearest one that does."""
+
+
+class ConfigError(SfumatoError, ValueError):
+    """A configuration value that is not supported."""
+
+
+class CheckpointError(SfumatoError, OSError):
+    """A file of a checkpoint is missing, damaged, or does not fit its model."""
+
+
+class DownloadError(CheckpointError):
+    """The hub could not be reached, or does not have what was asked for."""
+
+
+class OutputError(SfumatoError, OSError):
+    """A result could not be written."""
+
+
+class MissingExtra(SfumatoError, ImportError):
+    """An optional dependency is not installed; the message says what to type."""
+
+
+class NonFiniteError(SfumatoError, ArithmeticError):
+    """A stage produced NaN or infinity.
+
+    `stage` names it: "text encoder", "U-Net, step 7 of 20", "VAE decoder", …
+    """
+
+    def __init__(self, stage: str, hint: str) -> None:
+        super().__init__(f"{stage}: the result has NaN or infinite values; {hint}")
+        self.stage = stage
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """`" (did you mean 'x'?)"` with the nearest of the known names, or an empty string where none is near."""
+    near = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {near[0]!r}?)" if near else ""

@@ -1,0 +1,143 @@
+"""Attention: one function `(q, k, v, mask) -> out`, chosen once and handed to the models that use it.
+
+All implementations compute softmax(q k^T / sqrt(d) + mask) v ("Attention Is All You Need", arXiv 1706.03762, eq. 1) and differ
+only in how much memory they hold at a time. Shapes: q (B, heads, L, d); k and v (B, heads, S, d); mask None or a float
+tensor that broadcasts to (B, heads, L, S) and is added to the scores; out (B, heads, L, d).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sfumato.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["AttentionFunction", "AttentionUser", "SelfOrCrossAttention", "chunked", "sdpa", "sliced"]
+
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Torch's fused scaled dot product attention."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def sliced(slice_size: int) -> AttentionFunction:
+    """Attention over at most `slice_size` (image, head) pairs at a time: less memory, the same numbers.
+
+    Raises `UsageError` for a size below 1.
+    """
+    if slice_size < 1:
+        raise UsageError(f"the attention slice size must be at least 1, not {slice_size}")
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        batch, heads = q.shape[:2]
+        if batch * heads <= slice_size:
+            return sdpa(q, k, v, mask)
+        rows_q, rows_k, rows_v = (x.flatten(0, 1) for x in (q, k, v))
+        rows_mask = None if mask is None else mask.expand(batch, heads, *mask.shape[-2:]).flatten(0, 1)
+        out = torch.empty_like(rows_q)
+        for start in range(0, batch * heads, slice_size):
+            part = slice(start, start + slice_size)
+            part_mask = None if rows_mask is None else rows_mask[part]
+            out[part] = sdpa(rows_q[part], rows_k[part], rows_v[part], part_mask)
+        return out.view(batch, heads, *out.shape[1:])
+
+    return attention
+
+
+def chunked(max_bytes: int) -> AttentionFunction:
+    """Attention whose score matrix never exceeds `max_bytes`: first fewer (image, head) pairs, then fewer queries at a time.
+
+    Raises `UsageError` for a budget below one byte.
+    """
+    if max_bytes < 1:
+        raise UsageError(f"the attention budget must be at least one byte, not {max_bytes}")
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        query_bytes = k.shape[2] * q.element_size()
+        queries = max(1, max_bytes // query_bytes)
+        if queries >= q.shape[2]:
+            return sliced(max(1, max_bytes // (query_bytes * q.shape[2])))(q, k, v, mask)
+        one_pair = sliced(1)
+        out = torch.empty_like(q)
+        for start in range(0, q.shape[2], queries):
+            part = slice(start, start + queries)
+            part_mask = mask if mask is None or mask.shape[-2] == 1 else mask[..., part, :]
+            out[:, :, part] = one_pair(q[:, :, part], k, v, part_mask)
+        return out
+
+    return attention
+
+
+class SelfOrCrossAttention(nn.Module):
+    """Multi-head attention of tokens over themselves, or over a context.
+
+    Parameter names are the ecosystem's: `to_q`, `to_k`, `to_v`, `to_out.0`.
+    """
+
+    def __init__(
+        self, channels: int, heads: int, *, context: int | None = None, bias: bool = False, upcast: bool = False
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.upcast = upcast
+        self.attention: AttentionFunction = sdpa
+        self.to_q = nn.Linear(channels, channels, bias=bias)
+        self.to_k = nn.Linear(context or channels, channels, bias=bias)
+        self.to_v = nn.Linear(context or channels, channels, bias=bias)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels), nn.Identity()])
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """x (B, L, C), context (B, S, C') or None for self-attention -> (B, L, C)."""
+        context = x if context is None else context
+        q, k, v = (self._split(y) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+        if self.upcast and q.dtype == torch.float16:
+            # Stable Diffusion 2.x: q k^T leaves float16's range.
+            mask = None if mask is None else mask.float()
+            out = self.attention(q.float(), k.float(), v.float(), mask).to(q.dtype)
+        else:
+            out = self.attention(q, k, v, mask)
+        return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:  # (B, L, C) -> (B, heads, L, d)
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+
+class AttentionUser(nn.Module):
+    """A model some of whose modules call an attention function."""
+
+    def attention_modules(self) -> Iterator[nn.Module]:
+        """The modules that hold an `attention` function and a number of `heads`."""
+        return (module for module in self.modules() if hasattr(module, "attention") and hasattr(module, "heads"))
+
+    def set_attention(self, attention: AttentionFunction) -> None:
+        """Compute attention in every layer by this function."""
+        for module in self.attention_modules():
+            module.attention = attention
+
+    def set_attention_slice(self, slice_size: str | int | None = "auto") -> None:
+        """Compute attention in slices: `"auto"` half the heads, `"max"` one head at a time, a number of heads, or None for all.
+
+        Raises `UsageError` for another word, or for more heads than the smallest layer has.
+        """
+        modules = list(self.attention_modules())
+        fewest = min((int(module.heads) for module in modules), default=1)
+        if slice_size is None:
+            return self.set_attention(sdpa)
+        if isinstance(slice_size, str) and slice_size not in ("auto", "max"):
+            raise UsageError(f"slice_size must be 'auto', 'max', a number of heads or None, not {slice_size!r}")
+        if isinstance(slice_size, int) and not 1 <= slice_size <= fewest:
+            raise UsageError(f"slice_size must be from 1 to {fewest} (the heads of the smallest layer), not {slice_size}")
+        for module in modules:
+            heads = int(module.heads)
+            size = {"auto": max(1, heads // 2), "max": 1}.get(slice_size, heads) if isinstance(slice_size, str) else slice_size
+            module.attention = sliced(size)
+        return None

@@ -1,0 +1,125 @@
+"""The layers that the U-Net and the autoencoder share. Attribute names are the ecosystem's parameter names."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Downsample2D", "ResnetBlock2D", "TimestepEmbedding", "Upsample2D", "activation", "sinusoidal_embedding"]
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "silu": nn.SiLU,
+    "swish": nn.SiLU,
+    "mish": nn.Mish,
+    "gelu": nn.GELU,
+    "relu": nn.ReLU,
+}
+
+
+def activation(name: str) -> nn.Module:
+    """The activation a config names; configs have checked the name."""
+    return _ACTIVATIONS[name]()
+
+
+def sinusoidal_embedding(timesteps: Tensor, size: int, *, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
+    """Timesteps (B,) as sines and cosines (B, size) in float32.
+
+    Frequencies fall geometrically from 1 to 1/10000 ("Denoising Diffusion Probabilistic Models", arXiv 2006.11239, appendix B).
+    """
+    half = size // 2
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device)
+    angles = timesteps[:, None].float() * torch.exp(exponent / (half - freq_shift))
+    parts = (torch.cos(angles), torch.sin(angles)) if flip_sin_to_cos else (torch.sin(angles), torch.cos(angles))
+    return F.pad(torch.cat(parts, dim=-1), (0, size % 2))
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers that turn a sinusoidal embedding (B, C) into the one the residual blocks read (B, T)."""
+
+    def __init__(self, channels: int, out_channels: int, act_fn: str, condition_channels: int | None = None) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(channels, out_channels)
+        self.cond_proj = nn.Linear(condition_channels, channels, bias=False) if condition_channels else None
+        self.act = activation(act_fn)
+        self.linear_2 = nn.Linear(out_channels, out_channels)
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        """(B, C) and, in models distilled for guidance, a condition (B, C') -> (B, T)."""
+        if condition is not None and self.cond_proj is not None:
+            x = x + self.cond_proj(condition)
+        return self.linear_2(self.act(self.linear_1(x)))
+
+
+class ResnetBlock2D(nn.Module):
+    """Two normalized convolutions with a shortcut, steered by the time embedding where there is one."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        time_channels: int | None,
+        groups: int,
+        eps: float,
+        act_fn: str,
+        scale_shift: bool = False,
+        output_scale: float = 1.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.output_scale = output_scale
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.act = activation(act_fn)
+        if time_channels is not None:
+            self.time_emb_proj = nn.Linear(time_channels, out_channels * (2 if scale_shift else 1))
+        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, activated_time: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W) and the activated time embedding (B, T) -> (B, C', H, W).
+
+        The activation of the time embedding is the same in every block, so the U-Net computes it once.
+        """
+        h = self.conv1(self.act(self.norm1(x)))
+        time = None if activated_time is None else self.time_emb_proj(activated_time)[:, :, None, None]
+        if time is not None and self.scale_shift:
+            scale, shift = time.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h if time is None else h + time)
+        h = self.conv2(self.dropout(self.act(h)))
+        x = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return x + h if self.output_scale == 1.0 else (x + h) / self.output_scale
+
+
+class Downsample2D(nn.Module):
+    """Halves height and width by a strided convolution. Padding 0 pads on the right and at the bottom only."""
+
+    def __init__(self, channels: int, padding: int) -> None:
+        super().__init__()
+        self.padding = padding
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H/2, W/2), rounded up."""
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.padding == 0 else x)
+
+
+class Upsample2D(nn.Module):
+    """Doubles height and width by repeating pixels, then convolves."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, C, 2H, 2W), or the size given (where a skip connection was odd-sized)."""
+        scale = 2.0 if size is None else None
+        return self.conv(F.interpolate(x, size=size, scale_factor=scale, mode="nearest"))

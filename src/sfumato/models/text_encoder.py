@@ -1,0 +1,178 @@
+"""CLIP's text encoder ("Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sfumato.checkpoints.weights import Rule
+from sfumato.configs import CLIPTextConfig
+from sfumato.models.attention import AttentionFunction, sdpa
+from sfumato.models.base import Model
+
+__all__ = ["CLIPTextModel", "CLIPTextOutput"]
+
+
+@dataclass(frozen=True)
+class CLIPTextOutput:
+    """The encoded prompt.
+
+    last_hidden_state (B, S, C) is normalized; pooler_output (B, C) is its row at the end-of-text token; hidden_states holds
+    the embeddings and the result of every layer, none of them normalized, if they were asked for.
+    """
+
+    last_hidden_state: Tensor
+    pooler_output: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state, self.pooler_output)[index]
+
+
+class CLIPAttention(nn.Module):
+    """Multi-head self-attention with the parameter names of CLIP: `q_proj`, `k_proj`, `v_proj`, `out_proj`."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention: AttentionFunction = sdpa
+        self.q_proj = nn.Linear(channels, channels)
+        self.k_proj = nn.Linear(channels, channels)
+        self.v_proj = nn.Linear(channels, channels)
+        self.out_proj = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x (B, S, C), mask added to the scores -> (B, S, C)."""
+        q, k, v = (
+            projection(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.out_proj(self.attention(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+class CLIPMLP(nn.Module):
+    """Two linear layers with a GELU, or CLIP's sigmoid approximation of it, between them."""
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.quick = config.hidden_act == "quick_gelu"
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, S, C) -> (B, S, C)."""
+        x = self.fc1(x)
+        return self.fc2(x * torch.sigmoid(1.702 * x) if self.quick else F.gelu(x))
+
+
+class CLIPLayer(nn.Module):
+    """Attention and MLP, each normalized before and added after."""
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.self_attn = CLIPAttention(config.hidden_size, config.num_attention_heads)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = CLIPMLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """(B, S, C) -> (B, S, C)."""
+        x = x + self.self_attn(self.layer_norm1(x), mask)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class CLIPEmbeddings(nn.Module):
+    """Token and position embeddings, added."""
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, S) -> (B, S, C)."""
+        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+
+
+class CLIPEncoder(nn.Module):
+    """The stack of layers."""
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(CLIPLayer(config) for _ in range(config.num_hidden_layers))
+
+
+class CLIPTextTransformer(nn.Module):
+    """Embeddings, layers and the last normalization."""
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.embeddings = CLIPEmbeddings(config)
+        self.encoder = CLIPEncoder(config)
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+
+class CLIPTextModel(Model):
+    """The text encoder of Stable Diffusion 1.x (quick_gelu) and 2.x (gelu)."""
+
+    config_class = CLIPTextConfig
+    weights_name = "model"
+    key_rules = (
+        Rule(r"^(embeddings|encoder|final_layer_norm)\.", r"text_model.\1."),  # newer checkpoints leave the prefix out
+        Rule(r"\.position_ids$", ""),  # older ones store the numbers 0 to 76
+    )
+    config: CLIPTextConfig
+
+    def __init__(self, config: CLIPTextConfig | None = None, **values: object) -> None:
+        super().__init__(config, **values)
+        self.text_model = CLIPTextTransformer(self.config)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+    ) -> CLIPTextOutput | tuple[Any, ...]:
+        """Encode token ids.
+
+        input_ids (B, S) with S up to `max_position_embeddings`; attention_mask (B, S) with 1 for positions to keep.
+        Returns a `CLIPTextOutput`, or its values in a tuple with `return_dict=False`.
+        """
+        x = self.text_model.embeddings(input_ids)
+        mask = self._mask(x, attention_mask)
+        states = [x]
+        for layer in self.text_model.encoder.layers:
+            states.append(layer(states[-1], mask))
+            if not output_hidden_states:
+                del states[0]
+        last = self.text_model.final_layer_norm(states[-1])
+        rows = torch.arange(last.shape[0], device=last.device)
+        pooled = last[rows, self._end_of_text(input_ids)]
+        hidden = tuple(states) if output_hidden_states else None
+        if return_dict:
+            return CLIPTextOutput(last, pooled, hidden)
+        return (last, pooled) if hidden is None else (last, pooled, hidden)
+
+    @staticmethod
+    def _mask(x: Tensor, keep: Tensor | None) -> Tensor:
+        """Causal: a token reads only those before it. Finite, so that no row can become NaN and weights can be quantized."""
+        length, lowest = x.shape[1], torch.finfo(x.dtype).min
+        mask = torch.full((1, 1, length, length), lowest, dtype=x.dtype, device=x.device).triu(1)
+        if keep is not None:
+            mask = mask.masked_fill(keep[:, None, None, :] == 0, lowest)
+        return mask
+
+    def _end_of_text(self, ids: Tensor) -> Tensor:
+        eos = self.config.eos_token_id
+        # Configs written before the token ids were corrected say 2; there, end-of-text is the largest id.
+        return ids.argmax(dim=-1) if eos in (None, 2) else (ids == eos).int().argmax(dim=-1)
+
+    def _config_json(self) -> dict[str, Any]:
+        names = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "dtype": str(self.dtype)[6:]}
+        return {key: value for key, value in self.config.to_dict().items() if key != "torch_dtype"} | names

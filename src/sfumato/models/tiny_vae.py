@@ -1,0 +1,117 @@
+"""The small autoencoder of the TAESD family: plain convolutions, a hundredth of the work, softer pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.configs import AutoencoderTinyConfig
+from sfumato.models.base import Model
+from sfumato.models.blocks import activation
+from sfumato.models.tiling import Tiled
+from sfumato.models.vae import DecoderOutput
+
+__all__ = ["AutoencoderTiny", "AutoencoderTinyOutput"]
+
+
+@dataclass(frozen=True)
+class AutoencoderTinyOutput:
+    """Latents (B, C, h, w); this encoder has no spread to draw from."""
+
+    latents: Tensor
+
+
+def _conv(in_channels: int, out_channels: int, *, stride: int = 1, bias: bool = True) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=bias)
+
+
+class AutoencoderTinyBlock(nn.Module):
+    """Three convolutions with a shortcut."""
+
+    def __init__(self, channels: int, act_fn: str) -> None:
+        super().__init__()
+        act = activation(act_fn)
+        self.conv = nn.Sequential(_conv(channels, channels), act, _conv(channels, channels), act, _conv(channels, channels))
+        self.fuse = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return self.fuse(self.conv(x) + x)
+
+
+class EncoderTiny(nn.Module):
+    """Pictures (B, 3, H, W) in [-1, 1] to latents (B, C, H/f, W/f)."""
+
+    def __init__(self, config: AutoencoderTinyConfig) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for i, (count, channels) in enumerate(
+            zip(config.num_encoder_blocks, config.encoder_block_out_channels, strict=True)
+        ):
+            first = _conv(config.in_channels, channels) if i == 0 else _conv(channels, channels, stride=2, bias=False)
+            layers += [first, *(AutoencoderTinyBlock(channels, config.act_fn) for _ in range(count))]
+        layers.append(_conv(config.encoder_block_out_channels[-1], config.latent_channels))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, C, H/f, W/f)."""
+        return self.layers(x.add(1).div(2))
+
+
+class DecoderTiny(nn.Module):
+    """Latents (B, C, h, w) to pictures (B, 3, f h, f w) in [-1, 1]."""
+
+    def __init__(self, config: AutoencoderTinyConfig) -> None:
+        super().__init__()
+        widths, counts = config.decoder_block_out_channels, config.num_decoder_blocks
+        layers: list[nn.Module] = [_conv(config.latent_channels, widths[0]), activation(config.act_fn)]
+        for i, (count, channels) in enumerate(zip(counts, widths, strict=True)):
+            layers += [AutoencoderTinyBlock(channels, config.act_fn) for _ in range(count)]
+            if i < len(counts) - 1:
+                layers += [nn.Upsample(scale_factor=config.upsampling_scaling_factor), _conv(channels, channels, bias=False)]
+            else:
+                layers.append(_conv(channels, config.out_channels))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, 3, f h, f w)."""
+        # Soft clamp: latents beyond ±3 carry no more meaning.
+        return self.layers(torch.tanh(z / 3) * 3).mul(2).sub(1)
+
+
+class AutoencoderTiny(Model, Tiled):
+    """A drop-in replacement for `AutoencoderKL` where speed matters more than detail."""
+
+    config_class = AutoencoderTinyConfig
+    weights_name = "diffusion_pytorch_model"
+    config: AutoencoderTinyConfig
+    tile_overlap = 0.125
+
+    def __init__(self, config: AutoencoderTinyConfig | None = None, **values: object) -> None:
+        super().__init__(config, **values)
+        self.encoder = EncoderTiny(self.config)
+        self.decoder = DecoderTiny(self.config)
+        self._set_tile_size(512, self.config.scale_factor)
+
+    def encode(self, x: Tensor, *, return_dict: bool = True) -> AutoencoderTinyOutput | tuple[Tensor]:
+        """Pictures (B, 3, H, W) in [-1, 1] -> latents (B, C, H/f, W/f)."""
+        latents = self._encode_in_parts(self.encoder, x)
+        return AutoencoderTinyOutput(latents) if return_dict else (latents,)
+
+    def decode(
+        self, z: Tensor, *, return_dict: bool = True, generator: torch.Generator | None = None
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Latents (B, C, h, w), already divided by the scaling factor -> pictures. Decoding draws nothing from `generator`."""
+        sample = self._decode_in_parts(self.decoder, z)
+        return DecoderOutput(sample) if return_dict else (sample,)
+
+    def scale_latents(self, x: Tensor) -> Tensor:
+        """Latents to [0, 1], for storing them as a picture."""
+        magnitude = self.config.latent_magnitude
+        return x.div(2 * magnitude).add(self.config.latent_shift).clamp(0, 1)
+
+    def unscale_latents(self, x: Tensor) -> Tensor:
+        """The way back from `scale_latents`."""
+        return x.sub(self.config.latent_shift).mul(2 * self.config.latent_magnitude)

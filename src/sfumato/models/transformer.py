@@ -1,0 +1,108 @@
+"""The spatial transformer of the U-Net: image tokens attend to themselves and to the prompt."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sfumato.models.attention import SelfOrCrossAttention
+
+__all__ = ["Transformer2DModel"]
+
+
+class GEGLU(nn.Module):
+    """A linear layer gated by the GELU of another ("GLU Variants Improve Transformer", arXiv 2002.05202)."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, 2 * out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, C) -> (B, L, C')."""
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """GEGLU to four times the width and back."""
+
+    def __init__(self, channels: int, dropout: float) -> None:
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Dropout(dropout), nn.Linear(4 * channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, C) -> (B, L, C)."""
+        for layer in self.net:
+            x = layer(x)
+        return x
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward; each normalized before and added after."""
+
+    def __init__(
+        self, channels: int, heads: int, context: int, *, only_cross_attention: bool, upcast: bool, dropout: float
+    ) -> None:
+        super().__init__()
+        self.only_cross_attention = only_cross_attention
+        first_context = context if only_cross_attention else None
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn1 = SelfOrCrossAttention(channels, heads, context=first_context, upcast=upcast)
+        self.norm2 = nn.LayerNorm(channels)
+        self.attn2 = SelfOrCrossAttention(channels, heads, context=context, upcast=upcast)
+        self.norm3 = nn.LayerNorm(channels)
+        self.ff = FeedForward(channels, dropout)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, context_mask: Tensor | None) -> Tensor:
+        """x (B, L, C), context (B, S, C') -> (B, L, C)."""
+        first = context if self.only_cross_attention else None
+        x = x + self.attn1(self.norm1(x), first, mask)
+        x = x + self.attn2(self.norm2(x), context, context_mask)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2DModel(nn.Module):
+    """Transformer blocks over the pixels of a feature map, with a shortcut around them."""
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        context: int,
+        *,
+        layers: int,
+        groups: int,
+        use_linear_projection: bool,
+        only_cross_attention: bool,
+        upcast: bool,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.use_linear_projection = use_linear_projection
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels) if use_linear_projection else nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList(
+            BasicTransformerBlock(
+                channels, heads, context, only_cross_attention=only_cross_attention, upcast=upcast, dropout=dropout
+            )
+            for _ in range(layers)
+        )
+        self.proj_out = nn.Linear(channels, channels) if use_linear_projection else nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None, context_mask: Tensor | None = None) -> Tensor:
+        """x (B, C, H, W), context (B, S, C') -> (B, C, H, W)."""
+        height, width = x.shape[2:]
+        h = self.norm(x)
+        if not self.use_linear_projection:
+            h = self.proj_in(h)
+        h = h.flatten(2).transpose(1, 2)  # (B, H W, C)
+        if self.use_linear_projection:
+            h = self.proj_in(h)
+        for block in self.transformer_blocks:
+            h = block(h, context, mask, context_mask)
+        if self.use_linear_projection:
+            h = self.proj_out(h)
+        h = h.transpose(1, 2).unflatten(2, (height, width))
+        if not self.use_linear_projection:
+            h = self.proj_out(h)
+        return x + h

@@ -10,6 +10,7 @@ import json
 import re
 from contextlib import suppress
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from sfumato.files import inside, read_json, replacing, write_json
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
-__all__ = ["Rule", "find_weights", "load_into", "pick_weights", "read_headers", "save"]
+__all__ = ["Rule", "TensorHeader", "find_weights", "load_into", "pick_weights", "read_headers", "save"]
 
 # How much may be mapped for casting before the mapping is renewed.
 CAST_WINDOW = 32 * 2**20
@@ -190,6 +191,11 @@ class TensorHeader:
     dtype: str
     shape: tuple[int, ...]
     bytes: int
+
+    @property
+    def count(self) -> int:
+        """Numbers in the tensor."""
+        return prod(self.shape)
 
 
 def read_headers(files: Sequence[Path]) -> dict[str, TensorHeader]:

@@ -19,7 +19,10 @@ from sfumato.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["AttentionFunction", "AttentionUser", "SelfOrCrossAttention", "chunked", "sdpa", "sliced"]
+__all__ = ["AttentionFunction", "AttentionUser", "SelfOrCrossAttention", "attention_for", "chunked", "sdpa", "sliced"]
+
+# Metal refuses buffers of 2**32 bytes; a quarter of that leaves room for the softmax beside the scores.
+MPS_SCORE_BYTES = 2**30
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -75,6 +78,11 @@ def chunked(max_bytes: int) -> AttentionFunction:
         return out
 
     return attention
+
+
+def attention_for(device: torch.device) -> AttentionFunction:
+    """Torch's fused attention; cut into pieces on MPS, which materializes the scores and refuses large buffers."""
+    return chunked(MPS_SCORE_BYTES) if device.type == "mps" else sdpa
 
 
 class SelfOrCrossAttention(nn.Module):

@@ -1,0 +1,1 @@
+"""The machine: which device, in which precision."""

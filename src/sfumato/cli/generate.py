@@ -1,0 +1,163 @@
+"""`sfumato generate`: pictures from words."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sfumato.errors import UsageError
+
+if TYPE_CHECKING:
+    from sfumato.cli.terminal import Terminal
+    from sfumato.pipelines import DiffusionPipeline, Result
+    from sfumato.pipelines.result import Step
+    from sfumato.request import GenerateRequest
+
+__all__ = ["EXAMPLES", "generate", "load_model"]
+
+EXAMPLES = """Examples:
+
+sfumato generate "a red apple, 3d"
+
+sfumato generate "a lighthouse in fog" --model stable-diffusion-v1-5/stable-diffusion-v1-5 --steps 20 --scheduler dpmpp_2m_karras
+
+sfumato generate "a fox" --count 4 --grid --seed 7 --output fox.png
+
+sfumato generate "a watercolour of it" --image photo.jpg --strength 0.6"""
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    model: Annotated[str | None, typer.Option(help="A checkpoint folder or hub id; the built-in small model if left out.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
+    guidance_scale: Annotated[float, typer.Option(help="How strongly to follow the prompt; 1 or less turns guidance off.")] = 7.5,
+    guidance_rescale: Annotated[float, typer.Option(help="Tame over-exposure, 0 to 1.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Picture i is drawn with seed + i; a random one if left out.")] = None,
+    count: Annotated[int, typer.Option(help="How many pictures.")] = 1,
+    scheduler: Annotated[str | None, typer.Option(help="A name from 'sfumato schedulers'; the checkpoint's own if left out.")] = None,
+    eta: Annotated[float, typer.Option(help="Noise of the ddim scheduler, 0 to 1.")] = 0.0,
+    clip_skip: Annotated[int | None, typer.Option(help="Leave out this many last layers of the text encoder.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; the checkpoint's own size if left out.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; the checkpoint's own size if left out.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; what is fast and safe if left out.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; the best one present if left out.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.")] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to start from.")] = None,
+    strength: Annotated[float, typer.Option(help="How far to leave that picture, 0 to 1.")] = 0.8,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="A PNG file, or a folder; named after the prompt if left out.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file; else the next free name is taken.")] = False,
+    grid: Annotated[bool, typer.Option("--grid", help="Put all pictures into one.")] = False,
+    preview_every: Annotated[int, typer.Option(help="Show the picture so far in <output>.preview.png every N steps.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
+) -> None:
+    """Draw pictures from words. Prints the path of each; the PNG carries the recipe to draw it again."""
+    from sfumato.cli.terminal import Terminal, print_json
+    from sfumato.request import GenerateRequest
+
+    terminal = Terminal(quiet=quiet)
+    request = GenerateRequest(
+        prompt=prompt, negative_prompt=negative_prompt, steps=steps, guidance_scale=guidance_scale,
+        guidance_rescale=guidance_rescale, seed=seed, count=count, scheduler=scheduler, eta=eta, clip_skip=clip_skip,
+        width=width, height=height, image=None if image is None else str(image), strength=strength,
+    )  # fmt: skip
+    _check_early(request, output, preview_every)
+    pipeline = load_model(terminal, model, device=device, dtype=dtype, variant=variant)
+    base = _base_path(output, prompt)
+    result = _draw(pipeline, request, terminal, base.with_name(f"{base.stem}.preview.png"), preview_every)
+    paths = _write(result, base, grid=grid, overwrite=overwrite)
+    if as_json:
+        print_json(_summary(result, paths))
+        return
+    for path in paths:
+        typer.echo(path)
+    if not quiet:
+        typer.echo(f"seed {result.seeds[0]}, {sum(result.seconds.values()):.1f} s", err=True)
+
+
+def load_model(
+    terminal: Terminal, model: str | None, *, device: str | None, dtype: str | None, variant: str | None = None
+) -> DiffusionPipeline:
+    """Load a checkpoint by name, or the built-in one, showing that it is being done."""
+    from sfumato.checkpoints.builtin import builtin_model
+    from sfumato.pipelines import load
+    from sfumato.runtime.device import parse_device, parse_dtype
+
+    place, precision = parse_device(device), parse_dtype(dtype)
+    name = model if model is not None else builtin_model()
+    with terminal.working(f"loading {name}"):
+        return load(name, device=str(place), dtype=precision, variant=variant)
+
+
+def _check_early(request: GenerateRequest, output: Path | None, preview_every: int) -> None:
+    """What can be known to be wrong before a model is loaded."""
+    from sfumato.images import open_image
+    from sfumato.schedulers.names import resolve
+
+    if preview_every < 0:
+        raise UsageError(f"--preview-every must be at least 0, not {preview_every}")
+    if output is not None and not output.is_dir() and output.suffix.lower() not in ("", ".png"):
+        raise UsageError(f"pictures are written as PNG, so --output must end in .png, not {output.suffix}")
+    if request.scheduler is not None:
+        resolve(request.scheduler)
+    if request.image is not None:
+        open_image(request.image)
+
+
+def _draw(pipeline: DiffusionPipeline, request: GenerateRequest, terminal: Terminal, preview: Path, every: int) -> Result:
+    from sfumato.images import save_png
+
+    with terminal.steps("drawing") as bar:
+
+        def on_step(step: Step) -> None:
+            bar.show(step)
+            if every and step.number % every == 0 and step.number < step.total:
+                save_png(_in_grid(step.preview()), preview)
+
+        try:
+            return pipeline.generate(request, on_step)
+        finally:
+            preview.unlink(missing_ok=True)
+
+
+def _base_path(output: Path | None, prompt: str) -> Path:
+    """Where the first picture goes: the file named, or a name made of the prompt in the folder named."""
+    if output is not None and output.suffix and not output.is_dir():
+        return output.expanduser()
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-")
+    return (output or Path()).expanduser() / f"{words or 'picture'}.png"
+
+
+def _write(result: Result, base: Path, *, grid: bool, overwrite: bool) -> list[Path]:
+    from sfumato.images import next_free, save_png
+
+    if grid:
+        pictures = [(_in_grid(result.images), {**result.recipes[0], "request": result.request.to_dict(), "grid": True})]
+    else:
+        pictures = list(zip(result.images, result.recipes, strict=True))
+    paths = []
+    for number, (picture, recipe) in enumerate(pictures, start=1):
+        path = base if number == 1 else base.with_name(f"{base.stem}-{number}{base.suffix}")
+        paths.append(save_png(picture, path if overwrite else next_free(path), recipe))
+    return paths
+
+
+def _in_grid(images: list[Any]) -> Any:
+    from sfumato.images import auto_grid
+
+    return auto_grid(images)
+
+
+def _summary(result: Result, paths: list[Path]) -> dict[str, Any]:
+    return {
+        "images": [str(path) for path in paths],
+        "seeds": list(result.seeds),
+        "request": result.request.to_dict(),
+        "recipe": {key: value for key, value in result.recipes[0].items() if key != "request"},
+        "notes": list(result.notes),
+        "seconds": result.seconds,
+    }

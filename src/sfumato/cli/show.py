@@ -1,0 +1,50 @@
+"""`sfumato show`: what a checkpoint is, from its headers alone."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["EXAMPLES", "show"]
+
+EXAMPLES = """Examples:
+
+sfumato show ./my-checkpoint
+
+sfumato show stable-diffusion-v1-5/stable-diffusion-v1-5 --variant fp16"""
+
+
+def show(
+    model: Annotated[str | None, typer.Argument(help="A checkpoint folder or a hub id in the local cache; the built-in model if left out.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Say what a checkpoint is: family, parameters, bytes, precision, scheduler. Loads no weights and uses no network."""
+    from sfumato.checkpoints.builtin import builtin_model
+    from sfumato.cli.terminal import print_json
+    from sfumato.pipelines.summary import summarize
+
+    facts = summarize(model if model is not None else builtin_model(), variant=variant)
+    if as_json:
+        print_json(facts)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(f"[bold]{facts['name']}[/bold]: {facts['family']}, pictures of {facts['width']} × {facts['height']}", highlight=False)
+    table = Table("part", "class", "parameters", "bytes", "dtype", box=None, pad_edge=False)
+    for part, entry in facts["parts"].items():
+        table.add_row(part, entry["class"], _count(entry.get("parameters")), _bytes(entry.get("bytes")), entry.get("dtype", ""))
+    table.add_row("total", "", _count(facts["parameters"]), _bytes(facts["bytes"]), "")
+    console.print(table)
+    console.print(f"predicts {facts['prediction_type']}, reads {facts['prompt_tokens']} tokens", highlight=False)
+
+
+def _count(number: Any) -> str:
+    return "" if number is None else f"{number / 1e6:,.1f} M"
+
+
+def _bytes(number: Any) -> str:
+    return "" if number is None else f"{number / 2**20:,.1f} MiB"

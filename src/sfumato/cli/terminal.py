@@ -1,0 +1,83 @@
+"""What the commands print: results on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import json
+import logging
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sfumato.pipelines.result import Step
+
+__all__ = ["Terminal", "print_json"]
+
+
+def print_json(value: Any) -> None:
+    """A value on standard output, for programs."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+class Terminal:
+    """Progress and notes for a person; silent with `quiet`."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.quiet = quiet
+        logging.getLogger("sfumato").addHandler(_Echo(quiet))
+
+    @contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        """A spinner while something without steps goes on."""
+        if self.quiet:
+            yield
+            return
+        from rich.console import Console
+
+        with Console(stderr=True).status(what):
+            yield
+
+    @contextmanager
+    def steps(self, what: str) -> Iterator[StepBar]:
+        """A bar with the time left; it disappears when the block ends."""
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True), disable=self.quiet, transient=True) as progress:
+            yield StepBar(progress, progress.add_task(what, total=None))
+
+
+class StepBar:
+    """Follows the steps of one request."""
+
+    def __init__(self, progress: Any, task: Any) -> None:
+        self._progress, self._task = progress, task
+
+    def show(self, step: Step) -> None:
+        """Show how far this step brought us."""
+        self._progress.update(self._task, completed=step.number, total=step.total)
+
+
+class _Echo(logging.Handler):
+    """Warnings of the library, each once, as lines on standard error."""
+
+    def __init__(self, quiet: bool) -> None:
+        super().__init__(logging.ERROR if quiet else logging.WARNING)
+        self._said: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if text not in self._said:
+            self._said.add(text)
+            typer.echo(f"note: {text}", err=True)

@@ -1,0 +1,46 @@
+"""The progress bar of a pipeline call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["Bar", "Progress"]
+
+
+@dataclass
+class Bar:
+    """One bar, made when the number of steps is known."""
+
+    config: Mapping[str, Any]
+    bar: Any = None
+
+    def advance(self, done: int, total: int) -> None:
+        """Show that `done` of `total` model calls are finished."""
+        if self.bar is None:
+            from tqdm.auto import tqdm
+
+            self.bar = tqdm(**({"total": total} | dict(self.config)))
+        self.bar.update(done - self.bar.n)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How bars look; the settings are `tqdm`'s."""
+
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def bar(self) -> Iterator[Bar]:
+        """A bar that is closed whatever happens."""
+        bar = Bar(self.config)
+        try:
+            yield bar
+        finally:
+            if bar.bar is not None:
+                bar.bar.close()

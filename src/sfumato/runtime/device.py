@@ -1,0 +1,55 @@
+"""Which device to use, and in which precision."""
+
+from __future__ import annotations
+
+import torch
+
+from sfumato.errors import UsageError, suggest
+
+__all__ = ["DTYPES", "default_dtype", "parse_device", "parse_dtype"]
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+}
+
+
+def parse_device(name: str | None) -> torch.device:
+    """A device by name, or the best one present if None. Raises `UsageError` if it is unknown or absent."""
+    if name is None or name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if _present(kind)))
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"there is no device {name!r}{suggest(name, ['cuda', 'mps', 'cpu'])}; use cuda, mps or cpu") from error
+    if not _present(device.type):
+        here = ", ".join(kind for kind in ("cuda", "mps", "cpu") if _present(kind))
+        raise UsageError(f"device {name!r} is not present on this machine, or torch was built without it; here: {here}")
+    return device
+
+
+def _present(kind: str) -> bool:
+    if kind == "cuda":
+        return torch.cuda.is_available()
+    if kind == "mps":
+        return torch.backends.mps.is_available()
+    return kind == "cpu"
+
+
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    """A precision by name; None and "auto" stay None. Raises `UsageError` for an unknown one."""
+    if name is None or name == "auto":
+        return None
+    if name not in DTYPES:
+        raise UsageError(f"there is no dtype {name!r}{suggest(name, DTYPES)}; use float32, float16 or bfloat16")
+    return DTYPES[name]
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """The fastest precision that is safe: half on CUDA; float32 on a CPU, and on MPS, whose half-precision attention overflows."""
+    return torch.float16 if device.type == "cuda" else torch.float32
+

@@ -1,0 +1,180 @@
+"""CLIP's byte-pair tokenizer, from the files a checkpoint carries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+
+from sfumato.checkpoints.locate import locate_folder
+from sfumato.errors import CheckpointError
+from sfumato.files import output_folder, read_json, replacing
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from tokenizers import Tokenizer
+
+__all__ = ["CLIPTokenizer", "TokenBatch", "select_tokenizer_files"]
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+# CLIP's words: contractions, runs of letters, single digits, runs of anything else that is not space.
+WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Token ids (B, S) and a mask (B, S) with 1 where they are not padding; `lost` is, per prompt, the text that did not fit."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    lost: tuple[str, ...]
+
+
+class CLIPTokenizer:
+    """Turns prompts into ids between a start and an end token, padded or cut to the model's length."""
+
+    def __init__(self, tokenizer: Tokenizer, *, pad_token: str = END, model_max_length: int = 77, files: dict[str, bytes]) -> None:
+        self._tokenizer = tokenizer
+        self._files = files
+        self.model_max_length = model_max_length
+        self.bos_token_id = self._id(START)
+        self.eos_token_id = self._id(END)
+        self.pad_token_id = self._id(pad_token)
+
+    @classmethod
+    def from_pretrained(cls, name: str | PathLike[str], *, subfolder: str | None = None, **hub: Any) -> Self:
+        """From a folder, the hub's cache or the hub; `subfolder` is a folder inside it. Raises `CheckpointError`."""
+
+        def select(names: Sequence[str], strict: bool) -> list[str]:
+            return select_tokenizer_files(names, subfolder or "")
+
+        root = locate_folder(name, select, **hub)
+        return cls.from_folder(root / subfolder if subfolder else root)
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Self:
+        """From `vocab.json` and `merges.txt`, or else `tokenizer.json`. Raises `CheckpointError` naming the file."""
+        files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+        if {"vocab.json", "merges.txt"} <= files.keys():
+            tokenizer = _from_bpe(folder)
+        elif "tokenizer.json" in files:
+            tokenizer = _from_json(folder / "tokenizer.json")
+        else:
+            raise CheckpointError(f"{folder} has neither vocab.json with merges.txt nor tokenizer.json; the copy is incomplete")
+        config = read_json(folder / "tokenizer_config.json") if "tokenizer_config.json" in files else {}
+        names = read_json(folder / "special_tokens_map.json") if "special_tokens_map.json" in files else {}
+        pad = _token(config.get("pad_token") or names.get("pad_token") or END)
+        length = config.get("model_max_length") or 77
+        # Some files say 1e30 for "unlimited"; CLIP has 77 positions.
+        return cls(tokenizer, pad_token=pad, model_max_length=int(length) if length < 1e6 else 77, files=files)
+
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
+        """Write the files this tokenizer was made from."""
+        path = output_folder(folder)
+        for name, content in self._files.items():
+            with replacing(path / name) as temporary:
+                temporary.write_bytes(content)
+
+    def __len__(self) -> int:
+        return self._tokenizer.get_vocab_size()
+
+    def tokenize(self, text: str) -> list[str]:
+        """The tokens of a text, without start and end."""
+        return self._tokenizer.encode(text, add_special_tokens=False).tokens
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        *,
+        padding: str | bool = "max_length",
+        max_length: int | None = None,
+        truncation: bool = True,
+        return_tensors: str = "pt",
+        **_: Any,
+    ) -> TokenBatch:
+        """Encode one text or several, of equal length after padding to `max_length` (`"max_length"`) or the longest (True).
+
+        A text longer than `max_length` (the model's if None) is cut unless `truncation=False`; `lost` says what fell off.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        limit = max_length or self.model_max_length
+        rows, lost = zip(*(self._encode(one, limit if truncation else None) for one in texts), strict=True)
+        width = limit if padding == "max_length" else max(map(len, rows))
+        ids = torch.full((len(rows), max(width, *map(len, rows))), self.pad_token_id, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+            mask[i, : len(row)] = 1
+        return TokenBatch(ids, mask, lost)
+
+    def _encode(self, text: str, limit: int | None) -> tuple[list[int], str]:
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        room = None if limit is None else max(limit - 2, 0)
+        ids = encoding.ids if room is None else encoding.ids[:room]
+        lost = "" if room is None or len(encoding.ids) <= room else text[encoding.offsets[room][0] :].strip()
+        return [self.bos_token_id, *ids, self.eos_token_id], lost
+
+    def _id(self, token: str) -> int:
+        found = self._tokenizer.token_to_id(token)
+        if found is None:
+            raise CheckpointError(f"the tokenizer has no token {token!r}; its files are not those of a CLIP tokenizer")
+        return found
+
+
+def select_tokenizer_files(names: Sequence[str], folder: str) -> list[str]:
+    """The files of a repository that its tokenizer needs. Raises `CheckpointError` where they are not all there."""
+    prefix = f"{folder}/" if folder else ""
+    found = [prefix + name for name in FILES if prefix + name in names]
+    if not ({prefix + "vocab.json", prefix + "merges.txt"} <= set(found) or prefix + "tokenizer.json" in found):
+        raise CheckpointError(f"{folder or 'the repository'} has neither vocab.json with merges.txt nor tokenizer.json")
+    return found
+
+
+def _from_bpe(folder: Path) -> Tokenizer:
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    vocab = read_json(folder / "vocab.json")
+    try:
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        merges = [(a, b) for line in lines if line and not line.startswith("#version") for a, b in [line.split(" ")]]
+        model = models.BPE(
+            vocab=vocab, merges=merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=END
+        )
+    except Exception as error:  # the library raises plain Exceptions
+        raise CheckpointError(f"{folder / 'merges.txt'} does not fit vocab.json ({error}); copy or download both again") from error
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (START, END)])
+    return tokenizer
+
+
+def _from_json(path: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exceptions
+        raise CheckpointError(f"{path} is not a tokenizer file ({error}); copy or download it again") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def _token(value: Any) -> str:
+    return str(value["content"]) if isinstance(value, dict) else json.loads(json.dumps(value))

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from sfumato.errors import UsageError
-
-if TYPE_CHECKING:
-    from sfumato.pipelines import DiffusionPipeline
 
 __all__ = ["EXAMPLES", "replay"]
 
@@ -35,6 +32,7 @@ def replay(
     from sfumato.cli.generate import load_model
     from sfumato.cli.terminal import Terminal, print_json
     from sfumato.images import auto_grid, next_free, open_image, psnr, read_recipe, save_png
+    from sfumato.pipelines.components import scheduler_from_recipe
     from sfumato.pipelines.recipe import weights_hash
     from sfumato.request import GenerateRequest
 
@@ -45,7 +43,7 @@ def replay(
     pipeline = load_model(terminal, model or recipe["model"]["name"], device=device, dtype=dtype or recipe["dtype"])
     if weights_hash(pipeline) != recipe["model"]["weights"]:
         raise UsageError(f"the weights of {pipeline.name} are not those {picture} was drawn with; give the right ones with --model")
-    _use_scheduler(pipeline, recipe)
+    pipeline.scheduler = scheduler_from_recipe(recipe["scheduler"]["class"], recipe["scheduler"]["config"])
     with terminal.steps("drawing") as bar:
         result = pipeline.generate(request.replace(scheduler=None), bar.show)
     image = auto_grid(result.images) if recipe.get("grid") else result.images[0]
@@ -68,14 +66,3 @@ def _check_image(recipe: dict[str, Any]) -> None:
     file = Path(path).expanduser()
     if not file.is_file() or file_hash(file) != recipe["image"]["sha256"]:
         raise UsageError(f"the picture this one started from, {path}, is gone or changed; put it back to replay")
-
-
-def _use_scheduler(pipeline: DiffusionPipeline, recipe: dict[str, Any]) -> None:
-    """The recipe's own scheduler, whatever the checkpoint's is today."""
-    from sfumato import schedulers
-    from sfumato.schedulers.names import scheduler_classes
-
-    name = recipe["scheduler"]["class"]
-    if name not in scheduler_classes():
-        raise UsageError(f"the recipe names a scheduler {name!r} that does not exist; was the picture edited?")
-    pipeline.scheduler = getattr(schedulers, name).from_config(recipe["scheduler"]["config"])

@@ -18,13 +18,13 @@ from sfumato.files import LAYOUT_VERSION, output_folder, read_json, write_json
 from sfumato.models import AutoencoderKL, AutoencoderTiny, CLIPTextModel, UNet2DConditionModel
 from sfumato.models.base import Model, select_model_files
 from sfumato.schedulers.base import Scheduler
-from sfumato.schedulers.names import resolve
+from sfumato.schedulers.names import NAMES, resolve
 from sfumato.text.tokenizer import CLIPTokenizer, select_tokenizer_files
 
 if TYPE_CHECKING:
     from os import PathLike
 
-__all__ = ["COMPONENTS", "INDEX", "OPTIONAL", "ComponentFiles", "check_component", "choose_scheduler", "load_components", "save_components"]
+__all__ = ["COMPONENTS", "INDEX", "OPTIONAL", "ComponentFiles", "check_component", "choose_scheduler", "load_components", "save_components", "scheduler_from_recipe"]
 
 log = logging.getLogger("sfumato")
 
@@ -38,7 +38,7 @@ _CLASSES: dict[str, dict[str, Any]] = {
     "text_encoder": {"CLIPTextModel": CLIPTextModel},
     "tokenizer": {"CLIPTokenizer": CLIPTokenizer, "CLIPTokenizerFast": CLIPTokenizer},
     "unet": {"UNet2DConditionModel": UNet2DConditionModel},
-    "scheduler": {name: getattr(schedulers, name) for name in schedulers.__all__ if name.endswith("Scheduler")},
+    "scheduler": {name: getattr(schedulers, name) for name in sorted({alias.class_name for alias in NAMES.values()})},
 }
 _TYPES: dict[str, tuple[type, ...]] = {
     "vae": (AutoencoderKL, AutoencoderTiny),
@@ -131,6 +131,13 @@ def choose_scheduler(name: str | None, current: Scheduler) -> Scheduler:
         return type(current).from_config(current.config)
     class_name, preset = resolve(name)
     return getattr(schedulers, class_name).from_config(current.config, **preset)
+
+
+def scheduler_from_recipe(class_name: str, config: Mapping[str, Any]) -> Scheduler:
+    """The scheduler a recipe describes. Raises `UsageError` for a class that does not exist."""
+    if class_name not in _CLASSES["scheduler"]:
+        raise UsageError(f"the recipe names a scheduler {class_name!r} that does not exist; was the picture edited?")
+    return _CLASSES["scheduler"][class_name].from_config(config)
 
 
 def save_components(components: Mapping[str, Any], folder: str | PathLike[str], class_name: str, **options: Any) -> None:

@@ -41,7 +41,9 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Every key and value, unknown ones included, as they would stand in the JSON file (tuples become lists)."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in (own | dict(self.extra)).items()}
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in (own | dict(self.extra)).items()
+        }
 
     def replace(self, **changes: Any) -> Self:
         """A copy with some fields changed."""
@@ -129,8 +131,7 @@ class CLIPTextConfig(Config):
     eos_token_id: int | None = 49407
     pad_token_id: int | None = 1
     without_effect = frozenset(
-        "architectures attention_dropout dropout dtype gradient_checkpointing initializer_factor initializer_range "
-        "model_type torch_dtype transformers_version use_cache".split()
+        ["architectures", "attention_dropout", "dropout", "dtype", "gradient_checkpointing", "initializer_factor", "initializer_range", "model_type", "torch_dtype", "transformers_version", "use_cache"]
     )
 
     def __post_init__(self) -> None:

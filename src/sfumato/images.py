@@ -30,8 +30,8 @@ __all__ = [
     "read_recipe",
     "save_png",
     "to_arrays",
-    "to_pixels",
     "to_pictures",
+    "to_pixels",
 ]
 
 RECIPE_KEY = "sfumato"
@@ -89,7 +89,9 @@ def _checked(batch: Tensor, multiple: int) -> Tensor:
     if batch.ndim != 4 or batch.shape[1] not in (3, 4):
         raise UsageError(f"an image array must have 3 channels, but its shape is {tuple(batch.shape)}")
     if batch.shape[1] == 3 and (batch.shape[2] % multiple or batch.shape[3] % multiple):
-        raise UsageError(f"an image array's height and width must be divisible by {multiple}, not {tuple(batch.shape[2:])}")
+        raise UsageError(
+            f"an image array's height and width must be divisible by {multiple}, not {tuple(batch.shape[2:])}"
+        )
     return batch
 
 

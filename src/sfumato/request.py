@@ -77,7 +77,9 @@ class GenerateRequest:
             raise UsageError("timesteps and sigmas both describe the schedule; give one of them")
 
     def _check_texts(self) -> None:
-        if not isinstance(self.prompt, str) and not (self.prompt and all(isinstance(text, str) for text in self.prompt)):
+        if not isinstance(self.prompt, str) and not (
+            self.prompt and all(isinstance(text, str) for text in self.prompt)
+        ):
             raise UsageError("prompt must be a text or a list of at least one text")
         negative = self.negative_prompt
         if negative is None or isinstance(negative, str):

@@ -39,7 +39,9 @@ class HubOptions:
         known = [f.name for f in fields(cls)]
         for name in keywords:
             if name not in known:
-                raise UnknownArgument(f"from_pretrained has no argument {name!r}{suggest(name, [*known, 'torch_dtype', 'variant', 'use_safetensors'])}")
+                raise UnknownArgument(
+                    f"from_pretrained has no argument {name!r}{suggest(name, [*known, 'torch_dtype', 'variant', 'use_safetensors'])}"
+                )
         return cls(**keywords)
 
 
@@ -60,7 +62,9 @@ def locate_folder(name: str | PathLike[str], select: Select, **hub: Any) -> Path
     if options.local_files_only:
         if cached is not None and _complete(cached, select, strict=False):
             return cached
-        raise DownloadError(f"{repo!r} is not completely in the local cache; allow the download (local_files_only=False) once")
+        raise DownloadError(
+            f"{repo!r} is not completely in the local cache; allow the download (local_files_only=False) once"
+        )
     try:
         return download(repo, select, options)
     except DownloadError:
@@ -88,15 +92,23 @@ def download(repo: str, select: Select, options: HubOptions) -> Path:
             force_download=options.force_download,
         )
     except GatedRepoError as error:
-        raise DownloadError(f"{repo!r} asks for its licence to be accepted: do so on its page, then run 'hf auth login'") from error
+        raise DownloadError(
+            f"{repo!r} asks for its licence to be accepted: do so on its page, then run 'hf auth login'"
+        ) from error
     except RepositoryNotFoundError as error:
-        raise DownloadError(f"{repo!r} is neither a folder here nor a repository on the hub that you can read; check the name") from error
+        raise DownloadError(
+            f"{repo!r} is neither a folder here nor a repository on the hub that you can read; check the name"
+        ) from error
     except RevisionNotFoundError as error:
-        raise DownloadError(f"{repo!r} has no revision {options.revision!r}; choose a branch, tag or commit it has") from error
+        raise DownloadError(
+            f"{repo!r} has no revision {options.revision!r}; choose a branch, tag or commit it has"
+        ) from error
     except (HfHubHTTPError, OSError, RuntimeError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise DownloadError(f"{repo!r} is not a folder here, and the hub cannot be reached ({_first_line(error)}); check the network or give a local folder") from error
+        raise DownloadError(
+            f"{repo!r} is not a folder here, and the hub cannot be reached ({_first_line(error)}); check the network or give a local folder"
+        ) from error
     return Path(folder)
 
 
@@ -117,9 +129,7 @@ def _cached_snapshot(repo: str, options: HubOptions) -> Path | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        found = snapshot_download(
-            repo, revision=options.revision, cache_dir=options.cache_dir, local_files_only=True
-        )
+        found = snapshot_download(repo, revision=options.revision, cache_dir=options.cache_dir, local_files_only=True)
     except (LocalEntryNotFoundError, OSError, ValueError):
         return None
     return Path(found)

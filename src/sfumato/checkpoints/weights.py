@@ -109,16 +109,22 @@ def load_into(
                 continue
             if tensor.shape != expected[key].shape:
                 shapes = f"{tuple(tensor.shape)}, where the config asks for {tuple(expected[key].shape)}"
-                raise CheckpointError(f"{file}: {stored!r} has shape {shapes}; weights and config.json do not belong together")
+                raise CheckpointError(
+                    f"{file}: {stored!r} has shape {shapes}; weights and config.json do not belong together"
+                )
             if key in origin:
                 raise CheckpointError(f"{file}: {stored!r} is there twice, first in {origin[key]}")
             state[key], origin[key] = tensor, file
     missing = sorted(expected.keys() - state.keys())
     where = files[0].parent
     if missing:
-        raise CheckpointError(f"{where}: {_count(missing, 'weight')} missing, the first is {missing[0]!r}; the file is not of this model or damaged")
+        raise CheckpointError(
+            f"{where}: {_count(missing, 'weight')} missing, the first is {missing[0]!r}; the file is not of this model or damaged"
+        )
     if surplus:
-        raise CheckpointError(f"{where}: {_count(surplus, 'weight')} that the model does not have, the first is {surplus[0]}; check config.json")
+        raise CheckpointError(
+            f"{where}: {_count(surplus, 'weight')} that the model does not have, the first is {surplus[0]}; check config.json"
+        )
     model.load_state_dict(state, strict=True, assign=True)
 
 
@@ -164,7 +170,9 @@ def _mapped_tensors(file: Path, dtype: torch.dtype | None) -> Iterator[tuple[str
     except (SafetensorError, OSError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{file} is truncated or not a safetensors file ({error}); download or copy it again") from error
+        raise CheckpointError(
+            f"{file} is truncated or not a safetensors file ({error}); download or copy it again"
+        ) from error
 
 
 def _unpickled(file: Path) -> dict[str, Tensor]:
@@ -173,7 +181,9 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{file} cannot be read as plain weights ({reason[:160]}); get a safetensors version") from error
+        raise CheckpointError(
+            f"{file} cannot be read as plain weights ({reason[:160]}); get a safetensors version"
+        ) from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{file} holds something else than named tensors; get a safetensors version")
@@ -213,7 +223,9 @@ def read_headers(files: Sequence[Path]) -> dict[str, TensorHeader]:
                     start, end = entry["data_offsets"]
                     headers[name] = TensorHeader(entry["dtype"], tuple(entry["shape"]), end - start)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{file} is truncated or not a safetensors file ({error}); download or copy it again") from error
+            raise CheckpointError(
+                f"{file} is truncated or not a safetensors file ({error}); download or copy it again"
+            ) from error
     return headers
 
 

@@ -18,7 +18,9 @@ sfumato download apple/coreml-stable-diffusion-v1-4 --include "original/packages
 def download(
     repo: Annotated[str, typer.Argument(metavar="ID", help="A hub id such as owner/name.")],
     variant: Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.")] = None,
-    include: Annotated[list[str] | None, typer.Option(help="Only files that match this pattern; may be given several times.")] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Only files that match this pattern; may be given several times.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="A branch, tag or commit.")] = None,
 ) -> None:
     """Fetch what drawing needs, and only that, and print the folder. Files that are already here are not fetched again."""

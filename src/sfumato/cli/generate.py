@@ -31,27 +31,43 @@ sfumato generate "a watercolour of it" --image photo.jpg --strength 0.6"""
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to draw.")],
-    model: Annotated[str | None, typer.Option(help="A checkpoint folder or hub id; the built-in small model if left out.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A checkpoint folder or hub id; the built-in small model if left out.")
+    ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
     steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
-    guidance_scale: Annotated[float, typer.Option(help="How strongly to follow the prompt; 1 or less turns guidance off.")] = 7.5,
+    guidance_scale: Annotated[
+        float, typer.Option(help="How strongly to follow the prompt; 1 or less turns guidance off.")
+    ] = 7.5,
     guidance_rescale: Annotated[float, typer.Option(help="Tame over-exposure, 0 to 1.")] = 0.0,
-    seed: Annotated[int | None, typer.Option(help="Picture i is drawn with seed + i; a random one if left out.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Picture i is drawn with seed + i; a random one if left out.")
+    ] = None,
     count: Annotated[int, typer.Option(help="How many pictures.")] = 1,
-    scheduler: Annotated[str | None, typer.Option(help="A name from 'sfumato schedulers'; the checkpoint's own if left out.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="A name from 'sfumato schedulers'; the checkpoint's own if left out.")
+    ] = None,
     eta: Annotated[float, typer.Option(help="Noise of the ddim scheduler, 0 to 1.")] = 0.0,
     clip_skip: Annotated[int | None, typer.Option(help="Leave out this many last layers of the text encoder.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; the checkpoint's own size if left out.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; the checkpoint's own size if left out.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; what is fast and safe if left out.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16; what is fast and safe if left out.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; the best one present if left out.")] = None,
     variant: Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.")] = None,
     image: Annotated[Path | None, typer.Option(help="A picture to start from.")] = None,
     strength: Annotated[float, typer.Option(help="How far to leave that picture, 0 to 1.")] = 0.8,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="A PNG file, or a folder; named after the prompt if left out.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file; else the next free name is taken.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A PNG file, or a folder; named after the prompt if left out.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing file; else the next free name is taken.")
+    ] = False,
     grid: Annotated[bool, typer.Option("--grid", help="Put all pictures into one.")] = False,
-    preview_every: Annotated[int, typer.Option(help="Show the picture so far in <output>.preview.png every N steps.")] = 0,
+    preview_every: Annotated[
+        int, typer.Option(help="Show the picture so far in <output>.preview.png every N steps.")
+    ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
 ) -> None:
@@ -108,7 +124,9 @@ def _check_early(request: GenerateRequest, output: Path | None, preview_every: i
         open_image(request.image)
 
 
-def _draw(pipeline: DiffusionPipeline, request: GenerateRequest, terminal: Terminal, preview: Path, every: int) -> Result:
+def _draw(
+    pipeline: DiffusionPipeline, request: GenerateRequest, terminal: Terminal, preview: Path, every: int
+) -> Result:
     from sfumato.images import save_png
 
     with terminal.steps("drawing") as bar:

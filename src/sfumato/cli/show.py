@@ -16,7 +16,10 @@ sfumato show stable-diffusion-v1-5/stable-diffusion-v1-5 --variant fp16"""
 
 
 def show(
-    model: Annotated[str | None, typer.Argument(help="A checkpoint folder or a hub id in the local cache; the built-in model if left out.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A checkpoint folder or a hub id in the local cache; the built-in model if left out."),
+    ] = None,
     variant: Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
@@ -33,10 +36,15 @@ def show(
     from rich.table import Table
 
     console = Console()
-    console.print(f"[bold]{facts['name']}[/bold]: {facts['family']}, pictures of {facts['width']} × {facts['height']}", highlight=False)
+    console.print(
+        f"[bold]{facts['name']}[/bold]: {facts['family']}, pictures of {facts['width']} × {facts['height']}",
+        highlight=False,
+    )
     table = Table("part", "class", "parameters", "bytes", "dtype", box=None, pad_edge=False)
     for part, entry in facts["parts"].items():
-        table.add_row(part, entry["class"], _count(entry.get("parameters")), _bytes(entry.get("bytes")), entry.get("dtype", ""))
+        table.add_row(
+            part, entry["class"], _count(entry.get("parameters")), _bytes(entry.get("bytes")), entry.get("dtype", "")
+        )
     table.add_row("total", "", _count(facts["parameters"]), _bytes(facts["bytes"]), "")
     console.print(table)
     console.print(f"predicts {facts['prediction_type']}, reads {facts['prompt_tokens']} tokens", highlight=False)

@@ -104,7 +104,7 @@ class SelfOrCrossAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels), nn.Identity()])
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """x (B, L, C), context (B, S, C') or None for self-attention -> (B, L, C)."""
+        """X (B, L, C), context (B, S, C') or None for self-attention -> (B, L, C)."""
         context = x if context is None else context
         q, k, v = (self._split(y) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
         if self.upcast and q.dtype == torch.float16:
@@ -143,9 +143,15 @@ class AttentionUser(nn.Module):
         if isinstance(slice_size, str) and slice_size not in ("auto", "max"):
             raise UsageError(f"slice_size must be 'auto', 'max', a number of heads or None, not {slice_size!r}")
         if isinstance(slice_size, int) and not 1 <= slice_size <= fewest:
-            raise UsageError(f"slice_size must be from 1 to {fewest} (the heads of the smallest layer), not {slice_size}")
+            raise UsageError(
+                f"slice_size must be from 1 to {fewest} (the heads of the smallest layer), not {slice_size}"
+            )
         for module in modules:
             heads = int(module.heads)
-            size = {"auto": max(1, heads // 2), "max": 1}.get(slice_size, heads) if isinstance(slice_size, str) else slice_size
+            size = (
+                {"auto": max(1, heads // 2), "max": 1}.get(slice_size, heads)
+                if isinstance(slice_size, str)
+                else slice_size
+            )
             module.attention = sliced(size)
         return None

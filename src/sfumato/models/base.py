@@ -137,7 +137,9 @@ def select_model_files(
     own = {name.removeprefix(prefix) for name in names if name.startswith(prefix) and "/" not in name[len(prefix) :]}
     picked = weights.pick_weights(own, weights_name, variant=variant, use_safetensors=use_safetensors)
     if picked is None or (strict and variant and f".{variant}" not in picked):
-        raise CheckpointError(f"there are no usable weights for {folder or weights_name!r}; its files are {', '.join(sorted(own)) or 'none'}")
+        raise CheckpointError(
+            f"there are no usable weights for {folder or weights_name!r}; its files are {', '.join(sorted(own)) or 'none'}"
+        )
     if picked.endswith(".json"):
         shard = picked.removesuffix(".json").split(".index")[0].rsplit(".", 1)
         stem = f"{shard[0]}.{variant}-" if variant and f".{variant}" in picked else f"{shard[0]}-"

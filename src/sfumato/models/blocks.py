@@ -83,7 +83,7 @@ class ResnetBlock2D(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, activated_time: Tensor | None = None) -> Tensor:
-        """x (B, C, H, W) and the activated time embedding (B, T) -> (B, C', H, W).
+        """X (B, C, H, W) and the activated time embedding (B, T) -> (B, C', H, W).
 
         The activation of the time embedding is the same in every block, so the U-Net computes it once.
         """

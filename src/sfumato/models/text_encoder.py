@@ -46,7 +46,7 @@ class CLIPAttention(nn.Module):
         self.out_proj = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x (B, S, C), mask added to the scores -> (B, S, C)."""
+        """X (B, S, C), mask added to the scores -> (B, S, C)."""
         q, k, v = (
             projection(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)

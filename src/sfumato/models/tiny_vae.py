@@ -33,7 +33,9 @@ class AutoencoderTinyBlock(nn.Module):
     def __init__(self, channels: int, act_fn: str) -> None:
         super().__init__()
         act = activation(act_fn)
-        self.conv = nn.Sequential(_conv(channels, channels), act, _conv(channels, channels), act, _conv(channels, channels))
+        self.conv = nn.Sequential(
+            _conv(channels, channels), act, _conv(channels, channels), act, _conv(channels, channels)
+        )
         self.fuse = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,7 +72,10 @@ class DecoderTiny(nn.Module):
         for i, (count, channels) in enumerate(zip(counts, widths, strict=True)):
             layers += [AutoencoderTinyBlock(channels, config.act_fn) for _ in range(count)]
             if i < len(counts) - 1:
-                layers += [nn.Upsample(scale_factor=config.upsampling_scaling_factor), _conv(channels, channels, bias=False)]
+                layers += [
+                    nn.Upsample(scale_factor=config.upsampling_scaling_factor),
+                    _conv(channels, channels, bias=False),
+                ]
             else:
                 layers.append(_conv(channels, config.out_channels))
         self.layers = nn.Sequential(*layers)

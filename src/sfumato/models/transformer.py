@@ -28,7 +28,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, channels: int, dropout: float) -> None:
         super().__init__()
-        self.net = nn.ModuleList([GEGLU(channels, 4 * channels), nn.Dropout(dropout), nn.Linear(4 * channels, channels)])
+        self.net = nn.ModuleList(
+            [GEGLU(channels, 4 * channels), nn.Dropout(dropout), nn.Linear(4 * channels, channels)]
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, C) -> (B, L, C)."""
@@ -54,7 +56,7 @@ class BasicTransformerBlock(nn.Module):
         self.ff = FeedForward(channels, dropout)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, context_mask: Tensor | None) -> Tensor:
-        """x (B, L, C), context (B, S, C') -> (B, L, C)."""
+        """X (B, L, C), context (B, S, C') -> (B, L, C)."""
         first = context if self.only_cross_attention else None
         x = x + self.attn1(self.norm1(x), first, mask)
         x = x + self.attn2(self.norm2(x), context, context_mask)
@@ -89,8 +91,10 @@ class Transformer2DModel(nn.Module):
         )
         self.proj_out = nn.Linear(channels, channels) if use_linear_projection else nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None, context_mask: Tensor | None = None) -> Tensor:
-        """x (B, C, H, W), context (B, S, C') -> (B, C, H, W)."""
+    def forward(
+        self, x: Tensor, context: Tensor, mask: Tensor | None = None, context_mask: Tensor | None = None
+    ) -> Tensor:
+        """X (B, C, H, W), context (B, S, C') -> (B, C, H, W)."""
         height, width = x.shape[2:]
         h = self.norm(x)
         if not self.use_linear_projection:

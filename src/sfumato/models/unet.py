@@ -78,7 +78,9 @@ class _Context:
     states_mask: Tensor | None = None
 
 
-def _apply(resnet: nn.Module, attentions: nn.ModuleList | None, i: int, x: Tensor, time: Tensor, context: _Context) -> Tensor:
+def _apply(
+    resnet: nn.Module, attentions: nn.ModuleList | None, i: int, x: Tensor, time: Tensor, context: _Context
+) -> Tensor:
     x = resnet(x, time)
     return x if attentions is None else attentions[i](x, context.states, context.mask, context.states_mask)
 
@@ -95,7 +97,9 @@ class DownBlock(nn.Module):
         self.resnets = nn.ModuleList(level.resnet(width, channels) for width in widths)
         self.attentions = None
         if attention:
-            self.attentions = nn.ModuleList(level.transformer(channels, only_cross_attention=only_cross) for _ in widths)
+            self.attentions = nn.ModuleList(
+                level.transformer(channels, only_cross_attention=only_cross) for _ in widths
+            )
         self.downsamplers = None
         if downsample:
             self.downsamplers = nn.ModuleList([Downsample2D(channels, config.downsample_padding)])
@@ -129,7 +133,9 @@ class MidBlock(nn.Module):
 class UpBlock(nn.Module):
     """`UpBlock2D` or, with attention, `CrossAttnUpBlock2D`."""
 
-    def __init__(self, level: _Level, in_channels: int, channels: int, skips: list[int], *, attention: bool, upsample: bool) -> None:
+    def __init__(
+        self, level: _Level, in_channels: int, channels: int, skips: list[int], *, attention: bool, upsample: bool
+    ) -> None:
         super().__init__()
         widths = [in_channels] + [channels] * (len(skips) - 1)
         only_cross = level.config.per_block("only_cross_attention")[level.index]
@@ -142,7 +148,7 @@ class UpBlock(nn.Module):
         self.upsamplers = nn.ModuleList([Upsample2D(channels)]) if upsample else None
 
     def forward(self, x: Tensor, time: Tensor, context: _Context, skips: list[Tensor]) -> Tensor:
-        """x (B, C, H, W) -> (B, C', 2H, 2W); takes its skip connections off the end of the list."""
+        """X (B, C, H, W) -> (B, C', 2H, 2W); takes its skip connections off the end of the list."""
         for i, resnet in enumerate(self.resnets):
             x = _apply(resnet, self.attentions, i, torch.cat([x, skips.pop()], dim=1), time, context)
         if self.upsamplers is None:

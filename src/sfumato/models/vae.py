@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from sfumato.checkpoints.weights import Rule
 from sfumato.configs import AutoencoderKLConfig
-from sfumato.models.base import Model
 from sfumato.models.attention import SelfOrCrossAttention
+from sfumato.models.base import Model
 from sfumato.models.blocks import Downsample2D, ResnetBlock2D, Upsample2D, activation
 from sfumato.models.tiling import Tiled
 
@@ -195,7 +195,9 @@ class AutoencoderKL(Model, Tiled):
         size = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
         self._set_tile_size(size, config.scale_factor)
 
-    def encode(self, x: Tensor, *, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+    def encode(
+        self, x: Tensor, *, return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Pictures (B, 3, H, W) in [-1, 1] -> the distribution of their latents, not yet scaled."""
         posterior = DiagonalGaussianDistribution(self._encode_in_parts(lambda x: self.quant_conv(self.encoder(x)), x))
         return AutoencoderKLOutput(posterior) if return_dict else (posterior,)

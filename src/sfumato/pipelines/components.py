@@ -24,7 +24,17 @@ from sfumato.text.tokenizer import CLIPTokenizer, select_tokenizer_files
 if TYPE_CHECKING:
     from os import PathLike
 
-__all__ = ["COMPONENTS", "INDEX", "OPTIONAL", "ComponentFiles", "check_component", "choose_scheduler", "load_components", "save_components", "scheduler_from_recipe"]
+__all__ = [
+    "COMPONENTS",
+    "INDEX",
+    "OPTIONAL",
+    "ComponentFiles",
+    "check_component",
+    "choose_scheduler",
+    "load_components",
+    "save_components",
+    "scheduler_from_recipe",
+]
 
 log = logging.getLogger("sfumato")
 
@@ -60,7 +70,9 @@ class ComponentFiles:
     def select(self, names: Sequence[str], strict: bool, skip: Sequence[str] = ()) -> list[str]:
         """The files of a repository that a pipeline needs, but for the components in `skip`."""
         if INDEX not in names:
-            raise CheckpointError(f"there is no {INDEX}, so this is not a pipeline; load its parts by their own classes")
+            raise CheckpointError(
+                f"there is no {INDEX}, so this is not a pipeline; load its parts by their own classes"
+            )
         chosen = [INDEX]
         variants = 0
         for part in COMPONENTS:
@@ -77,7 +89,9 @@ class ComponentFiles:
                 variants += any(f".{self.variant}" in name for name in files)
                 chosen += files
         if self.variant and not variants and len(skip) < len(COMPONENTS):
-            raise CheckpointError(f"no component has a variant {self.variant!r}; leave variant out to use the plain weights")
+            raise CheckpointError(
+                f"no component has a variant {self.variant!r}; leave variant out to use the plain weights"
+            )
         return chosen
 
 
@@ -114,7 +128,9 @@ def component_class(folder: Path, index: Mapping[str, Any], part: str) -> Any:
         raise CheckpointError(f"{folder / INDEX} names no {part}; text-to-image needs one, so pass {part}=… yourself")
     known = _CLASSES[part]
     if entry[1] not in known:
-        raise ConfigError(f"{folder / INDEX}: {part} is a {entry[1]}, which is not supported; supported are {', '.join(known)}")
+        raise ConfigError(
+            f"{folder / INDEX}: {part} is a {entry[1]}, which is not supported; supported are {', '.join(known)}"
+        )
     return known[entry[1]]
 
 
@@ -140,7 +156,9 @@ def scheduler_from_recipe(class_name: str, config: Mapping[str, Any]) -> Schedul
     return _CLASSES["scheduler"][class_name].from_config(config)
 
 
-def save_components(components: Mapping[str, Any], folder: str | PathLike[str], class_name: str, **options: Any) -> None:
+def save_components(
+    components: Mapping[str, Any], folder: str | PathLike[str], class_name: str, **options: Any
+) -> None:
     """Write all components and, last, the index, in a form the ecosystem's own libraries read."""
     path = output_folder(folder)
     index: dict[str, Any] = {"_class_name": class_name, "_diffusers_version": LAYOUT_VERSION}

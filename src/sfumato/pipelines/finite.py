@@ -38,7 +38,13 @@ class FiniteWatch:
         stage, module, _ = next(entry for entry in pending if not bool(entry[2]))
         for name, weight in module.named_parameters():
             if not bool(torch.isfinite(weight).all()):
-                raise CheckpointError(f"{stage}: the weight {name!r} has NaN or infinite values; download or copy the checkpoint again")
+                raise CheckpointError(
+                    f"{stage}: the weight {name!r} has NaN or infinite values; download or copy the checkpoint again"
+                )
         dtype = next(module.parameters()).dtype
-        hint = "try dtype float32" if dtype != torch.float32 else "check the prompt embeddings, latents or image that were given"
+        hint = (
+            "try dtype float32"
+            if dtype != torch.float32
+            else "check the prompt embeddings, latents or image that were given"
+        )
         raise NonFiniteError(stage, hint)

@@ -228,7 +228,13 @@ class DiffusionPipeline:
             except StopIteration as end:
                 pixels = run.pixels(end.value)
                 break
-            yield Step(step.index + 1, step.total, step.row.t, step.latents, lambda s=step: to_pictures(run.pixels(s.original())))
+            yield Step(
+                step.index + 1,
+                step.total,
+                step.row.t,
+                step.latents,
+                lambda s=step: to_pictures(run.pixels(s.original())),
+            )
         images = to_pictures(pixels)
         recipes = recipe.describe(self, run, request, seeds)
         return Result(images, request, seeds, recipes, tuple(run.notes), run.seconds)
@@ -255,10 +261,14 @@ class DiffusionPipeline:
     ) -> StableDiffusionPipelineOutput | tuple[Any, None]:
         """Draw in the ecosystem's way: the caller's generators, callbacks between steps, several kinds of output."""
         if output_type not in OUTPUT_TYPES:
-            raise UsageError(f"output_type {output_type!r} does not exist{suggest(output_type, OUTPUT_TYPES)}; use pil, np, pt or latent")
+            raise UsageError(
+                f"output_type {output_type!r} does not exist{suggest(output_type, OUTPUT_TYPES)}; use pil, np, pt or latent"
+            )
         for name in names:
             if name not in CALLBACK_TENSORS:
-                raise UsageError(f"callback_on_step_end_tensor_inputs: {name!r} is not one of {', '.join(CALLBACK_TENSORS)}")
+                raise UsageError(
+                    f"callback_on_step_end_tensor_inputs: {name!r} is not one of {', '.join(CALLBACK_TENSORS)}"
+                )
         run = Run(self, request, given, self.scheduler)
         loop = run.latents()
         edited: Tensor | None = None
@@ -281,7 +291,11 @@ class DiffusionPipeline:
     def _call_back(self, callback: Callback, run: Run, step: Any, names: Sequence[str]) -> Tensor | None:
         guidance = run.guidance
         latents = step.latents.to(self.unet.dtype)
-        embeds = guidance.embeds if guidance.negative_embeds is None else torch.cat([guidance.negative_embeds, guidance.embeds])
+        embeds = (
+            guidance.embeds
+            if guidance.negative_embeds is None
+            else torch.cat([guidance.negative_embeds, guidance.embeds])
+        )
         tensors = {"latents": latents, "prompt_embeds": embeds, "negative_prompt_embeds": guidance.negative_embeds}
         timestep = run.scheduler.timesteps[step.index - step.total]
         changes = callback(self, step.index, timestep, {name: tensors[name] for name in names}) or {}
@@ -331,9 +345,14 @@ class StableDiffusionPipeline(DiffusionPipeline):
             guidance_rescale=guidance_rescale, clip_skip=clip_skip,
         )  # fmt: skip
         given = Given(
-            generators=generator, latents=latents, prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds
+            generators=generator,
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
         )
-        return self._call(request, given, output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        return self._call(
+            request, given, output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs
+        )
 
 
 class StableDiffusionImg2ImgPipeline(DiffusionPipeline):
@@ -369,16 +388,23 @@ class StableDiffusionImg2ImgPipeline(DiffusionPipeline):
         """
         _refuse(unknown, StableDiffusionImg2ImgPipeline.__call__)
         if image is None:
-            raise UsageError("image is missing: image-to-image starts from a picture; for none, use StableDiffusionPipeline")
+            raise UsageError(
+                "image is missing: image-to-image starts from a picture; for none, use StableDiffusionPipeline"
+            )
         request = _request(
             prompt, prompt_embeds, steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas, strength=strength,
             guidance_scale=guidance_scale, negative_prompt=negative_prompt, count=num_images_per_prompt, eta=eta,
             clip_skip=clip_skip,
         )  # fmt: skip
         given = Given(
-            generators=generator, image=image, prompt_embeds=prompt_embeds, negative_prompt_embeds=negative_prompt_embeds
+            generators=generator,
+            image=image,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
         )
-        return self._call(request, given, output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        return self._call(
+            request, given, output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs
+        )
 
 
 def load(

@@ -22,7 +22,9 @@ __all__ = ["describe", "file_hash", "weights_hash"]
 SAMPLES = 64
 
 
-def describe(pipeline: DiffusionPipeline, run: Run, request: GenerateRequest, seeds: Sequence[int]) -> list[dict[str, Any]]:
+def describe(
+    pipeline: DiffusionPipeline, run: Run, request: GenerateRequest, seeds: Sequence[int]
+) -> list[dict[str, Any]]:
     """A recipe for each picture: a request for it alone, and everything else its pixels depend on."""
     shared = {
         "model": {"name": pipeline.name, "weights": weights_hash(pipeline)},

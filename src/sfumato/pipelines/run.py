@@ -79,7 +79,9 @@ class Run:
         with self._timed("decode"):
             return stages.decode(self.pipeline.vae, latents, self.watch)
 
-    def _watched(self, loop: Generator[DenoiseStep, Tensor | None, Tensor]) -> Generator[DenoiseStep, Tensor | None, Tensor]:
+    def _watched(
+        self, loop: Generator[DenoiseStep, Tensor | None, Tensor]
+    ) -> Generator[DenoiseStep, Tensor | None, Tensor]:
         edited: Tensor | None = None
         while True:
             try:
@@ -92,7 +94,9 @@ class Run:
     def _check(self, guided: bool) -> None:
         request, given, unet = self.request, self.given, self.pipeline.unet
         if guided and unet.config.in_channels != self.pipeline.vae.config.latent_channels:
-            raise UsageError(f"this U-Net reads {unet.config.in_channels} channels (inpainting or upscaling); text-to-image needs {self.pipeline.vae.config.latent_channels}")
+            raise UsageError(
+                f"this U-Net reads {unet.config.in_channels} channels (inpainting or upscaling); text-to-image needs {self.pipeline.vae.config.latent_channels}"
+            )
         if given.prompt_embeds is not None and any(request.prompts):
             raise UsageError("prompt and prompt_embeds both say what to draw; give one of them")
         if given.negative_prompt_embeds is not None and request.negative_prompt is not None:
@@ -102,11 +106,15 @@ class Run:
             value = getattr(request, name)
             if value is not None and value % factor:
                 near = sorted({max(factor, value - value % factor), value + factor - value % factor})
-                raise UsageError(f"{name} must be divisible by {factor}, and {value} is not; try {' or '.join(map(str, near))}")
+                raise UsageError(
+                    f"{name} must be divisible by {factor}, and {value} is not; try {' or '.join(map(str, near))}"
+                )
         generators = given.generators
         batch = self._prompts() * request.count
         if isinstance(generators, (list, tuple)) and len(generators) != batch:
-            raise UsageError(f"there are {len(generators)} generators for {batch} pictures; give one per picture, or a single one")
+            raise UsageError(
+                f"there are {len(generators)} generators for {batch} pictures; give one per picture, or a single one"
+            )
 
     def _prompts(self) -> int:
         embeds = self.given.prompt_embeds
@@ -151,7 +159,9 @@ class Run:
         steps = scheduler.num_inference_steps or self.request.steps
         used = min(int(steps * self.request.strength), steps)
         if used < 1:
-            raise UsageError(f"strength {self.request.strength:g} of {steps} steps leaves none to draw; raise strength or steps")
+            raise UsageError(
+                f"strength {self.request.strength:g} of {steps} steps leaves none to draw; raise strength or steps"
+            )
         return (steps - used) * scheduler.order
 
     def _note_lost(self, lost: tuple[str, ...]) -> None:

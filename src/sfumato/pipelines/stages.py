@@ -82,9 +82,7 @@ def _negatives(request: GenerateRequest, prompts: int) -> Sequence[str]:
     return request.negative_prompts if len(request.prompts) == prompts else request.negative_prompts[:1] * prompts
 
 
-def _encode(
-    pipeline: DiffusionPipeline, texts: Sequence[str], clip_skip: int | None
-) -> tuple[Tensor, tuple[str, ...]]:
+def _encode(pipeline: DiffusionPipeline, texts: Sequence[str], clip_skip: int | None) -> tuple[Tensor, tuple[str, ...]]:
     encoded = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, texts, clip_skip=clip_skip)
     return encoded.embeds, encoded.lost
 

@@ -38,7 +38,9 @@ def summarize(name: str | PathLike[str], *, variant: str | None = None) -> dict[
         "height": height * vae.scale_factor,
         "prediction_type": scheduler.get("prediction_type", "epsilon"),
         "prompt_tokens": _prompt_tokens(folder),
-        "parts": {part: {key: value for key, value in facts.items() if key != "config"} for part, facts in parts.items()},
+        "parts": {
+            part: {key: value for key, value in facts.items() if key != "config"} for part, facts in parts.items()
+        },
         "parameters": sum(facts.get("parameters", 0) for facts in parts.values()),
         "bytes": sum(facts.get("bytes", 0) for facts in parts.values()),
     }

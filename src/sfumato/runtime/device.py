@@ -25,7 +25,9 @@ def parse_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UsageError(f"there is no device {name!r}{suggest(name, ['cuda', 'mps', 'cpu'])}; use cuda, mps or cpu") from error
+        raise UsageError(
+            f"there is no device {name!r}{suggest(name, ['cuda', 'mps', 'cpu'])}; use cuda, mps or cpu"
+        ) from error
     if not _present(device.type):
         here = ", ".join(kind for kind in ("cuda", "mps", "cpu") if _present(kind))
         raise UsageError(f"device {name!r} is not present on this machine, or torch was built without it; here: {here}")
@@ -52,4 +54,3 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
 def default_dtype(device: torch.device) -> torch.dtype:
     """The fastest precision that is safe: half on CUDA; float32 on a CPU, and on MPS, whose half-precision attention overflows."""
     return torch.float16 if device.type == "cuda" else torch.float32
-

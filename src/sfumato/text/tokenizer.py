@@ -40,7 +40,9 @@ class TokenBatch:
 class CLIPTokenizer:
     """Turns prompts into ids between a start and an end token, padded or cut to the model's length."""
 
-    def __init__(self, tokenizer: Tokenizer, *, pad_token: str = END, model_max_length: int = 77, files: dict[str, bytes]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, pad_token: str = END, model_max_length: int = 77, files: dict[str, bytes]
+    ) -> None:
         self._tokenizer = tokenizer
         self._files = files
         self.model_max_length = model_max_length
@@ -67,7 +69,9 @@ class CLIPTokenizer:
         elif "tokenizer.json" in files:
             tokenizer = _from_json(folder / "tokenizer.json")
         else:
-            raise CheckpointError(f"{folder} has neither vocab.json with merges.txt nor tokenizer.json; the copy is incomplete")
+            raise CheckpointError(
+                f"{folder} has neither vocab.json with merges.txt nor tokenizer.json; the copy is incomplete"
+            )
         config = read_json(folder / "tokenizer_config.json") if "tokenizer_config.json" in files else {}
         names = read_json(folder / "special_tokens_map.json") if "special_tokens_map.json" in files else {}
         pad = _token(config.get("pad_token") or names.get("pad_token") or END)
@@ -148,7 +152,9 @@ def _from_bpe(folder: Path) -> Tokenizer:
             vocab=vocab, merges=merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=END
         )
     except Exception as error:  # the library raises plain Exceptions
-        raise CheckpointError(f"{folder / 'merges.txt'} does not fit vocab.json ({error}); copy or download both again") from error
+        raise CheckpointError(
+            f"{folder / 'merges.txt'} does not fit vocab.json ({error}); copy or download both again"
+        ) from error
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]

@@ -1,0 +1,151 @@
+"""What a `scheduler_config.json` may say: one frozen dataclass per scheduler, made from one table of keys and defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, make_dataclass
+from typing import Any, ClassVar
+
+from sfumato.configs import Config, one_of
+from sfumato.errors import ConfigError
+
+__all__ = ["CONFIGS", "SchedulerConfig", "config_class", "sibling_keys"]
+
+# Groups of keys. `SPACED`: which training timesteps a step lands on (2305.08891, table 2). `RESPACED`: sigmas respaced
+# between their extremes. `THRESHOLDED`: Imagen's dynamic limit on x0 (2205.11487). `FLOW`: rectified-flow sigmas.
+SPACED = {"timestep_spacing": "linspace", "steps_offset": 0}
+LEADING = SPACED | {"timestep_spacing": "leading"}
+RESPACED = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+THRESHOLDED = {"thresholding": False, "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0}
+CLIPPED = {"clip_sample": True, "clip_sample_range": 1.0}
+ZERO_SNR = {"rescale_betas_zero_snr": False}
+ALPHA_RANGE = {"beta_start": 0.00085, "beta_end": 0.012}
+SIGMA_RANGE = {"sigma_min": None, "sigma_max": None}
+FLOW = {
+    "use_flow_sigmas": False, "flow_shift": 1.0, "use_dynamic_shifting": False, "time_shift_type": "exponential",
+}  # fmt: skip
+DPM = RESPACED | THRESHOLDED | FLOW | {
+    "solver_order": 2, "algorithm_type": "dpmsolver++", "solver_type": "midpoint", "lower_order_final": False,
+    "final_sigmas_type": "zero", "lambda_min_clipped": -float("inf"), "variance_type": None,
+}  # fmt: skip
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "DDIMScheduler": LEADING | CLIPPED | THRESHOLDED | ZERO_SNR | {"set_alpha_to_one": True},
+    "DDPMScheduler": LEADING | CLIPPED | THRESHOLDED | ZERO_SNR | {"variance_type": "fixed_small"},
+    "PNDMScheduler": LEADING | {"skip_prk_steps": False, "set_alpha_to_one": False},
+    "LMSDiscreteScheduler": SPACED | RESPACED,
+    "EulerDiscreteScheduler": SPACED | RESPACED | SIGMA_RANGE | ZERO_SNR
+    | {"interpolation_type": "linear", "timestep_type": "discrete", "final_sigmas_type": "zero"},
+    "EulerAncestralDiscreteScheduler": SPACED | ZERO_SNR,
+    "HeunDiscreteScheduler": ALPHA_RANGE | SPACED | RESPACED | CLIPPED | {"clip_sample": False},
+    "KDPM2DiscreteScheduler": ALPHA_RANGE | SPACED | RESPACED,
+    "KDPM2AncestralDiscreteScheduler": ALPHA_RANGE | SPACED | RESPACED,
+    "DPMSolverSDEScheduler": ALPHA_RANGE | SPACED | RESPACED | {"noise_sampler_seed": None},
+    "DPMSolverSinglestepScheduler": DPM,
+    "DPMSolverMultistepScheduler": SPACED | DPM | ZERO_SNR
+    | {"lower_order_final": True, "euler_at_final": False, "use_lu_lambdas": False},
+    "DEISMultistepScheduler": SPACED | RESPACED | THRESHOLDED | FLOW
+    | {"solver_order": 2, "algorithm_type": "deis", "solver_type": "logrho", "lower_order_final": True},
+    "UniPCMultistepScheduler": SPACED | RESPACED | THRESHOLDED | FLOW | ZERO_SNR | SIGMA_RANGE
+    | {"solver_order": 2, "predict_x0": True, "solver_type": "bh2", "lower_order_final": True, "disable_corrector": (),
+       "solver_p": None, "final_sigmas_type": "zero", "shift_terminal": None},
+}  # fmt: skip
+
+# Supported values: of a key anywhere, then of a key in one scheduler.
+BETAS, FIXED = ("linear", "scaled_linear", "squaredcos_cap_v2"), ("fixed_small", "fixed_small_log", "fixed_large")
+LEARNED, ODES = ("learned", "learned_range"), ("dpmsolver", "dpmsolver++")
+NO_FLOW, EPSILON_V = ("epsilon", "v_prediction", "sample"), ("epsilon", "v_prediction")
+DPM_CHOICES = {
+    "prediction_type": (*NO_FLOW, "flow_prediction"), "solver_order": (1, 2, 3), "solver_type": ("midpoint", "heun"),
+    "algorithm_type": (*ODES, "sde-dpmsolver++"), "variance_type": (None, *LEARNED, *FIXED),
+}  # fmt: skip
+CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "": {
+        "beta_schedule": BETAS, "prediction_type": EPSILON_V, "timestep_spacing": ("linspace", "leading", "trailing"),
+        "final_sigmas_type": ("zero", "sigma_min"), "interpolation_type": ("linear", "log_linear"),
+        "timestep_type": ("discrete", "continuous"), "use_dynamic_shifting": (False,), "shift_terminal": (None,),
+    },
+    "DDIMScheduler": {"prediction_type": NO_FLOW},
+    "DDPMScheduler": {
+        "beta_schedule": (*BETAS, "laplace", "sigmoid"), "prediction_type": NO_FLOW,
+        "variance_type": (*FIXED, "fixed_large_log", *LEARNED),
+    },
+    "LMSDiscreteScheduler": {"prediction_type": NO_FLOW},
+    "EulerDiscreteScheduler": {"prediction_type": (*NO_FLOW, "original_sample")},
+    "HeunDiscreteScheduler": {"beta_schedule": (*BETAS, "exp"), "prediction_type": NO_FLOW},
+    "DPMSolverSinglestepScheduler": DPM_CHOICES,
+    "DPMSolverMultistepScheduler": DPM_CHOICES | {"algorithm_type": (*ODES, "sde-dpmsolver", "sde-dpmsolver++")},
+    "DEISMultistepScheduler": DPM_CHOICES | {"algorithm_type": ("deis",), "solver_type": ("logrho",)},
+    "UniPCMultistepScheduler": {"prediction_type": (*NO_FLOW, "flow_prediction"), "solver_type": ("bh1", "bh2")},
+}  # fmt: skip
+
+# Values only a sibling understands, and what they become here, so that any scheduler's config can build any other.
+DPM_TRANSLATIONS = {"deis": "dpmsolver++", "logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"}
+TRANSLATIONS = {
+    "DPMSolverSinglestepScheduler": DPM_TRANSLATIONS,
+    "DPMSolverMultistepScheduler": DPM_TRANSLATIONS,
+    "DEISMultistepScheduler": dict.fromkeys(ODES, "deis") | dict.fromkeys(("midpoint", "heun", "bh1", "bh2"), "logrho"),
+    "UniPCMultistepScheduler": dict.fromkeys(("midpoint", "heun", "logrho"), "bh2"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig(Config):
+    """The keys every scheduler has: how the model was trained. Subclasses come from `CONFIGS`."""
+
+    owner: ClassVar[str] = ""
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    trained_betas: tuple[float, ...] | None = None
+    prediction_type: str = "epsilon"
+
+    def __post_init__(self) -> None:
+        for key in ("algorithm_type", "solver_type"):
+            if (value := self.own(key)) in TRANSLATIONS.get(self.owner, {}):
+                object.__setattr__(self, key, TRANSLATIONS[self.owner][value])
+        for key, allowed in (CHOICES[""] | CHOICES.get(self.owner, {})).items():
+            if (value := self.own(key, allowed[0])) not in allowed:
+                one_of(self.owner, key, value, allowed)
+        for key in ("num_train_timesteps", "solver_order"):
+            if self.own(key, 1) < 1:
+                raise ConfigError(f"{self.owner}: {key} = {self.own(key)!r} must be at least 1")
+        if sum(bool(self.own(key)) for key in RESPACED) > 1:
+            raise ConfigError(f"{self.owner}: only one of {', '.join(RESPACED)} can be used")
+        if self.in_noise:
+            one_of(self.owner, "prediction_type", self.prediction_type, NO_FLOW)
+        if self.in_noise and self.own("algorithm_type"):
+            one_of(self.owner, "final_sigmas_type", self.own("final_sigmas_type"), ("sigma_min",))
+            one_of(self.owner, "solver_order", self.own("solver_order"), (1, 2) if self.sde else (1, 2, 3))
+
+    def own(self, key: str, default: Any = None) -> Any:
+        """The value of a key of this scheduler; of a key that only travelled along from a sibling, the default."""
+        return getattr(self, key) if key in self.__dataclass_fields__ else default
+
+    @property
+    def respaced(self) -> str | None:
+        """The name of the key that respaces the sigmas, or None."""
+        return next((key for key in RESPACED if self.own(key)), None)
+
+    @property
+    def in_noise(self) -> bool:
+        """Whether a DPM-Solver or UniPC extrapolates the predicted noise and not x0."""
+        return self.own("algorithm_type") in ("dpmsolver", "sde-dpmsolver") or not self.own("predict_x0", True)
+
+    @property
+    def sde(self) -> bool:
+        """Whether the algorithm itself adds noise."""
+        return self.own("algorithm_type", "").startswith("sde")
+
+
+def config_class(owner: str) -> type[SchedulerConfig]:
+    """The frozen dataclass of one scheduler's keys."""
+    fields = [(key, Any, default) for key, default in CONFIGS[owner].items()]
+    name = owner.replace("Scheduler", "Config")
+    namespace = {"owner": owner, "__doc__": f"`scheduler_config.json` of {owner}.", "__module__": __name__}
+    return make_dataclass(name, fields, bases=(SchedulerConfig,), frozen=True, kw_only=True, namespace=namespace)
+
+
+def sibling_keys() -> set[str]:
+    """Every key that some scheduler of this package understands."""
+    return {key for keys in CONFIGS.values() for key in keys} | set(SchedulerConfig.__dataclass_fields__)

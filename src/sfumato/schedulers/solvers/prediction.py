@@ -1,0 +1,104 @@
+"""A stretch of a noise grid, and what the model's output means at each of its points."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sfumato.schedulers.rows import Clip
+
+__all__ = ["Grid", "Level", "noise_from", "ve_original", "vp_original"]
+
+Pair = tuple[float, float]
+
+
+class Level(NamedTuple):
+    """One point of a variance-preserving grid: x = alpha x0 + sigma eps, lam = log(alpha / sigma)."""
+
+    s: float
+    alpha: float
+    sigma: float
+    lam: float
+
+    @classmethod
+    def of(cls, s: float, flow: bool = False) -> Level:
+        """From the grid's s: the ratio sigma/alpha, or for rectified flow (2209.03003) the noise's share itself."""
+        alpha = 1 - s if flow else 1 / math.sqrt(s * s + 1)
+        sigma = s if flow else s * alpha
+        return cls(s, alpha, sigma, math.log(alpha) - math.log(sigma) if sigma else math.inf)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The input of every builder: timesteps and sigmas (one more, the final one), and the first step to take."""
+
+    timesteps: Sequence[float]
+    sigmas: Sequence[float]
+    prediction: str
+    start: int = 0
+    flow: bool = False
+    clip: Clip | None = None
+
+    @property
+    def steps(self) -> range:
+        """Indices of the steps to build."""
+        return range(self.start, len(self.timesteps))
+
+    @cached_property
+    def levels(self) -> list[Level]:
+        """The grid's points as signal and noise shares."""
+        return [Level.of(s, self.flow) for s in self.sigmas]
+
+    def ve(self, t: float, s: float) -> dict[str, Any]:
+        """Fields of a row that calls the model at s and converts to dx/ds = (x - x0) / s (EDM, 2206.00364, eq. 3)."""
+        a, b = original = ve_original(self.prediction, s)
+        clip = self.clip and replace(self.clip, weight=-1 / s)
+        return {"t": t, "c_in": 1 / math.sqrt(s * s + 1), "original": original, "convert": ((1 - a) / s, -b / s), "clip": clip}
+
+    def vp(self, i: int, *, noise: bool = False) -> dict[str, Any]:
+        """Fields of a row that calls the model at point i and converts to x0, or to eps."""
+        here = self.levels[i]
+        convert = original = vp_original(self.prediction, here.alpha, here.sigma, here.s)
+        clip = self.clip
+        if noise:
+            convert = noise_from(self.prediction, original, here.alpha, here.sigma)
+            clip = clip and replace(clip, weight=-here.alpha / here.sigma)
+        return {"t": self.timesteps[i], "original": original, "convert": convert, "clip": clip}
+
+
+def vp_original(prediction: str, alpha: float, sigma: float, s: float = 0.0) -> Pair:
+    """x0 = a x + b out where x = alpha x0 + sigma eps; v as in Progressive Distillation (2202.00512, appendix D)."""
+    match prediction:
+        case "epsilon":
+            return (1 / alpha, -sigma / alpha) if alpha else (math.inf, -math.inf)
+        case "v_prediction":
+            return (alpha, -sigma)
+        case "flow_prediction":
+            return (1.0, -s)
+        case _:
+            return (0.0, 1.0)
+
+
+def noise_from(prediction: str, original: Pair, alpha: float, sigma: float) -> Pair:
+    """eps = (x - alpha x0) / sigma, which for an eps-prediction is exactly the output."""
+    if prediction == "epsilon":
+        return (0.0, 1.0)
+    if prediction == "v_prediction":
+        return (sigma, alpha)
+    return ((1 - alpha * original[0]) / sigma, -alpha * original[1] / sigma)
+
+
+def ve_original(prediction: str, s: float) -> Pair:
+    """x0 = a x + b out where x = x0 + s eps and the model sees x / sqrt(s^2 + 1) (EDM, 2206.00364, table 1)."""
+    match prediction:
+        case "epsilon":
+            return (1.0, -s)
+        case "v_prediction":
+            return (1 / (s * s + 1), -s / math.sqrt(s * s + 1))
+        case _:
+            return (0.0, 1.0)

@@ -1,0 +1,193 @@
+"""Schedulers on the training timesteps: DDIM, DDPM, PNDM."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from sfumato.errors import UsageError
+from sfumato.schedulers.base import Scheduler, SchedulerOutput
+from sfumato.schedulers.grid import spaced_timesteps
+from sfumato.schedulers.noise import GaussianNoise
+from sfumato.schedulers.solvers.discrete import ddim_row, ddpm_row, plms_row, prk_row
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Generator, Tensor
+
+    from sfumato.schedulers.rows import Row
+
+__all__ = ["DDIMScheduler", "DDPMScheduler", "PNDMScheduler"]
+
+
+class TimestepScheduler(Scheduler):
+    """x = sqrt(a_t) x0 + sqrt(1 - a_t) eps at integer timesteps; a step knows its place from its timestep alone."""
+
+    finite_snr = False
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._products = self.alphas_cumprod.double().tolist()
+        self.timesteps = torch.arange(len(self) - 1, -1, -1)
+
+    def _spaced(self, n: int) -> np.ndarray:
+        config, train = self.config, len(self)
+        spaced = spaced_timesteps(config.timestep_spacing, n, train, last=train, offset=config.steps_offset)
+        return spaced.round().astype(np.int64)
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        """Choose the timesteps of n steps; raises `UsageError` for n < 1 or n above the training's."""
+        n = self._count(num_inference_steps, limit=True)
+        self._install(n, self._spaced(n), device)
+
+    def _product(self, timestep: int) -> float:
+        """The cumulative product at a timestep; past the last one, 1 or the first (`set_alpha_to_one`)."""
+        if timestep >= 0:
+            return self._products[timestep]
+        return 1.0 if self.config.own("set_alpha_to_one", True) else self._products[0]
+
+    def _weights(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        products = self.alphas_cumprod[timesteps.to(self.alphas_cumprod.device).long()]
+        return products.sqrt(), (1 - products).sqrt()
+
+    def _start_weights(self, start: int) -> tuple[float, float]:
+        product = self._products[int(self.timesteps[start])]
+        return product**0.5, (1 - product) ** 0.5
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The v-prediction target sqrt(a) noise - sqrt(1 - a) sample at timesteps (B,) (2202.00512, appendix D)."""
+        return self.add_noise(noise, -sample, timesteps)
+
+
+class DDIMScheduler(TimestepScheduler):
+    """Denoising diffusion implicit models (2010.02502); `eta` between 0 (deterministic) and 1 (DDPM's noise)."""
+
+    def _at(self, timestep: int, eta: float = 0.0, reclip: bool = False) -> Row:
+        if self.num_inference_steps is None:
+            raise UsageError("DDIMScheduler: call set_timesteps before step")
+        a_next = self._product(timestep - len(self) // self.num_inference_steps)
+        a, prediction = self._products[timestep], self.config.prediction_type
+        return ddim_row(timestep, a, a_next, prediction, eta=eta, clip=self._clip(), reclip=reclip)
+
+    def _rows(self, start: int, eta: float = 0.0) -> Sequence[Row]:
+        return [self._at(t, eta) for t in self.timesteps[start:].tolist()]
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: Generator | Sequence[Generator] | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
+        """Take one step from any timestep; `variance_noise` replaces the generator's noise where eta > 0."""
+        if eta > 0 and variance_noise is not None and generator is not None:
+            raise UsageError("pass a generator or variance_noise, not both")
+        row = self._at(int(timestep), eta, use_clipped_model_output)
+        noise = GaussianNoise(sample.shape, generator, sample.device) if variance_noise is None else lambda _: variance_noise
+        return self._step(row, model_output, sample, return_dict, noise)
+
+
+class DDPMScheduler(TimestepScheduler):
+    """Denoising diffusion probabilistic models (2006.11239), on every training timestep or fewer."""
+
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: Any = None, timesteps: Sequence[int] | None = None
+    ) -> None:
+        """Choose n spaced timesteps, or give them in descending order."""
+        n = self._count(num_inference_steps, timesteps, limit=True)
+        if timesteps is None:
+            return self._install(n, self._spaced(n), device)
+        given = np.array(timesteps, dtype=np.int64)
+        if (np.diff(given) >= 0).any() or given[0] >= len(self):
+            raise UsageError(f"set_timesteps: timesteps must descend and start below {len(self)}")
+        return self._install(n, given, device)
+
+    def _at(self, timestep: int, following: int) -> Row:
+        a, a_next = self._products[timestep], self._product(following)
+        config = self.config
+        return ddpm_row(timestep, a, a_next, config.prediction_type, config.variance_type, self._clip())
+
+    def _rows(self, start: int) -> Sequence[Row]:
+        timesteps = self.timesteps[start:].tolist()
+        return [self._at(t, following) for t, following in zip(timesteps, [*timesteps[1:], -1], strict=True)]
+
+    def previous_timestep(self, timestep: int) -> int:
+        """The timestep stepped to, -1 after the last; one lower before `set_timesteps`."""
+        if self.num_inference_steps is None:
+            return timestep - 1
+        entries = self.timesteps.tolist()
+        if timestep not in entries:
+            raise UsageError(f"timestep {timestep} is not one of the scheduler's timesteps")
+        return [*entries, -1][entries.index(timestep) + 1]
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Generator | Sequence[Generator] | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
+        """Take one step from a timestep of the schedule; a model with learned variance has (B, 2C, H, W) outputs."""
+        row = self._at(int(timestep), self.previous_timestep(int(timestep)))
+        noise = GaussianNoise(sample.shape, generator, sample.device)
+        return self._step(row, model_output, sample, return_dict, noise)
+
+
+class PNDMScheduler(TimestepScheduler):
+    """Pseudo numerical methods (2202.09778): linear multistep, after Runge-Kutta unless `skip_prk_steps`.
+
+    Parity note: calls are counted, not looked up. After a late start (image-to-image) the second call still repeats
+    the first one's step, so the run lags its timesteps by one, as the ecosystem's does.
+    """
+
+    gives_original = False
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        """Choose the timesteps: n + 1 without Runge-Kutta steps, else n + 9 (and n at least 4)."""
+        n = self._count(num_inference_steps, limit=True)
+        ascending = self._spaced(n)[::-1]
+        self._warm_up: list[int] = []
+        if self.config.skip_prk_steps:
+            timesteps = np.concatenate([ascending[:-1], ascending[-2:-1], ascending[-1:]])[::-1]
+        else:
+            if n < 4:
+                raise UsageError(f"PNDMScheduler: Runge-Kutta steps need at least 4 steps, not {n}; set skip_prk_steps")
+            halves = ascending[-4:].repeat(2) + np.tile([0, len(self) // n // 2], 4)
+            warm_up = halves[:-1].repeat(2)[1:-1][::-1]
+            self._warm_up = warm_up.tolist()
+            timesteps = np.concatenate([warm_up, ascending[:-3][::-1]])
+        self._install(n, timesteps, device)
+
+    def _reset(self) -> None:
+        super()._reset()
+        self._calls = 0
+
+    def _at(self, call: int, timestep: int) -> Row:
+        if self.num_inference_steps is None:
+            raise UsageError("PNDMScheduler: call set_timesteps before step")
+        ratio, prediction = len(self) // self.num_inference_steps, self.config.prediction_type
+        if call < len(self._warm_up):
+            here, following = self._warm_up[call // 4 * 4], timestep - (0 if call % 2 else ratio // 2)
+            return prk_row(call, timestep, self._products[here], self._product(following), prediction)
+        here, following = (timestep + ratio, timestep) if call == 1 else (timestep, timestep - ratio)
+        history = 3 if self._warm_up else call - 1 if call else 0
+        return plms_row(call, timestep, self._products[here], self._product(following), prediction, history)
+
+    def _rows(self, start: int) -> Sequence[Row]:
+        return [self._at(call, t) for call, t in enumerate(self.timesteps[start:].tolist())]
+
+    def step(
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
+        """Take the next call's step from this timestep."""
+        row = self._at(self._calls, int(timestep))
+        self._calls += 1
+        return self._step(row, model_output, sample, return_dict)

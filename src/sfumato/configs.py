@@ -84,8 +84,8 @@ class Config:
 def parse(cls: type[C], mapping: Mapping[str, Any]) -> tuple[C, list[str]]:
     """Read a JSON mapping into a config class.
 
-    Returns the config and the names of the keys it does not know. Lists become tuples, so that configs hash and compare.
-    Raises `ConfigError` from the class's own checks.
+    Returns the config and the names of the keys it does not know. Lists become tuples, so that configs hash and
+    compare. Raises `ConfigError` from the class's own checks.
     """
     names = {f.name for f in dataclasses.fields(cls)} - {"extra"}
     frozen = {key: _freeze(value) for key, value in mapping.items()}
@@ -116,7 +116,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPTextConfig(Config):
-    """`text_encoder/config.json` of a `CLIPTextModel`. The defaults are those of the ecosystem, not of any one model."""
+    """`text_encoder/config.json` of a `CLIPTextModel`; the defaults are the ecosystem's, not those of one model."""
 
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -131,8 +131,9 @@ class CLIPTextConfig(Config):
     eos_token_id: int | None = 49407
     pad_token_id: int | None = 1
     without_effect = frozenset(
-        ["architectures", "attention_dropout", "dropout", "dtype", "gradient_checkpointing", "initializer_factor", "initializer_range", "model_type", "torch_dtype", "transformers_version", "use_cache"]
-    )
+        ("architectures", "attention_dropout", "dropout", "dtype", "gradient_checkpointing", "initializer_factor",
+         "initializer_range", "model_type", "torch_dtype", "transformers_version", "use_cache")
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         one_of("text_encoder/config.json", "hidden_act", self.hidden_act, ("quick_gelu", "gelu"))

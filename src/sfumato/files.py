@@ -52,7 +52,7 @@ def output_folder(path: str | PathLike[str]) -> Path:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """A file of the folder by a name that was read from a file; raises `CheckpointError` if the name leads elsewhere."""
+    """A file of the folder by a name read from another file. Raises `CheckpointError` if it leads elsewhere."""
     windows, posix = PureWindowsPath(name), PurePosixPath(name)
     if not name or windows.anchor or posix.is_absolute() or ".." in windows.parts:
         raise CheckpointError(f"{folder}: the file name {name!r} leads out of the folder; do not use this checkpoint")

@@ -58,9 +58,9 @@ def from_pixels(sample: Tensor) -> Tensor:
 def to_pixels(image: Any, multiple: int, size: tuple[int, int] | None = None) -> Tensor:
     """A picture in any of its usual forms, as the autoencoder reads it: (B, 3, H, W) float32 in [-1, 1].
 
-    Takes a PIL image, an array (H, W, 3) or (B, H, W, 3) in [0, 1], a tensor (3, H, W) or (B, 3, H, W) in [0, 1] or [-1, 1],
-    or a list of one of these. PIL images are resized to `size` (width, height), or down to multiples of `multiple`.
-    Raises `UsageError` for anything else.
+    Takes a PIL image, an array (H, W, 3) or (B, H, W, 3) in [0, 1], a tensor (3, H, W) or (B, 3, H, W) in [0, 1] or
+    [-1, 1], or a list of one of these. PIL images are resized to `size` (width, height), or down to multiples of
+    `multiple`. Raises `UsageError` for anything else.
     """
     if isinstance(image, (list, tuple)):
         if not image:
@@ -127,7 +127,7 @@ def make_image_grid(images: Sequence[Image.Image], rows: int, cols: int, resize:
 
 
 def auto_grid(images: Sequence[Image.Image]) -> Image.Image:
-    """All images in one, in a grid as square as their number allows, empty places black; a single image stays itself."""
+    """All images in one grid, as square as their number allows, empty places black; one image stays itself."""
     if len(images) == 1:
         return images[0]
     cols = ceil(sqrt(len(images)))
@@ -175,7 +175,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def psnr(a: Image.Image, b: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two 8-bit images in dB; infinite if they are equal. Raises `UsageError` if sizes differ."""
+    """Peak signal-to-noise ratio of two 8-bit images in dB, infinite if equal. Raises `UsageError` if sizes differ."""
     if a.size != b.size:
         raise UsageError(f"pictures of {a.width}×{a.height} and {b.width}×{b.height} pixels cannot be compared")
     difference = np.asarray(a.convert("RGB"), dtype=np.float64) - np.asarray(b.convert("RGB"), dtype=np.float64)

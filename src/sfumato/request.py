@@ -1,4 +1,4 @@
-"""The one description of what to draw. The command line, the Python call and a replayed picture all become one of these."""
+"""The one description of what to draw: the command line, a Python call and a replayed picture all become one."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_number(name: str, value: object, low: float | None, high: float | None) -> None:
+def _check_number(name: str, value: Any, low: float | None, high: float | None) -> None:
     ok = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
     if not ok or (low is not None and value < low) or (high is not None and value > high):
         limits = "" if low is None else f" from {low:g} to {high:g}"

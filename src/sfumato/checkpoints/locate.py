@@ -25,7 +25,7 @@ Select = Callable[[Sequence[str], bool], list[str]]
 
 @dataclass(frozen=True, kw_only=True)
 class HubOptions:
-    """How to reach the hub; every field is `huggingface_hub`'s own. A token stored by its login is found without being named."""
+    """How to reach the hub; the fields are `huggingface_hub`'s own, and a token stored by its login is found."""
 
     cache_dir: str | Path | None = None
     revision: str | None = None
@@ -39,17 +39,16 @@ class HubOptions:
         known = [f.name for f in fields(cls)]
         for name in keywords:
             if name not in known:
-                raise UnknownArgument(
-                    f"from_pretrained has no argument {name!r}{suggest(name, [*known, 'torch_dtype', 'variant', 'use_safetensors'])}"
-                )
+                near = suggest(name, [*known, "torch_dtype", "variant", "use_safetensors"])
+                raise UnknownArgument(f"from_pretrained has no argument {name!r}{near}")
         return cls(**keywords)
 
 
 def locate_folder(name: str | PathLike[str], select: Select, **hub: Any) -> Path:
     """The local folder that holds what `select` asks for, downloaded if need be.
 
-    A folder on this machine is taken as it is and no network is touched. A hub id is looked up in the cache first: files
-    already there are never asked for again. Raises `CheckpointError` or `DownloadError` in one sentence.
+    A folder on this machine is taken as it is and no network is touched. A hub id is looked up in the cache first:
+    files already there are never asked for again. Raises `CheckpointError` or `DownloadError` in one sentence.
     """
     options = HubOptions.of(hub)
     path = Path(name).expanduser()
@@ -107,7 +106,8 @@ def download(repo: str, select: Select, options: HubOptions) -> Path:
         if isinstance(error, CheckpointError):
             raise
         raise DownloadError(
-            f"{repo!r} is not a folder here, and the hub cannot be reached ({_first_line(error)}); check the network or give a local folder"
+            f"{repo!r} is not a folder here, and the hub cannot be reached ({_first_line(error)}); "
+            "check the network or give a local folder"
         ) from error
     return Path(folder)
 

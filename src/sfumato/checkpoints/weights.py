@@ -1,7 +1,7 @@
 """Weight files: which ones a folder offers, how they get into a model, and how they are written.
 
-Weights are mapped from disk, not read: a tensor kept in its stored precision is never copied. Where another precision is
-asked for, tensors are cast one by one, and what was mapped for it is let go every few megabytes.
+Weights are mapped from disk, not read: a tensor kept in its stored precision is never copied. Where another precision
+is asked for, tensors are cast one by one, and what was mapped for it is let go every few megabytes.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def pick_weights(
 ) -> str | None:
     """The name of the weight file, or of the index of its shards, that a folder with these files offers.
 
-    The variant goes before the plain file; safetensors is the only format, unless `use_safetensors=False` asks for pickled
-    weights in so many words. None where there is nothing to pick.
+    The variant goes before the plain file; safetensors is the only format, unless `use_safetensors=False` asks for
+    pickled weights in so many words. None where there is nothing to pick.
     """
     stems = [f".{variant}", ""] if variant else [""]
     if use_safetensors is False:
@@ -66,7 +66,7 @@ def pick_weights(
 def find_weights(
     folder: Path, weights_name: str, *, variant: str | None = None, use_safetensors: bool | None = None
 ) -> list[Path]:
-    """The weight files of a folder, shards in order. Raises `CheckpointError` saying what is missing and what is there."""
+    """The weight files of a folder, shards in order. Raises `CheckpointError` saying what is missing."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     picked = pick_weights(names, weights_name, variant=variant, use_safetensors=use_safetensors)
     if picked is None:
@@ -119,11 +119,13 @@ def load_into(
     where = files[0].parent
     if missing:
         raise CheckpointError(
-            f"{where}: {_count(missing, 'weight')} missing, the first is {missing[0]!r}; the file is not of this model or damaged"
+            f"{where}: {_count(missing, 'weight')} missing, the first is {missing[0]!r}; "
+            "the file is not of this model or damaged"
         )
     if surplus:
         raise CheckpointError(
-            f"{where}: {_count(surplus, 'weight')} that the model does not have, the first is {surplus[0]}; check config.json"
+            f"{where}: {_count(surplus, 'weight')} that the model does not have, the first is {surplus[0]}; "
+            "check config.json"
         )
     model.load_state_dict(state, strict=True, assign=True)
 

@@ -1,8 +1,8 @@
 """Attention: one function `(q, k, v, mask) -> out`, chosen once and handed to the models that use it.
 
-All implementations compute softmax(q k^T / sqrt(d) + mask) v ("Attention Is All You Need", arXiv 1706.03762, eq. 1) and differ
-only in how much memory they hold at a time. Shapes: q (B, heads, L, d); k and v (B, heads, S, d); mask None or a float
-tensor that broadcasts to (B, heads, L, S) and is added to the scores; out (B, heads, L, d).
+All implementations compute softmax(q k^T / sqrt(d) + mask) v ("Attention Is All You Need", arXiv 1706.03762, eq. 1)
+and differ only in how much memory they hold at a time. Shapes: q (B, heads, L, d); k and v (B, heads, S, d); mask None
+or a float tensor that broadcasts to (B, heads, L, S) and is added to the scores; out (B, heads, L, d).
 """
 
 from __future__ import annotations
@@ -19,7 +19,16 @@ from sfumato.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["AttentionFunction", "AttentionUser", "SelfOrCrossAttention", "attention_for", "chunked", "sdpa", "sliced"]
+__all__ = [
+    "Attending",
+    "AttentionFunction",
+    "AttentionUser",
+    "SelfOrCrossAttention",
+    "attention_for",
+    "chunked",
+    "sdpa",
+    "sliced",
+]
 
 # Metal refuses buffers of 2**32 bytes; a quarter of that leaves room for the softmax beside the scores.
 MPS_SCORE_BYTES = 2**30
@@ -57,7 +66,8 @@ def sliced(slice_size: int) -> AttentionFunction:
 
 
 def chunked(max_bytes: int) -> AttentionFunction:
-    """Attention whose score matrix never exceeds `max_bytes`: first fewer (image, head) pairs, then fewer queries at a time.
+    """Attention whose score matrix never exceeds `max_bytes`: first fewer (image, head) pairs, then fewer queries at a
+    time.
 
     Raises `UsageError` for a budget below one byte.
     """
@@ -85,7 +95,18 @@ def attention_for(device: torch.device) -> AttentionFunction:
     return chunked(MPS_SCORE_BYTES) if device.type == "mps" else sdpa
 
 
-class SelfOrCrossAttention(nn.Module):
+class Attending(nn.Module):
+    """A layer with a number of heads and the function that computes its attention."""
+
+    attention: AttentionFunction
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention = sdpa
+
+
+class SelfOrCrossAttention(Attending):
     """Multi-head attention of tokens over themselves, or over a context.
 
     Parameter names are the ecosystem's: `to_q`, `to_k`, `to_v`, `to_out.0`.
@@ -94,10 +115,8 @@ class SelfOrCrossAttention(nn.Module):
     def __init__(
         self, channels: int, heads: int, *, context: int | None = None, bias: bool = False, upcast: bool = False
     ) -> None:
-        super().__init__()
-        self.heads = heads
+        super().__init__(heads)
         self.upcast = upcast
-        self.attention: AttentionFunction = sdpa
         self.to_q = nn.Linear(channels, channels, bias=bias)
         self.to_k = nn.Linear(context or channels, channels, bias=bias)
         self.to_v = nn.Linear(context or channels, channels, bias=bias)
@@ -122,9 +141,9 @@ class SelfOrCrossAttention(nn.Module):
 class AttentionUser(nn.Module):
     """A model some of whose modules call an attention function."""
 
-    def attention_modules(self) -> Iterator[nn.Module]:
+    def attention_modules(self) -> Iterator[Attending]:
         """The modules that hold an `attention` function and a number of `heads`."""
-        return (module for module in self.modules() if hasattr(module, "attention") and hasattr(module, "heads"))
+        return (module for module in self.modules() if isinstance(module, Attending))
 
     def set_attention(self, attention: AttentionFunction) -> None:
         """Compute attention in every layer by this function."""
@@ -132,12 +151,13 @@ class AttentionUser(nn.Module):
             module.attention = attention
 
     def set_attention_slice(self, slice_size: str | int | None = "auto") -> None:
-        """Compute attention in slices: `"auto"` half the heads, `"max"` one head at a time, a number of heads, or None for all.
+        """Compute attention in slices: `"auto"` half the heads, `"max"` one head at a time, a number of heads, or None
+        for all.
 
         Raises `UsageError` for another word, or for more heads than the smallest layer has.
         """
         modules = list(self.attention_modules())
-        fewest = min((int(module.heads) for module in modules), default=1)
+        fewest = min((module.heads for module in modules), default=1)
         if slice_size is None:
             return self.set_attention(sdpa)
         if isinstance(slice_size, str) and slice_size not in ("auto", "max"):
@@ -147,7 +167,7 @@ class AttentionUser(nn.Module):
                 f"slice_size must be from 1 to {fewest} (the heads of the smallest layer), not {slice_size}"
             )
         for module in modules:
-            heads = int(module.heads)
+            heads = module.heads
             size = (
                 {"auto": max(1, heads // 2), "max": 1}.get(slice_size, heads)
                 if isinstance(slice_size, str)

@@ -138,7 +138,8 @@ def select_model_files(
     picked = weights.pick_weights(own, weights_name, variant=variant, use_safetensors=use_safetensors)
     if picked is None or (strict and variant and f".{variant}" not in picked):
         raise CheckpointError(
-            f"there are no usable weights for {folder or weights_name!r}; its files are {', '.join(sorted(own)) or 'none'}"
+            f"there are no usable weights for {folder or weights_name!r}; "
+            f"its files are {', '.join(sorted(own)) or 'none'}"
         )
     if picked.endswith(".json"):
         shard = picked.removesuffix(".json").split(".index")[0].rsplit(".", 1)

@@ -27,7 +27,8 @@ def activation(name: str) -> nn.Module:
 def sinusoidal_embedding(timesteps: Tensor, size: int, *, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
     """Timesteps (B,) as sines and cosines (B, size) in float32.
 
-    Frequencies fall geometrically from 1 to 1/10000 ("Denoising Diffusion Probabilistic Models", arXiv 2006.11239, appendix B).
+    Frequencies fall geometrically from 1 to 1/10000 ("Denoising Diffusion Probabilistic Models", arXiv 2006.11239,
+    appendix B).
     """
     half = size // 2
     exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timesteps.device)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sfumato.checkpoints.weights import Rule
 from sfumato.configs import CLIPTextConfig
-from sfumato.models.attention import AttentionFunction, sdpa
+from sfumato.models.attention import Attending
 from sfumato.models.base import Model
 
 __all__ = ["CLIPTextModel", "CLIPTextOutput"]
@@ -21,8 +21,8 @@ __all__ = ["CLIPTextModel", "CLIPTextOutput"]
 class CLIPTextOutput:
     """The encoded prompt.
 
-    last_hidden_state (B, S, C) is normalized; pooler_output (B, C) is its row at the end-of-text token; hidden_states holds
-    the embeddings and the result of every layer, none of them normalized, if they were asked for.
+    last_hidden_state (B, S, C) is normalized; pooler_output (B, C) is its row at the end-of-text token; hidden_states
+    holds the embeddings and the result of every layer, none of them normalized, if they were asked for.
     """
 
     last_hidden_state: Tensor
@@ -33,13 +33,11 @@ class CLIPTextOutput:
         return (self.last_hidden_state, self.pooler_output)[index]
 
 
-class CLIPAttention(nn.Module):
+class CLIPAttention(Attending):
     """Multi-head self-attention with the parameter names of CLIP: `q_proj`, `k_proj`, `v_proj`, `out_proj`."""
 
     def __init__(self, channels: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.attention: AttentionFunction = sdpa
+        super().__init__(heads)
         self.q_proj = nn.Linear(channels, channels)
         self.k_proj = nn.Linear(channels, channels)
         self.v_proj = nn.Linear(channels, channels)
@@ -161,7 +159,7 @@ class CLIPTextModel(Model):
 
     @staticmethod
     def _mask(x: Tensor, keep: Tensor | None) -> Tensor:
-        """Causal: a token reads only those before it. Finite, so that no row can become NaN and weights can be quantized."""
+        """Causal: a token reads only those before it. Finite, so that no row becomes NaN."""
         length, lowest = x.shape[1], torch.finfo(x.dtype).min
         mask = torch.full((1, 1, length, length), lowest, dtype=x.dtype, device=x.device).triu(1)
         if keep is not None:

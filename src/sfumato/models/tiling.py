@@ -17,7 +17,7 @@ Transform = Callable[[Tensor], Tensor]
 
 
 class Tiled:
-    """The switches of an autoencoder. Slicing changes nothing but memory; tiling also changes the picture slightly at the seams."""
+    """An autoencoder's switches: slicing changes only memory, tiling also the picture, slightly, at the seams."""
 
     use_slicing = False
     use_tiling = False

@@ -108,7 +108,7 @@ class AutoencoderTiny(Model, Tiled):
     def decode(
         self, z: Tensor, *, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
-        """Latents (B, C, h, w), already divided by the scaling factor -> pictures. Decoding draws nothing from `generator`."""
+        """Latents (B, C, h, w), divided by the scaling factor -> pictures. Nothing is drawn from `generator`."""
         sample = self._decode_in_parts(self.decoder, z)
         return DecoderOutput(sample) if return_dict else (sample,)
 

@@ -1,4 +1,4 @@
-"""The conditional U-Net that predicts noise ("High-Resolution Image Synthesis with Latent Diffusion Models", arXiv 2112.10752)."""
+"""The conditional U-Net that predicts noise (Latent Diffusion, arXiv 2112.10752)."""
 
 from __future__ import annotations
 
@@ -220,9 +220,9 @@ class UNet2DConditionModel(Model):
     ) -> UNet2DConditionOutput | tuple[Tensor]:
         """Predict the noise in a sample.
 
-        sample (B, C, H, W); timestep a number or (B,) on the scale of the training timesteps; encoder_hidden_states (B, S, C');
-        class_labels (B,) where the config asks for them; masks (B, S) with 1 for positions to keep. Any height and width.
-        Returns the prediction (B, C, H, W) as `.sample`, or in a tuple with `return_dict=False`.
+        sample (B, C, H, W); timestep a number or (B,) on the scale of the training timesteps; encoder_hidden_states
+        (B, S, C'); class_labels (B,) where the config asks for them; masks (B, S) with 1 for positions to keep. Any
+        height and width. Returns the prediction (B, C, H, W) as `.sample`, or in a tuple with `return_dict=False`.
         """
         if self.config.center_input_sample:
             sample = 2 * sample - 1
@@ -287,5 +287,5 @@ def _class_embedding(config: UNet2DConditionConfig, channels: int, time_channels
 
 
 def _additive(keep: Tensor | None, sample: Tensor) -> Tensor | None:
-    """A mask (B, S) of ones to keep, as scores to add (B, 1, 1, S); finite, so that a wholly masked row stays finite."""
+    """A mask (B, S) of ones to keep, as scores to add (B, 1, 1, S); a wholly masked row stays finite."""
     return None if keep is None else ((1 - keep.to(sample.dtype)) * -10000.0)[:, None, None, :]

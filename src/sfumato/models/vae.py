@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -104,7 +105,7 @@ class VAELevel(nn.Module):
 
     def __init__(self, config: AutoencoderKLConfig, widths: Sequence[int], resize: nn.Module | None) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(_resnet(config, a, b) for a, b in zip(widths, widths[1:], strict=False))
+        self.resnets = nn.ModuleList(_resnet(config, a, b) for a, b in pairwise(widths))
         if isinstance(resize, Downsample2D):
             self.downsamplers = nn.ModuleList([resize])
         elif isinstance(resize, Upsample2D):
@@ -205,7 +206,7 @@ class AutoencoderKL(Model, Tiled):
     def decode(
         self, z: Tensor, *, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
-        """Latents (B, C, h, w), already divided by the scaling factor -> pictures. Decoding draws nothing from `generator`."""
+        """Latents (B, C, h, w), divided by the scaling factor -> pictures. Nothing is drawn from `generator`."""
         sample = self._decode_in_parts(lambda z: self.decoder(self.post_quant_conv(z)), z)
         return DecoderOutput(sample) if return_dict else (sample,)
 

@@ -1,4 +1,4 @@
-"""The parts of a pipeline folder: which there are, where each lies, how each is loaded and saved (`model_index.json`)."""
+"""The parts of a pipeline folder: which there are, where each lies, how each is loaded and saved."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def check_component(part: str, value: Any) -> None:
 
 
 def choose_scheduler(name: str | None, current: Scheduler) -> Scheduler:
-    """A fresh scheduler for one run: the current one's settings, as the class and preset that a short name stands for."""
+    """A fresh scheduler for one run: the current one's settings in the class that a short name stands for."""
     if name is None:
         return type(current).from_config(current.config)
     class_name, preset = resolve(name)

@@ -17,8 +17,8 @@ __all__ = ["FiniteWatch"]
 class FiniteWatch:
     """Collects one flag per stage and judges them without making an accelerator wait between steps.
 
-    On a CPU a flag is there at once, so a bad stage stops the work immediately; elsewhere the flags are read together, at
-    the end of the loop.
+    On a CPU a flag is there at once, so a bad stage stops the work immediately; elsewhere the flags are read together,
+    at the end of the loop.
     """
 
     def __init__(self) -> None:

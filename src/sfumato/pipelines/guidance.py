@@ -57,7 +57,7 @@ class Guidance:
         return rescale(guided, conditional, self.rescale) if self.rescale > 0 else guided
 
     def replace_embeds(self, embeds: Tensor) -> None:
-        """Read other embeddings from now on: (B, S, C), which ends guidance, or (2B, S, C) with the negative ones first."""
+        """Read other embeddings: (B, S, C), which ends guidance, or (2B, S, C) with the negative ones first."""
         batch = self.embeds.shape[0]
         if embeds.shape[0] == batch:
             self.embeds, self.negative_embeds = embeds, None

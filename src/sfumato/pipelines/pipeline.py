@@ -103,10 +103,11 @@ class DiffusionPipeline:
     ) -> DiffusionPipeline:
         """Load a checkpoint from a folder, the hub's cache or the hub, onto the CPU.
 
-        torch_dtype (or dtype): precision of the weights, one or one per component; float32 if None. variant: infix of the
-        file names ("fp16"). use_safetensors: False allows pickled weights. Any component (`vae=…`, `scheduler=…`) takes the
-        place of the stored one. Hub keywords: cache_dir, revision, token, local_files_only, force_download.
-        Raises `CheckpointError` naming the file or key that is wrong, `UnknownArgument` for a keyword that does not exist.
+        torch_dtype (or dtype): precision of the weights, one or one per component; float32 if None. variant: infix of
+        the file names ("fp16"). use_safetensors: False allows pickled weights. Any component (`vae=…`, `scheduler=…`)
+        takes the place of the stored one. Hub keywords: cache_dir, revision, token, local_files_only, force_download.
+        Raises `CheckpointError` naming the file or key that is wrong, `UnknownArgument` for a keyword that does not
+        exist.
         """
         hub_names = [*HubOptions.__dataclass_fields__]
         known = [*COMPONENTS, *OPTIONAL, "requires_safety_checker", *hub_names]
@@ -142,7 +143,7 @@ class DiffusionPipeline:
     def save_pretrained(
         self, folder: str | PathLike[str], *, variant: str | None = None, max_shard_size: int | str = "10GB"
     ) -> None:
-        """Write the whole pipeline into a folder, in a form the ecosystem's own libraries read. Raises `OutputError`."""
+        """Write the pipeline into a folder that the ecosystem's own libraries read too. Raises `OutputError`."""
         save_components(self.components, folder, self._saved_as, variant=variant, max_shard_size=max_shard_size)
 
     @property
@@ -192,7 +193,7 @@ class DiffusionPipeline:
         return self
 
     def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
-        """Compute attention in slices: `"auto"` half the heads, `"max"` one at a time, or a number of heads. Same picture."""
+        """Compute attention in slices: "auto" half the heads, "max" one, or a number of heads. Same picture."""
         if slice_size is None:
             return self.disable_attention_slicing()
         self.unet.set_attention_slice(slice_size)
@@ -262,7 +263,8 @@ class DiffusionPipeline:
         """Draw in the ecosystem's way: the caller's generators, callbacks between steps, several kinds of output."""
         if output_type not in OUTPUT_TYPES:
             raise UsageError(
-                f"output_type {output_type!r} does not exist{suggest(output_type, OUTPUT_TYPES)}; use pil, np, pt or latent"
+                f"there is no output_type {output_type!r}{suggest(output_type, OUTPUT_TYPES)}; "
+                "use pil, np, pt or latent"
             )
         for name in names:
             if name not in CALLBACK_TENSORS:
@@ -340,9 +342,9 @@ class StableDiffusionPipeline(DiffusionPipeline):
         """
         _refuse(unknown, StableDiffusionPipeline.__call__)
         request = _request(
-            prompt, prompt_embeds, height=height, width=width, steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas,
-            guidance_scale=guidance_scale, negative_prompt=negative_prompt, count=num_images_per_prompt, eta=eta,
-            guidance_rescale=guidance_rescale, clip_skip=clip_skip,
+            prompt, prompt_embeds, height=height, width=width, steps=num_inference_steps, timesteps=timesteps,
+            sigmas=sigmas, guidance_scale=guidance_scale, negative_prompt=negative_prompt, count=num_images_per_prompt,
+            eta=eta, guidance_rescale=guidance_rescale, clip_skip=clip_skip,
         )  # fmt: skip
         given = Given(
             generators=generator,
@@ -384,7 +386,8 @@ class StableDiffusionImg2ImgPipeline(DiffusionPipeline):
     ) -> StableDiffusionPipelineOutput | tuple[Any, None]:
         """Redraw a picture by words; `strength` says how far to leave it, from 0 to 1 (wholly).
 
-        `image` is a PIL image, an array in [0, 1], a tensor, or a list of these. Otherwise as `StableDiffusionPipeline`.
+        `image` is a PIL image, an array in [0, 1], a tensor, or a list of these. Otherwise as
+        `StableDiffusionPipeline`.
         """
         _refuse(unknown, StableDiffusionImg2ImgPipeline.__call__)
         if image is None:
@@ -429,7 +432,7 @@ def _refuse(unknown: dict[str, Any], function: Callable[..., Any]) -> None:
     """Arguments that do not exist are an error; None, the ecosystem's way to say "not used", is harmless."""
     for name, value in unknown.items():
         if value is not None:
-            known = [n for n in function.__code__.co_varnames[1 : function.__code__.co_argcount]]
+            known = function.__code__.co_varnames[1 : function.__code__.co_argcount]
             raise UnknownArgument(f"the pipeline has no argument {name!r}{suggest(name, known)}")
 
 

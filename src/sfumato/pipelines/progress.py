@@ -25,7 +25,8 @@ class Bar:
         if self.bar is None:
             from tqdm.auto import tqdm
 
-            self.bar = tqdm(**({"total": total} | dict(self.config)))
+            settings: dict[str, Any] = {"total": total} | dict(self.config)
+            self.bar = tqdm(**settings)
         self.bar.update(done - self.bar.n)
 
 

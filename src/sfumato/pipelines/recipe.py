@@ -48,8 +48,8 @@ def describe(
 def weights_hash(pipeline: DiffusionPipeline) -> str:
     """A hash of names, shapes and the signs of a sample of all weights.
 
-    Signs survive every cast between precisions, so a checkpoint has one hash in all of them; another training flips some of
-    the tens of thousands that are looked at.
+    Signs survive every cast between precisions, so a checkpoint has one hash in all of them; another training flips
+    some of the tens of thousands that are looked at.
     """
     digest = hashlib.sha256()
     models: list[Model] = [pipeline.text_encoder, pipeline.unet, pipeline.vae]

@@ -56,8 +56,8 @@ class Step:
 class Result:
     """The pictures of a request.
 
-    images, and for each its seed and its recipe (what a PNG carries); the request with everything it left open filled in;
-    notes: what was done without being asked for, such as words that did not fit; seconds spent in each stage.
+    images, and for each its seed and its recipe (what a PNG carries); the request with everything it left open filled
+    in; notes: what was done without being asked for, such as words that did not fit; seconds spent in each stage.
     """
 
     images: list[Image]

@@ -48,7 +48,7 @@ class Run:
     guidance: Guidance = field(init=False)
 
     def latents(self) -> Generator[DenoiseStep, Tensor | None, Tensor]:
-        """Encode, denoise, and return the latents (B, C, h, w); yields after each step, and takes edited latents back."""
+        """Encode, denoise, return the latents (B, C, h, w); yields after each step and takes edited latents back."""
         pipeline, request = self.pipeline, self.request
         guided = request.guidance_scale > 1 and pipeline.unet.config.time_cond_proj_dim is None
         self._check(guided)
@@ -95,7 +95,8 @@ class Run:
         request, given, unet = self.request, self.given, self.pipeline.unet
         if guided and unet.config.in_channels != self.pipeline.vae.config.latent_channels:
             raise UsageError(
-                f"this U-Net reads {unet.config.in_channels} channels (inpainting or upscaling); text-to-image needs {self.pipeline.vae.config.latent_channels}"
+                f"this U-Net reads {unet.config.in_channels} channels (inpainting or upscaling), "
+                f"but its VAE makes {self.pipeline.vae.config.latent_channels}; use a text-to-image checkpoint"
             )
         if given.prompt_embeds is not None and any(request.prompts):
             raise UsageError("prompt and prompt_embeds both say what to draw; give one of them")
@@ -130,7 +131,7 @@ class Run:
             self.scheduler.set_timesteps(request.steps, device=device)
 
     def _start(self, batch: int) -> tuple[int, Tensor]:
-        """The first entry of the schedule to run, and the latents to run it on (batch, C, h, w) in float32 (or float64)."""
+        """The first entry of the schedule to run, and the latents (batch, C, h, w) to run it on."""
         pipeline, request, given = self.pipeline, self.request, self.given
         dtype = torch.float64 if pipeline.unet.dtype == torch.float64 else torch.float32
         device, generators = pipeline.unet.device, given.generators

@@ -33,7 +33,8 @@ class Given:
     """What a caller may hand over ready-made beside the request.
 
     generators: one for the whole batch, one per image, or None; latents (B, C, h, w): the initial noise;
-    prompt_embeds and negative_prompt_embeds (P, S, C) in place of the words; image: a picture, array or tensor to start from.
+    prompt_embeds and negative_prompt_embeds (P, S, C) in place of the words; image: a picture, array or tensor to
+    start from.
     """
 
     generators: Generator | Sequence[Generator] | None = None
@@ -55,7 +56,7 @@ class Conditioning:
 def encode_prompt(
     pipeline: DiffusionPipeline, request: GenerateRequest, given: Given, *, guided: bool, watch: FiniteWatch
 ) -> Conditioning:
-    """Encode each prompt once and repeat it for each of its pictures. Raises `UsageError` where embeddings do not fit."""
+    """Encode each prompt once, repeated for each of its pictures. Raises `UsageError` where embeddings do not fit."""
     embeds, lost = given.prompt_embeds, ()
     if embeds is None:
         embeds, lost = _encode(pipeline, request.prompts, request.clip_skip)
@@ -68,7 +69,8 @@ def encode_prompt(
     unet, count = pipeline.unet, request.count
     if negative is not None and negative.shape != embeds.shape:
         raise UsageError(
-            f"prompt_embeds {tuple(embeds.shape)} and negative_prompt_embeds {tuple(negative.shape)} must have one shape"
+            f"prompt_embeds {tuple(embeds.shape)} and negative_prompt_embeds {tuple(negative.shape)} "
+            "must have the same shape"
         )
     embeds = embeds.to(unet.device, unet.dtype).repeat_interleave(count, dim=0)
     negative = None if negative is None else negative.to(unet.device, unet.dtype).repeat_interleave(count, dim=0)
@@ -93,7 +95,8 @@ def encode_image(
 ) -> Tensor:
     """Pixels (P, 3, H, W) in [-1, 1] -> scaled latents (batch, C, h, w) in float32.
 
-    Latents given in place of pixels (P, 4, h, w) are taken as they are. Raises `UsageError` where P does not divide the batch.
+    Latents given in place of pixels (P, 4, h, w) are taken as they are. Raises `UsageError` where P does not divide
+    the batch.
     """
     count = pixels.shape[0]
     if batch % count:

@@ -52,5 +52,5 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """The fastest precision that is safe: half on CUDA; float32 on a CPU, and on MPS, whose half-precision attention overflows."""
+    """The fastest safe precision: float16 on CUDA; float32 on a CPU and on MPS, whose attention overflows in half."""
     return torch.float16 if device.type == "cuda" else torch.float32

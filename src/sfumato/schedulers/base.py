@@ -18,13 +18,14 @@ from sfumato.errors import CheckpointError, OutputError, UnknownArgument, UsageE
 from sfumato.schedulers.configs import CONFIGS, SchedulerConfig, config_class, sibling_keys
 from sfumato.schedulers.grid import train_alphas_cumprod, train_betas
 from sfumato.schedulers.noise import GaussianNoise
-from sfumato.schedulers.rows import Clip, Row, State, advance, predict_original
+from sfumato.schedulers.rows import Clip, Row, State, advance, folded, predict_original
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch import Generator, Tensor
+    from torch import Tensor
 
+    from sfumato.schedulers.noise import Generators
     from sfumato.schedulers.rows import Noise
 
 __all__ = ["Scheduler", "SchedulerOutput", "Table"]
@@ -106,7 +107,7 @@ class Scheduler:
             mapping["_class_name"] = cls.__name__
         scheduler.config = scheduler.config.replace(extra={**scheduler.config.extra, **mapping})
         if unknown := sorted(key for key in mapping if key not in sibling_keys() and not key.startswith("_")):
-            logger.warning("%s: no scheduler knows the config keys %s; kept, not used", cls.__name__, ", ".join(unknown))
+            logger.warning("%s: unknown config keys, kept but not used: %s", cls.__name__, ", ".join(unknown))
         return (scheduler, mapping) if return_unused_kwargs else scheduler
 
     @classmethod
@@ -184,7 +185,7 @@ class Scheduler:
         if torch.device(device or "cpu").type == "mps" and timesteps.dtype == np.float64:
             timesteps = timesteps.astype(np.float32)  # MPS has no float64
         self.num_inference_steps = n
-        self.timesteps = torch.from_numpy(np.ascontiguousarray(timesteps)).to(device)
+        self.timesteps = torch.from_numpy(timesteps.copy()).to(device)
         self._begin_index = None
         self._reset()
 
@@ -230,12 +231,10 @@ class Scheduler:
         if not 0 <= start < len(self.timesteps) or start % self.order:
             raise UsageError(f"start = {start} must be one of {len(self.timesteps)} entries, divisible by {self.order}")
         options = {"eta": eta} if "eta" in inspect.signature(self.step).parameters else {}
-        rows = tuple(self._rows(start, **options))
+        rows = tuple(map(folded, self._rows(start, **options)))
         return Table(rows, self.timesteps[start:], self.init_noise_sigma, self._start_weights(start))
 
-    def noise_source(
-        self, shape: Sequence[int], generators: Generator | Sequence[Generator] | None = None, device: Any = None
-    ) -> Noise:
+    def noise_source(self, shape: Sequence[int], generators: Generators = None, device: Any = None) -> Noise:
         """The noise of one run over `table`, float32 of this shape on this device."""
         return GaussianNoise(shape, generators, device)
 
@@ -258,7 +257,7 @@ class Scheduler:
             self._step_index = self._first = self.index_for_timestep(timestep) if begin is None else begin
         key = (self._first, tuple(options.items()))
         if self._built[0] != key:
-            self._built = (key, self._rows(self._first, **options))
+            self._built = (key, [folded(row) for row in self._rows(self._first, **options)])
         offset = self._step_index - self._first
         if offset >= len(self._built[1]):
             raise UsageError(f"{type(self).__name__}: all steps are taken; call set_timesteps to start again")

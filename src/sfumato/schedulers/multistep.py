@@ -11,15 +11,16 @@ import torch
 from sfumato.errors import ConfigError, UsageError
 from sfumato.schedulers.base import SchedulerOutput, logger
 from sfumato.schedulers.grid import respace, sigma_to_t, spaced_timesteps
-from sfumato.schedulers.noise import GaussianNoise
+from sfumato.schedulers.noise import noise_for
 from sfumato.schedulers.sigma import SigmaScheduler
 from sfumato.schedulers.solvers import deis, dpm, unipc
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Generator, Tensor
+    from torch import Tensor
 
+    from sfumato.schedulers.noise import Generators
     from sfumato.schedulers.rows import Row
 
 __all__ = [
@@ -64,11 +65,15 @@ class VPScheduler(SigmaScheduler):
         shift, noise = self.config.flow_shift, 1 - np.linspace(1, 1 / len(self), n + 1)
         return (shift * noise / (1 + (shift - 1) * noise))[:0:-1]
 
-    def _choose(self, n: int, device: Any, timesteps: Sequence[int] | None, sigmas: Sequence[float] | None = None) -> None:
+    def _choose(
+        self, n: int, device: Any, timesteps: Sequence[int] | None, sigmas: Sequence[float] | None = None
+    ) -> None:
         config, table = self.config, self._train_sigmas
         respaced = config.respaced or ("use_lu_lambdas" if config.own("use_lu_lambdas") else None)
         if timesteps is not None and (respaced or config.use_flow_sigmas):
-            raise UsageError(f"{config.owner}: custom timesteps need an unrespaced grid, not {respaced or 'flow sigmas'}")
+            raise UsageError(
+                f"{config.owner}: custom timesteps need an unrespaced grid, not {respaced or 'flow sigmas'}"
+            )
         points = self._spaced(n) if timesteps is None else np.array(timesteps, dtype=np.int64)
         if respaced == "use_lu_lambdas":
             values = np.exp(np.linspace(self._log_sigmas[-1].item(), self._log_sigmas[0].item(), n))
@@ -129,12 +134,12 @@ class DPMSolverMultistepScheduler(VPScheduler):
         model_output: Tensor,
         timestep: int | Tensor,
         sample: Tensor,
-        generator: Generator | Sequence[Generator] | None = None,
+        generator: Generators = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, ...]:
         """Take one step; the SDE algorithms draw from the generator unless `variance_noise` is given."""
-        noise = GaussianNoise(sample.shape, generator, sample.device) if variance_noise is None else lambda _: variance_noise
+        noise = noise_for(sample, generator, variance_noise)
         return self._step(self._row(timestep), model_output, sample, return_dict, noise)
 
 
@@ -179,11 +184,11 @@ class DPMSolverSinglestepScheduler(VPScheduler):
         model_output: Tensor,
         timestep: int | Tensor,
         sample: Tensor,
-        generator: Generator | Sequence[Generator] | None = None,
+        generator: Generators = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, ...]:
         """Take one step; the SDE algorithm draws from the generator."""
-        noise = GaussianNoise(sample.shape, generator, sample.device)
+        noise = noise_for(sample, generator)
         return self._step(self._row(timestep), model_output, sample, return_dict, noise)
 
 
@@ -231,7 +236,9 @@ class UniPCMultistepScheduler(VPScheduler):
 
     def _rows(self, start: int) -> Sequence[Row]:
         config, n = self.config, len(self.timesteps)
-        wanted = [min(config.solver_order, n - i) if config.lower_order_final else config.solver_order for i in range(n)]
+        wanted = [
+            min(config.solver_order, n - i) if config.lower_order_final else config.solver_order for i in range(n)
+        ]
         rows = unipc.unipc(
             self._grid(start),
             self._orders(start, wanted),
@@ -243,5 +250,7 @@ class UniPCMultistepScheduler(VPScheduler):
             return rows
         steps = config.solver_p.table(start).rows
         if len(steps) != len(rows):
-            raise ConfigError(f"UniPCMultistepScheduler: solver_p takes {len(steps)} steps where {len(rows)} are needed")
+            raise ConfigError(
+                f"UniPCMultistepScheduler: solver_p takes {len(steps)} steps where {len(rows)} are needed"
+            )
         return [replace(row, predictor=step) for row, step in zip(rows, steps, strict=True)]

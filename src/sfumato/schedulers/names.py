@@ -42,7 +42,12 @@ _SAMPLERS: dict[str, tuple[str, dict[str, Any], str, bool]] = {
     "unipc_3": (UNIPC, {"solver_order": 3}, "UniPC of order 3; for weak guidance", True),
 }  # fmt: skip
 _DPM_ALGORITHM = {"algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}
-_SPACINGS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False, "use_lu_lambdas": False}
+_SPACINGS = {
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "use_lu_lambdas": False,
+}
 
 
 def _aliases() -> dict[str, Alias]:
@@ -53,7 +58,9 @@ def _aliases() -> dict[str, Alias]:
         spacings = {key: False for key in _SPACINGS if karras and (key != "use_lu_lambdas" or class_name == MULTI)}
         aliases[name] = Alias(class_name, spacings | full, about)
         if karras:
-            aliases[f"{name}_karras"] = Alias(class_name, spacings | {"use_karras_sigmas": True} | full, f"{about}; Karras sigmas")
+            aliases[f"{name}_karras"] = Alias(
+                class_name, spacings | {"use_karras_sigmas": True} | full, f"{about}; Karras sigmas"
+            )
     return aliases
 
 

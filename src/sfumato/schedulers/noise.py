@@ -16,9 +16,16 @@ if TYPE_CHECKING:
 
     from torch import Generator, Tensor
 
-    from sfumato.schedulers.rows import Row
+    from sfumato.schedulers.rows import Noise, Row
 
-__all__ = ["BrownianNoise", "GaussianNoise"]
+    Generators = Generator | Sequence[Generator] | None
+
+__all__ = ["BrownianNoise", "GaussianNoise", "noise_for"]
+
+
+def noise_for(sample: Tensor, generators: Generators, given: Tensor | None = None) -> Noise:
+    """A noise source shaped like these latents, or the noise the caller already has."""
+    return GaussianNoise(sample.shape, generators, sample.device) if given is None else lambda _: given
 
 
 class GaussianNoise:
@@ -31,7 +38,7 @@ class GaussianNoise:
     def __init__(
         self,
         shape: Sequence[int],
-        generators: Generator | Sequence[Generator] | None = None,
+        generators: Generators = None,
         device: torch.device | str | None = None,
     ) -> None:
         if isinstance(generators, (list, tuple)) and len(generators) not in (1, shape[0]):

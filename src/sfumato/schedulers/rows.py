@@ -1,9 +1,9 @@
 """One sampling step as a row of numbers, and `advance`, which runs any of them.
 
 Every sampler here is linear: the next latents are a weighted sum of the current ones, of latents saved earlier, of the
-model's past outputs and of noise, and the noise grid alone fixes the weights. A *builder* (in `solvers/`) works them out
-once, in float64, as `Row`s; `advance` is then the same few tensor operations for all samplers, without a branch on the
-sampler's name, without waiting for the device and without float64 on it.
+model's past outputs and of noise, with weights that the noise grid alone fixes. A *builder* (in `solvers/`) works them
+out once, in float64, as `Row`s; `advance` is then the same few tensor operations for all samplers, without a branch on
+the sampler's name, without waiting for the device and without float64 on it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Noise = Callable[["Row"], Tensor]
     """A source of standard normal noise in float32; it is asked only for rows that have a `noise` weight."""
 
-__all__ = ["Clip", "LearnedVariance", "Row", "State", "advance", "predict_original"]
+__all__ = ["Clip", "LearnedVariance", "Row", "State", "advance", "folded", "predict_original"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +92,14 @@ class Row:
     learned: LearnedVariance | None = None
     correct: tuple[float, ...] = ()
     predictor: Row | None = None  # another scheduler's row that takes the step from the corrected x
+
+
+def folded(row: Row) -> Row:
+    """The same step straight from x and the output, where nothing else needs d: no cancellation, two operations fewer."""
+    if len(row.past) != 1 or row.keep[1] or row.clip is not None or row.correct:
+        return row
+    (w,), (a, b) = row.past, row.convert
+    return replace(row, x=row.x + w * a, out=row.out + w * b, past=())
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +183,7 @@ def _with_x(state: State | None, x: Tensor) -> State:
 
 
 def _sum(terms: Iterable[tuple[float, Tensor | None]], dtype: torch.dtype) -> Tensor:
-    """Sum of weight × tensor. Weights of 0 cost nothing, 1 in front costs no multiplication, the rest fuse into adds."""
+    """Sum of weight × tensor. A weight of 0 costs nothing, a leading 1 no multiplication; the rest fuse into adds."""
     total: Tensor | None = None
     owned = False  # whether `total` is ours to add into
     for weight, tensor in terms:

@@ -10,15 +10,16 @@ import torch
 from sfumato.errors import UsageError
 from sfumato.schedulers.base import Scheduler, SchedulerOutput
 from sfumato.schedulers.grid import respace, sigma_to_t, spaced_timesteps, train_sigmas
-from sfumato.schedulers.noise import BrownianNoise, GaussianNoise
+from sfumato.schedulers.noise import BrownianNoise, noise_for
 from sfumato.schedulers.solvers import ve
 from sfumato.schedulers.solvers.prediction import Grid
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Generator, Tensor
+    from torch import Tensor
 
+    from sfumato.schedulers.noise import Generators
     from sfumato.schedulers.rows import Noise, Row
 
 __all__ = [
@@ -171,13 +172,13 @@ class EulerDiscreteScheduler(VEScheduler):
         s_tmin: float = 0.0,
         s_tmax: float = float("inf"),
         s_noise: float = 1.0,
-        generator: Generator | Sequence[Generator] | None = None,
+        generator: Generators = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, ...]:
         """Take one step; with `s_churn` > 0, noise scaled by `s_noise` is added where s_tmin <= s <= s_tmax."""
         refuse_index(self, timestep)
         options = {"churn": s_churn, "tmin": s_tmin, "tmax": s_tmax, "noise": s_noise} if s_churn > 0 else {}
-        noise = GaussianNoise(sample.shape, generator, sample.device)
+        noise = noise_for(sample, generator)
         return self._step(self._row(timestep, **options), model_output, sample, return_dict, noise)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -202,11 +203,11 @@ class StochasticStep(VEScheduler):
         model_output: Tensor,
         timestep: float | Tensor,
         sample: Tensor,
-        generator: Generator | Sequence[Generator] | None = None,
+        generator: Generators = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, ...]:
         """Take one step with noise from a generator, one generator per image, or torch's default."""
-        noise = GaussianNoise(sample.shape, generator, sample.device)
+        noise = noise_for(sample, generator)
         return self._step(self._row(timestep), model_output, sample, return_dict, noise)
 
 
@@ -346,9 +347,7 @@ class DPMSolverSDEScheduler(TwoCallScheduler):
     def _rows(self, start: int, s_noise: float = 1.0) -> Sequence[Row]:
         return ve.dpm_sde(self._grid(start), self._mids, self._spans, s_noise)
 
-    def noise_source(
-        self, shape: Sequence[int], generators: Generator | Sequence[Generator] | None = None, device: Any = None
-    ) -> Noise:
+    def noise_source(self, shape: Sequence[int], generators: Generators = None, device: Any = None) -> Noise:
         """One Brownian path seeded by `noise_sampler_seed`, else by the generator's seed (a list: a path per image)."""
         seed = self.config.noise_sampler_seed
         if seed is None and generators is not None:

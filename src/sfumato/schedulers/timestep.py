@@ -10,14 +10,16 @@ import torch
 from sfumato.errors import UsageError
 from sfumato.schedulers.base import Scheduler, SchedulerOutput
 from sfumato.schedulers.grid import spaced_timesteps
-from sfumato.schedulers.noise import GaussianNoise
+from sfumato.schedulers.noise import noise_for
+from sfumato.schedulers.rows import folded
 from sfumato.schedulers.solvers.discrete import ddim_row, ddpm_row, plms_row, prk_row
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Generator, Tensor
+    from torch import Tensor
 
+    from sfumato.schedulers.noise import Generators
     from sfumato.schedulers.rows import Row
 
 __all__ = ["DDIMScheduler", "DDPMScheduler", "PNDMScheduler"]
@@ -82,15 +84,15 @@ class DDIMScheduler(TimestepScheduler):
         sample: Tensor,
         eta: float = 0.0,
         use_clipped_model_output: bool = False,
-        generator: Generator | Sequence[Generator] | None = None,
+        generator: Generators = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, ...]:
         """Take one step from any timestep; `variance_noise` replaces the generator's noise where eta > 0."""
         if eta > 0 and variance_noise is not None and generator is not None:
             raise UsageError("pass a generator or variance_noise, not both")
-        row = self._at(int(timestep), eta, use_clipped_model_output)
-        noise = GaussianNoise(sample.shape, generator, sample.device) if variance_noise is None else lambda _: variance_noise
+        row = folded(self._at(int(timestep), eta, use_clipped_model_output))
+        noise = noise_for(sample, generator, variance_noise)
         return self._step(row, model_output, sample, return_dict, noise)
 
 
@@ -132,12 +134,12 @@ class DDPMScheduler(TimestepScheduler):
         model_output: Tensor,
         timestep: int | Tensor,
         sample: Tensor,
-        generator: Generator | Sequence[Generator] | None = None,
+        generator: Generators = None,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, ...]:
         """Take one step from a timestep of the schedule; a model with learned variance has (B, 2C, H, W) outputs."""
-        row = self._at(int(timestep), self.previous_timestep(int(timestep)))
-        noise = GaussianNoise(sample.shape, generator, sample.device)
+        row = folded(self._at(int(timestep), self.previous_timestep(int(timestep))))
+        noise = noise_for(sample, generator)
         return self._step(row, model_output, sample, return_dict, noise)
 
 

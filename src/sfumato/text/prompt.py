@@ -39,15 +39,16 @@ def encode_prompts(
     """Encode prompts with CLIP.
 
     `clip_skip=1` takes the result of the layer before the last, and so on, normalized like the last one would be.
-    Raises `UsageError` for a skip the encoder has no layer for, `CheckpointError` where tokenizer and encoder do not fit.
+    Raises `UsageError` for a skip the encoder has no layer for, `CheckpointError` where tokenizer and encoder do not
+    fit.
     """
     tokens = tokenizer(prompts)
     ids = tokens.input_ids.to(text_encoder.device)
     config = text_encoder.config
     if len(tokenizer) > config.vocab_size or ids.shape[1] > config.max_position_embeddings:
         raise CheckpointError(
-            f"the tokenizer has {len(tokenizer)} tokens and length {ids.shape[1]}, the text encoder {config.vocab_size} and "
-            f"{config.max_position_embeddings}; they are not of one checkpoint"
+            f"the tokenizer has {len(tokenizer)} tokens and length {ids.shape[1]}, the text encoder "
+            f"{config.vocab_size} and {config.max_position_embeddings}; they are not of one checkpoint"
         )
     if clip_skip is None:
         return PromptEmbeds(text_encoder(ids).last_hidden_state, tokens.lost)

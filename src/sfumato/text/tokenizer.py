@@ -30,7 +30,7 @@ FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Token ids (B, S) and a mask (B, S) with 1 where they are not padding; `lost` is, per prompt, the text that did not fit."""
+    """Token ids (B, S), a mask (B, S) with 1 where they are not padding, and per prompt the text that did not fit."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -103,9 +103,11 @@ class CLIPTokenizer:
         return_tensors: str = "pt",
         **_: Any,
     ) -> TokenBatch:
-        """Encode one text or several, of equal length after padding to `max_length` (`"max_length"`) or the longest (True).
+        """Encode one text or several, of equal length after padding to `max_length` (`"max_length"`) or the longest
+        (True).
 
-        A text longer than `max_length` (the model's if None) is cut unless `truncation=False`; `lost` says what fell off.
+        A text longer than `max_length` (the model's if None) is cut unless `truncation=False`; `lost` says what fell
+        off.
         """
         texts = [text] if isinstance(text, str) else list(text)
         limit = max_length or self.model_max_length

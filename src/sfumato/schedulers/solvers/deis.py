@@ -27,7 +27,7 @@ def deis(grid: Grid, orders: Sequence[int]) -> list[Row]:
         alpha = grid.levels[i + 1].alpha
         past = tuple(alpha * c for c in _integrals([ratios[i - k] for k in range(order)], ratios[i + 1]))
         x = alpha / grid.levels[i].alpha
-        rows.append(Row(**grid.vp(i, noise=True), x=x, past=past, keep=(0, max(orders) - 1)))
+        rows.append(Row(**grid.vp(i, noise=True, through_x0=True), x=x, past=past, keep=(0, max(orders) - 1)))
     return rows
 
 

@@ -58,16 +58,20 @@ class Grid:
         """Fields of a row that calls the model at s and converts to dx/ds = (x - x0) / s (EDM, 2206.00364, eq. 3)."""
         a, b = original = ve_original(self.prediction, s)
         clip = self.clip and replace(self.clip, weight=-1 / s)
-        return {"t": t, "c_in": 1 / math.sqrt(s * s + 1), "original": original, "convert": ((1 - a) / s, -b / s), "clip": clip}
+        slope = ((1 - a) / s, -b / s)
+        return {"t": t, "c_in": 1 / math.sqrt(s * s + 1), "original": original, "convert": slope, "clip": clip}
 
-    def vp(self, i: int, *, noise: bool = False) -> dict[str, Any]:
-        """Fields of a row that calls the model at point i and converts to x0, or to eps."""
-        here = self.levels[i]
-        convert = original = vp_original(self.prediction, here.alpha, here.sigma, here.s)
+    def vp(self, i: int, *, noise: bool = False, through_x0: bool = False) -> dict[str, Any]:
+        """Fields of a row that calls the model at point i and converts to x0, or to eps (perhaps by way of x0)."""
+        s, alpha, sigma, _ = self.levels[i]
+        convert = original = vp_original(self.prediction, alpha, sigma, s)
         clip = self.clip
         if noise:
-            convert = noise_from(self.prediction, original, here.alpha, here.sigma)
-            clip = clip and replace(clip, weight=-here.alpha / here.sigma)
+            # By way of x0 the ecosystem divides a flow's prediction by s; the two differ off a flow grid only.
+            spread = s if through_x0 and self.prediction == "flow_prediction" else sigma
+            known = "" if through_x0 and self.flow else self.prediction
+            convert = noise_from(known, original, alpha, spread)
+            clip = clip and replace(clip, weight=-alpha / spread)
         return {"t": self.timesteps[i], "original": original, "convert": convert, "clip": clip}
 
 

@@ -42,9 +42,7 @@ def unipc(
         model = grid.vp(i, noise=not predict_x0)
         if not predict_x0:
             model["clip"] = None
-        rows.append(
-            Row(**model, x=step.x, past=step.predict, save=True, keep=(0, max(orders)), correct=correct)
-        )
+        rows.append(Row(**model, x=step.x, past=step.predict, save=True, keep=(0, max(orders)), correct=correct))
         last = step
     return rows
 

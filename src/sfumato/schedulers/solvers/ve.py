@@ -124,7 +124,11 @@ def dpm_sde(
         half = grid.ve(mids[i], middle)
         for first, call, to in ((True, model, middle), (False, half, s_next)):
             r = (to / s) ** 2
-            row = call | {"convert": call["original"], "past": (1 - r,), "span": (spans[i][0], spans[i][1 if first else 2])}
+            row = call | {
+                "convert": call["original"],
+                "past": (1 - r,),
+                "span": (spans[i][0], spans[i][1 if first else 2]),
+            }
             row |= {"x": r, "save": True} if first else {"x": 0.0, "saved": r}
             rows.append(Row(**row, noise=noise_scale * to * math.sqrt(1 - r)))
     return rows

@@ -21,8 +21,8 @@ def schedulers_page() -> str:
         preset = ", ".join(f"`{key}={value!r}`" for key, value in alias.preset.items() if value not in (False, None))
         rows.append(f"| `{name}` | {alias.about} | `{alias.class_name}` | {preset} |")
     head = (
-        "# Schedulers\n\n`--scheduler NAME` and `GenerateRequest(scheduler=NAME)` take these names. In Python, every class"
-        " is also there by itself:\n"
+        "# Schedulers\n\n`--scheduler NAME` and `GenerateRequest(scheduler=NAME)` take these names. In Python, each"
+        " class is also there by itself:\n"
         "`pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)`.\n\n"
         "| name | what it is | class | settings |\n|---|---|---|---|\n"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -96,17 +97,19 @@ class Transformer2DModel(nn.Module):
     ) -> Tensor:
         """X (B, C, H, W), context (B, S, C') -> (B, C, H, W)."""
         height, width = x.shape[2:]
+        # Tokens want their channels side by side; the picture keeps the layout in which it came.
+        layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
         h = self.norm(x)
         if not self.use_linear_projection:
             h = self.proj_in(h)
-        h = h.flatten(2).transpose(1, 2)  # (B, H W, C)
+        h = h.flatten(2).transpose(1, 2).contiguous()  # (B, H W, C)
         if self.use_linear_projection:
             h = self.proj_in(h)
         for block in self.transformer_blocks:
             h = block(h, context, mask, context_mask)
         if self.use_linear_projection:
             h = self.proj_out(h)
-        h = h.transpose(1, 2).unflatten(2, (height, width))
+        h = h.transpose(1, 2).unflatten(2, (height, width)).contiguous(memory_format=layout)
         if not self.use_linear_projection:
             h = self.proj_out(h)
         return x + h

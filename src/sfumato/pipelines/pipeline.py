@@ -28,7 +28,7 @@ from sfumato.pipelines.progress import Progress
 from sfumato.pipelines.result import Result, StableDiffusionPipelineOutput, Step
 from sfumato.pipelines.run import Run
 from sfumato.pipelines.stages import Given
-from sfumato.request import GenerateRequest
+from sfumato.request import MAX_SEED, GenerateRequest
 from sfumato.runtime.device import default_dtype, parse_device
 
 if TYPE_CHECKING:
@@ -218,8 +218,8 @@ class DiffusionPipeline:
         width, height = self.size_of(request)
         if request.image is None:
             request = request.replace(width=width, height=height)
-        seeds = tuple(range(request.seed or 0, (request.seed or 0) + request.batch_size))
-        generators = [torch.Generator("cpu").manual_seed(seed % 2**63) for seed in seeds]
+        seeds = tuple(((request.seed or 0) + index) % (MAX_SEED + 1) for index in range(request.batch_size))
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         scheduler = choose_scheduler(request.scheduler, self.scheduler)
         run = Run(self, request, Given(generators=generators), scheduler)
         loop = run.latents()

@@ -51,7 +51,7 @@ class Run:
         """Encode, denoise, return the latents (B, C, h, w); yields after each step and takes edited latents back."""
         pipeline, request = self.pipeline, self.request
         guided = request.guidance_scale > 1 and pipeline.unet.config.time_cond_proj_dim is None
-        self._check(guided)
+        self._check()
         with torch.no_grad(), self._timed("encode"):
             conditioning = stages.encode_prompt(pipeline, request, self.given, guided=guided, watch=self.watch)
         self._note_lost(conditioning.lost)
@@ -91,9 +91,9 @@ class Run:
             self.watch.see(f"U-Net, step {step.index + 1} of {step.total}", self.pipeline.unet, step.latents)
             edited = yield step
 
-    def _check(self, guided: bool) -> None:
+    def _check(self) -> None:
         request, given, unet = self.request, self.given, self.pipeline.unet
-        if guided and unet.config.in_channels != self.pipeline.vae.config.latent_channels:
+        if unet.config.in_channels != self.pipeline.vae.config.latent_channels:
             raise UsageError(
                 f"this U-Net reads {unet.config.in_channels} channels (inpainting or upscaling), "
                 f"but its VAE makes {self.pipeline.vae.config.latent_channels}; use a text-to-image checkpoint"

@@ -1,0 +1,1 @@
+"""Speed and memory against the reference library, on the machine at hand: `python -m benchmarks --help`."""

@@ -1,4 +1,4 @@
-"""What one scheduler step costs beside the model: the public `step()` and our loop's `advance`, against the reference's."""
+"""What one scheduler step costs beside the model, in `step()` and in our loop, against the reference."""
 
 from __future__ import annotations
 

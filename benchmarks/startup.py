@@ -1,4 +1,4 @@
-"""From process start: to `import sfumato`, to `--help`, and to the end of the first denoising step, in fresh processes."""
+"""From process start to `import sfumato`, to `--help` and to the first denoising step, in fresh processes."""
 
 from __future__ import annotations
 

@@ -18,6 +18,9 @@ __all__ = ["HubOptions", "Select", "by_patterns", "download", "locate_folder"]
 
 log = logging.getLogger("sfumato")
 
+# Seconds to wait for the hub's first answer.
+TIMEOUT = 20.0
+
 # From the names of the files that exist to those that are needed. `strict` asks for the variant in every component.
 # Raises CheckpointError where the files that exist do not suffice.
 Select = Callable[[Sequence[str], bool], list[str]]
@@ -62,7 +65,8 @@ def locate_folder(name: str | PathLike[str], select: Select, **hub: Any) -> Path
         if cached is not None and _complete(cached, select, strict=False):
             return cached
         raise DownloadError(
-            f"{repo!r} is not completely in the local cache; allow the download (local_files_only=False) once"
+            f"{repo!r} is not completely in the local cache; fetch it with 'sfumato download {repo}' "
+            "(in Python: local_files_only=False)"
         )
     try:
         return download(repo, select, options)
@@ -75,13 +79,23 @@ def locate_folder(name: str | PathLike[str], select: Select, **hub: Any) -> Path
 
 
 def download(repo: str, select: Select, options: HubOptions) -> Path:
-    """Fetch from the hub what `select` picks from the repository's files; only missing files travel."""
+    """Fetch from the hub what `select` picks from the repository's files; only missing files travel.
+
+    Raises `DownloadError` or, for a name that cannot be a hub id, `UsageError`.
+    """
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
-        names = HfApi(token=options.token).list_repo_files(repo, revision=options.revision)
-        wanted = select(names, False)
+        # Asked once and not retried: a dead network is known at once, and not after half a minute.
+        info = HfApi(token=options.token).model_info(repo, revision=options.revision, timeout=TIMEOUT)
+        wanted = select([file.rfilename for file in info.siblings or ()], False)
         folder = snapshot_download(
             repo,
             allow_patterns=[_literal(name) for name in wanted],
@@ -102,8 +116,13 @@ def download(repo: str, select: Select, options: HubOptions) -> Path:
         raise DownloadError(
             f"{repo!r} has no revision {options.revision!r}; choose a branch, tag or commit it has"
         ) from error
-    except (HfHubHTTPError, OSError, RuntimeError) as error:
-        if isinstance(error, CheckpointError):
+    except HFValidationError as error:
+        raise UsageError(f"{repo!r} is not a hub id such as 'owner/name'") from error
+    except Exception as error:
+        # The library lets the exceptions of its HTTP client through, which changes with its version.
+        client = type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests", "urllib3")
+        expected = client or isinstance(error, (HfHubHTTPError, OSError, RuntimeError))
+        if isinstance(error, CheckpointError) or not expected:
             raise
         raise DownloadError(
             f"{repo!r} is not a folder here, and the hub cannot be reached ({_first_line(error)}); "

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from sfumato.errors import CheckpointError, OutputError
 from sfumato.files import inside, read_json, replacing, write_json
@@ -23,7 +24,16 @@ from sfumato.files import inside, read_json, replacing, write_json
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
-__all__ = ["Rule", "TensorHeader", "find_weights", "load_into", "pick_weights", "read_headers", "save"]
+__all__ = [
+    "Rule",
+    "TensorHeader",
+    "find_weights",
+    "load_into",
+    "pick_weights",
+    "read_headers",
+    "save",
+    "without_weights",
+]
 
 # How much may be mapped for casting before the mapping is renewed.
 CAST_WINDOW = 32 * 2**20
@@ -36,6 +46,24 @@ class Rule:
 
     pattern: str
     replacement: str
+
+
+_RANDOM = (Tensor.uniform_, Tensor.normal_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves new parameters unfilled: on the meta device, random filling does nothing but import half a compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return (args or (kwargs["tensor"],))[0] if func in _RANDOM else func(*args, **kwargs)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Models built inside have shapes and no weights, and cost no memory."""
+    with torch.device("meta"), _Unfilled():
+        yield
 
 
 def pick_weights(
@@ -223,8 +251,10 @@ def read_headers(files: Sequence[Path]) -> dict[str, TensorHeader]:
             for name, entry in entries.items():
                 if name != "__metadata__":
                     start, end = entry["data_offsets"]
+                    if end > file.stat().st_size - 8 - length:
+                        raise ValueError(f"{name!r} ends beyond the file")
                     headers[name] = TensorHeader(entry["dtype"], tuple(entry["shape"]), end - start)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{file} is truncated or not a safetensors file ({error}); download or copy it again"
             ) from error

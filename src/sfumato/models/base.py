@@ -38,7 +38,7 @@ class Model(AttentionUser):
         if config is None:
             config, unknown = parse(self.config_class, values)
             if unknown:
-                near = suggest(unknown[0], config.keys())
+                near = suggest(unknown[0], set(config.keys()) - set(unknown))
                 raise UnknownArgument(f"{type(self).__name__} has no config key {unknown[0]!r}{near}")
         elif values:
             raise UnknownArgument(f"{type(self).__name__} takes a config or its values, not both")
@@ -89,7 +89,7 @@ class Model(AttentionUser):
         use_safetensors: bool | None = None,
     ) -> Self:
         """Load a model from a folder that is on this machine."""
-        with torch.device("meta"):
+        with weights.without_weights():
             model = cls.from_config(files.read_json(folder / "config.json"))
         found = weights.find_weights(folder, cls.weights_name, variant=variant, use_safetensors=use_safetensors)
         weights.load_into(model, found, dtype, cls.key_rules)

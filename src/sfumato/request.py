@@ -77,14 +77,14 @@ class GenerateRequest:
             raise UsageError("timesteps and sigmas both describe the schedule; give one of them")
 
     def _check_texts(self) -> None:
-        if not isinstance(self.prompt, str) and not (
-            self.prompt and all(isinstance(text, str) for text in self.prompt)
-        ):
+        if not isinstance(self.prompt, str) and not (_are_texts(self.prompt) and self.prompt):
             raise UsageError("prompt must be a text or a list of at least one text")
         negative = self.negative_prompt
         if negative is None or isinstance(negative, str):
             return
-        if not all(isinstance(text, str) for text in negative) or len(negative) != len(self.prompts):
+        if not _are_texts(negative):
+            raise UsageError("negative_prompt must be a text or a list of one text per prompt")
+        if len(negative) != len(self.prompts):
             raise UsageError(
                 f"negative_prompt must be one text, or one per prompt: there are {len(self.prompts)} prompts and "
                 f"{len(negative)} negative prompts"
@@ -123,6 +123,10 @@ class GenerateRequest:
             if name not in known:
                 raise UnknownArgument(f"a request has no field {name!r}{suggest(name, known)}")
         return cls(**values)
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(text, str) for text in value)
 
 
 def _is_int(value: object) -> bool:

@@ -148,7 +148,15 @@ def _cached_snapshot(repo: str, options: HubOptions) -> Path | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        found = snapshot_download(repo, revision=options.revision, cache_dir=options.cache_dir, local_files_only=True)
+        found = snapshot_download(
+            repo,
+            revision=options.revision,
+            cache_dir=options.cache_dir,
+            local_files_only=True,
+            # No file has this name. Without a pattern, a snapshot that lacks any file of the repository is not found,
+            # and ours hold only what is needed; whether that is all there, `_complete` finds out.
+            allow_patterns=["//"],
+        )
     except (LocalEntryNotFoundError, OSError, ValueError):
         return None
     return Path(found)

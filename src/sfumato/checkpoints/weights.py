@@ -35,8 +35,10 @@ __all__ = [
     "without_weights",
 ]
 
-# How much may be mapped for casting before the mapping is renewed.
-CAST_WINDOW = 32 * 2**20
+# How much may be mapped for casting before the mapping is renewed: a small part of the file, so that the peak stays
+# near the size of the result, but not so small a part that opening the file again costs time.
+CAST_WINDOW = 4 * 2**20
+CAST_PARTS = 64
 _PICKLED_NAMES = {"model": "pytorch_model"}
 
 
@@ -183,12 +185,13 @@ def _mapped_tensors(file: Path, dtype: torch.dtype | None) -> Iterator[tuple[str
     from safetensors import SafetensorError, safe_open
 
     try:
+        limit = max(CAST_WINDOW, file.stat().st_size // CAST_PARTS)
         remaining = list(safe_open(file, framework="pt").keys())
         remaining.sort()
         while remaining:
             # A new mapping per window: pages that were only read to be cast do not pile up.
             handle, window = safe_open(file, framework="pt"), 0
-            while remaining and window < CAST_WINDOW:
+            while remaining and window < limit:
                 key = remaining.pop(0)
                 stored = handle.get_tensor(key)
                 tensor = _cast(stored, dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -144,6 +145,10 @@ def select_model_files(
     if picked.endswith(".json"):
         shard = picked.removesuffix(".json").split(".index")[0].rsplit(".", 1)
         stem = f"{shard[0]}.{variant}-" if variant and f".{variant}" in picked else f"{shard[0]}-"
-        shards = [name for name in own if name.startswith(stem) and name.endswith(shard[1])]
+        pattern = re.compile(re.escape(stem) + r"\d+-of-(\d+)\." + re.escape(shard[1]))
+        shards = {name: int(match[1]) for name in own if (match := pattern.fullmatch(name))}
+        # The names themselves say how many there must be: "…-00002-of-00003.safetensors".
+        if len(shards) != max(shards.values(), default=1):
+            raise CheckpointError(f"{folder or 'the repository'} has only {len(shards)} of the shards {picked} lists")
         return [prefix + name for name in ("config.json", picked, *sorted(shards))]
     return [f"{prefix}config.json", prefix + picked]

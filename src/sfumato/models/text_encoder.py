@@ -14,7 +14,16 @@ from sfumato.configs import CLIPTextConfig
 from sfumato.models.attention import Attending
 from sfumato.models.base import Model
 
-__all__ = ["CLIPTextModel", "CLIPTextOutput"]
+__all__ = [
+    "CLIPMLP",
+    "CLIPAttention",
+    "CLIPEmbeddings",
+    "CLIPEncoder",
+    "CLIPLayer",
+    "CLIPTextModel",
+    "CLIPTextOutput",
+    "CLIPTextTransformer",
+]
 
 
 @dataclass(frozen=True)

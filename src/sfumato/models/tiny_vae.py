@@ -13,7 +13,7 @@ from sfumato.models.blocks import activation
 from sfumato.models.tiling import Tiled
 from sfumato.models.vae import DecoderOutput
 
-__all__ = ["AutoencoderTiny", "AutoencoderTinyOutput"]
+__all__ = ["AutoencoderTiny", "AutoencoderTinyBlock", "AutoencoderTinyOutput", "DecoderTiny", "EncoderTiny"]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sfumato.models.attention import SelfOrCrossAttention
 
-__all__ = ["Transformer2DModel"]
+__all__ = ["GEGLU", "BasicTransformerBlock", "FeedForward", "Transformer2DModel"]
 
 
 class GEGLU(nn.Module):

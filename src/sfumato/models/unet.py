@@ -19,7 +19,7 @@ from sfumato.models.blocks import (
 )
 from sfumato.models.transformer import Transformer2DModel
 
-__all__ = ["UNet2DConditionModel", "UNet2DConditionOutput"]
+__all__ = ["DownBlock", "MidBlock", "UNet2DConditionModel", "UNet2DConditionOutput", "UpBlock"]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,17 @@ from sfumato.models.tiling import Tiled
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["AutoencoderKL", "AutoencoderKLOutput", "DecoderOutput", "DiagonalGaussianDistribution"]
+__all__ = [
+    "AutoencoderKL",
+    "AutoencoderKLOutput",
+    "Decoder",
+    "DecoderOutput",
+    "DiagonalGaussianDistribution",
+    "Encoder",
+    "PixelAttention",
+    "VAELevel",
+    "VAEMidBlock",
+]
 
 
 @dataclass(frozen=True)

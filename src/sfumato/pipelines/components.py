@@ -31,6 +31,7 @@ __all__ = [
     "ComponentFiles",
     "check_component",
     "choose_scheduler",
+    "component_class",
     "load_components",
     "save_components",
     "scheduler_from_recipe",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sfumato.checkpoints.locate import locate_folder
 from sfumato.checkpoints.weights import find_weights, read_headers
 from sfumato.configs import UNet2DConditionConfig, parse
+from sfumato.errors import CheckpointError
 from sfumato.files import read_json
 from sfumato.pipelines.components import COMPONENTS, INDEX, ComponentFiles, component_class
 
@@ -25,6 +26,8 @@ def summarize(name: str | PathLike[str], *, variant: str | None = None) -> dict[
     files = ComponentFiles(variant)
     folder = locate_folder(name, files.select, local_files_only=True)
     index = read_json(folder / INDEX)
+    if variant and not any(folder.glob(f"*/*.{variant}*.*")):
+        raise CheckpointError(f"{folder} has no variant {variant!r}; leave variant out to see the plain weights")
     parts = {part: _part(folder, index, part, files) for part in COMPONENTS}
     unet, _ = parse(UNet2DConditionConfig, read_json(folder / "unet" / "config.json"))
     vae = parts["vae"].pop("config")

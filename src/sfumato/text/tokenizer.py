@@ -46,9 +46,9 @@ class CLIPTokenizer:
         self._tokenizer = tokenizer
         self._files = files
         self.model_max_length = model_max_length
-        self.bos_token_id = self._id(START)
-        self.eos_token_id = self._id(END)
-        self.pad_token_id = self._id(pad_token)
+        self.bos_token_id = _id(tokenizer, START)
+        self.eos_token_id = _id(tokenizer, END)
+        self.pad_token_id = _id(tokenizer, pad_token)
 
     @classmethod
     def from_pretrained(cls, name: str | PathLike[str], *, subfolder: str | None = None, **hub: Any) -> Self:
@@ -74,7 +74,10 @@ class CLIPTokenizer:
             )
         config = read_json(folder / "tokenizer_config.json") if "tokenizer_config.json" in files else {}
         names = read_json(folder / "special_tokens_map.json") if "special_tokens_map.json" in files else {}
-        pad = _token(config.get("pad_token") or names.get("pad_token") or END)
+        # Files without a list of added tokens leave the last word to the older map: Stable Diffusion 2.1 pads with "!".
+        named = config if "added_tokens_decoder" in config else config | {k: v for k, v in names.items() if v}
+        _add_special(tokenizer, list(config.get("added_tokens_decoder", {}).values()), named)
+        pad = _token(named.get("pad_token") or END)
         length = config.get("model_max_length") or 77
         # Some files say 1e30 for "unlimited"; CLIP has 77 positions.
         return cls(tokenizer, pad_token=pad, model_max_length=int(length) if length < 1e6 else 77, files=files)
@@ -127,12 +130,6 @@ class CLIPTokenizer:
         lost = "" if room is None or len(encoding.ids) <= room else text[encoding.offsets[room][0] :].strip()
         return [self.bos_token_id, *ids, self.eos_token_id], lost
 
-    def _id(self, token: str) -> int:
-        found = self._tokenizer.token_to_id(token)
-        if found is None:
-            raise CheckpointError(f"the tokenizer has no token {token!r}; its files are not those of a CLIP tokenizer")
-        return found
-
 
 def select_tokenizer_files(names: Sequence[str], folder: str) -> list[str]:
     """The files of a repository that its tokenizer needs. Raises `CheckpointError` where they are not all there."""
@@ -144,7 +141,7 @@ def select_tokenizer_files(names: Sequence[str], folder: str) -> list[str]:
 
 
 def _from_bpe(folder: Path) -> Tokenizer:
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     vocab = read_json(folder / "vocab.json")
     try:
@@ -168,7 +165,6 @@ def _from_bpe(folder: Path) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (START, END)])
     return tokenizer
 
 
@@ -182,6 +178,34 @@ def _from_json(path: Path) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def _id(tokenizer: Tokenizer, token: str) -> int:
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise CheckpointError(f"the tokenizer has no token {token!r}; its files are not those of a CLIP tokenizer")
+    return found
+
+
+def _add_special(tokenizer: Tokenizer, listed: list[Any], named: dict[str, Any]) -> None:
+    """Special tokens are found anywhere in a text before its words are, also where one of them is a plain "!".
+
+    Of two that differ only in their flags, the later one holds, in the ecosystem's order.
+    """
+    from tokenizers import AddedToken
+
+    for token in (START, END):
+        _id(tokenizer, token)  # adding one that is missing would only hide it
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()} | {*map(_token, listed)}
+    tokens = list(listed)
+    for key, default in (("bos_token", START), ("eos_token", END), ("unk_token", END), ("pad_token", END)):
+        value = named.get(key) or default
+        if _token(value) not in known and value not in tokens:
+            tokens.append(value)
+    for token in tokens:
+        fields = token if isinstance(token, dict) else {}
+        flags = {key: bool(fields.get(key)) for key in ("lstrip", "rstrip", "single_word", "normalized")}
+        tokenizer.add_special_tokens([AddedToken(_token(token), special=True, **flags)])
 
 
 def _token(value: Any) -> str:

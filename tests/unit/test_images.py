@@ -1,0 +1,168 @@
+"""Pictures: every form in, PNGs with their recipe out."""
+
+from __future__ import annotations
+
+import errno
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from sfumato.errors import OutputError, UsageError
+from sfumato.images import (
+    auto_grid,
+    from_pixels,
+    make_image_grid,
+    next_free,
+    open_image,
+    psnr,
+    read_recipe,
+    save_png,
+    to_arrays,
+    to_pictures,
+    to_pixels,
+)
+
+
+def picture(width: int = 16, height: int = 8, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def test_a_picture_survives_the_way_to_pixels_and_back():
+    pixels = to_pixels(picture(), 8)
+    assert pixels.shape == (1, 3, 8, 16)
+    assert pixels.min() >= -1
+    assert pixels.max() <= 1
+    assert to_pictures(from_pixels(pixels))[0].tobytes() == picture().tobytes()
+
+
+def test_every_form_means_the_same():
+    pixels = to_pixels(picture(), 8)
+    array = np.asarray(picture(), dtype=np.float32) / 255
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    for form in (array, array[None], tensor, tensor[None], pixels, [picture()], [array], (tensor,)):
+        assert torch.allclose(to_pixels(form, 8), pixels, atol=1e-6)
+    assert torch.equal(to_pixels([picture(), picture(seed=1)], 8)[1:], to_pixels(picture(seed=1), 8))
+    assert np.array_equal(to_arrays(from_pixels(pixels))[0].shape, (8, 16, 3))
+
+
+def test_sizes_are_brought_to_what_the_model_takes():
+    assert to_pixels(picture(19, 11), 8).shape == (1, 3, 8, 16)
+    assert to_pixels(picture(3, 3), 8).shape == (1, 3, 8, 8)
+    assert to_pixels(picture(), 8, (24, 32)).shape == (1, 3, 32, 24)
+    assert to_pixels(picture().convert("L"), 8).shape == (1, 3, 8, 16)
+    assert to_pixels(picture().convert("RGBA"), 8).shape == (1, 3, 8, 16)
+
+
+@pytest.mark.parametrize(
+    ("image", "says"),
+    [
+        ("cat.png", "must be a PIL image"),
+        ([], "empty list"),
+        ([picture(), picture(24, 8)], "differ in size"),
+        (np.zeros((8, 8)), "3 channels"),
+        (np.zeros((9, 8, 3)), "divisible by 8"),
+        (torch.zeros(1, 2, 8, 8), "3 channels"),
+        (torch.zeros(1, 3, 8, 12), "divisible by 8"),
+    ],
+)
+def test_what_is_no_picture_is_refused(image, says):
+    with pytest.raises(UsageError, match=says):
+        to_pixels(image, 8)
+
+
+def test_an_unreadable_picture(tmp_path):
+    with pytest.raises(UsageError, match="check the path"):
+        open_image(tmp_path / "none.png")
+    picture().save(tmp_path / "half.png")
+    whole = (tmp_path / "half.png").read_bytes()
+    for content in (b"", b"not a picture", whole[: len(whole) // 2]):
+        (tmp_path / "half.png").write_bytes(content)
+        with pytest.raises(UsageError, match="cannot be read as a picture"):
+            open_image(tmp_path / "half.png")
+    with pytest.raises(UsageError):
+        open_image(tmp_path)
+
+
+def test_a_picture_of_unreasonable_size_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    picture(64, 64).save(tmp_path / "large.png")
+    monkeypatch.setattr("sfumato.images.MAX_PIXELS", 1000)
+    with pytest.raises(UsageError, match="64×64"):
+        open_image(tmp_path / "large.png")
+
+
+def test_a_grid():
+    images = [Image.new("RGB", (2, 3), (i, 0, 0)) for i in range(6)]
+    grid = make_image_grid(images, rows=2, cols=3)
+    assert grid.size == (6, 6)
+    assert [grid.getpixel((x, y))[0] for y in (0, 3) for x in (0, 2, 4)] == [0, 1, 2, 3, 4, 5]
+    assert make_image_grid(images, 3, 2, resize=8).size == (16, 24)
+    with pytest.raises(UsageError, match="needs 4 images, but there are 6"):
+        make_image_grid(images, 2, 2)
+    with pytest.raises(UsageError):
+        make_image_grid([], 0, 0)
+
+
+def test_a_grid_that_finds_its_own_shape():
+    assert auto_grid([picture()]).size == (16, 8)
+    assert auto_grid([picture()] * 3).size == (32, 16)
+    assert auto_grid([picture()] * 5).size == (48, 16)
+
+
+recipes = st.dictionaries(st.text(max_size=5), st.text(max_size=20) | st.integers() | st.none(), max_size=4)
+
+
+@given(more=recipes, prompt=st.text(max_size=40))
+def test_a_recipe_survives_the_file(tmp_path_factory, more, prompt):
+    recipe = more | {"request": {"prompt": prompt}}
+    path = save_png(picture(), tmp_path_factory.mktemp("png") / "a.png", recipe)
+    assert read_recipe(path) == recipe
+    assert Image.open(path).tobytes() == picture().tobytes()
+
+
+def test_a_picture_without_a_recipe(tmp_path):
+    save_png(picture(), tmp_path / "plain.png")
+    with pytest.raises(UsageError, match="carries no recipe"):
+        read_recipe(tmp_path / "plain.png")
+    save_png(picture(), tmp_path / "other.png", {"request": "text"})
+    with pytest.raises(UsageError, match="carries no recipe"):
+        read_recipe(tmp_path / "other.png")
+    with pytest.raises(UsageError, match="check the path"):
+        read_recipe(tmp_path / "none.png")
+    (tmp_path / "text.png").write_text("x")
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_recipe(tmp_path / "text.png")
+
+
+def test_no_space_left_leaves_no_half_picture(tmp_path, monkeypatch):
+    def full(self, target, **_):
+        target.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OutputError, match="no space left"):
+        save_png(picture(), tmp_path / "deep" / "a.png", {"request": {}})
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_the_next_free_name(tmp_path):
+    path = tmp_path / "a.png"
+    assert next_free(path) == path
+    path.touch()
+    assert next_free(path).name == "a-2.png"
+    (tmp_path / "a-2.png").touch()
+    assert next_free(path).name == "a-3.png"
+    with pytest.raises(OutputError, match="is a folder"):
+        next_free(tmp_path)
+
+
+def test_psnr():
+    black, grey = Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), (51, 51, 51))
+    assert psnr(black, black) == math.inf
+    assert psnr(black, grey) == pytest.approx(10 * math.log10(25))
+    with pytest.raises(UsageError, match="cannot be compared"):
+        psnr(black, picture())

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from os import PathLike
 
-__all__ = ["LAYOUT_VERSION", "inside", "output_folder", "read_json", "replacing", "write_json"]
+__all__ = ["LAYOUT_VERSION", "check_writable", "inside", "output_folder", "read_json", "replacing", "write_json"]
 
 # Folders are written in the layout of this version of the ecosystem's library, which reads the number.
 LAYOUT_VERSION = "0.42.1"
@@ -51,6 +51,16 @@ def output_folder(path: str | PathLike[str]) -> Path:
     return folder
 
 
+def check_writable(folder: Path) -> None:
+    """Raise `OutputError` if a file could not be written into the folder, made if need be; touches nothing."""
+    nearest = folder.absolute()
+    while not os.path.lexists(nearest) and nearest != nearest.parent:
+        nearest = nearest.parent
+    code = errno.ENOTDIR if not os.path.isdir(nearest) else 0 if os.access(nearest, os.W_OK | os.X_OK) else errno.EACCES
+    if code:
+        raise OutputError(_cannot_write(folder, OSError(code, f"{nearest} is not a folder")))
+
+
 def inside(folder: Path, name: str) -> Path:
     """A file of the folder by a name read from another file. Raises `CheckpointError` if it leads elsewhere."""
     windows, posix = PureWindowsPath(name), PurePosixPath(name)
@@ -83,4 +93,4 @@ def _cannot_write(path: Path, error: OSError) -> str:
         return f"no space left to write {path}; free some and run the command again"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission to write {path}; choose another place"
-    return f"{path} cannot be written ({error.strerror or error})"
+    return f"{path} cannot be written ({error.strerror or error}); choose another place"

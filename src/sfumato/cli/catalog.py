@@ -8,25 +8,23 @@ import typer
 
 __all__ = ["EXAMPLES", "schedulers"]
 
-EXAMPLES = """Examples:
-
-sfumato schedulers
-
-sfumato generate "a fox" --scheduler dpmpp_2m_karras --steps 20"""
+EXAMPLES = """\b
+Examples:
+  sfumato schedulers
+  sfumato generate "a fox" --scheduler dpmpp_2m_karras --steps 20"""
 
 
 def schedulers(as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False) -> None:
     """List the schedulers that --scheduler takes."""
-    from sfumato.cli.terminal import print_json
+    from sfumato.cli.terminal import output, print_json
     from sfumato.schedulers.names import NAMES
 
     if as_json:
         print_json({name: {"class": a.class_name, "config": a.preset, "about": a.about} for name, a in NAMES.items()})
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("name", "what it is", "class", box=None, pad_edge=False)
     for name, alias in NAMES.items():
         table.add_row(name, alias.about, alias.class_name)
-    Console().print(table)
+    output().print(table)

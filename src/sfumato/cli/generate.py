@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,15 +19,16 @@ if TYPE_CHECKING:
 
 __all__ = ["EXAMPLES", "generate", "load_model"]
 
-EXAMPLES = """Examples:
+# What a recipe calls the model that comes with the package.
+BUILT_IN = "built-in"
 
-sfumato generate "a red apple, 3d"
-
-sfumato generate "a lighthouse in fog" --model stable-diffusion-v1-5/stable-diffusion-v1-5 --steps 20 --scheduler dpmpp_2m_karras
-
-sfumato generate "a fox" --count 4 --grid --seed 7 --output fox.png
-
-sfumato generate "a watercolour of it" --image photo.jpg --strength 0.6"""
+EXAMPLES = """\b
+Examples:
+  sfumato generate "a red apple, 3d"
+  sfumato generate "fog" --model stable-diffusion-v1-5/stable-diffusion-v1-5
+  sfumato generate "a fox" --steps 20 --scheduler dpmpp_2m_karras
+  sfumato generate "a fox" --count 4 --grid --seed 7 --output fox.png
+  sfumato generate "a watercolour of it" --image photo.jpg --strength 0.6"""
 
 
 def generate(
@@ -81,9 +83,9 @@ def generate(
         guidance_rescale=guidance_rescale, seed=seed, count=count, scheduler=scheduler, eta=eta, clip_skip=clip_skip,
         width=width, height=height, image=None if image is None else str(image), strength=strength,
     )  # fmt: skip
-    _check_early(request, output, preview_every)
-    pipeline = load_model(terminal, model, device=device, dtype=dtype, variant=variant)
     base = _base_path(output, prompt)
+    _check_early(request, base, preview_every)
+    pipeline = load_model(terminal, model, device=device, dtype=dtype, variant=variant)
     result = _draw(pipeline, request, terminal, base.with_name(f"{base.stem}.preview.png"), preview_every)
     paths = _write(result, base, grid=grid, overwrite=overwrite)
     if as_json:
@@ -98,29 +100,42 @@ def generate(
 def load_model(
     terminal: Terminal, model: str | None, *, device: str | None, dtype: str | None, variant: str | None = None
 ) -> DiffusionPipeline:
-    """Load a checkpoint by name, or the built-in one, showing that it is being done."""
+    """Load a checkpoint by name, or the built-in one (None or "built-in"), showing that it is being done."""
     from sfumato.checkpoints.builtin import builtin_model
+    from sfumato.checkpoints.locate import locate_folder
     from sfumato.pipelines import load
+    from sfumato.pipelines.components import ComponentFiles
     from sfumato.runtime.device import parse_device, parse_dtype
 
     place, precision = parse_device(device), parse_dtype(dtype)
-    name = model if model is not None else builtin_model()
+    name = model or BUILT_IN
+    # A download shows its own progress, so it comes before the spinner.
+    folder = builtin_model() if name == BUILT_IN else locate_folder(name, ComponentFiles(variant).select)
     with terminal.working(f"loading {name}"):
-        return load(name, device=str(place), dtype=precision, variant=variant)
+        pipeline = load(folder, device=str(place), dtype=precision, variant=variant)
+    pipeline.name = name
+    return pipeline
 
 
-def _check_early(request: GenerateRequest, output: Path | None, preview_every: int) -> None:
-    """What can be known to be wrong before a model is loaded."""
-    from sfumato.images import open_image
+def _check_early(request: GenerateRequest, base: Path, preview_every: int) -> None:
+    """What can be known to be wrong before a model is loaded, the quickest to find out first."""
+    from sfumato.files import check_writable
     from sfumato.schedulers.names import resolve
 
+    texts = {"the prompt": request.prompt, "--negative-prompt": request.negative_prompt or ""}
+    for name, text in texts.items():
+        if any("\ud800" <= char <= "\udfff" for char in text):
+            raise UsageError(f"{name} holds bytes that are no UTF-8 text; type it again")
     if preview_every < 0:
         raise UsageError(f"--preview-every must be at least 0, not {preview_every}")
-    if output is not None and not output.is_dir() and output.suffix.lower() not in ("", ".png"):
-        raise UsageError(f"pictures are written as PNG, so --output must end in .png, not {output.suffix}")
+    if base.suffix.lower() != ".png":
+        raise UsageError(f"pictures are written as PNG, so --output must end in .png, not {base.suffix}")
     if request.scheduler is not None:
         resolve(request.scheduler)
+    check_writable(base.parent)
     if request.image is not None:
+        from sfumato.images import open_image
+
         open_image(request.image)
 
 
@@ -144,10 +159,11 @@ def _draw(
 
 def _base_path(output: Path | None, prompt: str) -> Path:
     """Where the first picture goes: the file named, or a name made of the prompt in the folder named."""
-    if output is not None and output.suffix and not output.is_dir():
-        return output.expanduser()
+    place = (output or Path()).expanduser()
+    if place.suffix and not os.path.isdir(place):  # False, and no error, where one may not look
+        return place
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-")
-    return (output or Path()).expanduser() / f"{words or 'picture'}.png"
+    return place / f"{words or 'picture'}.png"
 
 
 def _write(result: Result, base: Path, *, grid: bool, overwrite: bool) -> list[Path]:
@@ -159,8 +175,8 @@ def _write(result: Result, base: Path, *, grid: bool, overwrite: bool) -> list[P
         pictures = list(zip(result.images, result.recipes, strict=True))
     paths = []
     for number, (picture, recipe) in enumerate(pictures, start=1):
-        path = base if number == 1 else base.with_name(f"{base.stem}-{number}{base.suffix}")
-        paths.append(save_png(picture, path if overwrite else next_free(path), recipe))
+        replaced = base if number == 1 else base.with_name(f"{base.stem}-{number}{base.suffix}")
+        paths.append(save_png(picture, replaced if overwrite else next_free(base), recipe))
     return paths
 
 

@@ -4,17 +4,36 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from sfumato.cli import catalog, download, generate, replay, show
 from sfumato.errors import SfumatoError
 
 __all__ = ["app", "main"]
 
+
+class _Interrupted(SfumatoError):
+    """Ctrl-C; the shells' own exit code for it."""
+
+    exit_code = 130
+
+
+class _Commands(TyperGroup):
+    """Typer turns Ctrl-C into an exit without a word; this says what became of the work."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise _Interrupted("interrupted; nothing half-written is left behind") from error
+
+
 app = typer.Typer(
     name="sfumato",
+    cls=_Commands,
     help="Stable Diffusion that fits the machine it runs on.",
     epilog='Start with: sfumato generate "a red apple, 3d"',
     no_args_is_help=True,
@@ -55,7 +74,7 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt:
-        _fail("interrupted; nothing half-written is left behind", 130)
+        _fail("interrupted before anything was begun", _Interrupted.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: say no more
         sys.exit(1)

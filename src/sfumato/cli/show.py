@@ -8,11 +8,10 @@ import typer
 
 __all__ = ["EXAMPLES", "show"]
 
-EXAMPLES = """Examples:
-
-sfumato show ./my-checkpoint
-
-sfumato show stable-diffusion-v1-5/stable-diffusion-v1-5 --variant fp16"""
+EXAMPLES = """\b
+Examples:
+  sfumato show ./my-checkpoint
+  sfumato show stable-diffusion-v1-5/stable-diffusion-v1-5 --variant fp16"""
 
 
 def show(
@@ -23,22 +22,23 @@ def show(
     variant: Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
-    """Say what a checkpoint is: family, parameters, bytes, precision, scheduler. Loads no weights and uses no network."""
+    """Say what a checkpoint is: family, parameters, bytes, dtype, scheduler. Loads no weights and uses no network."""
     from sfumato.checkpoints.builtin import builtin_model
-    from sfumato.cli.terminal import print_json
+    from sfumato.cli.terminal import output, print_json
     from sfumato.pipelines.summary import summarize
 
     facts = summarize(model if model is not None else builtin_model(), variant=variant)
     if as_json:
         print_json(facts)
         return
-    from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
+    console = output()
     console.print(
-        f"[bold]{facts['name']}[/bold]: {facts['family']}, pictures of {facts['width']} × {facts['height']}",
+        f"[bold]{escape(facts['name'])}[/bold]: {facts['family']}, pictures of {facts['width']} × {facts['height']}",
         highlight=False,
+        soft_wrap=True,
     )
     table = Table("part", "class", "parameters", "bytes", "dtype", box=None, pad_edge=False)
     for part, entry in facts["parts"].items():

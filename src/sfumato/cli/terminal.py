@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -12,32 +14,46 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from rich.console import Console
+
     from sfumato.pipelines.result import Step
 
-__all__ = ["Terminal", "print_json"]
+__all__ = ["StepBar", "Terminal", "output", "print_json"]
 
 
 def print_json(value: Any) -> None:
     """A value on standard output, for programs."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+    unicode = (sys.stdout.encoding or "").lower().replace("-", "") in ("utf8", "utf16")
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=not unicode, default=str))
+
+
+def output() -> Console:
+    """Where tables for a person go. Into a pipe or a file no line is folded or cut."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=1000)
 
 
 class Terminal:
-    """Progress and notes for a person; silent with `quiet`."""
+    """Progress and notes for a person: silent with `quiet`, and no moving lines where nobody watches them."""
 
     def __init__(self, *, quiet: bool) -> None:
         self.quiet = quiet
+        self.hidden = quiet or not sys.stderr.isatty()
+        if self.hidden:
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when the hub's library is imported
         logging.getLogger("sfumato").addHandler(_Echo(quiet))
 
     @contextmanager
     def working(self, what: str) -> Iterator[None]:
         """A spinner while something without steps goes on."""
-        if self.quiet:
+        if self.hidden:
             yield
             return
         from rich.console import Console
+        from rich.markup import escape
 
-        with Console(stderr=True).status(what):
+        with Console(stderr=True).status(escape(what)):
             yield
 
     @contextmanager
@@ -61,7 +77,7 @@ class Terminal:
             TextColumn("left"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=Console(stderr=True), disable=self.quiet, transient=True) as progress:
+        with Progress(*columns, console=Console(stderr=True), disable=self.hidden, transient=True) as progress:
             yield StepBar(progress, progress.add_task(what, total=None))
 
 

@@ -9,27 +9,16 @@ from importlib import import_module
 from typing import Any
 
 _HOMES = {
-    "sfumato.schedulers.timestep": ("DDIMScheduler", "DDPMScheduler", "PNDMScheduler"),
-    "sfumato.schedulers.sigma": (
-        "DPMSolverSDEScheduler",
-        "EulerAncestralDiscreteScheduler",
-        "EulerDiscreteScheduler",
-        "HeunDiscreteScheduler",
-        "KDPM2AncestralDiscreteScheduler",
-        "KDPM2DiscreteScheduler",
-        "LMSDiscreteScheduler",
-    ),
-    "sfumato.schedulers.multistep": (
-        "DEISMultistepScheduler",
-        "DPMSolverMultistepScheduler",
-        "DPMSolverSinglestepScheduler",
-        "UniPCMultistepScheduler",
-    ),
-    "sfumato.schedulers.base": ("Scheduler", "SchedulerOutput", "Table"),
-    "sfumato.schedulers.rows": ("Row", "State", "advance", "predict_original"),
-    "sfumato.schedulers.noise": ("BrownianNoise", "GaussianNoise"),
+    "timestep": "DDIMScheduler DDPMScheduler PNDMScheduler",
+    "sigma": "EulerDiscreteScheduler EulerAncestralDiscreteScheduler HeunDiscreteScheduler LMSDiscreteScheduler "
+    "KDPM2DiscreteScheduler KDPM2AncestralDiscreteScheduler DPMSolverSDEScheduler",
+    "multistep": "DPMSolverMultistepScheduler DPMSolverSinglestepScheduler DEISMultistepScheduler "
+    "UniPCMultistepScheduler",
+    "base": "Scheduler SchedulerOutput Table",
+    "rows": "Row State advance predict_original",
+    "noise": "BrownianNoise GaussianNoise",
 }
-_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 __all__ = sorted(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]
 
@@ -37,7 +26,7 @@ __all__ = sorted(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME_OF[name]), name)
+    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -1,38 +1,35 @@
-"""The ecosystem's scheduler contract over tables of rows: configuration, files, `set_timesteps`, `step`, `add_noise`."""
+"""The ecosystem's scheduler contract over tables of rows: configuration, files, grids, `step`, `add_noise`."""
+
+# pyright: reportIncompatibleMethodOverride=false
 
 from __future__ import annotations
 
 import inspect
 import json
 import logging
-import os
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from sfumato.checkpoints.locate import HubOptions, by_patterns, locate_folder
 from sfumato.configs import parse
-from sfumato.errors import CheckpointError, OutputError, UnknownArgument, UsageError, suggest
+from sfumato.errors import UnknownArgument, UsageError, suggest
+from sfumato.files import LAYOUT_VERSION, output_folder, read_json, write_json
 from sfumato.schedulers.configs import CONFIGS, SchedulerConfig, config_class, sibling_keys
 from sfumato.schedulers.grid import train_alphas_cumprod, train_betas
-from sfumato.schedulers.noise import GaussianNoise
-from sfumato.schedulers.rows import Clip, Row, State, advance, folded, predict_original
+from sfumato.schedulers.noise import GaussianNoise, Generators, noise_for
+from sfumato.schedulers.rows import Clip, Noise, Row, State, advance, folded, predict_original
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
-
-    from sfumato.schedulers.noise import Generators
-    from sfumato.schedulers.rows import Noise
-
-__all__ = ["Scheduler", "SchedulerOutput", "Table"]
+__all__ = ["Scheduler", "SchedulerOutput", "Stepped", "Table", "Timestep"]
 
 CONFIG_NAME = "scheduler_config.json"
-WRITTEN_FOR = "0.42.1"  # the reference library's version whose keys these files follow
-HUB_KEYWORDS = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "token"}
+HUB_KEYWORDS = {field.name for field in fields(HubOptions)}
 logger = logging.getLogger("sfumato")
 
 
@@ -41,6 +38,10 @@ class SchedulerOutput(NamedTuple):
 
     prev_sample: Tensor
     pred_original_sample: Tensor | None = None
+
+
+Stepped = SchedulerOutput | tuple[Tensor, ...]
+Timestep = int | float | Tensor
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,10 @@ class Scheduler:
 
     order: ClassVar[int] = 1  # model calls per step
     gives_original: ClassVar[bool] = True
+    custom_grids: ClassVar[tuple[str, ...]] = ()  # which of "timesteps" and "sigmas" can be given to set_timesteps
     finite_snr: ClassVar[bool] = True  # works in sigma, so a zero terminal SNR is kept off infinity
     config_class: ClassVar[type[SchedulerConfig]]
+    init_noise_sigma: float = 1.0  # standard deviation of the latents a picture starts from
     timesteps: Tensor
 
     def __init_subclass__(cls) -> None:
@@ -84,19 +87,17 @@ class Scheduler:
         self.betas = train_betas(self.config)
         self.alphas_cumprod = train_alphas_cumprod(self.config, self.betas, finite=self.finite_snr)
         self.num_inference_steps: int | None = None
-        self._begin_index: int | None = None
         self._reset()
 
     def _reset(self) -> None:
-        self._step_index: int | None = None
+        self.begin_index: int | None = None  # the entry of `timesteps` to begin at, where `set_begin_index` said so
+        self.step_index: int | None = None  # the entry the next `step` takes; None before the first
         self._state: State | None = None
-        self._built: tuple[Any, Sequence[Row]] = (None, ())
+        self._built: dict[Any, Sequence[Row]] = {}
 
     @classmethod
-    def from_config(
-        cls, config: Mapping[str, Any] | SchedulerConfig, *, return_unused_kwargs: bool = False, **overrides: Any
-    ) -> Self | tuple[Self, dict[str, Any]]:
-        """Build from any scheduler's config. Keys of siblings travel along unused; keys nobody knows are logged once."""
+    def from_config(cls, config: Mapping[str, Any] | SchedulerConfig, **overrides: Any) -> Self:
+        """Build from any scheduler's config. Siblings' keys travel along unused; keys nobody knows are logged once."""
         mapping = dict(config.items())
         for key in mapping.pop("_use_default_values", ()):
             mapping.pop(key, None)
@@ -108,45 +109,27 @@ class Scheduler:
         scheduler.config = scheduler.config.replace(extra={**scheduler.config.extra, **mapping})
         if unknown := sorted(key for key in mapping if key not in sibling_keys() and not key.startswith("_")):
             logger.warning("%s: unknown config keys, kept but not used: %s", cls.__name__, ", ".join(unknown))
-        return (scheduler, mapping) if return_unused_kwargs else scheduler
+        return scheduler
 
     @classmethod
-    def from_pretrained(cls, name: str | os.PathLike[str], subfolder: str | None = None, **keywords: Any) -> Any:
+    def from_pretrained(cls, name: str | PathLike[str], subfolder: str | None = None, **keywords: Any) -> Self:
         """Read `scheduler_config.json` from a folder, a file or a hub id; keywords are hub options or config overrides.
 
         Raises `CheckpointError` where the file is missing or is not a JSON object.
         """
         hub = {key: keywords.pop(key) for key in HUB_KEYWORDS & keywords.keys()}
         path = Path(name)
-        if not path.exists():
-            from sfumato.checkpoints.locate import locate_folder
-
+        if not path.is_file():
             wanted = f"{subfolder}/{CONFIG_NAME}" if subfolder else CONFIG_NAME
-            path = locate_folder(os.fspath(name), allow=[wanted], **hub)
-        if path.is_dir():
-            path = path / (subfolder or "") / CONFIG_NAME
-        try:
-            mapping = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}: no readable scheduler configuration ({error})") from error
-        if not isinstance(mapping, dict):
-            raise CheckpointError(f"{path}: expected a JSON object, found a {type(mapping).__name__}")
-        return cls.from_config(mapping, **keywords)
+            path = locate_folder(name, by_patterns(wanted), **hub) / wanted
+        return cls.from_config(read_json(path), **keywords)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, folder: str | PathLike[str]) -> None:
         """Write `scheduler_config.json` into a folder, all or nothing; raises `OutputError`."""
         skipped = {"_use_default_values", "solver_p"}
         keys = {key: value for key, value in self.config.to_dict().items() if key not in skipped}
-        keys |= {"_class_name": type(self).__name__, "_diffusers_version": WRITTEN_FOR}
-        path = Path(folder) / CONFIG_NAME
-        partial = path.with_name(f".{CONFIG_NAME}.{os.getpid()}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(keys, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            os.replace(partial, path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise OutputError(f"{path}: could not be written ({error})") from error
+        keys |= {"_class_name": type(self).__name__, "_diffusers_version": LAYOUT_VERSION}
+        write_json(output_folder(folder) / CONFIG_NAME, keys)
 
     @property
     def compatibles(self) -> list[type[Scheduler]]:
@@ -161,24 +144,37 @@ class Scheduler:
     def __repr__(self) -> str:
         return f"{type(self).__name__} {json.dumps(self.config.to_dict(), indent=2, default=str)}"
 
-    @property
-    def init_noise_sigma(self) -> float:
-        """Standard deviation of the latents a picture starts from."""
-        return 1.0
-
-    @property
-    def begin_index(self) -> int | None:
-        """Where in `timesteps` to begin, if `set_begin_index` said so."""
-        return self._begin_index
-
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Begin at an entry of `timesteps` (image-to-image) and not where the first timestep is found."""
-        self._begin_index = begin_index
+        self.begin_index = begin_index
 
-    @property
-    def step_index(self) -> int | None:
-        """The entry of `timesteps` the next `step` takes; None before the first."""
-        return self._step_index
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> None:
+        """Choose the grid: of n steps, or a custom one of given timesteps or sigmas, and forget the run in progress.
+
+        Raises `UsageError` for a custom grid that this sampler cannot take, and for fewer steps than one.
+        """
+        custom = {"timesteps": timesteps, "sigmas": sigmas}
+        custom = {key: values for key, values in custom.items() if values is not None}
+        if refused := custom.keys() - self.custom_grids:
+            raise UsageError(
+                f"{type(self).__name__} takes no custom {' or '.join(sorted(refused))}; pass num_inference_steps"
+            )
+        if (num_inference_steps is not None) + len(custom) != 1:
+            raise UsageError("set_timesteps: pass exactly one of num_inference_steps, timesteps and sigmas")
+        n = next(map(len, custom.values()), num_inference_steps)
+        if not isinstance(n, (int, np.integer)) or n < 1:
+            raise UsageError(f"set_timesteps: num_inference_steps = {n!r} must be a whole number, at least 1")
+        self._choose(int(n), device, **custom)
+
+    def _choose(self, n: int, device: Any, **custom: Any) -> None:
+        """Work out the grid of n steps, or the custom one of n values, and `_install` it."""
+        raise NotImplementedError
 
     def _install(self, n: int, timesteps: np.ndarray, device: Any) -> None:
         """Make a grid the current one and forget the run in progress."""
@@ -186,20 +182,13 @@ class Scheduler:
             timesteps = timesteps.astype(np.float32)  # MPS has no float64
         self.num_inference_steps = n
         self.timesteps = torch.from_numpy(timesteps.copy()).to(device)
-        self._begin_index = None
         self._reset()
 
-    def _count(self, n: int | None, *given: Sequence[float] | None, limit: bool = False) -> int:
-        """The number of steps, from exactly one of a number and explicit values."""
-        values = [value for value in given if value is not None]
-        if (n is not None) + len(values) != 1:
-            raise UsageError("set_timesteps: pass exactly one of num_inference_steps, timesteps and sigmas")
-        n = len(values[0]) if n is None else n
-        if not isinstance(n, (int, np.integer)) or n < 1:
-            raise UsageError(f"set_timesteps: num_inference_steps = {n!r} must be a whole number, at least 1")
-        if limit and n > self.config.num_train_timesteps:
-            raise UsageError(f"set_timesteps: {n} steps; the model was trained on {self.config.num_train_timesteps}")
-        return int(n)
+    def _chosen_steps(self) -> int:
+        """The number of steps chosen; raises `UsageError` before `set_timesteps`."""
+        if self.num_inference_steps is None:
+            raise UsageError(f"{type(self).__name__}: call set_timesteps first")
+        return self.num_inference_steps
 
     def _clip(self) -> Clip | None:
         """What limits the predicted x0: thresholding, else plain clipping, else nothing."""
@@ -226,8 +215,7 @@ class Scheduler:
         `start` counts entries, so it is a multiple of `order`. `eta` is DDIM's; other schedulers have none.
         Raises `UsageError` before `set_timesteps` and for a start outside it.
         """
-        if self.num_inference_steps is None:
-            raise UsageError(f"{type(self).__name__}: call set_timesteps first")
+        self._chosen_steps()
         if not 0 <= start < len(self.timesteps) or start % self.order:
             raise UsageError(f"start = {start} must be one of {len(self.timesteps)} entries, divisible by {self.order}")
         options = {"eta": eta} if "eta" in inspect.signature(self.step).parameters else {}
@@ -238,7 +226,7 @@ class Scheduler:
         """The noise of one run over `table`, float32 of this shape on this device."""
         return GaussianNoise(shape, generators, device)
 
-    def index_for_timestep(self, timestep: float | Tensor, schedule_timesteps: Tensor | None = None) -> int:
+    def index_for_timestep(self, timestep: Timestep, schedule_timesteps: Tensor | None = None) -> int:
         """The entry a timestep stands at; the second where it stands twice, so that a late start skips no sigma."""
         entries = (self.timesteps if schedule_timesteps is None else schedule_timesteps) == timestep
         found = entries.nonzero().flatten().tolist()
@@ -246,47 +234,52 @@ class Scheduler:
             raise UsageError(f"timestep {float(timestep):g} is not one of the scheduler's timesteps")
         return found[1] if len(found) > 1 else found[0]
 
-    def _row(self, timestep: float | Tensor, **options: Any) -> Row:
+    def _row(self, timestep: Timestep, **options: Any) -> Row:
         """The row of the next step; the first step of a run finds its place by timestep, unless told by index."""
-        if self.num_inference_steps is None:
-            raise UsageError(f"{type(self).__name__}: call set_timesteps before step")
-        if self._step_index is None:
-            if isinstance(timestep, torch.Tensor):
+        self._chosen_steps()
+        if self.step_index is None:
+            if isinstance(timestep, Tensor):
                 timestep = timestep.to(self.timesteps.device)
-            begin = self._begin_index
-            self._step_index = self._first = self.index_for_timestep(timestep) if begin is None else begin
-        key = (self._first, tuple(options.items()))
-        if self._built[0] != key:
-            self._built = (key, [folded(row) for row in self._rows(self._first, **options)])
-        offset = self._step_index - self._first
-        if offset >= len(self._built[1]):
+            begin = self.begin_index
+            self.step_index = self._first = self.index_for_timestep(timestep) if begin is None else begin
+        key = tuple(options.items())
+        if key not in self._built:
+            self._built[key] = [folded(row) for row in self._rows(self._first, **options)]
+        rows, offset = self._built[key], self.step_index - self._first
+        if offset >= len(rows):
             raise UsageError(f"{type(self).__name__}: all steps are taken; call set_timesteps to start again")
-        return self._built[1][offset]
+        return rows[offset]
 
-    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
+    def scale_model_input(self, sample: Tensor, timestep: Timestep | None = None) -> Tensor:
         """The latents as the model wants to see them at this timestep, (B, C, H, W)."""
         return sample
 
     def step(
-        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, return_dict: bool = True
-    ) -> SchedulerOutput | tuple[Tensor, ...]:
+        self,
+        model_output: Tensor,
+        timestep: Timestep,
+        sample: Tensor,
+        generator: Generators = None,
+        *,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Stepped:
         """Take one step: model output and latents (B, C, H, W) at `timestep` in, the latents one step on out.
 
-        Keeps what the next step needs; `table` and `advance` do the same without keeping anything here.
+        A sampler that adds noise draws it from one generator, one per image, or torch's default, unless
+        `variance_noise` is given. Keeps what the next step needs; `table` and `advance` do the same without that.
         """
-        return self._step(self._row(timestep), model_output, sample, return_dict)
+        noise = noise_for(sample, generator, variance_noise)
+        return self._step(self._row(timestep), model_output, sample, noise, return_dict)
 
-    def _step(
-        self, row: Row, model_output: Tensor, sample: Tensor, return_dict: bool, noise: Noise | None = None
-    ) -> SchedulerOutput | tuple[Tensor, ...]:
+    def _step(self, row: Row, model_output: Tensor, sample: Tensor, noise: Noise | None, return_dict: bool) -> Stepped:
         state = State(sample) if self._state is None else self._state.with_x(sample)
         self._state = advance(row, state, model_output, noise)
-        if self._step_index is not None:
-            self._step_index += 1
-        if not self.gives_original:
-            return SchedulerOutput(self._state.x) if return_dict else (self._state.x,)
-        output = SchedulerOutput(self._state.x, predict_original(row, sample, model_output))
-        return output if return_dict else tuple(output)
+        if self.step_index is not None:
+            self.step_index += 1
+        x = self._state.x
+        values = (x, predict_original(row, sample, model_output)) if self.gives_original else (x,)
+        return SchedulerOutput(*values) if return_dict else values
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Bring clean latents (B, C, H, W) to the noise levels of timesteps (B,), or of the current step in a run."""

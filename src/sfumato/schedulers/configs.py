@@ -1,4 +1,4 @@
-"""What a `scheduler_config.json` may say: one frozen dataclass per scheduler, made from one table of keys and defaults."""
+"""What a `scheduler_config.json` may say: a frozen dataclass per scheduler, from one table of keys and defaults."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ CLIPPED = {"clip_sample": True, "clip_sample_range": 1.0}
 ZERO_SNR = {"rescale_betas_zero_snr": False}
 ALPHA_RANGE = {"beta_start": 0.00085, "beta_end": 0.012}
 SIGMA_RANGE = {"sigma_min": None, "sigma_max": None}
-FLOW = {
-    "use_flow_sigmas": False, "flow_shift": 1.0, "use_dynamic_shifting": False, "time_shift_type": "exponential",
-}  # fmt: skip
+FLOW = {"use_flow_sigmas": False, "flow_shift": 1.0, "use_dynamic_shifting": False, "time_shift_type": "exponential"}
 DPM = RESPACED | THRESHOLDED | FLOW | {
     "solver_order": 2, "algorithm_type": "dpmsolver++", "solver_type": "midpoint", "lower_order_final": False,
     "final_sigmas_type": "zero", "lambda_min_clipped": -float("inf"), "variance_type": None,
@@ -105,8 +103,7 @@ class SchedulerConfig(Config):
             if (value := self.own(key)) in TRANSLATIONS.get(self.owner, {}):
                 object.__setattr__(self, key, TRANSLATIONS[self.owner][value])
         for key, allowed in (CHOICES[""] | CHOICES.get(self.owner, {})).items():
-            if (value := self.own(key, allowed[0])) not in allowed:
-                one_of(self.owner, key, value, allowed)
+            one_of(self.owner, key, self.own(key, allowed[0]), allowed)
         for key in ("num_train_timesteps", "solver_order"):
             if self.own(key, 1) < 1:
                 raise ConfigError(f"{self.owner}: {key} = {self.own(key)!r} must be at least 1")
@@ -116,7 +113,8 @@ class SchedulerConfig(Config):
             one_of(self.owner, "prediction_type", self.prediction_type, NO_FLOW)
         if self.in_noise and self.own("algorithm_type"):
             one_of(self.owner, "final_sigmas_type", self.own("final_sigmas_type"), ("sigma_min",))
-            one_of(self.owner, "solver_order", self.own("solver_order"), (1, 2) if self.sde else (1, 2, 3))
+            orders = (1, 2) if self.own("algorithm_type").startswith("sde") else (1, 2, 3)
+            one_of(self.owner, "solver_order", self.own("solver_order"), orders)
 
     def own(self, key: str, default: Any = None) -> Any:
         """The value of a key of this scheduler; of a key that only travelled along from a sibling, the default."""
@@ -131,11 +129,6 @@ class SchedulerConfig(Config):
     def in_noise(self) -> bool:
         """Whether a DPM-Solver or UniPC extrapolates the predicted noise and not x0."""
         return self.own("algorithm_type") in ("dpmsolver", "sde-dpmsolver") or not self.own("predict_x0", True)
-
-    @property
-    def sde(self) -> bool:
-        """Whether the algorithm itself adds noise."""
-        return self.own("algorithm_type", "").startswith("sde")
 
 
 def config_class(owner: str) -> type[SchedulerConfig]:

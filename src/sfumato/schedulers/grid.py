@@ -7,19 +7,17 @@ is float64 until the sigmas are rounded to float32 once, as the ecosystem does.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from sfumato.schedulers.configs import SchedulerConfig
 
-    from torch import Tensor
-
-    from sfumato.schedulers.configs import Respaced, SchedulerConfig
-
-__all__ = ["respace", "sigma_to_t", "spaced_timesteps", "train_alphas_cumprod", "train_betas", "train_sigmas"]
+__all__ = [
+    "beta_quantile", "respace", "sigma_to_t", "spaced_timesteps", "train_alphas_cumprod", "train_betas", "train_sigmas",
+]  # fmt: skip
 
 Array = np.ndarray
 
@@ -37,8 +35,9 @@ def train_betas(config: SchedulerConfig) -> Tensor:
         case "sigmoid":
             betas = torch.sigmoid(torch.linspace(-6, 6, n, dtype=torch.float32)) * (end - start) + start
         case name:
-            betas = _betas_for(_ALPHA_BARS[name], n)
-    return zero_terminal_snr(betas) if config.own("rescale_betas_zero_snr") else betas
+            bars = [_ALPHA_BARS[name](i / n) for i in range(n + 1)]
+            betas = torch.tensor([min(1 - bars[i + 1] / bars[i], 0.999) for i in range(n)], dtype=torch.float32)
+    return _zero_terminal_snr(betas) if config.own("rescale_betas_zero_snr") else betas
 
 
 def _cosine(u: float) -> float:
@@ -59,18 +58,12 @@ _ALPHA_BARS: dict[str, Callable[[float], float]] = {
 }
 
 
-def _betas_for(alpha_bar: Callable[[float], float], n: int) -> Tensor:
-    betas = [min(1 - alpha_bar((i + 1) / n) / alpha_bar(i / n), 0.999) for i in range(n)]
-    return torch.tensor(betas, dtype=torch.float32)
-
-
-def zero_terminal_snr(betas: Tensor) -> Tensor:
+def _zero_terminal_snr(betas: Tensor) -> Tensor:
     """Shift and scale sqrt(alpha bar) so that the last timestep is pure noise (2305.08891, algorithm 1)."""
     root = (1.0 - betas).cumprod(0).sqrt()
     first, last = root[0].clone(), root[-1].clone()
     alpha_bar = ((root - last) * (first / (first - last))) ** 2
-    alphas = torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
-    return 1 - alphas
+    return 1 - torch.cat([alpha_bar[:1], alpha_bar[1:] / alpha_bar[:-1]])
 
 
 def train_alphas_cumprod(config: SchedulerConfig, betas: Tensor, *, finite: bool) -> Tensor:
@@ -86,17 +79,22 @@ def train_sigmas(alphas_cumprod: Tensor) -> Array:
     return (((1 - alphas_cumprod) / alphas_cumprod) ** 0.5).numpy()
 
 
-def spaced_timesteps(spacing: str, n: int, train: int, *, last: int, offset: int = 0, extra: int = 0) -> Array:
+def spaced_timesteps(config: SchedulerConfig, n: int, *, last: int | None = None, extra: int = 0) -> Array:
     """N timesteps from high to low (2305.08891, table 2), float64.
 
     `extra` points are spaced along and dropped at the low end; `last` is where the usable timesteps end. "trailing"
     keeps the ecosystem's arithmetic, which for some n (61, 103, 121, …) gives one step too many, ending at -1.
     """
-    if spacing == "linspace":
-        return np.linspace(0, last - 1, n + extra)[::-1][:n]
-    if spacing == "leading":
-        return (np.arange(n + extra) * (last // (n + extra)))[::-1][:n].astype(np.float64) + offset
-    return np.arange(last, 0, -train / n).round() - 1
+    train = config.num_train_timesteps
+    last = train if last is None else last
+    match config.own("timestep_spacing", "linspace"):
+        case "linspace":
+            return np.linspace(0, last - 1, n + extra)[::-1][:n]
+        case "leading":
+            steps = (np.arange(n + extra) * (last // (n + extra)))[::-1][:n]
+            return steps.astype(np.float64) + config.own("steps_offset", 0)
+        case _:
+            return np.arange(last, 0, -train / n).round() - 1
 
 
 def sigma_to_t(sigmas: Array, log_sigmas: Array, *, single: bool = False) -> Array:
@@ -112,7 +110,7 @@ def sigma_to_t(sigmas: Array, log_sigmas: Array, *, single: bool = False) -> Arr
     return (1 - w) * index + w * (index + 1)
 
 
-def respace(config: Respaced, sigmas: Array, n: int, *, bounded: bool = True) -> Array:
+def respace(config: SchedulerConfig, sigmas: Array, n: int, *, bounded: bool = True) -> Array:
     """N sigmas between the first (largest) and the last of the given ones, float64.
 
     Karras 2206.00364 equation 5 with rho = 7; exponential is uniform in log sigma; beta is 2407.12173 with
@@ -120,10 +118,8 @@ def respace(config: Respaced, sigmas: Array, n: int, *, bounded: bool = True) ->
     """
     low, high = float(sigmas[-1]), float(sigmas[0])
     if bounded:
-        low, high = (
-            given if (given := config.get(key)) is not None else bound
-            for key, bound in (("sigma_min", low), ("sigma_max", high))
-        )
+        low = low if config.get("sigma_min") is None else config["sigma_min"]
+        high = high if config.get("sigma_max") is None else config["sigma_max"]
     ramp = np.linspace(0, 1, n)
     match config.respaced:
         case "use_karras_sigmas":
@@ -141,8 +137,6 @@ def beta_quantile(p: float, a: float = 0.6) -> float:
     """
     if p > 0.5:
         return 1.0 - beta_quantile(1.0 - p, a)
-    if p <= 0.0:
-        return 0.0
     norm = math.gamma(a) ** 2 / math.gamma(2 * a)
     x = min((a * p * norm) ** (1 / a), 0.5)
     for _ in range(12):

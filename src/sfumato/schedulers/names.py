@@ -1,4 +1,4 @@
-"""Short names of samplers for the command line: name -> class, config preset and one line about it. Imports no torch."""
+"""Short names of samplers for the command line: name -> class, config preset, one line about it. No torch here."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ SDE = {"algorithm_type": "sde-dpmsolver++"}
 _SAMPLERS: dict[str, tuple[str, dict[str, Any], str, bool]] = {
     "ddim": ("DDIMScheduler", {}, "deterministic and steady; the classic for image-to-image", False),
     "ddpm": ("DDPMScheduler", {}, "the original ancestral sampler; wants hundreds of steps", False),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}, "linear multistep on timesteps; Stable Diffusion 1's default", False),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}, "linear multistep; Stable Diffusion 1's default", False),
     "lms": ("LMSDiscreteScheduler", {}, "linear multistep of order 4 in sigma", True),
     "euler": ("EulerDiscreteScheduler", {}, "first order, plain and fast", True),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}, "Euler with fresh noise every step; lively, never settles", False),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}, "Euler with fresh noise; lively, never settles", False),
     "heun": ("HeunDiscreteScheduler", {}, "second order, two model calls a step", True),
     "dpm2": ("KDPM2DiscreteScheduler", {}, "DPM-Solver-2, two model calls a step", True),
     "dpm2_a": ("KDPM2AncestralDiscreteScheduler", {}, "DPM-Solver-2 with fresh noise, two model calls a step", True),
     "dpmpp_2m": (MULTI, {"solver_order": 2}, "DPM-Solver++ order 2; the usual choice for 20 steps", True),
     "dpmpp_3m": (MULTI, {"solver_order": 3}, "DPM-Solver++ order 3; for weak guidance", True),
-    "dpmpp_2m_sde": (MULTI, SDE | {"solver_order": 2}, "DPM-Solver++ order 2 with noise; more detail, more steps", True),
+    "dpmpp_2m_sde": (MULTI, SDE | {"solver_order": 2}, "DPM-Solver++ order 2 with noise; more detail", True),
     "dpmpp_3m_sde": (MULTI, SDE | {"solver_order": 3}, "DPM-Solver++ order 3 with noise", True),
     "dpmpp_2s": (SINGLE, {"solver_order": 2}, "DPM-Solver++ order 2 in pairs of steps", True),
     "dpmpp_3s": (SINGLE, {"solver_order": 3}, "DPM-Solver++ order 3 in runs of three steps", True),
@@ -42,25 +42,19 @@ _SAMPLERS: dict[str, tuple[str, dict[str, Any], str, bool]] = {
     "unipc_3": (UNIPC, {"solver_order": 3}, "UniPC of order 3; for weak guidance", True),
 }  # fmt: skip
 _DPM_ALGORITHM = {"algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}
-_SPACINGS = {
-    "use_karras_sigmas": False,
-    "use_exponential_sigmas": False,
-    "use_beta_sigmas": False,
-    "use_lu_lambdas": False,
-}
+_UNSPACED = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
 
 
 def _aliases() -> dict[str, Alias]:
     aliases = {}
     for name, (class_name, preset, about, karras) in _SAMPLERS.items():
         # A preset says all it means, so that it holds over any checkpoint's own config.
-        full = (_DPM_ALGORITHM if class_name in (MULTI, SINGLE) else {}) | preset
-        spacings = {key: False for key in _SPACINGS if karras and (key != "use_lu_lambdas" or class_name == MULTI)}
-        aliases[name] = Alias(class_name, spacings | full, about)
+        lu = {"use_lu_lambdas": False} if class_name == MULTI else {}
+        full = (_DPM_ALGORITHM if class_name in (MULTI, SINGLE) else {}) | (_UNSPACED | lu if karras else {}) | preset
+        aliases[name] = Alias(class_name, full, about)
         if karras:
-            aliases[f"{name}_karras"] = Alias(
-                class_name, spacings | {"use_karras_sigmas": True} | full, f"{about}; Karras sigmas"
-            )
+            spaced = full | {"use_karras_sigmas": True}
+            aliases[f"{name}_karras"] = Alias(class_name, spaced, f"{about}; Karras sigmas")
     return aliases
 
 

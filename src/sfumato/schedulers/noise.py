@@ -5,20 +5,17 @@ Noise is always drawn in float32 and cast later, so the dtype of the latents doe
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch import Generator, Tensor
 
 from sfumato.errors import MissingExtra, UsageError
+from sfumato.schedulers.rows import Noise, Row
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Generator, Tensor
-
-    from sfumato.schedulers.rows import Noise, Row
-
-    Generators = Generator | Sequence[Generator] | None
+Generators = Generator | Sequence[Generator] | None
+Seeds = int | Sequence[int] | None
 
 __all__ = ["BrownianNoise", "GaussianNoise", "noise_for"]
 
@@ -35,26 +32,20 @@ class GaussianNoise:
     default generator. Each draws on its own device. The numbers are those the ecosystem's float32 pipelines draw.
     """
 
-    def __init__(
-        self,
-        shape: Sequence[int],
-        generators: Generators = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        if isinstance(generators, (list, tuple)) and len(generators) not in (1, shape[0]):
-            raise UsageError(f"{len(generators)} generators for a batch of {shape[0]}: give one, or one per image")
+    def __init__(self, shape: Sequence[int], generators: Generators = None, device: Any = None) -> None:
+        if generators is not None and not isinstance(generators, Generator):
+            if len(generators) not in (1, shape[0]):
+                raise UsageError(f"{len(generators)} generators for a batch of {shape[0]}: give one, or one per image")
+            generators = generators[0] if len(generators) == 1 else generators
         self.shape = tuple(shape)
         self.generators = generators
         self.device = torch.device(device or "cpu")
 
     def __call__(self, row: Row | None = None) -> Tensor:
         """Draw `shape` values in float32 on `device`."""
-        generators = self.generators
-        if isinstance(generators, (list, tuple)):
-            if len(generators) > 1:
-                return torch.cat([self._draw((1, *self.shape[1:]), generator) for generator in generators])
-            generators = generators[0]
-        return self._draw(self.shape, generators)
+        if self.generators is None or isinstance(self.generators, Generator):
+            return self._draw(self.shape, self.generators)
+        return torch.cat([self._draw((1, *self.shape[1:]), generator) for generator in self.generators])
 
     def _draw(self, shape: tuple[int, ...], generator: Generator | None) -> Tensor:
         device = self.device if generator is None else generator.device
@@ -70,11 +61,7 @@ class BrownianNoise:
     """
 
     def __init__(
-        self,
-        shape: Sequence[int],
-        sigma_range: tuple[float, float],
-        seed: int | Sequence[int] | None = None,
-        device: torch.device | str | None = None,
+        self, shape: Sequence[int], sigma_range: tuple[float, float], seed: Seeds = None, device: Any = None
     ) -> None:
         try:
             from torchsde import BrownianInterval
@@ -82,24 +69,24 @@ class BrownianNoise:
             raise MissingExtra("DPMSolverSDEScheduler needs torchsde: pip install 'sfumato[sde]'") from error
         if seed is None:
             seed = int(torch.randint(0, 2**63 - 1, []).item())
-        self.batched = not isinstance(seed, int)
-        seeds = [seed] if isinstance(seed, int) else list(seed)
-        if self.batched and len(seeds) != shape[0]:
+        single = isinstance(seed, int)
+        seeds = [seed] if single else list(seed)
+        if not single and len(seeds) != shape[0]:
             raise UsageError(f"{len(seeds)} seeds for a batch of {shape[0]}: give one, or one per image")
-        low, high = (torch.tensor(sigma) for sigma in sigma_range)
         settings: dict[str, Any] = {"tol": 1e-6, "pool_size": 24, "halfway_tree": True, "dtype": torch.float32}
-        size = tuple(shape[1:] if self.batched else shape)
+        settings |= {"t0": torch.tensor(sigma_range[0]), "t1": torch.tensor(sigma_range[1])}
+        # torchsde rounds the ends to its tolerance, and warns of a sigma that this puts outside.
+        self.low, self.high = (round(sigma, 6) for sigma in sigma_range)
+        self.shape = tuple(shape)
+        size = self.shape if single else self.shape[1:]
         self.device = torch.device(device or "cpu")
-        self.paths = [BrownianInterval(t0=low, t1=high, size=size, entropy=entropy, **settings) for entropy in seeds]
+        self.paths = [BrownianInterval(size=size, entropy=entropy, **settings) for entropy in seeds]
 
     def __call__(self, row: Row) -> Tensor:
         """The increment between the row's two sigmas over the square root of their distance, float32 on `device`."""
         if row.span is None:
             raise UsageError(f"the row at timestep {row.t:g} has no span of sigmas to draw Brownian noise for")
-        start, end = (torch.tensor(sigma, dtype=torch.float32) for sigma in row.span)
-        low, high = (start, end) if start < end else (end, start)
-        increments = [path(low, high) for path in self.paths]
-        total = torch.stack(increments) if self.batched else increments[0]
-        if start > end:
-            total = -total
-        return (total / (end - start).abs().sqrt()).to(self.device)
+        high, low = (min(max(sigma, self.low), self.high) for sigma in row.span)
+        increments: list[Any] = [path(low, high) for path in self.paths]
+        distance = torch.tensor(row.span[0], dtype=torch.float32) - torch.tensor(row.span[1], dtype=torch.float32)
+        return -(torch.stack(increments).view(self.shape) / distance.sqrt()).to(self.device)

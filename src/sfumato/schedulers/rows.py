@@ -8,22 +8,18 @@ the sampler's name, without waiting for the device and without float64 on it.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from sfumato.errors import UsageError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
-    from torch import Tensor
-
-    Noise = Callable[["Row"], Tensor]
-    """A source of standard normal noise in float32; it is asked only for rows that have a `noise` weight."""
-
 __all__ = ["Clip", "LearnedVariance", "Row", "State", "advance", "folded", "predict_original"]
+
+Noise = Callable[["Row"], Tensor]
+"""A source of standard normal noise in float32; it is asked only for rows that have a `noise` weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +83,7 @@ class Row:
     noise: float | None = None  # None draws nothing; a number draws, even 0.0, to keep the generator in step
     save: bool = False  # keep this row's (corrected) x
     keep: tuple[int, int] = (0, 0)  # which of (d, *past) to remember: from, to
-    span: tuple[float, float] | None = None  # the sigmas this row's noise stands between, for a Brownian source
+    span: tuple[float, float] | None = None  # the sigmas, from high to low, between which a Brownian source draws
     clip: Clip | None = None
     learned: LearnedVariance | None = None
     correct: tuple[float, ...] = ()
@@ -95,7 +91,7 @@ class Row:
 
 
 def folded(row: Row) -> Row:
-    """The same step straight from x and the output, where nothing else needs d: no cancellation, two operations fewer."""
+    """The same step straight from x and the output where nothing else needs d: less cancellation, fewer operations."""
     if len(row.past) != 1 or row.keep[1] or row.clip is not None or row.correct:
         return row
     (w,), (a, b) = row.past, row.convert
@@ -124,7 +120,7 @@ def advance(row: Row, state: State, model_output: Tensor, noise: Noise | None = 
     """
     dtype = torch.float64 if state.x.dtype == torch.float64 else torch.float32
     x = state.x
-    out, predicted = split_output(x, model_output)
+    out, predicted = _split_output(x, model_output)
     history = state.past
     if row.past or row.correct or row.keep[1]:
         history = (_convert(row, x, out, dtype), *history)
@@ -133,7 +129,9 @@ def advance(row: Row, state: State, model_output: Tensor, noise: Noise | None = 
     saved = x if row.save else state.saved
     past = history[row.keep[0] : row.keep[1]] if row.keep[1] else state.past
     if row.predictor is not None:
-        inner = advance(row.predictor, _with_x(state.predictor, x.to(state.x.dtype)), model_output, noise)
+        start = x.to(state.x.dtype)
+        inner_state = State(start) if state.predictor is None else state.predictor.with_x(start)
+        inner = advance(row.predictor, inner_state, model_output, noise)
         return State(inner.x, saved, past, inner)
 
     terms = [(row.x, x), (row.out, out), (row.saved, state.saved), *zip(row.past, history, strict=False)]
@@ -155,12 +153,12 @@ def predict_original(row: Row, x: Tensor, model_output: Tensor) -> Tensor:
     Shapes as in `advance`; the result has the latents' dtype.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    out, _ = split_output(x, model_output)
+    out, _ = _split_output(x, model_output)
     x0 = _sum([(row.original[0], x), (row.original[1], out)], dtype)
     return (x0 if row.clip is None else row.clip(x0)).to(x.dtype)
 
 
-def split_output(x: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor | None]:
+def _split_output(x: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor | None]:
     """Prediction and learned variance: a model that predicts both has twice the latents' channels."""
     channels = x.shape[1]
     if model_output.shape[1] == 2 * channels:
@@ -178,14 +176,9 @@ def _convert(row: Row, x: Tensor, out: Tensor, dtype: torch.dtype) -> Tensor:
     return d + row.clip.weight * (row.clip(x0) - x0)
 
 
-def _with_x(state: State | None, x: Tensor) -> State:
-    return State(x) if state is None else state.with_x(x)
-
-
 def _sum(terms: Iterable[tuple[float, Tensor | None]], dtype: torch.dtype) -> Tensor:
-    """Sum of weight × tensor. A weight of 0 costs nothing, a leading 1 no multiplication; the rest fuse into adds."""
+    """Sum of weight × tensor. A weight of 0 costs nothing, a leading 1 no multiplication."""
     total: Tensor | None = None
-    owned = False  # whether `total` is ours to add into
     for weight, tensor in terms:
         if weight == 0.0:
             continue
@@ -193,14 +186,10 @@ def _sum(terms: Iterable[tuple[float, Tensor | None]], dtype: torch.dtype) -> Te
             raise UsageError(
                 "this step continues an earlier one: start at a whole step, with `set_begin_index` or `table`"
             )
-        if total is None:
-            total = tensor.to(dtype)
-            if weight != 1.0:
-                total, owned = total * weight, True
-        elif owned:
-            total.add_(tensor, alpha=weight)
+        if total is not None:
+            total = torch.add(total, tensor, alpha=weight)
         else:
-            total, owned = torch.add(total, tensor, alpha=weight), True
+            total = tensor.to(dtype) if weight == 1.0 else tensor.to(dtype) * weight
     if total is None:
         raise UsageError("this step leaves nothing of the latents: every weight of its row is 0")
     return total

@@ -1,37 +1,29 @@
 """What schedulers on a grid of sigmas share, and those in the variance-exploding form x = x0 + s eps."""
 
+# pyright: reportIncompatibleMethodOverride=false
+
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sfumato.errors import UsageError
-from sfumato.schedulers.base import Scheduler, SchedulerOutput
+from sfumato.schedulers.base import Scheduler, Stepped, Timestep
 from sfumato.schedulers.grid import respace, sigma_to_t, spaced_timesteps, train_sigmas
-from sfumato.schedulers.noise import BrownianNoise, noise_for
+from sfumato.schedulers.noise import BrownianNoise, Generators, noise_for
+from sfumato.schedulers.rows import Noise, Row
 from sfumato.schedulers.solvers import ve
 from sfumato.schedulers.solvers.prediction import Grid
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
-
-    from sfumato.schedulers.noise import Generators
-    from sfumato.schedulers.rows import Noise, Row
-
 __all__ = [
-    "DPMSolverSDEScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "SigmaScheduler",
-]
+    "DPMSolverSDEScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LMSDiscreteScheduler", "SigmaScheduler",
+    "TwoCallScheduler", "VEScheduler",
+]  # fmt: skip
 
 
 class SigmaScheduler(Scheduler):
@@ -58,100 +50,97 @@ class SigmaScheduler(Scheduler):
         self._install(n, timesteps, device)
 
     def _grid(self, start: int) -> Grid:
-        flow = bool(self.config.own("use_flow_sigmas"))
-        first = start // self.order
+        first, flow = start // self.order, self.config.own("use_flow_sigmas", False)
         return Grid(self._base_timesteps, self._points, self.config.prediction_type, first, flow, self._clip())
 
     def _signal_noise(self, sigmas: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(sigmas), sigmas
 
     def _weights(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        if self._begin_index is None:
+        if self.begin_index is None:
             schedule = self.timesteps.to(timesteps.device)
             indices = [self.index_for_timestep(timestep, schedule) for timestep in timesteps]
         else:
-            indices = [self._begin_index if self._step_index is None else self._step_index] * len(timesteps)
+            indices = [self.begin_index if self.step_index is None else self.step_index] * len(timesteps)
         return self._signal_noise(self.sigmas[indices])
 
     def _start_weights(self, start: int) -> tuple[float, float]:
         signal, noise = self._signal_noise(self.sigmas[start].double())
         return float(signal), float(noise)
 
-    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
-        """The latents over sqrt(s^2 + 1): unit variance at any sigma."""
-        c_in = self._row(self.timesteps[0] if timestep is None else timestep).c_in
-        return sample if c_in == 1.0 else sample * c_in
-
 
 class VEScheduler(SigmaScheduler):
     """Shared by the seven in x = x0 + s eps: n points spaced on the training timesteps, then a final sigma of 0."""
 
-    point_type: type = np.float32
-    rounds = False  # respaced timesteps to whole ones
-    bounded = True  # Karras sigmas obey sigma_min and sigma_max
+    timestep_type: ClassVar[type] = np.float32
+    bounded: ClassVar[bool] = True  # Karras sigmas obey sigma_min and sigma_max
+    refuses_index: ClassVar[bool] = False  # an integer timestep, most likely a loop counter, is an error
 
-    @property
-    def init_noise_sigma(self) -> float:
-        """Standard deviation of the starting latents: the largest sigma; with "leading", of image and noise together."""
-        largest = max(self._points)
-        return (largest**2 + 1) ** 0.5 if self.config.timestep_spacing == "leading" else largest
-
-    def _timestep_points(self, n: int, timesteps: Sequence[float] | None = None) -> np.ndarray:
-        if timesteps is not None:
-            return np.array(timesteps, dtype=self.point_type)
-        config, train = self.config, len(self)
-        points = spaced_timesteps(config.timestep_spacing, n, train, last=train, offset=config.steps_offset)
-        return points.astype(self.point_type)
+    def _set_grid(self, n: int, timesteps: np.ndarray, sigmas: np.ndarray, device: Any) -> None:
+        super()._set_grid(n, timesteps, sigmas, device)
+        largest = max(self._points)  # alone; with "leading" the signal's own variance is added
+        self.init_noise_sigma = (largest**2 + 1) ** 0.5 if self.config.timestep_spacing == "leading" else largest
 
     def _interpolated(self, timesteps: np.ndarray, n: int) -> np.ndarray:
         return np.interp(timesteps, np.arange(len(self._train_sigmas)), self._train_sigmas)
+
+    def _timesteps_of(self, sigmas: np.ndarray) -> np.ndarray:
+        return sigma_to_t(sigmas, self._log_sigmas).astype(self.timestep_type)
 
     def _points_for(self, n: int, timesteps: Sequence[float] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Timesteps and sigmas of n steps, without the final sigma."""
         config = self.config
         if timesteps is not None and config.respaced:
             raise UsageError(f"{config.owner}: custom timesteps cannot be combined with {config.respaced}")
-        points = self._timestep_points(n, timesteps)
+        spaced = spaced_timesteps(config, n) if timesteps is None else timesteps
+        points = np.array(spaced, dtype=self.timestep_type)
         sigmas = self._interpolated(points, n)
-        if config.respaced:
-            bounded = self.bounded or config.respaced != "use_karras_sigmas"
-            sigmas = respace(config, sigmas, n, bounded=bounded)
-            points = sigma_to_t(sigmas, self._log_sigmas)
-            points = points.round() if self.rounds and config.respaced == "use_karras_sigmas" else points
-        return points, sigmas
+        if not config.respaced:
+            return points, sigmas
+        sigmas = respace(config, sigmas, n, bounded=self.bounded or config.respaced != "use_karras_sigmas")
+        return self._timesteps_of(sigmas), sigmas
 
-    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
-        """Choose the grid of n steps."""
-        n = self._count(num_inference_steps)
+    def _choose(self, n: int, device: Any) -> None:
         points, sigmas = self._points_for(n)
-        self._set_grid(n, points.astype(np.float32), np.append(sigmas, 0.0), device)
+        self._set_grid(n, points, np.append(sigmas, 0.0), device)
+
+    def scale_model_input(self, sample: Tensor, timestep: Timestep | None = None) -> Tensor:
+        """The latents over sqrt(s^2 + 1): unit variance at any sigma."""
+        return sample * self._row(self.timesteps[0] if timestep is None else timestep).c_in
+
+    def _refuse_index(self, timestep: Any) -> None:
+        integer = not timestep.is_floating_point() if isinstance(timestep, Tensor) else isinstance(timestep, int)
+        if self.refuses_index and integer:
+            raise UsageError(f"{type(self).__name__}: pass one of scheduler.timesteps, not an integer index")
+
+    def _row(self, timestep: Timestep, **options: Any) -> Row:
+        self._refuse_index(timestep)
+        return super()._row(timestep, **options)
 
 
 class EulerDiscreteScheduler(VEScheduler):
     """Euler steps in sigma, optionally with EDM's churn (2206.00364, algorithm 2)."""
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Any = None,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
+    custom_grids = ("timesteps", "sigmas")
+    refuses_index = True
+
+    def _choose(
+        self, n: int, device: Any, timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None
     ) -> None:
-        """Choose the grid: of n steps, of given timesteps, or of given sigmas (the final one included)."""
+        """Given sigmas include the final one."""
         config = self.config
-        n = self._count(num_inference_steps, timesteps, sigmas) - (sigmas is not None)
         continuous = config.timestep_type == "continuous" and config.prediction_type == "v_prediction"
         if continuous and timesteps is not None:
             raise UsageError("EulerDiscreteScheduler: custom timesteps cannot be combined with continuous ones")
         if sigmas is not None:
             values = np.array(sigmas, dtype=np.float32)
-            points = sigma_to_t(values[:-1], self._log_sigmas)
+            points = self._timesteps_of(values[:-1])
         else:
             points, inner = self._points_for(n, timesteps)
             values = np.append(inner, self._train_sigmas[0] if config.final_sigmas_type == "sigma_min" else 0.0)
         if continuous:
             points = 0.25 * torch.from_numpy(values.astype(np.float32)[:-1]).log().numpy()
-        self._set_grid(n, points.astype(np.float32), values, device)
+        self._set_grid(n if sigmas is None else n - 1, points, values, device)
 
     def _interpolated(self, timesteps: np.ndarray, n: int) -> np.ndarray:
         if self.config.interpolation_type == "linear":
@@ -166,7 +155,7 @@ class EulerDiscreteScheduler(VEScheduler):
     def step(
         self,
         model_output: Tensor,
-        timestep: float | Tensor,
+        timestep: Timestep,
         sample: Tensor,
         s_churn: float = 0.0,
         s_tmin: float = 0.0,
@@ -174,53 +163,27 @@ class EulerDiscreteScheduler(VEScheduler):
         s_noise: float = 1.0,
         generator: Generators = None,
         return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor, ...]:
+    ) -> Stepped:
         """Take one step; with `s_churn` > 0, noise scaled by `s_noise` is added where s_tmin <= s <= s_tmax."""
-        refuse_index(self, timestep)
         options = {"churn": s_churn, "tmin": s_tmin, "tmax": s_tmax, "noise": s_noise} if s_churn > 0 else {}
-        noise = noise_for(sample, generator)
-        return self._step(self._row(timestep, **options), model_output, sample, return_dict, noise)
+        row = self._row(timestep, **options)
+        return self._step(row, model_output, sample, noise_for(sample, generator), return_dict)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The v-prediction target. Parity note: the products are looked up by *entry* of `timesteps`, not by timestep."""
-        refuse_index(self, timesteps)
+        """The v-prediction target. Parity note: products are looked up by *entry* of `timesteps`, not by timestep."""
+        self._refuse_index(timesteps)
         entries = [self.index_for_timestep(timestep) for timestep in timesteps]
         products = self.alphas_cumprod[entries].view(-1, *(1,) * (sample.dim() - 1)).to(sample)
         return products.sqrt() * noise - (1 - products).sqrt() * sample
 
 
-def refuse_index(scheduler: Scheduler, timestep: Any) -> None:
-    """Raise where an integer, most likely a loop counter, is passed as a timestep to a scheduler with fractional ones."""
-    if isinstance(timestep, int) or (isinstance(timestep, torch.Tensor) and not timestep.is_floating_point()):
-        raise UsageError(f"{type(scheduler).__name__}: pass one of scheduler.timesteps, not an integer index")
-
-
-class StochasticStep(VEScheduler):
-    """A scheduler whose step draws Gaussian noise."""
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        generator: Generators = None,
-        return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor, ...]:
-        """Take one step with noise from a generator, one generator per image, or torch's default."""
-        noise = noise_for(sample, generator)
-        return self._step(self._row(timestep), model_output, sample, return_dict, noise)
-
-
-class EulerAncestralDiscreteScheduler(StochasticStep):
+class EulerAncestralDiscreteScheduler(VEScheduler):
     """Euler steps with ancestral noise."""
+
+    refuses_index = True
 
     def _rows(self, start: int) -> Sequence[Row]:
         return ve.ancestral(self._grid(start))
-
-    def step(self, model_output: Tensor, timestep: float | Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the base's, but an integer timestep is refused."""
-        refuse_index(self, timestep)
-        return super().step(model_output, timestep, *args, **kwargs)
 
 
 class LMSDiscreteScheduler(VEScheduler):
@@ -232,10 +195,10 @@ class LMSDiscreteScheduler(VEScheduler):
         return ve.linear_multistep(self._grid(start), order)
 
     def step(
-        self, model_output: Tensor, timestep: float | Tensor, sample: Tensor, order: int = 4, return_dict: bool = True
-    ) -> SchedulerOutput | tuple[Tensor, ...]:
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, order: int = 4, return_dict: bool = True
+    ) -> Stepped:
         """Take one step of at most this order."""
-        return self._step(self._row(timestep, order=order), model_output, sample, return_dict)
+        return self._step(self._row(timestep, order=order), model_output, sample, None, return_dict)
 
 
 class TwoCallScheduler(VEScheduler):
@@ -243,16 +206,8 @@ class TwoCallScheduler(VEScheduler):
 
     order = 2
 
-    def set_timesteps(
-        self, num_inference_steps: int, device: Any = None, num_train_timesteps: int | None = None
-    ) -> None:
-        """Choose the grid of n steps."""
-        if num_train_timesteps not in (None, len(self)):
-            raise UsageError(f"{self.config.owner}: num_train_timesteps is the model's, {len(self)}")
-        n = self._count(num_inference_steps)
-        self._set_steps(n, *self._points_for(n), device)
-
-    def _set_steps(self, n: int, points: np.ndarray, sigmas: np.ndarray, device: Any) -> None:
+    def _choose(self, n: int, device: Any, timesteps: Sequence[float] | None = None) -> None:
+        points, sigmas = self._points_for(n, timesteps)
         final = np.append(sigmas, 0.0).astype(np.float32)
         mids = self._middles(points, sigmas, final)
         self._set_grid(n, points, final, device)
@@ -266,23 +221,14 @@ class TwoCallScheduler(VEScheduler):
         return np.concatenate([sigmas[:1], sigmas[1:-1].repeat(2), sigmas[-1:]])
 
     def _middles(self, points: np.ndarray, sigmas: np.ndarray, final: np.ndarray) -> np.ndarray:
+        """The timesteps of the second calls, between the first ones (`points`)."""
         raise NotImplementedError
 
 
 class HeunDiscreteScheduler(TwoCallScheduler):
     """Heun's method in sigma (2206.00364, algorithm 1)."""
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Any = None,
-        num_train_timesteps: int | None = None,
-        timesteps: Sequence[float] | None = None,
-    ) -> None:
-        """Choose the grid of n steps, or of given timesteps."""
-        n = self._count(num_inference_steps, timesteps)
-        points, sigmas = self._points_for(n, timesteps)
-        self._set_steps(n, points.astype(np.float32), sigmas, device)
+    custom_grids = ("timesteps",)
 
     def _middles(self, points: np.ndarray, sigmas: np.ndarray, final: np.ndarray) -> np.ndarray:
         return points[1:]
@@ -294,7 +240,9 @@ class HeunDiscreteScheduler(TwoCallScheduler):
 class KDPM2DiscreteScheduler(TwoCallScheduler):
     """DPM-Solver-2 in sigma (2206.00927, algorithm 1)."""
 
-    rounds = True
+    def _timesteps_of(self, sigmas: np.ndarray) -> np.ndarray:
+        timesteps = sigma_to_t(sigmas, self._log_sigmas)  # float64, as in the ecosystem
+        return timesteps.round() if self.config.respaced == "use_karras_sigmas" else timesteps
 
     def _interleave(self, sigmas: np.ndarray) -> np.ndarray:
         return np.concatenate([sigmas[:1], sigmas[1:].repeat(2), sigmas[-1:]])
@@ -309,7 +257,7 @@ class KDPM2DiscreteScheduler(TwoCallScheduler):
         return ve.dpm2(self._grid(start), self._mids)
 
 
-class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler, StochasticStep):
+class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):
     """DPM-Solver-2 with ancestral noise."""
 
     def _middles(self, points: np.ndarray, sigmas: np.ndarray, final: np.ndarray) -> np.ndarray:
@@ -325,9 +273,9 @@ class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler, StochasticStep):
 
 
 class DPMSolverSDEScheduler(TwoCallScheduler):
-    """DPM-Solver++ as an SDE, driven by one Brownian path (2211.01095); needs torchsde (`pip install 'sfumato[sde]'`)."""
+    """DPM-Solver++ as an SDE, driven by one Brownian path (2211.01095); needs `pip install 'sfumato[sde]'`."""
 
-    point_type = np.float64
+    timestep_type = np.float64
     bounded = False
 
     def _middles(self, points: np.ndarray, sigmas: np.ndarray, final: np.ndarray) -> np.ndarray:
@@ -342,7 +290,7 @@ class DPMSolverSDEScheduler(TwoCallScheduler):
 
     def _reset(self) -> None:
         super()._reset()
-        self._path: BrownianNoise | None = None
+        self._path: Noise | None = None
 
     def _rows(self, start: int, s_noise: float = 1.0) -> Sequence[Row]:
         return ve.dpm_sde(self._grid(start), self._mids, self._spans, s_noise)
@@ -351,20 +299,15 @@ class DPMSolverSDEScheduler(TwoCallScheduler):
         """One Brownian path seeded by `noise_sampler_seed`, else by the generator's seed (a list: a path per image)."""
         seed = self.config.noise_sampler_seed
         if seed is None and generators is not None:
-            listed = isinstance(generators, (list, tuple))
-            seed = [g.initial_seed() for g in generators] if listed else generators.initial_seed()
+            single = isinstance(generators, torch.Generator)
+            seed = generators.initial_seed() if single else [each.initial_seed() for each in generators]
         return BrownianNoise(shape, self._range, seed, device)
 
     def step(
-        self,
-        model_output: Tensor,
-        timestep: float | Tensor,
-        sample: Tensor,
-        return_dict: bool = True,
-        s_noise: float = 1.0,
-    ) -> SchedulerOutput | tuple[Tensor, ...]:
-        """Take one call's step; the path starts with the first, from `noise_sampler_seed` or torch's default generator."""
+        self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True, s_noise: float = 1.0
+    ) -> Stepped:
+        """Take one call's step; the first starts the path from `noise_sampler_seed` or torch's default generator."""
         row = self._row(timestep, s_noise=s_noise)
         if self._path is None:
-            self._path = BrownianNoise(sample.shape, self._range, self.config.noise_sampler_seed, sample.device)
-        return self._step(row, model_output, sample, return_dict, self._path)
+            self._path = self.noise_source(sample.shape, None, sample.device)
+        return self._step(row, model_output, sample, self._path, return_dict)

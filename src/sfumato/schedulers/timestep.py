@@ -1,28 +1,24 @@
 """Schedulers on the training timesteps: DDIM, DDPM, PNDM."""
 
+# pyright: reportIncompatibleMethodOverride=false
+
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from sfumato.errors import UsageError
-from sfumato.schedulers.base import Scheduler, SchedulerOutput
+from sfumato.schedulers.base import Scheduler, Stepped, Table, Timestep
 from sfumato.schedulers.grid import spaced_timesteps
-from sfumato.schedulers.noise import noise_for
-from sfumato.schedulers.rows import folded
+from sfumato.schedulers.noise import Generators, noise_for
+from sfumato.schedulers.rows import Row, folded
 from sfumato.schedulers.solvers.discrete import ddim_row, ddpm_row, plms_row, prk_row
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
-
-    from sfumato.schedulers.noise import Generators
-    from sfumato.schedulers.rows import Row
-
-__all__ = ["DDIMScheduler", "DDPMScheduler", "PNDMScheduler"]
+__all__ = ["DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "TimestepScheduler"]
 
 
 class TimestepScheduler(Scheduler):
@@ -36,14 +32,21 @@ class TimestepScheduler(Scheduler):
         self.timesteps = torch.arange(len(self) - 1, -1, -1)
 
     def _spaced(self, n: int) -> np.ndarray:
-        config, train = self.config, len(self)
-        spaced = spaced_timesteps(config.timestep_spacing, n, train, last=train, offset=config.steps_offset)
-        return spaced.round().astype(np.int64)
+        if n > len(self):
+            raise UsageError(f"set_timesteps: {n} steps; the model was trained on {len(self)}")
+        return spaced_timesteps(self.config, n).round().astype(np.int64)
 
-    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
-        """Choose the timesteps of n steps; raises `UsageError` for n < 1 or n above the training's."""
-        n = self._count(num_inference_steps, limit=True)
+    def _choose(self, n: int, device: Any) -> None:
         self._install(n, self._spaced(n), device)
+
+    def table(self, start: int = 0, *, eta: float = 0.0) -> Table:
+        """As every scheduler's; raises `UsageError` also where `steps_offset` leads past the last trained timestep."""
+        if self.num_inference_steps is not None and int(self.timesteps.max()) >= len(self):
+            raise UsageError(
+                f"{self.num_inference_steps} steps with steps_offset {self.config.steps_offset} begin at timestep "
+                f"{int(self.timesteps.max())}, but the model was trained up to {len(self) - 1}; use fewer steps"
+            )
+        return super().table(start, eta=eta)
 
     def _product(self, timestep: int) -> float:
         """The cumulative product at a timestep; past the last one, 1 or the first (`set_alpha_to_one`)."""
@@ -68,9 +71,7 @@ class DDIMScheduler(TimestepScheduler):
     """Denoising diffusion implicit models (2010.02502); `eta` between 0 (deterministic) and 1 (DDPM's noise)."""
 
     def _at(self, timestep: int, eta: float = 0.0, reclip: bool = False) -> Row:
-        if self.num_inference_steps is None:
-            raise UsageError("DDIMScheduler: call set_timesteps before step")
-        a_next = self._product(timestep - len(self) // self.num_inference_steps)
+        a_next = self._product(timestep - len(self) // self._chosen_steps())
         a, prediction = self._products[timestep], self.config.prediction_type
         return ddim_row(timestep, a, a_next, prediction, eta=eta, clip=self._clip(), reclip=reclip)
 
@@ -80,32 +81,29 @@ class DDIMScheduler(TimestepScheduler):
     def step(
         self,
         model_output: Tensor,
-        timestep: int | Tensor,
+        timestep: Timestep,
         sample: Tensor,
         eta: float = 0.0,
         use_clipped_model_output: bool = False,
         generator: Generators = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor, ...]:
+    ) -> Stepped:
         """Take one step from any timestep; `variance_noise` replaces the generator's noise where eta > 0."""
         if eta > 0 and variance_noise is not None and generator is not None:
             raise UsageError("pass a generator or variance_noise, not both")
         row = folded(self._at(int(timestep), eta, use_clipped_model_output))
-        noise = noise_for(sample, generator, variance_noise)
-        return self._step(row, model_output, sample, return_dict, noise)
+        return self._step(row, model_output, sample, noise_for(sample, generator, variance_noise), return_dict)
 
 
 class DDPMScheduler(TimestepScheduler):
     """Denoising diffusion probabilistic models (2006.11239), on every training timestep or fewer."""
 
-    def set_timesteps(
-        self, num_inference_steps: int | None = None, device: Any = None, timesteps: Sequence[int] | None = None
-    ) -> None:
-        """Choose n spaced timesteps, or give them in descending order."""
-        n = self._count(num_inference_steps, timesteps, limit=True)
+    custom_grids = ("timesteps",)
+
+    def _choose(self, n: int, device: Any, timesteps: Sequence[int] | None = None) -> None:
         if timesteps is None:
-            return self._install(n, self._spaced(n), device)
+            return super()._choose(n, device)
         given = np.array(timesteps, dtype=np.int64)
         if (np.diff(given) >= 0).any() or given[0] >= len(self):
             raise UsageError(f"set_timesteps: timesteps must descend and start below {len(self)}")
@@ -124,23 +122,10 @@ class DDPMScheduler(TimestepScheduler):
         """The timestep stepped to, -1 after the last; one lower before `set_timesteps`."""
         if self.num_inference_steps is None:
             return timestep - 1
-        entries = self.timesteps.tolist()
-        if timestep not in entries:
-            raise UsageError(f"timestep {timestep} is not one of the scheduler's timesteps")
-        return [*entries, -1][entries.index(timestep) + 1]
+        return [*self.timesteps.tolist(), -1][self.index_for_timestep(timestep) + 1]
 
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: int | Tensor,
-        sample: Tensor,
-        generator: Generators = None,
-        return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor, ...]:
-        """Take one step from a timestep of the schedule; a model with learned variance has (B, 2C, H, W) outputs."""
-        row = folded(self._at(int(timestep), self.previous_timestep(int(timestep))))
-        noise = noise_for(sample, generator)
-        return self._step(row, model_output, sample, return_dict, noise)
+    def _row(self, timestep: Timestep) -> Row:
+        return folded(self._at(int(timestep), self.previous_timestep(int(timestep))))
 
 
 class PNDMScheduler(TimestepScheduler):
@@ -152,9 +137,8 @@ class PNDMScheduler(TimestepScheduler):
 
     gives_original = False
 
-    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
-        """Choose the timesteps: n + 1 without Runge-Kutta steps, else n + 9 (and n at least 4)."""
-        n = self._count(num_inference_steps, limit=True)
+    def _choose(self, n: int, device: Any) -> None:
+        """The timesteps are n + 1 without Runge-Kutta steps, else n + 9 (and n at least 4)."""
         ascending = self._spaced(n)[::-1]
         self._warm_up: list[int] = []
         if self.config.skip_prk_steps:
@@ -168,14 +152,8 @@ class PNDMScheduler(TimestepScheduler):
             timesteps = np.concatenate([warm_up, ascending[:-3][::-1]])
         self._install(n, timesteps, device)
 
-    def _reset(self) -> None:
-        super()._reset()
-        self._calls = 0
-
     def _at(self, call: int, timestep: int) -> Row:
-        if self.num_inference_steps is None:
-            raise UsageError("PNDMScheduler: call set_timesteps before step")
-        ratio, prediction = len(self) // self.num_inference_steps, self.config.prediction_type
+        ratio, prediction = len(self) // self._chosen_steps(), self.config.prediction_type
         if call < len(self._warm_up):
             here, following = self._warm_up[call // 4 * 4], timestep - (0 if call % 2 else ratio // 2)
             return prk_row(call, timestep, self._products[here], self._product(following), prediction)
@@ -186,10 +164,6 @@ class PNDMScheduler(TimestepScheduler):
     def _rows(self, start: int) -> Sequence[Row]:
         return [self._at(call, t) for call, t in enumerate(self.timesteps[start:].tolist())]
 
-    def step(
-        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
-    ) -> SchedulerOutput | tuple[Tensor, ...]:
-        """Take the next call's step from this timestep."""
-        row = self._at(self._calls, int(timestep))
-        self._calls += 1
-        return self._step(row, model_output, sample, return_dict)
+    def _row(self, timestep: Timestep) -> Row:
+        self.step_index = self.step_index or 0  # counts calls, wherever the run begins
+        return self._at(self.step_index, int(timestep))

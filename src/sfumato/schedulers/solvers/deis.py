@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from sfumato.schedulers.rows import Row
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from sfumato.schedulers.solvers.prediction import Grid
+from sfumato.schedulers.solvers.prediction import Grid
 
 __all__ = ["deis"]
 
 
 def deis(grid: Grid, orders: Sequence[int]) -> list[Row]:
-    """x' = alpha' (x / alpha + sum_k c_k d_k), c_k = integral over u = s..s' of the Lagrange basis in log u.
+    """A step is x' = alpha' (x / alpha + sum_k c_k d_k), c_k the integral over u = s..s' of a Lagrange basis in log u.
 
-    The nodes are the last `order` grid points, u = sigma/alpha, d the noise predictions (equations 14-15 in the
+    Its nodes are the last `order` grid points, u = sigma/alpha, d the noise predictions (equations 14-15 in the
     "log rho" variable). `orders` has one entry per step built.
     """
     ratios = [level.sigma / level.alpha for level in grid.levels]

@@ -1,6 +1,6 @@
 """Samplers on the training timesteps themselves: DDIM, DDPM and PNDM. One function makes the row of one timestep.
 
-`a` and `a_next` are cumulative products of alphas at the timestep and at the one stepped to; x = sqrt(a) x0 + sqrt(1 - a) eps.
+x = sqrt(a) x0 + sqrt(1 - a) eps, with a the cumulative product of alphas there and a' (`a_next`) where the step leads.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ def ddim_row(
     clip: Clip | None = None,
     reclip: bool = False,
 ) -> Row:
-    """X' = sqrt(a') x0 + sqrt(1 - a' - sd^2) eps + sd z, sd = eta sqrt((1-a')/(1-a) (1 - a/a')) (2010.02502, eq. 12, 16).
+    """DDIM: x' = sqrt(a') x0 + sqrt(1 - a' - sd^2) eps + sd z (2010.02502, equations 12 and 16).
 
-    x0 may be clipped; eps stays the model's own unless `reclip` derives it from the clipped x0.
+    sd = eta sqrt((1 - a') / (1 - a) (1 - a / a')). x0 may be clipped; eps stays the model's own unless
+    `reclip` derives it from the clipped x0.
     """
     alpha, sigma = math.sqrt(a), math.sqrt(1 - a)
     sd = eta * math.sqrt(max((1 - a_next) / (1 - a) * (1 - a / a_next), 0.0))
@@ -56,16 +57,8 @@ def ddpm_row(t: float, a: float, a_next: float, prediction: str, variance: str, 
         learned = LearnedVariance((math.log(posterior), math.log(beta)) if variance == "learned_range" else None)
     else:
         noise = math.sqrt(beta if variance.startswith("fixed_large") else posterior)
-    return Row(
-        t=t,
-        original=original,
-        convert=original,
-        clip=clip,
-        learned=learned,
-        noise=noise,
-        x=math.sqrt(step) * (1 - a_next) / (1 - a),
-        past=(math.sqrt(a_next) * beta / (1 - a),),
-    )
+    x, past = math.sqrt(step) * (1 - a_next) / (1 - a), (math.sqrt(a_next) * beta / (1 - a),)
+    return Row(t=t, original=original, convert=original, x=x, past=past, noise=noise, clip=clip, learned=learned)
 
 
 def _transfer(a: float, a_next: float, prediction: str) -> tuple[float, float]:
@@ -75,12 +68,8 @@ def _transfer(a: float, a_next: float, prediction: str) -> tuple[float, float]:
     return (x, eps) if prediction == "epsilon" else (x + eps * math.sqrt(1 - a), eps * math.sqrt(a))
 
 
-ADAMS_BASHFORTH = {
-    1: (1.0,),
-    2: (3 / 2, -1 / 2),
-    3: (23 / 12, -16 / 12, 5 / 12),
-    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-}
+# By the number of earlier outputs.
+ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
 def plms_row(call: int, t: float, a: float, a_next: float, prediction: str, history: int) -> Row:
@@ -93,7 +82,7 @@ def plms_row(call: int, t: float, a: float, a_next: float, prediction: str, hist
     x, out = _transfer(a, a_next, prediction)
     if call == 1:
         return Row(t=t, original=original, x=0.0, saved=x, past=(out / 2, out / 2), keep=(1, 2))
-    past = tuple(out * w for w in ADAMS_BASHFORTH[min(history + 1, 4)])
+    past = tuple(out * w for w in ADAMS_BASHFORTH[min(history, 3)])
     return Row(t=t, original=original, x=x, past=past, save=call == 0, keep=(0, 3))
 
 

@@ -1,18 +1,19 @@
-"""DPM-Solver and DPM-Solver++ (2206.00927, 2211.01095), multistep and singlestep, as ODE and as SDE, and their terms."""
+"""DPM-Solver and DPM-Solver++ (2206.00927, 2211.01095), multistep and singlestep, as ODE and as SDE.
+
+A step of order p runs from its *base*, h long in lambda, by the last p model outputs d_0 (newest), d_1, d_2. The
+`points` are where these were taken, as shares of h from the base, oldest first.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from sfumato.schedulers.rows import Row
+from sfumato.schedulers.solvers.prediction import Grid, Level
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from sfumato.schedulers.solvers.prediction import Grid, Level
-
-__all__ = ["multistep", "singlestep"]
+__all__ = ["Terms", "dpm_solver"]
 
 
 class Terms(NamedTuple):
@@ -25,7 +26,7 @@ class Terms(NamedTuple):
     noise: float | None
 
 
-def terms(algorithm: str, base: Level, to: Level) -> Terms:
+def _terms(algorithm: str, base: Level, to: Level) -> Terms:
     """Exact integrals of the linear part over the step, for each of the four formulations.
 
     DPM-Solver: 2206.00927 equation 3.4; DPM-Solver++: 2211.01095 equation 10 (appendix B for order 3), its SDE form
@@ -50,66 +51,59 @@ def terms(algorithm: str, base: Level, to: Level) -> Terms:
             return Terms(x, -factor * scale * e, f1, f2, noise)
 
 
-def _model(grid: Grid, i: int, algorithm: str, orders: Sequence[int]) -> dict[str, Any]:
-    return grid.vp(i, noise=not algorithm.endswith("++")) | {"keep": (0, max(orders) - 1)}
+def dpm_solver(grid: Grid, algorithm: str, heun: bool, orders: Sequence[int], *, single: bool) -> list[Row]:
+    """One step is x' = X x + sum_k w_k d_k + noise z; `orders` has one entry per step built.
 
-
-def multistep(grid: Grid, algorithm: str, heun: bool, orders: Sequence[int]) -> list[Row]:
-    """One step is x' = X x + k1 D0 + f D1 + f2 D2 with divided differences of past outputs (2211.01095, algorithm 2).
-
-    D0 = d0; order 2: D1 = (d0 - d1)/r0 with f = k1/2 (midpoint) or f1 (heun); order 3 always f1 and f2, with
-    D1 = D10 + q (D10 - D11), D2 = (D10 - D11)/(r0 + r1), q = r0/(r0 + r1). `orders` has one entry per step built.
+    A multistep method takes every step from the point it stands at (2211.01095, algorithm 2). A singlestep one
+    (`single`) runs through orders 1, 2, 3, each from the x that was saved at the last order 1 (2206.00927,
+    algorithms 1-2).
     """
     levels, rows = grid.levels, []
     for i, order in zip(grid.steps, orders, strict=True):
-        here, to = levels[i], levels[i + 1]
-        model = _model(grid, i, algorithm, orders)
-        if to.lam == here.lam:  # a repeated sigma: nothing to do, and every ratio below would be 0/0
+        base, to = levels[i - order + 1 if single else i], levels[i + 1]
+        model = grid.vp(i, noise=not algorithm.endswith("++"))
+        model |= {"keep": (0, max(orders) - 1), "save": single and order == 1}
+        if to.lam == base.lam:  # a repeated sigma: nothing to do, and every share below would be 0/0
             rows.append(Row(**model, noise=0.0 if algorithm.startswith("sde") else None))
             continue
-        x, k1, f1, f2, noise = terms(algorithm, here, to)
-        h = to.lam - here.lam
-        if order == 1:
-            past = (k1,)
-        elif order == 2:
-            c = (f1 if heun else k1 / 2) * h / (here.lam - levels[i - 1].lam)
-            past = (k1 + c, -c)
-        else:
-            r0 = (here.lam - levels[i - 1].lam) / h
-            r1 = (levels[i - 1].lam - levels[i - 2].lam) / h
-            q = r0 / (r0 + r1)
-            c0, c1 = f1 * (1 + q) + f2 / (r0 + r1), -f1 * q - f2 / (r0 + r1)
-            past = (k1 + c0 / r0, -c0 / r0 + c1 / r1, -c1 / r1)
-        rows.append(Row(**model, x=x, past=past, noise=noise))
+        step = _terms(algorithm, base, to)
+        points = [(level.lam - base.lam) / (to.lam - base.lam) for level in levels[i - order + 1 : i + 1]]
+        weights = _singlestep_weights if single else _multistep_weights
+        past = (step.k1,) if order == 1 else weights(step, points, heun)
+        start: dict[str, Any] = {"x": 0.0, "saved": step.x_weight} if single and order > 1 else {"x": step.x_weight}
+        rows.append(Row(**model, **start, past=past, noise=step.noise))
     return rows
 
 
-def singlestep(grid: Grid, algorithm: str, heun: bool, orders: Sequence[int]) -> list[Row]:
-    """Orders 1, 2, 3 in turn, each from the x saved at the last order 1 (2206.00927, algorithms 1-2; 2211.01095).
+def _multistep_weights(step: Terms, points: Sequence[float], heun: bool) -> tuple[float, ...]:
+    """Weights of k1 D0 + f D1 + f2 D2, divided differences of outputs r0 and r1 apart, with D0 = d0.
 
-    The base b is the grid point of that x, r0 and r1 the later points' shares of the step from it. Order 2:
-    D1 = (d0 - d1)/r0. Order 3: D10 = (d1 - d2)/r1, D11 = (d0 - d2)/r0; midpoint takes f1 D11, heun
-    f1 (r0 D10 - r1 D11)/(r0 - r1) + f2 2 (D11 - D10)/(r0 - r1).
+    Order 2: D1 = (d0 - d1)/r0 with f = k1/2 (midpoint) or f1 (heun). Order 3 always f1 and f2, with
+    D1 = D10 + q (D10 - D11), D2 = (D10 - D11)/(r0 + r1), q = r0/(r0 + r1).
     """
-    levels, rows = grid.levels, []
-    for i, order in zip(grid.steps, orders, strict=True):
-        base, here, to = levels[i - order + 1], levels[i], levels[i + 1]
-        model = _model(grid, i, algorithm, orders)
-        if to.lam == base.lam:
-            rows.append(Row(**model, save=order == 1, noise=0.0 if algorithm.startswith("sde") else None))
-            continue
-        x, k1, f1, f2, noise = terms(algorithm, base, to)
-        if order == 1:
-            rows.append(Row(**model, x=x, past=(k1,), save=True, noise=noise))
-            continue
-        r0 = (here.lam - base.lam) / (to.lam - base.lam)
-        if order == 2:
-            c = (f1 if heun else k1 / 2) / r0
-            past = (c, k1 - c)
-        else:
-            r1 = (levels[i - 1].lam - base.lam) / (to.lam - base.lam)
-            c0 = (f1 * r0 - 2 * f2) / (r0 - r1) if heun else 0.0
-            c1 = (2 * f2 - f1 * r1) / (r0 - r1) if heun else f1
-            past = (c1 / r0, c0 / r1, k1 - c1 / r0 - c0 / r1)
-        rows.append(Row(**model, x=0.0, saved=x, past=past, noise=noise))
-    return rows
+    _, k1, f1, f2, _ = step
+    r0 = -points[-2]
+    if len(points) == 2:
+        c = (f1 if heun else k1 / 2) / r0
+        return (k1 + c, -c)
+    r1 = points[1] - points[0]
+    q = r0 / (r0 + r1)
+    c0, c1 = f1 * (1 + q) + f2 / (r0 + r1), -f1 * q - f2 / (r0 + r1)
+    return (k1 + c0 / r0, -c0 / r0 + c1 / r1, -c1 / r1)
+
+
+def _singlestep_weights(step: Terms, points: Sequence[float], heun: bool) -> tuple[float, ...]:
+    """Weights of k1 D0 + f D1 + f2 D2 with D0 the output at the base and r1, r0 the points after it.
+
+    Order 2: D1 = (d0 - d1)/r0, f as in multistep. Order 3: D10 = (d1 - d2)/r1, D11 = (d0 - d2)/r0; midpoint takes
+    f1 D11, heun f1 (r0 D10 - r1 D11)/(r0 - r1) + f2 2 (D11 - D10)/(r0 - r1).
+    """
+    _, k1, f1, f2, _ = step
+    r0 = points[-1]
+    if len(points) == 2:
+        c = (f1 if heun else k1 / 2) / r0
+        return (c, k1 - c)
+    r1 = points[1]
+    c0 = (f1 * r0 - 2 * f2) / (r0 - r1) if heun else 0.0
+    c1 = (2 * f2 - f1 * r1) / (r0 - r1) if heun else f1
+    return (c1 / r0, c0 / r1, k1 - c1 / r0 - c0 / r1)

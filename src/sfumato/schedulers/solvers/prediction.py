@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from sfumato.schedulers.rows import Clip
+from sfumato.schedulers.rows import Clip
 
 __all__ = ["Grid", "Level", "noise_from", "ve_original", "vp_original"]
 
@@ -61,6 +59,11 @@ class Grid:
         slope = ((1 - a) / s, -b / s)
         return {"t": t, "c_in": 1 / math.sqrt(s * s + 1), "original": original, "convert": slope, "clip": clip}
 
+    def ve_steps(self) -> Iterator[tuple[int, float, float, dict[str, Any]]]:
+        """Of every step its index, the sigmas it leads from and to, and the fields of a row that calls the model."""
+        for i in self.steps:
+            yield i, self.sigmas[i], self.sigmas[i + 1], self.ve(self.timesteps[i], self.sigmas[i])
+
     def vp(self, i: int, *, noise: bool = False, through_x0: bool = False) -> dict[str, Any]:
         """Fields of a row that calls the model at point i and converts to x0, or to eps (perhaps by way of x0)."""
         s, alpha, sigma, _ = self.levels[i]
@@ -89,7 +92,7 @@ def vp_original(prediction: str, alpha: float, sigma: float, s: float = 0.0) -> 
 
 
 def noise_from(prediction: str, original: Pair, alpha: float, sigma: float) -> Pair:
-    """eps = (x - alpha x0) / sigma, which for an eps-prediction is exactly the output."""
+    """Noise from x0, eps = (x - alpha x0) / sigma; for an eps-prediction exactly the output."""
     if prediction == "epsilon":
         return (0.0, 1.0)
     if prediction == "v_prediction":

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from sfumato.schedulers.rows import Row
+from sfumato.schedulers.solvers.prediction import Grid, Level
 
-if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
-
-    from sfumato.schedulers.solvers.prediction import Grid, Level
-
-__all__ = ["unipc"]
+__all__ = ["Step", "unipc"]
 
 
 class Step(NamedTuple):
@@ -26,7 +23,7 @@ class Step(NamedTuple):
 
 
 def unipc(
-    grid: Grid, orders: Sequence[int], *, predict_x0: bool, bh2: bool, disable_corrector: Collection[int] = ()
+    grid: Grid, orders: Sequence[int], solver_type: str, predict_x0: bool, disable_corrector: Collection[int] = ()
 ) -> list[Row]:
     """Predict with the last p outputs; on the next call correct that step with p + 1, then predict on (algorithms 1-2).
 
@@ -37,7 +34,7 @@ def unipc(
     """
     rows, last = [], None
     for i, order in zip(grid.steps, orders, strict=True):
-        step = _step(grid.levels[i - order + 1 : i + 2], predict_x0, bh2)
+        step = _step(grid.levels[i - order + 1 : i + 2], predict_x0, solver_type == "bh2")
         correct = (last.x, *last.correct) if last is not None and i - 1 not in disable_corrector else ()
         model = grid.vp(i, noise=not predict_x0)
         if not predict_x0:

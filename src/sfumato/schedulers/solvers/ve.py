@@ -6,17 +6,13 @@ All of them solve dx/ds = (x - x0(x, s)) / s (EDM, 2206.00364, equation 3).
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from sfumato.schedulers.rows import Row
-from sfumato.schedulers.solvers.prediction import ve_original
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from sfumato.schedulers.solvers.prediction import Grid
+from sfumato.schedulers.solvers.prediction import Grid, ve_original
 
 __all__ = ["Churn", "ancestral", "dpm2", "dpm_sde", "euler", "heun", "linear_multistep"]
 
@@ -31,30 +27,25 @@ class Churn(NamedTuple):
 
 
 def euler(grid: Grid, churn: Churn) -> list[Row]:
-    """x' = x + (s' - s) dx/ds (EDM, 2206.00364, algorithm 2 without its correction).
+    """Euler's method: x' = x + (s' - s) dx/ds (EDM, 2206.00364, algorithm 2 without its correction).
 
     With churn, s_hat = (1 + gamma) s and x_hat = x + sqrt(s_hat^2 - s^2) S_noise z take the place of s and x, *after*
     the model was called at s, as in the ecosystem; so a row is still one call.
     """
     rows = []
-    for i in grid.steps:
-        s, s_next = grid.sigmas[i], grid.sigmas[i + 1]
-        model = grid.ve(grid.timesteps[i], s)
+    for _, s, s_next, model in grid.ve_steps():
         gamma = min(churn.churn / (len(grid.sigmas) - 1), math.sqrt(2) - 1) if churn.tmin <= s <= churn.tmax else 0.0
-        if gamma <= 0:
-            rows.append(Row(**model, past=(s_next - s,)))
-            continue
         s_hat = s * (1 + gamma)
         # An eps-prediction is read at s_hat; a v-prediction stays with the s that the model was called at.
         a, b = ve_original(grid.prediction, s_hat if grid.prediction == "epsilon" else s)
         model |= {"original": (a, b), "convert": ((1 - a) / s_hat, -b / s_hat)}
         h = s_next - s_hat
         sd = churn.noise * math.sqrt(s_hat * s_hat - s * s) * (1 + h * model["convert"][0])
-        rows.append(Row(**model, past=(h,), noise=sd))
+        rows.append(Row(**model, past=(h,), noise=sd if gamma > 0 else None))
     return rows
 
 
-def split(s: float, s_next: float) -> tuple[float, float]:
+def _split(s: float, s_next: float) -> tuple[float, float]:
     """s'^2 = down^2 + up^2: how far an ancestral step goes down, and the noise that brings it up to s' again."""
     return s_next * s_next / s, s_next * math.sqrt(1 - (s_next / s) ** 2)
 
@@ -65,20 +56,18 @@ def ancestral(grid: Grid) -> list[Row]:
     The last step draws noise of weight 0, as the ecosystem's does.
     """
     rows = []
-    for i in grid.steps:
-        s = grid.sigmas[i]
-        down, up = split(s, grid.sigmas[i + 1])
-        rows.append(Row(**grid.ve(grid.timesteps[i], s), past=(down - s,), noise=up))
+    for _, s, s_next, model in grid.ve_steps():
+        down, up = _split(s, s_next)
+        rows.append(Row(**model, past=(down - s,), noise=up))
     return rows
 
 
 def heun(grid: Grid) -> list[Row]:
-    """Euler to s', then the mean of both slopes from the saved x; the last step is Euler (EDM, 2206.00364, algorithm 1)."""
+    """Euler to s', then the mean of both slopes from the saved x; the last step is Euler (EDM, algorithm 1)."""
     rows = []
-    for i in grid.steps:
-        s, s_next = grid.sigmas[i], grid.sigmas[i + 1]
+    for i, s, s_next, model in grid.ve_steps():
         h = s_next - s
-        rows.append(Row(**grid.ve(grid.timesteps[i], s), past=(h,), save=True, keep=(0, 1)))
+        rows.append(Row(**model, past=(h,), save=True, keep=(0, 1)))
         if i + 1 < len(grid.timesteps):
             again = grid.ve(grid.timesteps[i + 1], s_next)
             rows.append(Row(**again, x=0.0, saved=1.0, past=(h / 2, h / 2)))
@@ -92,13 +81,11 @@ def dpm2(grid: Grid, mids: Sequence[float], ancestral: bool = False) -> list[Row
     s_up in the ancestral form. `mids[i]` is the timestep of step i's midpoint. The last step is Euler.
     """
     rows = []
-    for i in grid.steps:
-        s, s_next = grid.sigmas[i], grid.sigmas[i + 1]
-        model = grid.ve(grid.timesteps[i], s)
+    for i, s, s_next, model in grid.ve_steps():
         if i + 1 == len(grid.timesteps):
             rows.append(Row(**model, past=(s_next - s,)))
             break
-        down, up = split(s, s_next) if ancestral else (s_next, None)
+        down, up = _split(s, s_next) if ancestral else (s_next, None)
         middle = math.sqrt(s * down)
         rows.append(Row(**model, past=(middle - s,), save=True))
         rows.append(Row(**grid.ve(mids[i], middle), x=0.0, saved=1.0, past=(down - s,), noise=up))
@@ -111,12 +98,10 @@ def dpm_sde(
     """DPM-Solver++ as an SDE, two calls a step (2211.01095, section 5, with the ancestral noise of k-diffusion).
 
     Both calls aim from the same x: the first at u = m, the midpoint in log sigma, the second at u = s'. With
-    r = (u/s)^2: x' = r x + (1 - r) x0 + u sqrt(1 - r) z(s, u). `spans[i]` are (s, m, s') as the Brownian path knows them.
+    r = (u/s)^2: x' = r x + (1 - r) x0 + u sqrt(1 - r) z(s, u). `spans[i]` are (s, m, s') as the path knows them.
     """
     rows = []
-    for i in grid.steps:
-        s, s_next = grid.sigmas[i], grid.sigmas[i + 1]
-        model = grid.ve(grid.timesteps[i], s)
+    for i, s, s_next, model in grid.ve_steps():
         if i + 1 == len(grid.timesteps):
             rows.append(Row(**model, past=(s_next - s,)))
             break
@@ -124,31 +109,28 @@ def dpm_sde(
         half = grid.ve(mids[i], middle)
         for first, call, to in ((True, model, middle), (False, half, s_next)):
             r = (to / s) ** 2
-            row = call | {
-                "convert": call["original"],
-                "past": (1 - r,),
-                "span": (spans[i][0], spans[i][1 if first else 2]),
-            }
-            row |= {"x": r, "save": True} if first else {"x": 0.0, "saved": r}
-            rows.append(Row(**row, noise=noise_scale * to * math.sqrt(1 - r)))
+            call["convert"] = call["original"]
+            weights: dict[str, Any] = {"x": r, "save": True} if first else {"x": 0.0, "saved": r}
+            span = (spans[i][0], spans[i][1 if first else 2])
+            rows.append(Row(**call, **weights, past=(1 - r,), span=span, noise=noise_scale * to * math.sqrt(1 - r)))
     return rows
 
 
 def linear_multistep(grid: Grid, order: int) -> list[Row]:
-    """x' = x + sum_k d_k times the integral over s..s' of the Lagrange basis on s_i, s_{i-1}, … (Adams-Bashforth).
+    """Adams-Bashforth: x' = x + sum_k d_k times the integral over s..s' of the Lagrange basis on s_i, s_{i-1}, …
 
     Parity note: as in the ecosystem the order counts from the start of the *grid*. A late start (image-to-image) takes
     the newest weights alone of a high-order rule, whose sum is not s' - s, until the history is full.
     """
     nodes, weights = np.polynomial.legendre.leggauss((order + 1) // 2)
     rows = []
-    for i in grid.steps:
-        s, h = grid.sigmas[i], grid.sigmas[i + 1] - grid.sigmas[i]
+    for i, s, s_next, model in grid.ve_steps():
+        h = s_next - s
         points = [grid.sigmas[i - k] for k in range(min(order, i + 1))]
         at = s + h * (nodes + 1) / 2
         past = []
         for k in range(min(len(points), i - grid.start + 1)):
             basis = math.prod((at - p) / (points[k] - p) for j, p in enumerate(points) if j != k)
             past.append(float(np.sum(weights * basis) * h / 2))
-        rows.append(Row(**grid.ve(grid.timesteps[i], s), past=tuple(past), keep=(0, order - 1)))
+        rows.append(Row(**model, past=tuple(past), keep=(0, order - 1)))
     return rows

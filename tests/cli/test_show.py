@@ -1,0 +1,85 @@
+"""`sfumato show`: the truth about a checkpoint, from its headers alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import sfumato as library
+
+PARTS = ("text_encoder", "unet", "vae")
+UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+def blow_up(path: Path, factor: int) -> int:
+    """Say in the header that one tensor is `factor` times as long, and put a hole there; returns its new size."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    entry = header["conv_in.bias"]
+    start = len(content) - 8 - length
+    size = factor * 4
+    header["conv_in.bias"] = entry | {"shape": [factor], "data_offsets": [start, start + size]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text + content[8 + length :])
+        stream.truncate(8 + len(text) + start + size)
+    return size
+
+
+def test_numbers_are_the_models_own(sfumato_each, model, tmp_path):
+    huge, torn = Path(shutil.copytree(model, tmp_path / "huge")), Path(shutil.copytree(model, tmp_path / "torn"))
+    size = blow_up(huge / UNET, 10**10)  # forty gigabytes, none of which may be read
+    with (torn / UNET).open("r+b") as stream:
+        stream.truncate((torn / UNET).stat().st_size - 1)
+    weird = tmp_path / "[bold]weird"
+    shutil.copytree(model, weird)
+    commands = [["show", model, "--json"], ["show", model], ["show", huge, "--json"], ["show", weird]]
+    bad = [
+        ["show", torn],
+        ["show", tmp_path / "none"],
+        ["show", "nobody/nothing"],
+        ["show", model, "--variant", "fp16"],
+        ["show"],
+    ]
+    told, text, large, odd, *failures = sfumato_each([*commands, *bad], cwd=tmp_path)
+
+    facts = told.succeeded().json
+    pipe = library.DiffusionPipeline.from_pretrained(model)
+    total = 0
+    for part in PARTS:
+        parameters = list(getattr(pipe, part).parameters())
+        entry = facts["parts"][part]
+        assert entry["class"] == type(getattr(pipe, part)).__name__
+        assert entry["parameters"] == sum(parameter.numel() for parameter in parameters)
+        assert entry["bytes"] == sum(parameter.nbytes for parameter in parameters)
+        assert entry["dtype"] == "float32"
+        total += entry["parameters"]
+    assert facts["parameters"] == total
+    assert facts["bytes"] == 4 * total
+    assert facts["parts"]["scheduler"]["class"] == "PNDMScheduler"
+    assert (facts["width"], facts["height"], facts["prediction_type"], facts["prompt_tokens"]) == (
+        16,
+        16,
+        "epsilon",
+        20,
+    )
+    for word in (
+        "UNet2DConditionModel",
+        "PNDMScheduler",
+        "float32",
+        "16 × 16",
+        "predicts epsilon, reads 20 tokens",
+        str(model),
+    ):
+        assert word in text.succeeded().out
+    assert large.succeeded().json["parts"]["unet"]["bytes"] > size
+    assert "[bold]weird" in odd.succeeded().out
+
+    failures[0].failed(1, str(torn / UNET), "truncated", "download or copy it again")
+    failures[1].failed(1, "there is no folder", "give an existing folder or a hub id")
+    failures[2].failed(1, "'nobody/nothing' is not completely in the local cache", "sfumato download nobody/nothing")
+    failures[3].failed(1, "variant 'fp16'")
+    if not (Path(library.__file__).parent / "mini").is_dir():
+        failures[4].failed(2, "no built-in model", "--model")

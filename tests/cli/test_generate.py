@@ -117,11 +117,13 @@ def test_existing_files_are_kept_and_each_picture_of_several_has_its_own_seed(sf
 def test_from_a_picture_over_an_existing_one(sfumato, model, tmp_path):
     Image.linear_gradient("L").resize((21, 33)).save(tmp_path / "start.jpg")
     (tmp_path / "out.png").write_bytes(b"to be replaced")
+    (tmp_path / "out.preview.png").write_bytes(b"mine, whatever its name")
     words = ["--image", "start.jpg", "--strength", 0.5, "--steps", 4, "--scheduler", "ddim", "--preview-every", 1]
     words += ["--output", "out.png", "--overwrite"]
     outcome = sfumato("generate", "horse", "--model", model, *words, cwd=tmp_path).succeeded()
     assert outcome.paths == [Path("out.png")]
-    assert names(tmp_path) == {"start.jpg", "out.png"}
+    assert names(tmp_path) == {"start.jpg", "out.png", "out.preview.png"}
+    assert (tmp_path / "out.preview.png").read_bytes() == b"mine, whatever its name"
     told = recipe(tmp_path / "out.png")
     assert told["request"]["image"] == "start.jpg"
     assert told["request"]["strength"] == 0.5

@@ -142,8 +142,9 @@ def _check_early(request: GenerateRequest, base: Path, preview_every: int) -> No
 def _draw(
     pipeline: DiffusionPipeline, request: GenerateRequest, terminal: Terminal, preview: Path, every: int
 ) -> Result:
-    from sfumato.images import save_png
+    from sfumato.images import next_free, save_png
 
+    preview = next_free(preview)  # never a file of the user's, as it goes when the drawing ends
     with terminal.steps("drawing") as bar:
 
         def on_step(step: Step) -> None:

@@ -173,11 +173,23 @@ def test_progress_is_shown_and_ctrl_c_leaves_nothing_behind(environment, model, 
         "ddim",
         "--preview-every",
         "1",
+        "--width",
+        "64",
+        "--height",
+        "64",
         "-o",
         "x.png",
     ]
     environment = environment | {"TERM": "xterm", "COLUMNS": "120"}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=theirs)
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        # A test run started in the background of a script ignores SIGINT, and its children would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     os.close(theirs)
     seen = b""
     try:
@@ -187,7 +199,7 @@ def test_progress_is_shown_and_ctrl_c_leaves_nothing_behind(environment, model, 
             assert process.poll() is None, seen
             seen += os.read(ours, 65536)
         with Image.open(tmp_path / "x.preview.png") as preview:
-            assert preview.size == (16, 16)
+            assert preview.size == (64, 64)
         process.send_signal(signal.SIGINT)
         seen += rest(ours)
         out = process.stdout.read()

@@ -156,9 +156,13 @@ class Clock:
         self.last = now
         return self.spent
 
+    def paused(self) -> bool:
+        """Whether WORK/PAUSE or WORK/../PAUSE exists."""
+        return any(flag.exists() for flag in self.flags)
+
     def wait_while_paused(self) -> None:
-        """Sleep as long as WORK/PAUSE or WORK/../PAUSE exists; poll this every few steps."""
+        """Sleep as long as that is so, off the clock."""
         self.tick()
-        while any(flag.exists() for flag in self.flags) and not self.stopped:
+        while self.paused() and not self.stopped:
             time.sleep(2)
         self.last = time.monotonic()

@@ -41,7 +41,8 @@ class State:
 
     def goes_on(self, total: int, minutes: float = 0.0) -> bool:
         """False once the budget is spent, a signal came, or this run had its minutes; waits while paused."""
-        if self.step % 10 == 0:
+        if self.step % 10 == 0 and self.clock.paused():
+            self.keep()  # a long pause may end in a kill
             self.clock.wait_while_paused()
         if self.clock.tick() - self.kept > KEEP_SECONDS:
             self.keep()

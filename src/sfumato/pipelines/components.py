@@ -51,7 +51,7 @@ _CLASSES: dict[str, dict[str, Any]] = {
     "unet": {"UNet2DConditionModel": UNet2DConditionModel},
     "scheduler": {name: getattr(schedulers, name) for name in sorted({alias.class_name for alias in NAMES.values()})},
 }
-_TYPES: dict[str, tuple[type, ...]] = {
+_TYPES: dict[str, tuple[Any, ...]] = {
     "vae": (AutoencoderKL, AutoencoderTiny),
     "text_encoder": (CLIPTextModel,),
     "tokenizer": (CLIPTokenizer,),
@@ -84,7 +84,7 @@ class ComponentFiles:
             elif part == "tokenizer":
                 chosen += select_tokenizer_files(names, part)
             else:
-                stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+                stem = _TYPES[part][0].weights_name
                 options = {"variant": self.variant, "use_safetensors": self.use_safetensors}
                 files = select_model_files(names, part, stem, strict=strict, **options)
                 variants += any(f".{self.variant}" in name for name in files)
@@ -186,7 +186,7 @@ def _check_variant(folder: Path, files: ComponentFiles, given: Mapping[str, Any]
     plain = []
     parts = [part for part in ("text_encoder", "unet", "vae") if part not in given]
     for part in parts:
-        stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+        stem = _TYPES[part][0].weights_name
         found = find_weights(folder / part, stem, variant=files.variant, use_safetensors=files.use_safetensors)
         if not any(f".{files.variant}" in path.name for path in found):
             plain.append(part)

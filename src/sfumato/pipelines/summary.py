@@ -11,6 +11,7 @@ from sfumato.configs import UNet2DConditionConfig, parse
 from sfumato.errors import CheckpointError
 from sfumato.files import read_json
 from sfumato.pipelines.components import COMPONENTS, INDEX, ComponentFiles, component_class
+from sfumato.text.tokenizer import prompt_length
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -33,6 +34,7 @@ def summarize(name: str | PathLike[str], *, variant: str | None = None) -> dict[
     vae = parts["vae"].pop("config")
     size = unet.sample_size or 64
     height, width = (size, size) if isinstance(size, int) else size
+    path = folder / "tokenizer" / "tokenizer_config.json"
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     return {
         "name": str(name),
@@ -40,7 +42,7 @@ def summarize(name: str | PathLike[str], *, variant: str | None = None) -> dict[
         "width": width * vae.scale_factor,
         "height": height * vae.scale_factor,
         "prediction_type": scheduler.get("prediction_type", "epsilon"),
-        "prompt_tokens": _prompt_tokens(folder),
+        "prompt_tokens": prompt_length(read_json(path) if path.is_file() else {}),
         "parts": {
             part: {key: value for key, value in facts.items() if key != "config"} for part, facts in parts.items()
         },
@@ -64,12 +66,6 @@ def _part(folder: Path, index: dict[str, Any], part: str, files: ComponentFiles)
     facts["dtype"] = dtypes.most_common(1)[0][0] if dtypes else ""
     facts["config"], _ = parse(cls.config_class, read_json(folder / part / "config.json"))
     return facts
-
-
-def _prompt_tokens(folder: Path) -> int:
-    path = folder / "tokenizer" / "tokenizer_config.json"
-    length = read_json(path).get("model_max_length", 77) if path.is_file() else 77
-    return int(length) if length < 1e6 else 77
 
 
 def _family(unet: UNet2DConditionConfig) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from tokenizers import Tokenizer
 
-__all__ = ["CLIPTokenizer", "TokenBatch", "select_tokenizer_files"]
+__all__ = ["CLIPTokenizer", "TokenBatch", "prompt_length", "select_tokenizer_files"]
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 # CLIP's words: contractions, runs of letters, single digits, runs of anything else that is not space.
@@ -78,9 +78,7 @@ class CLIPTokenizer:
         named = config if "added_tokens_decoder" in config else config | {k: v for k, v in names.items() if v}
         _add_special(tokenizer, list(config.get("added_tokens_decoder", {}).values()), named)
         pad = _token(named.get("pad_token") or END)
-        length = config.get("model_max_length") or 77
-        # Some files say 1e30 for "unlimited"; CLIP has 77 positions.
-        return cls(tokenizer, pad_token=pad, model_max_length=int(length) if length < 1e6 else 77, files=files)
+        return cls(tokenizer, pad_token=pad, model_max_length=prompt_length(config), files=files)
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
         """Write the files this tokenizer was made from."""
@@ -129,6 +127,13 @@ class CLIPTokenizer:
         ids = encoding.ids if room is None else encoding.ids[:room]
         lost = "" if room is None or len(encoding.ids) <= room else text[encoding.offsets[room][0] :].strip()
         return [self.bos_token_id, *ids, self.eos_token_id], lost
+
+
+def prompt_length(config: Mapping[str, Any]) -> int:
+    """Tokens a prompt may have, start and end included, by a `tokenizer_config.json`."""
+    length = config.get("model_max_length") or 77
+    # Some files say 1e30 for "unlimited"; CLIP has 77 positions.
+    return int(length) if length < 1e6 else 77
 
 
 def select_tokenizer_files(names: Sequence[str], folder: str) -> list[str]:

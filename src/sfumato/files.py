@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from os import PathLike
 
-__all__ = ["LAYOUT_VERSION", "check_writable", "inside", "output_folder", "read_json", "replacing", "write_json"]
+__all__ = [
+    "LAYOUT_VERSION",
+    "cache_folder",
+    "check_writable",
+    "inside",
+    "output_folder",
+    "read_json",
+    "replacing",
+    "write_json",
+]
 
 # Folders are written in the layout of this version of the ecosystem's library, which reads the number.
 LAYOUT_VERSION = "0.42.1"
@@ -39,6 +49,17 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     text = json.dumps(value, indent=2, sort_keys=True, default=str) + "\n"
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $SFUMATO_CACHE, else the system's place for the user's caches. Not made."""
+    if chosen := os.environ.get("SFUMATO_CACHE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "sfumato"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "sfumato"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfumato"
 
 
 def output_folder(path: str | PathLike[str]) -> Path:

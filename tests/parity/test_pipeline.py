@@ -37,7 +37,11 @@ def change_scheduler(name: str, ours, theirs, **config) -> None:
 
 
 def compare(ours, theirs, *, seed: int | list[int] | None = 0, **call) -> None:
-    """Both calls end in the same latents, and leave their generators at the same place."""
+    """Both calls end in the same latents, and leave their generators at the same place.
+
+    Guidance multiplies rounding, and DDIM's first step on random weights multiplies it once more: the reference's own
+    float32 is then up to 1.2e-4 from the float64 result. There, ours must be the nearer one.
+    """
 
     def generators():
         return [generator(s) for s in seed] if isinstance(seed, list) else generator(seed)
@@ -46,7 +50,13 @@ def compare(ours, theirs, *, seed: int | list[int] | None = 0, **call) -> None:
     call = {"output_type": "latent", "num_inference_steps": 3} | call
     a, b = ours(generator=mine, **call).images, theirs(generator=other, **call).images
     assert a.dtype == b.dtype == torch.float32
-    assert distance(a, b) < FLOAT32
+    error = distance(a, b)
+    if seed is not None and FLOAT32 <= error < 2 * FLOAT32:
+        exact = ours.to(torch.float64)(generator=generators(), **call).images
+        ours.to(torch.float32)
+        assert distance(a, exact) < min(FLOAT32, distance(b, exact))
+    else:
+        assert error < FLOAT32
     if seed is not None:
         lists = zip(mine, other, strict=True) if isinstance(seed, list) else [(mine, other)]
         assert all(torch.equal(x.get_state(), y.get_state()) for x, y in lists)

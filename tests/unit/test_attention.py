@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sfumato.errors import UsageError
 from sfumato.models import UNet2DConditionModel
-from sfumato.models.attention import SelfOrCrossAttention, attention_for, chunked, sdpa, sliced
+from sfumato.models.attention import Context, SelfOrCrossAttention, attention_for, chunked, sdpa, sliced
 
 
 def exact(q, k, v, mask=None):
@@ -77,7 +77,7 @@ def test_only_metal_needs_pieces():
 def test_a_module_uses_the_function_it_was_given():
     module = SelfOrCrossAttention(8, 2, context=6)
     module.attention = lambda q, k, v, mask=None: torch.zeros_like(q)
-    out = module(torch.randn(1, 5, 8), torch.randn(1, 3, 6))
+    out = module(torch.randn(1, 5, 8), Context(torch.randn(1, 3, 6)))
     assert torch.equal(out, module.to_out[0].bias.expand_as(out))
 
 

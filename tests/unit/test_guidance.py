@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.checkpoints import UNET, randomize
 
+from sfumato import UNet2DConditionModel
+from sfumato.models.attention import Context
+from sfumato.models.blocks import Moment
 from sfumato.pipelines.guidance import Guidance, guide, rescale
 
 
@@ -33,18 +37,21 @@ def test_rescaling_brings_the_spread_back_picture_by_picture(factor):
 
 
 class Echo(torch.nn.Module):
-    """A U-Net that answers with the mean of what it was told, and counts its calls."""
+    """A U-Net that answers with the mean of what it was told, and notes each call."""
 
     config = type("Config", (), {"time_cond_proj_dim": None})
     dtype = torch.float32
 
     def __init__(self) -> None:
         super().__init__()
-        self.batches: list[int] = []
+        self.calls: list[tuple[int, Context]] = []
 
-    def forward(self, x, t, embeds, timestep_cond=None, return_dict=True):
-        self.batches.append(x.shape[0])
-        return (torch.ones_like(x) * embeds.mean(dim=(1, 2))[:, None, None, None],)
+    def moment(self, sample, timestep, timestep_cond=None):
+        return Moment(torch.full((1, 1), float(timestep)))
+
+    def forward(self, x, time, context, return_dict=True):
+        self.calls.append((x.shape[0], context))
+        return (context.widen(torch.ones_like(x)) * context.states.mean(dim=(1, 2))[:, None, None, None],)
 
 
 def test_negative_embeddings_double_the_batch_and_come_first():
@@ -55,4 +62,42 @@ def test_negative_embeddings_double_the_batch_and_come_first():
     assert torch.equal(guidance(x, 1.0), torch.full_like(x, 3.0))
     guidance.replace_embeds(told * 2)  # half as many: no more guidance
     assert torch.equal(guidance(x, 1.0), torch.full_like(x, 2.0))
-    assert guidance.unet.batches == [4, 4, 2]
+    assert [(pictures, context.states.shape[0]) for pictures, context in guidance.unet.calls] == [(2, 4), (2, 4), (2, 2)]
+
+
+def test_micro_batches_of_one_prompt_share_what_layers_make_of_it():
+    told = torch.ones(5, 3, 6)
+    guidance = Guidance(unet=Echo(), embeds=told, negative_embeds=-told, scale=3.0, micro_batch=2)
+    x = torch.zeros(5, 4, 3, 3)
+    for _ in range(2):
+        assert torch.equal(guidance(x, 1.0), torch.full_like(x, 5.0))
+    assert [pictures for pictures, _ in guidance.unet.calls] == [2, 2, 1] * 2
+    contexts = [context for _, context in guidance.unet.calls]
+    assert contexts[0] is contexts[1] is contexts[3]
+
+
+@settings(deadline=None, max_examples=15)
+@given(pictures=st.integers(1, 5), micro_batch=st.integers(1, 6), guided=st.booleans(), same=st.booleans())
+def test_micro_batches_change_no_picture(pictures, micro_batch, guided, same):
+    unet = randomize(UNet2DConditionModel(**UNET))
+    x, embeds, negative = randn(0, pictures, 4, 8, 8).float(), randn(1, pictures, 5, 24).float(), randn(2, 1, 5, 24).float()
+    embeds = embeds[:1].expand(pictures, -1, -1) if same else embeds
+    negatives = negative.expand(pictures, -1, -1) if guided else None
+    with torch.no_grad():
+        whole = Guidance(unet=unet, embeds=embeds, negative_embeds=negatives, scale=5.0)(x, 7.0)
+        part = Guidance(unet=unet, embeds=embeds, negative_embeds=negatives, scale=5.0, micro_batch=micro_batch)
+        for _ in range(2):
+            assert torch.allclose(part(x, 7.0), whole, atol=1e-5)
+
+
+def test_shared_halves_equal_a_doubled_batch():
+    unet = randomize(UNet2DConditionModel(**UNET))
+    x, embeds = randn(0, 2, 4, 8, 8).float(), randn(1, 4, 5, 24).float()
+    with torch.no_grad():
+        doubled = unet(torch.cat([x, x]), 11, embeds).sample
+        assert torch.allclose(unet(x, 11, embeds).sample, doubled, atol=1e-5)
+        kept = Context(embeds)
+        for timestep in (11, 500):
+            moment = unet.moment(x, timestep)
+            fresh = unet(torch.cat([x, x]), timestep, embeds).sample
+            assert torch.allclose(unet(x, moment, kept).sample, fresh, atol=1e-5)

@@ -23,6 +23,7 @@ __all__ = [
     "Attending",
     "AttentionFunction",
     "AttentionUser",
+    "Context",
     "SelfOrCrossAttention",
     "attention_for",
     "chunked",
@@ -106,6 +107,35 @@ class Attending(nn.Module):
         self.attention = sdpa
 
 
+class Context:
+    """What the transformers read beside the picture: the prompt (B, S, C) and, rarely, masks to add to the scores.
+
+    The keys and values that a layer makes of the prompt are computed once and kept, so that a context which serves all
+    steps of a run is projected in the first. Its batch may be a multiple of the picture's, which is widened where the
+    two first meet: the halves of guidance are one and the same until then. With `keep=False` nothing is kept.
+    """
+
+    def __init__(
+        self, states: Tensor, mask: Tensor | None = None, states_mask: Tensor | None = None, *, keep: bool = True
+    ) -> None:
+        self.states, self.mask, self.states_mask, self.keep = states, mask, states_mask, keep
+        self._projections: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def through(self, layer: SelfOrCrossAttention) -> tuple[Tensor, Tensor]:
+        """Keys and values of the prompt in one layer, each (B, heads, S, d)."""
+        if layer in self._projections:
+            return self._projections[layer]
+        projections = layer.keys_and_values(self.states)
+        if self.keep:
+            self._projections[layer] = projections
+        return projections
+
+    def widen(self, x: Tensor) -> Tensor:
+        """X, repeated to the batch of the prompt."""
+        times = self.states.shape[0] // x.shape[0]
+        return x if times <= 1 else torch.cat([x] * times)
+
+
 class SelfOrCrossAttention(Attending):
     """Multi-head attention of tokens over themselves, or over a context.
 
@@ -122,10 +152,10 @@ class SelfOrCrossAttention(Attending):
         self.to_v = nn.Linear(context or channels, channels, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels), nn.Identity()])
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """X (B, L, C), context (B, S, C') or None for self-attention -> (B, L, C)."""
-        context = x if context is None else context
-        q, k, v = (self._split(y) for y in (self.to_q(x), self.to_k(context), self.to_v(context)))
+    def forward(self, x: Tensor, context: Context | None = None, mask: Tensor | None = None) -> Tensor:
+        """X (B, L, C), context or None for self-attention -> (B, L, C)."""
+        q = self._split(self.to_q(x))
+        k, v = self.keys_and_values(x) if context is None else context.through(self)
         if self.upcast and q.dtype == torch.float16:
             # Stable Diffusion 2.x: q k^T leaves float16's range.
             mask = None if mask is None else mask.float()
@@ -133,6 +163,10 @@ class SelfOrCrossAttention(Attending):
         else:
             out = self.attention(q, k, v, mask)
         return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+    def keys_and_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """What is attended to: (B, S, C') -> twice (B, heads, S, d)."""
+        return self._split(self.to_k(states)), self._split(self.to_v(states))
 
     def _split(self, x: Tensor) -> Tensor:  # (B, L, C) -> (B, heads, L, d)
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)

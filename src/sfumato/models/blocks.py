@@ -8,7 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Downsample2D", "ResnetBlock2D", "TimestepEmbedding", "Upsample2D", "activation", "sinusoidal_embedding"]
+__all__ = [
+    "Downsample2D",
+    "GroupNorm",
+    "Moment",
+    "ResnetBlock2D",
+    "TimestepEmbedding",
+    "Upsample2D",
+    "activation",
+    "sinusoidal_embedding",
+]
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
@@ -54,6 +63,34 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(self.act(self.linear_1(x)))
 
 
+class Moment:
+    """The activated time embedding (B, T) or, where the whole batch shares a timestep, (1, T); and what layers make of it.
+
+    A layer's projection is computed once and kept, so that what shares a moment (micro-batches) shares it too.
+    """
+
+    def __init__(self, activated: Tensor) -> None:
+        self.activated = activated
+        self._projections: dict[nn.Module, Tensor] = {}
+
+    def through(self, layer: nn.Module) -> Tensor:
+        """The embedding after a linear layer: (B or 1, C)."""
+        if layer not in self._projections:
+            self._projections[layer] = layer(self.activated)
+        return self._projections[layer]
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group normalization of a picture, with what surrounds it in residual blocks."""
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Tensor, act: nn.Module | None = None, added: Tensor | None = None
+    ) -> Tensor:
+        """Normalize x + added: x (B, C, H, W), added (B or 1, C) or None; then the activation, if there is one."""
+        x = super().forward(x if added is None else x + added[:, :, None, None])
+        return x if act is None else act(x)
+
+
 class ResnetBlock2D(nn.Module):
     """Two normalized convolutions with a shortcut, steered by the time embedding where there is one."""
 
@@ -73,9 +110,9 @@ class ResnetBlock2D(nn.Module):
         super().__init__()
         self.scale_shift = scale_shift
         self.output_scale = output_scale
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=eps)
+        self.norm1 = GroupNorm(groups, in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=eps)
+        self.norm2 = GroupNorm(groups, out_channels, eps=eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.act = activation(act_fn)
@@ -83,19 +120,16 @@ class ResnetBlock2D(nn.Module):
             self.time_emb_proj = nn.Linear(time_channels, out_channels * (2 if scale_shift else 1))
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor, activated_time: Tensor | None = None) -> Tensor:
-        """X (B, C, H, W) and the activated time embedding (B, T) -> (B, C', H, W).
-
-        The activation of the time embedding is the same in every block, so the U-Net computes it once.
-        """
-        h = self.conv1(self.act(self.norm1(x)))
-        time = None if activated_time is None else self.time_emb_proj(activated_time)[:, :, None, None]
-        if time is not None and self.scale_shift:
-            scale, shift = time.chunk(2, dim=1)
-            h = self.norm2(h) * (1 + scale) + shift
+    def forward(self, x: Tensor, time: Moment | None = None) -> Tensor:
+        """X (B, C, H, W) and the time -> (B, C', H, W)."""
+        h = self.conv1(self.norm1(x, self.act))
+        steered = None if time is None else time.through(self.time_emb_proj)
+        if steered is not None and self.scale_shift:
+            scale, shift = steered[:, :, None, None].chunk(2, dim=1)
+            h = self.act(self.norm2(h) * (1 + scale) + shift)
         else:
-            h = self.norm2(h if time is None else h + time)
-        h = self.conv2(self.dropout(self.act(h)))
+            h = self.norm2(h, self.act, steered)
+        h = self.conv2(self.dropout(h))
         x = x if self.conv_shortcut is None else self.conv_shortcut(x)
         return x + h if self.output_scale == 1.0 else (x + h) / self.output_scale
 

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.models.attention import SelfOrCrossAttention
+from sfumato.models.attention import Context, SelfOrCrossAttention
+from sfumato.models.blocks import GroupNorm
 
 __all__ = ["GEGLU", "BasicTransformerBlock", "FeedForward", "Transformer2DModel"]
 
@@ -33,8 +34,18 @@ class FeedForward(nn.Module):
             [GEGLU(channels, 4 * channels), nn.Dropout(dropout), nn.Linear(4 * channels, channels)]
         )
 
+    # Tokens computed together. What lies between the layers is eight times as wide as they, so where memory is slow
+    # a stretch of tokens that stays in the cache is faster than all of them at once.
+    stretch: int | None = None
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, C) -> (B, L, C)."""
+        if self.stretch is None:
+            return self._through(x)
+        tokens = x.flatten(0, 1)
+        return torch.cat([self._through(part) for part in tokens.split(self.stretch)]).view(x.shape)
+
+    def _through(self, x: Tensor) -> Tensor:
         for layer in self.net:
             x = layer(x)
         return x
@@ -56,11 +67,15 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels, dropout)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, context_mask: Tensor | None) -> Tensor:
-        """X (B, L, C), context (B, S, C') -> (B, L, C)."""
-        first = context if self.only_cross_attention else None
-        x = x + self.attn1(self.norm1(x), first, mask)
-        x = x + self.attn2(self.norm2(x), context, context_mask)
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """X (B or a divisor of it, L, C), context of B prompts -> (B, L, C)."""
+        if self.only_cross_attention:
+            x = context.widen(x)
+            x = x + self.attn1(self.norm1(x), context, context.mask)
+        else:
+            x = x + self.attn1(self.norm1(x), None, context.mask)
+        x = context.widen(x)
+        x = x + self.attn2(self.norm2(x), context, context.states_mask)
         return x + self.ff(self.norm3(x))
 
 
@@ -82,7 +97,7 @@ class Transformer2DModel(nn.Module):
     ) -> None:
         super().__init__()
         self.use_linear_projection = use_linear_projection
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
         self.proj_in = nn.Linear(channels, channels) if use_linear_projection else nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(
@@ -92,10 +107,8 @@ class Transformer2DModel(nn.Module):
         )
         self.proj_out = nn.Linear(channels, channels) if use_linear_projection else nn.Conv2d(channels, channels, 1)
 
-    def forward(
-        self, x: Tensor, context: Tensor, mask: Tensor | None = None, context_mask: Tensor | None = None
-    ) -> Tensor:
-        """X (B, C, H, W), context (B, S, C') -> (B, C, H, W)."""
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """X (B or a divisor of it, C, H, W), context of B prompts -> (B, C, H, W)."""
         height, width = x.shape[2:]
         # Tokens want their channels side by side; the picture keeps the layout in which it came.
         layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
@@ -106,10 +119,10 @@ class Transformer2DModel(nn.Module):
         if self.use_linear_projection:
             h = self.proj_in(h)
         for block in self.transformer_blocks:
-            h = block(h, context, mask, context_mask)
+            h = block(h, context)
         if self.use_linear_projection:
             h = self.proj_out(h)
         h = h.transpose(1, 2).unflatten(2, (height, width)).contiguous(memory_format=layout)
         if not self.use_linear_projection:
             h = self.proj_out(h)
-        return x + h
+        return context.widen(x) + h

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.configs import UNet2DConditionConfig
+from sfumato.models.attention import Context
 from sfumato.models.base import Model
 from sfumato.models.blocks import (
     Downsample2D,
+    GroupNorm,
+    Moment,
     ResnetBlock2D,
     TimestepEmbedding,
     Upsample2D,
@@ -69,20 +72,15 @@ class _Level:
         )
 
 
-@dataclass(frozen=True)
-class _Context:
-    """What the transformers read beside the image: the prompt and, rarely, masks."""
-
-    states: Tensor
-    mask: Tensor | None = None
-    states_mask: Tensor | None = None
-
-
 def _apply(
-    resnet: nn.Module, attentions: nn.ModuleList | None, i: int, x: Tensor, time: Tensor, context: _Context
+    resnet: nn.Module, attentions: nn.ModuleList | None, i: int, x: Tensor, time: Moment, context: Context
 ) -> Tensor:
     x = resnet(x, time)
-    return x if attentions is None else attentions[i](x, context.states, context.mask, context.states_mask)
+    return x if attentions is None else attentions[i](x, context)
+
+
+def _joined(x: Tensor, skip: Tensor, context: Context) -> Tensor:
+    return torch.cat([x, skip if skip.shape[0] == x.shape[0] else context.widen(skip)], dim=1)
 
 
 class DownBlock(nn.Module):
@@ -104,7 +102,7 @@ class DownBlock(nn.Module):
         if downsample:
             self.downsamplers = nn.ModuleList([Downsample2D(channels, config.downsample_padding)])
 
-    def forward(self, x: Tensor, time: Tensor, context: _Context) -> list[Tensor]:
+    def forward(self, x: Tensor, time: Moment, context: Context) -> list[Tensor]:
         """(B, C, H, W) -> every intermediate result, for the skip connections; the last one goes on down."""
         results: list[Tensor] = []
         for i, resnet in enumerate(self.resnets):
@@ -124,7 +122,7 @@ class MidBlock(nn.Module):
         self.resnets = nn.ModuleList(level.resnet(channels, channels, scale) for _ in range(layers + 1))
         self.attentions = nn.ModuleList(level.transformer(channels, only_cross_attention=False) for _ in range(layers))
 
-    def forward(self, x: Tensor, time: Tensor, context: _Context) -> Tensor:
+    def forward(self, x: Tensor, time: Moment, context: Context) -> Tensor:
         """(B, C, H, W) -> the same shape."""
         x = _apply(self.resnets[0], self.attentions, 0, x, time, context)
         return self.resnets[1](x, time)
@@ -147,10 +145,10 @@ class UpBlock(nn.Module):
             self.attentions = nn.ModuleList(level.transformer(channels, only_cross_attention=only_cross) for _ in skips)
         self.upsamplers = nn.ModuleList([Upsample2D(channels)]) if upsample else None
 
-    def forward(self, x: Tensor, time: Tensor, context: _Context, skips: list[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, time: Moment, context: Context, skips: list[Tensor]) -> Tensor:
         """X (B, C, H, W) -> (B, C', 2H, 2W); takes its skip connections off the end of the list."""
         for i, resnet in enumerate(self.resnets):
-            x = _apply(resnet, self.attentions, i, torch.cat([x, skips.pop()], dim=1), time, context)
+            x = _apply(resnet, self.attentions, i, _joined(x, skips.pop(), context), time, context)
         if self.upsamplers is None:
             return x
         # The next level's skip says how large the picture was before it was halved: odd sizes come back exactly.
@@ -181,7 +179,7 @@ class UNet2DConditionModel(Model):
         self.down_blocks, self.up_blocks = nn.ModuleList(), nn.ModuleList()
         self.mid_block = None
         self._build_blocks([_Level(config, i, block_time) for i in range(len(widths))])
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], eps=config.norm_eps)
         self.conv_act = activation(config.act_fn)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, config.conv_out_kernel, padding=pad_out)
 
@@ -209,8 +207,8 @@ class UNet2DConditionModel(Model):
     def forward(
         self,
         sample: Tensor,
-        timestep: Tensor | float,
-        encoder_hidden_states: Tensor,
+        timestep: Tensor | float | Moment,
+        encoder_hidden_states: Tensor | Context,
         class_labels: Tensor | None = None,
         timestep_cond: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -221,15 +219,20 @@ class UNet2DConditionModel(Model):
         """Predict the noise in a sample.
 
         sample (B, C, H, W); timestep a number or (B,) on the scale of the training timesteps; encoder_hidden_states
-        (B, S, C'); class_labels (B,) where the config asks for them; masks (B, S) with 1 for positions to keep. Any
-        height and width. Returns the prediction (B, C, H, W) as `.sample`, or in a tuple with `return_dict=False`.
+        (B, S, C'), or a multiple of B of them: the sample is then predicted for each, as for guidance; class_labels (B,)
+        where the config asks for them; masks (B, S) with 1 for positions to keep. Any height and width. A `Moment` and
+        a `Context` made once may take the place of timestep and states. Returns the prediction (B, C, H, W) as
+        `.sample`, or in a tuple with `return_dict=False`.
         """
         if self.config.center_input_sample:
             sample = 2 * sample - 1
-        time = self._time(sample, timestep, class_labels, timestep_cond)
-        context = _Context(
-            encoder_hidden_states, _additive(attention_mask, sample), _additive(encoder_attention_mask, sample)
-        )
+        time, context = timestep, encoder_hidden_states
+        if not isinstance(time, Moment):
+            time = self.moment(sample, time, class_labels, timestep_cond)
+        if not isinstance(context, Context):
+            context = Context(context, _additive(attention_mask, sample), _additive(encoder_attention_mask, sample))
+        if context.mask is not None:
+            sample = context.widen(sample)  # the mask is as wide as the prompt's batch from the first layer on
         x = self.conv_in(sample)
         skips = [x]
         for block in self.down_blocks:
@@ -239,7 +242,7 @@ class UNet2DConditionModel(Model):
             x = self.mid_block(x, time, context)
         for block in self.up_blocks:
             x = block(x, time, context, skips)
-        x = self.conv_out(self.conv_act(self.conv_norm_out(x)))
+        x = self.conv_out(self.conv_norm_out(context.widen(x), self.conv_act))
         return UNet2DConditionOutput(x) if return_dict else (x,)
 
     def _sinusoid(self, values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -252,12 +255,17 @@ class UNet2DConditionModel(Model):
         )
         return embedded.to(dtype)
 
-    def _time(
-        self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None, timestep_cond: Tensor | None
-    ) -> Tensor:
+    def moment(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+    ) -> Moment:
+        """What the residual blocks read of time: one row if timestep is a number, else one for each sample."""
         # float32 is exact for every integer timestep and enough for the fractional ones; MPS has no float64.
         dtype = None if isinstance(timestep, Tensor) and timestep.dtype != torch.float64 else torch.float32
-        timesteps = torch.as_tensor(timestep, dtype=dtype, device=sample.device).expand(sample.shape[0])
+        timesteps = torch.as_tensor(timestep, dtype=dtype, device=sample.device).reshape(-1)
         time = self.time_embedding(self._sinusoid(timesteps, sample.dtype), timestep_cond)
         if self.class_embedding is not None:
             if class_labels is None:
@@ -265,8 +273,8 @@ class UNet2DConditionModel(Model):
             if self.config.class_embed_type == "timestep":
                 class_labels = self._sinusoid(class_labels, sample.dtype)
             classes = self.class_embedding(class_labels).to(sample.dtype)
-            time = torch.cat([time, classes], dim=-1) if self.config.class_embeddings_concat else time + classes
-        return self.conv_act(time)
+            time = torch.cat([time.expand(classes.shape[0], -1), classes], dim=-1) if self.config.class_embeddings_concat else time + classes
+        return Moment(self.conv_act(time))
 
 
 def _class_embedding(config: UNet2DConditionConfig, channels: int, time_channels: int) -> nn.Module | None:

@@ -13,7 +13,7 @@ from sfumato.checkpoints.weights import Rule
 from sfumato.configs import AutoencoderKLConfig
 from sfumato.models.attention import SelfOrCrossAttention
 from sfumato.models.base import Model
-from sfumato.models.blocks import Downsample2D, ResnetBlock2D, Upsample2D, activation
+from sfumato.models.blocks import Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, activation
 from sfumato.models.tiling import Tiled
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class PixelAttention(SelfOrCrossAttention):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__(channels, heads=1, bias=True)
-        self.group_norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.group_norm = GroupNorm(groups, channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """(B, C, H, W) -> (B, C, H, W)."""
@@ -144,7 +144,7 @@ class Encoder(nn.Module):
             resize = Downsample2D(width, padding=0) if i < len(widths) - 1 else None
             self.down_blocks.append(VAELevel(config, steps, resize))
         self.mid_block = VAEMidBlock(config, widths[-1])
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[-1], eps=1e-6)
         self.conv_act = activation("silu")
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
@@ -153,7 +153,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(self.conv_act(self.conv_norm_out(self.mid_block(x))))
+        return self.conv_out(self.conv_norm_out(self.mid_block(x), self.conv_act))
 
 
 class Decoder(nn.Module):
@@ -168,7 +168,7 @@ class Decoder(nn.Module):
         for i, width in enumerate(widths):
             steps = [widths[max(i - 1, 0)]] + [width] * (config.layers_per_block + 1)
             self.up_blocks.append(VAELevel(config, steps, Upsample2D(width) if i < len(widths) - 1 else None))
-        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, widths[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[-1], eps=1e-6)
         self.conv_act = activation("silu")
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
@@ -177,7 +177,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(self.conv_act(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x, self.conv_act))
 
 
 class AutoencoderKL(Model, Tiled):

@@ -1,0 +1,103 @@
+"""The compiled kernels as functions on tensors, each equal to a few lines of torch."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from ctypes import c_double, c_float, c_int64, c_void_p
+from functools import cache
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sfumato.kernels.build import CompilerError, compiled
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["LANES", "Kernels", "kernels_for"]
+
+# Channels must fill whole vectors; sixteen floats are the widest.
+LANES = 16
+
+
+class _Strides(ctypes.Structure):
+    """Elements from one image, head and row to the next; the struct `strides` of attention.c."""
+
+    _fields_ = (("batch", c_int64), ("heads", c_int64), ("row", c_int64))
+
+
+class Kernels:
+    """The kernels for tensors of one precision, on the CPU."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        """Loads the library, building it if need be. Raises `CompilerError` where that fails."""
+        self.dtype = dtype
+        path = compiled(bfloat16=dtype == torch.bfloat16)
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise CompilerError(f"{path} does not load ({error}); delete it to have it built again") from error
+        self._attention, self._group_norm, self._geglu = library.attention, library.group_norm, library.geglu
+        self._attention.argtypes = [*[c_void_p] * 5, *[c_int64] * 5, *[_Strides] * 5, c_float]
+        self._group_norm.argtypes = [*[c_void_p] * 5, *[c_int64] * 4, c_double, c_int64]
+        self._geglu.argtypes = [c_void_p, c_void_p, c_int64, c_int64]
+        self._geglu.restype = None
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Softmax(q k^T / sqrt(d) + mask) v; shapes as in models/attention.py.
+
+        Heads may be interleaved in memory, as projections leave them; the result is (B, heads, L, d) and so interleaved
+        that `out.transpose(1, 2).flatten(2)` copies nothing.
+        """
+        batch, heads, queries, depth = q.shape
+        keys = k.shape[2]
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        out = q.new_empty((batch, queries, heads, depth)).transpose(1, 2)
+        if mask is not None:
+            mask = mask.float().expand(batch, heads, queries, keys)
+            mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+        strides = [_Strides(*x.stride()[:3]) for x in (q, k, v, out)]
+        status = self._attention(
+            *(x.data_ptr() for x in (q, k, v, out)),
+            None if mask is None else mask.data_ptr(),
+            *(batch, heads, queries, keys, depth),
+            *strides,
+            _Strides(0, 0, 0) if mask is None else _Strides(*mask.stride()[:3]),
+            1 / math.sqrt(depth),
+        )
+        return _checked(status, out)
+
+    def group_norm(
+        self, x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, added: Tensor | None, *, silu: bool
+    ) -> Tensor:
+        """`group_norm(x + added)`, and SiLU of it if asked for.
+
+        X (B, C, H, W) in channels_last, C a multiple of `LANES`; added (B, C); weight, bias and added in float32.
+        """
+        batch, channels, height, width = x.shape
+        out = torch.empty_like(x)
+        pointers = [x, added, weight, bias, out]
+        sizes = (batch, height * width, channels, groups)
+        status = self._group_norm(*(None if p is None else p.data_ptr() for p in pointers), *sizes, eps, silu)
+        return _checked(status, out)
+
+    def geglu(self, x: Tensor) -> Tensor:
+        """The first half of the last dimension times the GELU of the second: (..., 2C) -> (..., C), contiguous."""
+        width = x.shape[-1] // 2
+        out = x.new_empty((*x.shape[:-1], width))
+        self._geglu(x.data_ptr(), out.data_ptr(), x.numel() // x.shape[-1], width)
+        return out
+
+
+@cache
+def kernels_for(dtype: torch.dtype) -> Kernels:
+    """The kernels of a precision, loaded once. Raises `CompilerError`, or `OutputError` if the cache cannot be written."""
+    return Kernels(dtype)
+
+
+def _checked(status: int, out: Tensor) -> Tensor:
+    if status:
+        raise MemoryError("there is not enough memory for a kernel's workspace")
+    return out

@@ -10,7 +10,7 @@ from pathlib import Path
 from sfumato.schedulers.names import NAMES
 
 HERE = Path(__file__).parent
-COMMANDS = ("", "generate", "replay", "schedulers", "show", "download")
+COMMANDS = ("", "generate", "replay", "schedulers", "show", "plan", "doctor", "bench", "download")
 NOTE = "<!-- made by docs/generate.py; change the code, then run `make docs` -->\n"
 
 

@@ -10,6 +10,7 @@ Each message is one sentence a user can act on: it names the file, key or argume
     │   └── DownloadError              the hub could not be reached, or does not have what was asked for
     ├── OutputError (OSError)          a result could not be written
     ├── MissingExtra (ImportError)     an optional dependency is not installed
+    ├── MemoryPlanError (MemoryError)  a request that does not fit the memory; `needed` and `free` say by how much
     └── NonFiniteError (ArithmeticError)  a stage produced NaN or infinity; `stage` names it
 """
 
@@ -25,6 +26,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DownloadError",
+    "MemoryPlanError",
     "MissingExtra",
     "NonFiniteError",
     "OutputError",
@@ -69,6 +71,17 @@ class OutputError(SfumatoError, OSError):
 
 class MissingExtra(SfumatoError, ImportError):
     """An optional dependency is not installed; the message says what to type."""
+
+
+class MemoryPlanError(SfumatoError, MemoryError):
+    """A request that does not fit the memory of the machine, found out before anything is loaded.
+
+    `needed` and `free` are bytes; the message says what would fit.
+    """
+
+    def __init__(self, sentence: str, *, needed: int, free: int) -> None:
+        super().__init__(sentence)
+        self.needed, self.free = needed, free
 
 
 class NonFiniteError(SfumatoError, ArithmeticError):

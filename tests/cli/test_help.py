@@ -13,7 +13,7 @@ from cli.conftest import SCRIPT
 from sfumato import __version__
 from sfumato.schedulers.names import NAMES
 
-COMMANDS = ("generate", "replay", "schedulers", "show", "download")
+COMMANDS = ("generate", "replay", "schedulers", "show", "plan", "doctor", "bench", "download")
 HEAVY = {
     "torch",
     "numpy",

@@ -335,7 +335,7 @@ def test_load_and_generate(checkpoints):
     assert [(step.number, step.total) for step in steps] == [(1, 3), (2, 3), (3, 3)]  # PNDM's one more
     assert steps[-1].preview()[0].size == (16, 16)
     assert result.request.width == result.request.height == 16
-    assert set(result.seconds) == {"encode", "denoise", "decode"}
+    assert set(result.seconds) == {"prepare", "encode", "denoise", "decode"}
     assert isinstance(sfumato.load(checkpoints(), device="cpu", dtype=torch.bfloat16).dtype, torch.dtype)
 
 

@@ -121,10 +121,16 @@ def find_weights(
 
 
 def load_into(
-    model: nn.Module, files: Sequence[Path], dtype: torch.dtype | None = None, rules: Sequence[Rule] = ()
+    model: nn.Module,
+    files: Sequence[Path],
+    dtype: torch.dtype | None = None,
+    rules: Sequence[Rule] = (),
+    *,
+    copy: bool = False,
 ) -> None:
     """Give a model built on the meta device its weights; every key must be there, fit, and be expected.
 
+    With `copy`, weights that keep their precision are read and not mapped, for a model that is about to rearrange them.
     Raises `CheckpointError` naming the file and the key.
     """
     expected = model.state_dict()
@@ -132,7 +138,7 @@ def load_into(
     origin: dict[str, Path] = {}
     surplus: list[str] = []
     for file in files:
-        for stored, tensor in _tensors(file, dtype):
+        for stored, tensor in _tensors(file, dtype, copy):
             key = _renamed(stored, rules)
             if key not in expected:
                 surplus += [f"{stored!r} in {file}"] if key else []
@@ -173,15 +179,15 @@ def _renamed(key: str, rules: Sequence[Rule]) -> str:
     return key
 
 
-def _tensors(file: Path, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+def _tensors(file: Path, dtype: torch.dtype | None, copy: bool) -> Iterator[tuple[str, Tensor]]:
     if file.suffix == ".safetensors":
-        yield from _mapped_tensors(file, dtype)
+        yield from _mapped_tensors(file, dtype, copy)
         return
     for key, value in _unpickled(file).items():
-        yield key, _cast(value, dtype)
+        yield key, _cast(value, dtype, copy)
 
 
-def _mapped_tensors(file: Path, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+def _mapped_tensors(file: Path, dtype: torch.dtype | None, copy: bool) -> Iterator[tuple[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -194,7 +200,7 @@ def _mapped_tensors(file: Path, dtype: torch.dtype | None) -> Iterator[tuple[str
             while remaining and window < limit:
                 key = remaining.pop(0)
                 stored = handle.get_tensor(key)
-                tensor = _cast(stored, dtype)
+                tensor = _cast(stored, dtype, copy)
                 window += 0 if tensor is stored else stored.nbytes
                 yield key, tensor
                 del stored, tensor
@@ -223,8 +229,8 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
     return state
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+def _cast(tensor: Tensor, dtype: torch.dtype | None, copy: bool) -> Tensor:
+    return tensor.to(dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype, copy=copy)
 
 
 @dataclass(frozen=True)

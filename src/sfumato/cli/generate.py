@@ -57,6 +57,15 @@ def generate(
         str | None, typer.Option(help="float32, float16 or bfloat16; what is fast and safe if left out.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; the best one present if left out.")] = None,
+    offload: Annotated[
+        str | None, typer.Option(help="staged: networks take turns in memory; none. As memory asks if left out.")
+    ] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Pictures computed together; what fits if left out. Changes no picture.")
+    ] = None,
+    compile: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="torch.compile; where it pays if left out.")
+    ] = None,
     variant: Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.")] = None,
     image: Annotated[Path | None, typer.Option(help="A picture to start from.")] = None,
     strength: Annotated[float, typer.Option(help="How far to leave that picture, 0 to 1.")] = 0.8,
@@ -85,7 +94,10 @@ def generate(
     )  # fmt: skip
     base = _base_path(output, prompt)
     _check_early(request, base, preview_every)
-    pipeline = load_model(terminal, model, device=device, dtype=dtype, variant=variant)
+    wishes = {"offload": offload, "micro_batch": micro_batch, "compile": compile}
+    pipeline = load_model(
+        terminal, model, device=device, dtype=dtype, variant=variant, request=_sized(request), wishes=wishes
+    )
     result = _draw(pipeline, request, terminal, base.with_name(f"{base.stem}.preview.png"), preview_every)
     paths = _write(result, base, grid=grid, overwrite=overwrite)
     if as_json:
@@ -98,9 +110,21 @@ def generate(
 
 
 def load_model(
-    terminal: Terminal, model: str | None, *, device: str | None, dtype: str | None, variant: str | None = None
+    terminal: Terminal,
+    model: str | None,
+    *,
+    device: str | None,
+    dtype: str | None,
+    variant: str | None = None,
+    request: GenerateRequest | None = None,
+    wishes: dict[str, Any] | None = None,
 ) -> DiffusionPipeline:
-    """Load a checkpoint by name, or the built-in one (None or "built-in"), showing that it is being done."""
+    """Load a checkpoint by name, or the built-in one (None or "built-in"), showing that it is being done.
+
+    The process is this command's own, so it also computes with as many threads as there are cores to run them.
+    """
+    import torch
+
     from sfumato.checkpoints.builtin import builtin_model
     from sfumato.checkpoints.locate import locate_folder
     from sfumato.pipelines import load
@@ -112,7 +136,9 @@ def load_model(
     # A download shows its own progress, so it comes before the spinner.
     folder = builtin_model() if name == BUILT_IN else locate_folder(name, ComponentFiles(variant).select)
     with terminal.working(f"loading {name}"):
-        pipeline = load(folder, device=str(place), dtype=precision, variant=variant)
+        pipeline = load(folder, device=str(place), dtype=precision, variant=variant, request=request, **(wishes or {}))
+    if pipeline.place.facts is not None and place.type == "cpu":
+        torch.set_num_threads(pipeline.place.facts.free_cores)
     pipeline.name = name
     return pipeline
 
@@ -137,6 +163,16 @@ def _check_early(request: GenerateRequest, base: Path, preview_every: int) -> No
         from sfumato.images import open_image
 
         open_image(request.image)
+
+
+def _sized(request: GenerateRequest) -> GenerateRequest:
+    """The request with the size of the picture it starts from, so that the plan is made for that."""
+    from sfumato.images import open_image
+
+    if request.image is None or request.width is not None:
+        return request
+    width, height = open_image(request.image).size
+    return request.replace(width=max(64, width // 64 * 64), height=max(64, height // 64 * 64))
 
 
 def _draw(

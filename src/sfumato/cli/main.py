@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from sfumato.cli import catalog, download, generate, replay, show
+from sfumato.cli import bench, catalog, doctor, download, generate, plan, replay, show
 from sfumato.errors import SfumatoError
 
 __all__ = ["app", "main"]
@@ -46,6 +46,9 @@ app.command("generate", epilog=generate.EXAMPLES)(generate.generate)
 app.command("replay", epilog=replay.EXAMPLES)(replay.replay)
 app.command("schedulers", epilog=catalog.EXAMPLES)(catalog.schedulers)
 app.command("show", epilog=show.EXAMPLES)(show.show)
+app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
+app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
+app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
 app.command("download", epilog=download.EXAMPLES)(download.download)
 
 

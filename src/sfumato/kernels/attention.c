@@ -28,8 +28,12 @@ typedef vec packed;
 static inline packed broadcast(const element *p) { return splat(*p); }
 #endif
 
-/* The score of what is not there: finite, as the difference of two infinities is none. */
-#define NEVER -1e30f
+/* Finite, as the difference of two infinities is none. A key that is not there, or masked by -inf, scores ABSENT, below NOTHING,
+ * the best score of a row that has seen no key. The lowest finite mask is cut at LOWEST, far above it: where all keys are masked
+ * alike, all weigh the same. */
+#define ABSENT -1e38f
+#define NOTHING -1e36f
+#define LOWEST -1e30f
 
 enum { WIDTH = LANES * PAIR }; /* elements in one packed vector */
 
@@ -126,7 +130,7 @@ typedef struct {
 
 /* The largest of `count` scores; four at a time, as each comparison waits for the one before. */
 static float largest(const float *s, int64_t count) {
-    vec top[4] = {splat(NEVER), splat(NEVER), splat(NEVER), splat(NEVER)};
+    vec top[4] = {splat(ABSENT), splat(ABSENT), splat(ABSENT), splat(ABSENT)};
     int64_t j = 0;
     for (; j + 4 * LANES <= count; j += 4 * LANES)
         for (int i = 0; i < 4; i++) top[i] = vmax(top[i], load(s + j + i * LANES));
@@ -134,18 +138,18 @@ static float largest(const float *s, int64_t count) {
     return max_of(vmax(vmax(top[0], top[1]), vmax(top[2], top[3])));
 }
 
-/* Weights exp2(score scale - shift) of `count` scores; returns their sum. */
-static float weigh(const float *s, element *weight, int64_t count, float scale, float shift) {
+/* Weights exp2((score - best) scale) of `count` scores, never more than 1; returns their sum. */
+static float weigh(const float *s, element *weight, int64_t count, float scale, float best) {
     vec sum[4] = {splat(0), splat(0), splat(0), splat(0)};
     int64_t j = 0;
     for (; j + 4 * LANES <= count; j += 4 * LANES)
         for (int i = 0; i < 4; i++) {
-            vec y = exp2_of(load(s + j + i * LANES) * scale - shift);
+            vec y = exp2_of((load(s + j + i * LANES) - best) * scale);
             sum[i] += y;
             STORE(weight + j + i * LANES, y);
         }
     for (; j < count; j += LANES) {
-        vec y = exp2_of(load(s + j) * scale - shift);
+        vec y = exp2_of((load(s + j) - best) * scale);
         sum[0] += y;
         STORE(weight + j, y);
     }
@@ -157,13 +161,15 @@ static void soften(const problem *p, const padded *n, workspace *w, int64_t row,
                    const float *mask) {
     for (int64_t r = 0; r < ROWS; r++) {
         float *s = w->scores + r * n->block, *out = w->out + (row + r) * n->depth_v;
-        const float *add = mask + r * p->mask_strides.row;
-        if (mask && row + r < rows) /* the mask is in units of the softmax; scores are still unscaled */
-            for (int64_t j = 0; j < count - past_end; j++) s[j] += (add[j] < NEVER ? NEVER : add[j]) * (1.44269504f / p->scale);
-        for (int64_t j = count - past_end; j < count; j++) s[j] = NEVER;
-        float best = largest(s, count) * p->scale, old = w->best[row + r];
+        if (mask && row + r < rows) { /* the mask is in units of the softmax; scores are still unscaled */
+            const float *add = mask + r * p->mask_strides.row, unscaled = 1.44269504f / p->scale;
+            for (int64_t j = 0; j < count - past_end; j++)
+                s[j] += add[j] == -INFINITY ? ABSENT : (add[j] < LOWEST ? LOWEST : add[j]) * unscaled;
+        }
+        for (int64_t j = count - past_end; j < count; j++) s[j] = ABSENT;
+        float best = largest(s, count), old = w->best[row + r];
         if (best > old) {
-            float shrink = exp2f(old - best);
+            float shrink = exp2f((old - best) * p->scale);
             w->best[row + r] = best;
             w->total[row + r] *= shrink;
             for (int64_t c = 0; c < n->depth_v; c += LANES) store(out + c, load(out + c) * shrink);
@@ -177,7 +183,7 @@ static void attend(const problem *p, const padded *n, workspace *w, const elemen
     int64_t all = round_up(rows, ROWS);
     memset(w->q, 0, sizeof(element) * all * n->depth_k);
     for (int64_t r = 0; r < rows; r++) memcpy(w->q + r * n->depth_k, q + r * p->q_strides.row, sizeof(element) * p->depth);
-    for (int64_t r = 0; r < all; r++) w->best[r] = NEVER, w->total[r] = 0;
+    for (int64_t r = 0; r < all; r++) w->best[r] = NOTHING, w->total[r] = 0;
     memset(w->out, 0, sizeof(float) * all * n->depth_v);
     for (int64_t from = 0; from < n->keys; from += n->block) {
         int64_t count = n->keys - from < n->block ? n->keys - from : n->block;
@@ -199,7 +205,7 @@ static void attend(const problem *p, const padded *n, workspace *w, const elemen
         }
     }
     for (int64_t r = 0; r < rows; r++) {
-        float share = 1 / w->total[r];
+        float share = w->total[r] == 0 ? 0 : 1 / w->total[r]; /* 0 where every key is masked by -inf, as torch does it */
         for (int64_t c = 0; c < p->depth; c++) out[r * p->out_strides.row + c] = PUT(w->out[r * n->depth_v + c] * share);
     }
 }
@@ -233,7 +239,7 @@ int attention(const element *q, const element *k, const element *v, element *out
     if (failed) goto end;
 #pragma omp parallel
     {
-        workspace w;
+        workspace w = {0};
         int ready = carve(&w, &n);
         if (!ready) failed = 1;
 #pragma omp barrier

@@ -1,6 +1,6 @@
 """Compiling our C sources with the machine's own compiler, once, into the cache folder.
 
-They are plain C with a C interface, so that a compiler is all it takes and two seconds are enough (ADR 9).
+They are plain C with a C interface, so that a compiler is all it takes and a second is enough (ADR 9).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from sfumato.errors import SfumatoError
-from sfumato.files import cache_folder, replacing
+from sfumato.files import cache_folder, output_folder, replacing
 
 __all__ = ["CompilerError", "compiled", "compiler"]
 
@@ -40,12 +40,12 @@ def compiler() -> str | None:
 def compiled(bfloat16: bool) -> Path:
     """The shared library of the kernels in one precision, built first where the cache does not hold it.
 
-    Raises `CompilerError` if there is no compiler, or if it fails.
+    Raises `CompilerError` if there is no compiler or it fails, `OutputError` if the cache cannot be written.
     """
     command = compiler()
     if command is None:
         raise CompilerError("there is no C compiler (cc, gcc or clang); install one for the fast kernels")
-    sources = {name: files(__package__).joinpath(name).read_bytes() for name in SOURCES}
+    sources = {name: files("sfumato.kernels").joinpath(name).read_bytes() for name in SOURCES}
     definitions = ("-DBFLOAT16",) if bfloat16 else ()
     key = hashlib.sha256(repr((command, FLAGS, definitions, sources, _processor())).encode()).hexdigest()[:16]
     library = cache_folder() / "kernels" / f"{'bfloat16' if bfloat16 else 'float32'}-{key}.so"
@@ -59,7 +59,7 @@ def _whole(library: Path) -> bool:
     digest = library.with_suffix(".sha256")
     if not library.is_file():
         return False
-    if digest.is_file() and digest.read_text() == hashlib.sha256(library.read_bytes()).hexdigest():
+    if digest.is_file() and digest.read_bytes() == _digest(library.read_bytes()):
         return True
     log.warning("the compiled kernels in %s are damaged; they are built again", library)
     return False
@@ -79,22 +79,29 @@ def _build(command: str, definitions: tuple[str, ...], sources: dict[str, bytes]
                 capture_output=True,
                 timeout=SECONDS,
             )
+            binary = made.read_bytes()
         except subprocess.CalledProcessError as error:
-            first = error.stderr.decode(errors="replace").strip().splitlines()
-            raise CompilerError(f"{command} could not build the fast kernels: {first[0] if first else error}") from error
+            lines = error.stderr.decode(errors="replace").strip().splitlines()
+            first = next((line for line in lines if "error" in line), next(iter(lines), error))
+            raise CompilerError(f"{command} could not build the fast kernels: {first}") from error
         except (OSError, subprocess.TimeoutExpired) as error:
             raise CompilerError(f"{command} could not build the fast kernels: {error}") from error
-        library.parent.mkdir(parents=True, exist_ok=True)
-        binary = made.read_bytes()
-        for path, content in ((library.with_suffix(".sha256"), hashlib.sha256(binary).hexdigest().encode()), (library, binary)):
-            with replacing(path) as partial:
-                partial.write_bytes(content)
+    output_folder(library.parent)
+    for path, content in ((library.with_suffix(".sha256"), _digest(binary)), (library, binary)):
+        with replacing(path) as partial:
+            partial.write_bytes(content)
+
+
+def _digest(binary: bytes) -> bytes:
+    return hashlib.sha256(binary).hexdigest().encode()
 
 
 def _processor() -> str:
     """What `-march=native` depends on, so that a cache shared by several machines never serves the wrong one."""
     try:
-        flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features")))
+        flags = next(
+            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))
+        )
     except (OSError, StopIteration):
         flags = platform.processor()
     return f"{platform.machine()} {flags}"

@@ -84,8 +84,11 @@ class Kernels:
         return _checked(status, out)
 
     def geglu(self, x: Tensor) -> Tensor:
-        """The first half of the last dimension times the GELU of the second: (..., 2C) -> (..., C), contiguous."""
-        width = x.shape[-1] // 2
+        """The first half of the last dimension times the GELU of the second: (..., 2C) -> (..., C), contiguous.
+
+        C is a multiple of `LANES`.
+        """
+        x, width = x.contiguous(), x.shape[-1] // 2
         out = x.new_empty((*x.shape[:-1], width))
         self._geglu(x.data_ptr(), out.data_ptr(), x.numel() // x.shape[-1], width)
         return out

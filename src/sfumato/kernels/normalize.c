@@ -3,16 +3,27 @@
  */
 #include "vector.h"
 
-enum { BLOCK = 4, PIXELS = 1024 }; /* vectors of channels summed side by side; pixels whose sum one float32 carries */
+/* Vectors of channels summed side by side; pixels whose sum one float32 carries; pixels from which the mean is guessed. */
+enum { BLOCK = 4, PIXELS = 1024, SAMPLES = 16 };
 
 static inline vec silu_of(vec x) { return x / (exp2_of(x * -1.44269504f) + 1); }
 
+/* The mean of a few pixels, channel by channel: a number near all of them, which no single one of them can draw away. */
+static void guess_mean(const element *x, float *pivot, int64_t pixels, int64_t channels) {
+    int64_t samples = pixels < SAMPLES ? pixels : SAMPLES;
+    for (int64_t c = 0; c < channels; c++) {
+        float sum = 0;
+        for (int64_t k = 0; k < samples; k++) sum += get(x[k * pixels / samples * channels + c]);
+        pivot[c] = sum / samples;
+    }
+}
+
 /* Sums of (x - pivot) and of its square over `count` pixels, channel by channel; the pivot keeps the squares from cancelling. */
-static void sum_channels(const element *x, const element *pivot, float *sums, int64_t count, int64_t channels) {
+static void sum_channels(const element *x, const float *pivot, float *sums, int64_t count, int64_t channels) {
     for (int64_t c = 0; c < channels; c += BLOCK * LANES) {
         int64_t vectors = (channels - c) / LANES < BLOCK ? (channels - c) / LANES : BLOCK;
         vec sum[BLOCK] = {0}, square[BLOCK] = {0}, from[BLOCK] = {0};
-        for (int64_t j = 0; j < vectors; j++) from[j] = LOAD(pivot + c + j * LANES);
+        for (int64_t j = 0; j < vectors; j++) from[j] = load(pivot + c + j * LANES);
         if (vectors == BLOCK)
             for (int64_t i = 0; i < count; i++)
                 for (int64_t j = 0; j < BLOCK; j++) {
@@ -33,16 +44,16 @@ static void sum_channels(const element *x, const element *pivot, float *sums, in
 }
 
 /* From the sums of every part of a picture to what each channel is multiplied by and what is added to it. */
-static void scale_and_shift(const element *pivot, const float *sums, const float *added, const float *weight, const float *bias,
+static void scale_and_shift(const float *pivot, const float *sums, const float *added, const float *weight, const float *bias,
                             float *scale, int64_t parts, int64_t pixels, int64_t channels, int64_t groups, double eps) {
     int64_t width = channels / groups;
     float *shift = scale + channels;
     for (int64_t g = 0; g < groups; g++) {
         double total = 0, squares = 0;
         /* All channels of a group around one number: its first pivot. */
-        double centre = get(pivot[g * width]) + (added ? added[g * width] : 0);
+        double centre = (double)pivot[g * width] + (added ? added[g * width] : 0);
         for (int64_t c = g * width; c < (g + 1) * width; c++) {
-            double sum = 0, square = 0, offset = get(pivot[c]) + (added ? added[c] : 0) - centre;
+            double sum = 0, square = 0, offset = (double)pivot[c] + (added ? added[c] : 0) - centre;
             for (int64_t k = 0; k < parts; k++) sum += sums[2 * k * channels + c], square += sums[(2 * k + 1) * channels + c];
             total += sum + pixels * offset;
             squares += square + 2 * offset * sum + pixels * offset * offset;
@@ -61,20 +72,22 @@ static void scale_and_shift(const element *pivot, const float *sums, const float
 int group_norm(const element *x, const float *added, const float *weight, const float *bias, element *out, int64_t batch,
                int64_t pixels, int64_t channels, int64_t groups, double eps, int64_t silu) {
     int64_t parts = (pixels + PIXELS - 1) / PIXELS;
-    float *sums = malloc(sizeof(float) * batch * (parts + 1) * 2 * channels), *scales = sums + batch * parts * 2 * channels;
+    float *sums = malloc(sizeof(float) * batch * (2 * parts + 3) * channels);
     if (!sums) return 1;
+    float *scales = sums + batch * parts * 2 * channels, *pivots = scales + batch * 2 * channels;
 #pragma omp parallel
     {
+#pragma omp for schedule(static)
+        for (int64_t b = 0; b < batch; b++) guess_mean(x + b * pixels * channels, pivots + b * channels, pixels, channels);
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < batch * parts; task++) {
             int64_t b = task / parts, from = task % parts * PIXELS;
             int64_t count = pixels - from < PIXELS ? pixels - from : PIXELS;
-            const element *picture = x + b * pixels * channels;
-            sum_channels(picture + from * channels, picture, sums + task * 2 * channels, count, channels);
+            sum_channels(x + (b * pixels + from) * channels, pivots + b * channels, sums + task * 2 * channels, count, channels);
         }
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < batch; b++)
-            scale_and_shift(x + b * pixels * channels, sums + b * parts * 2 * channels, added ? added + b * channels : NULL, weight,
+            scale_and_shift(pivots + b * channels, sums + b * parts * 2 * channels, added ? added + b * channels : NULL, weight,
                             bias, scales + b * 2 * channels, parts, pixels, channels, groups, eps);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < batch * pixels; i++) {

@@ -6,11 +6,11 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef __AVX512F__
+#ifdef __AVX512DQ__
 #include <immintrin.h>
 #endif
 
-#if defined(__AVX512F__)
+#if defined(__AVX512DQ__)
 #define LANES 16
 #elif defined(__AVX2__)
 #define LANES 8
@@ -61,7 +61,7 @@ static inline void store_bf16(uint16_t *p, vec x) {
 
 /* The larger and the smaller; where one is NaN, the second. */
 static inline vec vmax(vec a, vec b) {
-#ifdef __AVX512F__
+#ifdef __AVX512DQ__
     return (vec)_mm512_max_ps((__m512)a, (__m512)b);
 #else
     ivec first = a > b;
@@ -72,7 +72,7 @@ static inline vec vmax(vec a, vec b) {
 static inline vec vmin(vec a, vec b) { return -vmax(-a, -b); }
 
 static inline float sum_of(vec x) {
-#ifdef __AVX512F__
+#ifdef __AVX512DQ__
     return _mm512_reduce_add_ps((__m512)x);
 #else
     float total = 0;
@@ -82,7 +82,7 @@ static inline float sum_of(vec x) {
 }
 
 static inline float max_of(vec x) {
-#ifdef __AVX512F__
+#ifdef __AVX512DQ__
     return _mm512_reduce_max_ps((__m512)x);
 #else
     float best = x[0];
@@ -91,18 +91,18 @@ static inline float max_of(vec x) {
 #endif
 }
 
-/* 2**x for x up to 127; below -126 it is 2**-126 or 0, and a NaN stays one. The integer part goes into the exponent, the rest f in
+/* 2**x; below -126 it is 2**-126 or 0, and a NaN stays one. The integer part goes into the exponent, the rest f in
  * [-1/2, 1/2] through a polynomial: for float32 the Taylor series of exp(f ln 2), relative error below 2e-7; for bfloat16, which
  * keeps eight bits, the minimax cubic, below 1e-4. */
 static inline vec exp2_of(vec x) {
-#ifdef __AVX512F__
+#ifdef __AVX512DQ__
     vec whole = (vec)_mm512_roundscale_ps((__m512)x, 0);
+    vec f = (vec)_mm512_reduce_ps((__m512)x, 0); /* x - whole, and 0 for infinities */
 #else
-    x = vmax(splat(-126.0f), x);
+    x = vmin(splat(128.0f), vmax(splat(-126.0f), x));
     const vec magic = splat(12582912.0f); /* 1.5 * 2**23: adding it rounds to an integer */
-    vec whole = (x + magic) - magic;
+    vec whole = (x + magic) - magic, f = x - whole;
 #endif
-    vec f = x - whole;
 #ifdef BFLOAT16
     vec y = splat(0.05517166f);
     y = y * f + splat(0.24261112f);
@@ -117,7 +117,7 @@ static inline vec exp2_of(vec x) {
     y = y * f + splat(6.9314718e-1f);
     y = y * f + splat(1.0f);
 #endif
-#ifdef __AVX512F__
+#ifdef __AVX512DQ__
     return (vec)_mm512_scalef_ps((__m512)y, (__m512)whole);
 #else
     return (vec)((ivec)y + (__builtin_convertvector(whole, ivec) << 23));

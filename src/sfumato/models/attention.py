@@ -29,6 +29,7 @@ __all__ = [
     "chunked",
     "sdpa",
     "sliced",
+    "upcast",
 ]
 
 # Metal refuses buffers of 2**32 bytes; a quarter of that leaves room for the softmax beside the scores.
@@ -89,6 +90,16 @@ def chunked(max_bytes: int) -> AttentionFunction:
         return out
 
     return attention
+
+
+def upcast(attention: AttentionFunction, dtype: torch.dtype) -> AttentionFunction:
+    """The same attention in a wider precision, for devices whose scores leave the range of a narrow one."""
+
+    def wide(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        mask = None if mask is None else mask.to(dtype)
+        return attention(q.to(dtype), k.to(dtype), v.to(dtype), mask).to(q.dtype)
+
+    return wide
 
 
 def attention_for(device: torch.device) -> AttentionFunction:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
@@ -12,11 +13,12 @@ from sfumato import files
 from sfumato.checkpoints import weights
 from sfumato.checkpoints.locate import locate_folder
 from sfumato.configs import Config, parse
-from sfumato.errors import CheckpointError, UnknownArgument, suggest
+from sfumato.errors import CheckpointError, UnknownArgument, UsageError, suggest
 from sfumato.models.attention import AttentionUser
+from sfumato.models.packed import unpack
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from os import PathLike
     from pathlib import Path
 
@@ -32,6 +34,11 @@ class Model(AttentionUser):
     weights_name: ClassVar[str]
     key_rules: ClassVar[tuple[weights.Rule, ...]] = ()
     config: Any
+    # The precision in which a repair computes for now, whatever that of the weights (pipelines/repair.py).
+    compute_dtype: torch.dtype | None = None
+    # What the weights hash to (pipelines/recipe.py), kept while they are packed or away.
+    fingerprint: str | None = None
+    _stored: Callable[..., Self] | None = None
 
     def __init__(self, config: Config | None = None, **values: object) -> None:
         """From a config, or from its values as keyword arguments; unknown ones raise `UnknownArgument`."""
@@ -88,13 +95,34 @@ class Model(AttentionUser):
         dtype: torch.dtype | None = None,
         variant: str | None = None,
         use_safetensors: bool | None = None,
+        copy: bool = False,
+        later: bool = False,
     ) -> Self:
-        """Load a model from a folder that is on this machine."""
+        """Load a model from a folder that is on this machine.
+
+        copy: read all weights, map none; later: leave it on the meta device, to be filled by `reload`.
+        """
         with weights.without_weights():
-            model = cls.from_config(files.read_json(folder / "config.json"))
+            model = cls.from_config(files.read_json(folder / "config.json")).eval()
         found = weights.find_weights(folder, cls.weights_name, variant=variant, use_safetensors=use_safetensors)
-        weights.load_into(model, found, dtype, cls.key_rules)
-        return model.eval()
+        model._stored = partial(cls.from_folder, folder, variant=variant, use_safetensors=use_safetensors, copy=copy)
+        if later:
+            return model.to(dtype=dtype)
+        weights.load_into(model, found, dtype, cls.key_rules, copy=copy)
+        return model
+
+    @property
+    def can_reload(self) -> bool:
+        """Whether the weights came from a folder, and so can be read again."""
+        return self._stored is not None
+
+    def reload(self) -> None:
+        """Fill a model that is on the meta device from the folder it came from, in the precision it has."""
+        if self._stored is None:
+            raise UsageError(
+                f"this {type(self).__name__} did not come from a folder, so its weights cannot be read again"
+            )
+        self._modules = self._stored(dtype=self.dtype)._modules
 
     def save_pretrained(
         self, folder: str | PathLike[str], *, variant: str | None = None, max_shard_size: int | str = "10GB"
@@ -110,10 +138,22 @@ class Model(AttentionUser):
     def _config_json(self) -> dict[str, Any]:
         return {"_class_name": type(self).__name__, "_diffusers_version": files.LAYOUT_VERSION} | self.config.to_dict()
 
+    def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
+        """As torch's; a packed model (models/packed.py) is unpacked first."""
+        unpack(self)
+        self.fingerprint = None
+        return super().load_state_dict(*arguments, **options)
+
+    def _apply(self, *arguments: Any, **options: Any) -> Self:
+        # Moving and casting (`to`, `half`, `cpu`, …) all come through here; packed weights can do neither.
+        unpack(self)
+        self.fingerprint = None
+        return super()._apply(*arguments, **options)
+
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of the weights."""
-        return next(self.parameters()).dtype
+        """The precision that the model computes in: that of its weights, but while it is being repaired."""
+        return self.compute_dtype or next(self.parameters()).dtype
 
     @property
     def device(self) -> torch.device:

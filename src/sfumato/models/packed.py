@@ -6,6 +6,7 @@ torch's back. They take and give the same tensors, so that a model's own code do
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,20 @@ if TYPE_CHECKING:
     from sfumato.models.attention import AttentionFunction
     from sfumato.models.base import Model
 
-__all__ = ["pack", "packable", "unpack"]
+__all__ = [
+    "Packed",
+    "PackedConv2d",
+    "PackedGEGLU",
+    "PackedGroupNorm",
+    "PackedLinear",
+    "PackedPointwise",
+    "PackedUpsample2D",
+    "is_packed",
+    "kernel_attention",
+    "pack",
+    "packable",
+    "unpack",
+]
 
 # What lies between the two layers of a feed-forward is held to this, so that it stays in the second or third cache.
 STRETCH_BYTES = 8 * 2**20
@@ -46,13 +60,12 @@ def pack(model: Model, kernels: Kernels | None) -> None:
             setattr(parent, name, PackedUpsample2D(layer))
         elif kernels is not None and type(layer) is GroupNorm and layer.num_channels % LANES == 0:
             setattr(parent, name, PackedGroupNorm(layer, kernels))
-        elif kernels is not None and type(layer) is GEGLU:
+        elif kernels is not None and type(layer) is GEGLU and layer.proj.out_features % (2 * LANES) == 0:
             setattr(parent, name, PackedGEGLU(layer, kernels))
         elif type(layer) is FeedForward:
-            width = 2 * layer.net[2].in_features * model.dtype.itemsize
+            down: Any = layer.net[2]
+            width = 2 * down.in_features * model.dtype.itemsize
             layer.stretch = max(256, STRETCH_BYTES // width)
-    if kernels is not None:
-        model.set_attention(_attention(kernels))
 
 
 def unpack(model: Model) -> None:
@@ -63,18 +76,27 @@ def unpack(model: Model) -> None:
             setattr(parent, name, layer.unpacked())
         elif isinstance(layer, FeedForward):
             layer.stretch = None
-    model.set_attention(sdpa)
+
+
+def is_packed(model: Model) -> bool:
+    """Whether `pack` has replaced layers of this model."""
+    return any(isinstance(layer, Packed) for layer in model.modules())
 
 
 def _places(module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Where every layer stands: its parent and its name, what is deepest first. Holds no layer that is replaced."""
+    """Where every layer stands: its parent and its name, what is deepest first. Holds no layer that is replaced.
+
+    What a packed layer itself holds is left to it.
+    """
     places = [place for child in module.children() for place in _places(child)]
-    return places + [(module, name) for name, _ in module.named_children()]
+    return places if isinstance(module, Packed) else places + [(module, name) for name, _ in module.named_children()]
 
 
-def _attention(kernels: Kernels) -> AttentionFunction:
+def kernel_attention(kernels: Kernels) -> AttentionFunction:
+    """Attention by our own kernel; what is in another precision or place, or too short to repay it, as torch does it."""
+
     def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        if q.dtype != kernels.dtype or q.shape[2] < FEW_QUERIES:
+        if q.dtype != kernels.dtype or not q.is_cpu or q.shape[2] < FEW_QUERIES:
             return sdpa(q, k, v, mask)
         return kernels.attention(q, k, v, mask)
 
@@ -82,15 +104,18 @@ def _attention(kernels: Kernels) -> AttentionFunction:
 
 
 class Packed(nn.Module):
-    """A layer that another stands for; `state_dict` shows the weights of the one it replaced."""
+    """A layer in the place of another: `state_dict` shows the weights of that other, and a deep copy is that other."""
 
     def unpacked(self) -> nn.Module:
         """The layer it replaced."""
         raise NotImplementedError
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        for name, tensor in self.unpacked().state_dict(prefix=prefix, keep_vars=keep_vars).items():
-            destination[name] = tensor
+    def state_dict(self, *arguments: Any, **options: Any) -> Any:
+        """The weights of the layer it replaced, by their names there."""
+        return self.unpacked().state_dict(*arguments, **options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        return deepcopy(self.unpacked(), memo)
 
 
 class PackedLinear(Packed):
@@ -99,7 +124,7 @@ class PackedLinear(Packed):
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.bias = layer.bias
+        self.bias, self.trainable = layer.bias, layer.weight.requires_grad
         self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,7 +143,7 @@ class PackedConv2d(Packed):
         super().__init__()
         self.channels = (layer.in_channels, layer.out_channels)
         self.kernel_size, self.padding, self.stride = layer.kernel_size, layer.padding, layer.stride
-        self.bias = layer.bias
+        self.bias, self.trainable = layer.bias, layer.weight.requires_grad
         self.packed = _packed_filter(layer.weight.detach(), layer.padding, layer.stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -138,7 +163,7 @@ class PackedPointwise(Packed):
     def __init__(self, layer: nn.Conv2d) -> None:
         super().__init__()
         self.channels = (layer.in_channels, layer.out_channels)
-        self.bias = layer.bias
+        self.bias, self.trainable = layer.bias, layer.weight.requires_grad
         self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().flatten(1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,7 +175,7 @@ class PackedPointwise(Packed):
     def unpacked(self) -> nn.Conv2d:
         """The plain layer."""
         layer = _plain(nn.Conv2d, self, *self.channels, 1, bias=self.bias is not None)
-        layer.weight = nn.Parameter(layer.weight[:, :, None, None], requires_grad=False)
+        layer.weight = nn.Parameter(layer.weight.detach()[:, :, None, None], requires_grad=self.trainable)
         return layer
 
 
@@ -240,7 +265,7 @@ class PackedGEGLU(Packed):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C')."""
-        return self.kernels.geglu(self.layer.proj(x))
+        return self.kernels.geglu(self.layer.proj(x)) if x.dtype == self.kernels.dtype else self.layer(x)
 
     def unpacked(self) -> GEGLU:
         """The plain layer."""
@@ -259,7 +284,7 @@ def _convolve(x: Tensor, packed: Tensor, bias: Tensor | None, padding: Any, stri
 def _plain(kind: Any, layer: Any, *arguments: Any, **options: Any) -> Any:
     """A layer of torch's around the packed one's weights, without filling it first."""
     plain = kind(*arguments, device="meta", dtype=layer.packed.dtype, **options)
-    plain.weight = nn.Parameter(layer.packed.to_dense(), requires_grad=False)
+    plain.weight = nn.Parameter(layer.packed.to_dense(), requires_grad=layer.trainable)
     if layer.bias is not None:
         plain.bias = layer.bias
     return plain.train(layer.training)

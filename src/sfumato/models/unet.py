@@ -273,7 +273,11 @@ class UNet2DConditionModel(Model):
             if self.config.class_embed_type == "timestep":
                 class_labels = self._sinusoid(class_labels, sample.dtype)
             classes = self.class_embedding(class_labels).to(sample.dtype)
-            time = torch.cat([time.expand(classes.shape[0], -1), classes], dim=-1) if self.config.class_embeddings_concat else time + classes
+            time = (
+                torch.cat([time.expand(classes.shape[0], -1), classes], dim=-1)
+                if self.config.class_embeddings_concat
+                else time + classes
+            )
         return Moment(self.conv_act(time))
 
 

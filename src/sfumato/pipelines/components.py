@@ -63,10 +63,15 @@ Dtypes = torch.dtype | Mapping[str, torch.dtype] | None
 
 @dataclass(frozen=True)
 class ComponentFiles:
-    """Which weight files to take: a variant, and whether pickled ones are allowed."""
+    """Which weight files to take: a variant, and whether pickled ones are allowed; and how.
+
+    copy: read weights rather than map them; later: read them only when they are needed.
+    """
 
     variant: str | None = None
     use_safetensors: bool | None = None
+    copy: bool = False
+    later: bool = False
 
     def select(self, names: Sequence[str], strict: bool, skip: Sequence[str] = ()) -> list[str]:
         """The files of a repository that a pipeline needs, but for the components in `skip`."""
@@ -114,7 +119,8 @@ def load_components(
         cls = component_class(folder, index, part)
         if issubclass(cls, Model):
             options = {"variant": files.variant, "use_safetensors": files.use_safetensors}
-            loaded[part] = cls.from_folder(folder / part, dtype=_dtype_of(part, dtypes), **options)
+            how = {"dtype": _dtype_of(part, dtypes), "copy": files.copy, "later": files.later}
+            loaded[part] = cls.from_folder(folder / part, **options, **how)
         elif issubclass(cls, CLIPTokenizer):
             loaded[part] = cls.from_folder(folder / part)
         else:

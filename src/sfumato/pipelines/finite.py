@@ -1,50 +1,129 @@
-"""The check that ends every stage: no NaN, no infinity, and the stage's name where there is one."""
+"""The check that ends every stage: values that are not finite are computed once more in float32, or named."""
 
 from __future__ import annotations
 
+import logging
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 
 from sfumato.errors import CheckpointError, NonFiniteError
+from sfumato.pipelines.repair import computed_in_float32, recall, remember
+from sfumato.runtime.numerics import repeat_dtype
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from sfumato.models.base import Model
 
 __all__ = ["FiniteWatch"]
 
+log = logging.getLogger("sfumato")
+
 
 class FiniteWatch:
-    """Collects one flag per stage and judges them without making an accelerator wait between steps.
+    """Has the stages of one run computed, and looks at what comes out.
 
-    On a CPU a flag is there at once, so a bad stage stops the work immediately; elsewhere the flags are read together,
-    at the end of the loop.
+    A stage is named "VAE decoder" or "U-Net, step 7 of 20"; what stands before the comma is the component. One that
+    gives NaN or infinite values in half precision computes in float32 from there on, and so it does in later runs if
+    that helped. `notes` are told.
     """
 
-    def __init__(self) -> None:
-        self._pending: list[tuple[str, nn.Module, Tensor]] = []
+    def __init__(self, notes: list[str]) -> None:
+        self._notes = notes
+        self._pending: list[tuple[str, Model, Tensor]] = []
+        self._in_float32: dict[str, bool] = {}
+        self._unproven: set[str] = set()
 
-    def see(self, stage: str, module: nn.Module, values: Tensor) -> None:
-        """Note whether all values of this stage, computed by this module, are finite."""
-        self._pending.append((stage, module, torch.isfinite(values).all()))
-        if values.device.type == "cpu":
-            self.settle()
+    def finite(self, stage: str, model: Model, compute: Callable[[], Tensor]) -> Tensor:
+        """The stage's values, all finite; `compute` is called a second time if the first ones are not.
 
-    def settle(self) -> None:
-        """Raise for the first stage that went wrong: `CheckpointError` if its weights did, else `NonFiniteError`."""
+        Raises `CheckpointError` if a weight of the model is not finite, and `NonFiniteError` if float32 is no better.
+        """
+        values = self._compute(stage, model, compute)
+        if bool(_all_finite(values)):
+            self._prove(stage, model)
+            return values
+        self._repair(stage, model)
+        return self.finite(stage, model, compute)
+
+    def step(self, stage: str, model: Model, compute: Callable[[], Tensor]) -> Tensor:
+        """The values of one of many steps: as `finite`, but where looking makes the device wait, `settle` looks."""
+        if self.looks_at_once(model.device):
+            return self.finite(stage, model, compute)
+        values = self._compute(stage, model, compute)
+        self._pending.append((stage, model, _all_finite(values)))
+        return values
+
+    @staticmethod
+    def looks_at_once(device: torch.device) -> bool:
+        """Whether a flag is there as soon as it is asked for: on a CPU. Others compute while the next step is sent."""
+        return device.type == "cpu"
+
+    def settle(self) -> bool:
+        """Whether all steps since the last call were finite; if not, they are to be taken again, then in float32.
+
+        Raises as `finite` does.
+        """
         pending, self._pending = self._pending, []
         if not pending or bool(torch.stack([flag for *_, flag in pending]).all()):
-            return
-        stage, module, _ = next(entry for entry in pending if not bool(entry[2]))
-        for name, weight in module.named_parameters():
-            if not bool(torch.isfinite(weight).all()):
+            for stage, model, _ in pending:
+                self._prove(stage, model)
+            return True
+        stage, model, _ = next(entry for entry in pending if not bool(entry[2]))
+        self._repair(stage, model)
+        return False
+
+    def _compute(self, stage: str, model: Model, compute: Callable[[], Tensor]) -> Tensor:
+        component = _component(stage)
+        if component not in self._in_float32:
+            self._in_float32[component] = _repeatable(model) and recall(component, model)
+            if self._in_float32[component]:
+                self._note(
+                    f"{component}: computed in float32, as {_dtype(model)} has failed with this checkpoint before"
+                )
+        with computed_in_float32(model) if self._in_float32[component] else nullcontext():
+            return compute()
+
+    def _repair(self, stage: str, model: Model) -> None:
+        """From here on float32, if there is hope in that."""
+        for name, weight in model.state_dict().items():
+            if not bool(_all_finite(weight)):
                 raise CheckpointError(
                     f"{stage}: the weight {name!r} has NaN or infinite values; download or copy the checkpoint again"
                 )
-        dtype = next(module.parameters()).dtype
-        hint = (
-            "try dtype float32"
-            if dtype != torch.float32
-            else "check the prompt embeddings, latents or image that were given"
-        )
-        raise NonFiniteError(stage, hint)
+        component = _component(stage)
+        if self._in_float32[component] or not _repeatable(model):
+            raise NonFiniteError(stage, "check the prompt embeddings, latents or image that were given")
+        self._note(f"{stage}: {_dtype(model)} gave NaN or infinite values, so it was computed again in float32")
+        self._in_float32[component] = True
+        self._unproven.add(component)
+
+    def _prove(self, stage: str, model: Model) -> None:
+        component = _component(stage)
+        if component in self._unproven:
+            self._unproven.remove(component)
+            remember(component, model)
+
+    def _note(self, note: str) -> None:
+        self._notes.append(note)
+        log.warning("%s", note)
+
+
+def _all_finite(values: Tensor) -> Tensor:
+    return torch.isfinite(values).all()
+
+
+def _component(stage: str) -> str:
+    return stage.partition(",")[0]
+
+
+def _dtype(model: Model) -> str:
+    return str(model.dtype).removeprefix("torch.")
+
+
+def _repeatable(model: Model) -> bool:
+    return repeat_dtype(model.device.type, _dtype(model)) is not None

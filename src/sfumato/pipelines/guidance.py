@@ -55,7 +55,7 @@ class Guidance:
         """Scaled latents (B, C, h, w) at timestep t -> the prediction (B, C, h, w)."""
         narrow = x.to(self.unet.dtype)
         size = self.micro_batch or x.shape[0]
-        if not self._contexts:
+        if not self._contexts or self._contexts[0].states.dtype != narrow.dtype:  # a repair changes the precision
             self._contexts = self._read(size)
         moment = self.unet.moment(narrow[:size], t, timestep_cond=self._scale_condition(narrow[:1]))
         parts = zip(narrow.split(size), self._contexts, strict=True)
@@ -74,10 +74,14 @@ class Guidance:
         negatives = self.negative_embeds.split(size) if self.negative_embeds is not None else None
         contexts: list[Context] = []
         for index, embeds in enumerate(self.embeds.split(size)):
-            states = embeds if negatives is None else torch.cat([negatives[index], embeds])
+            states = (embeds if negatives is None else torch.cat([negatives[index], embeds])).to(self.unet.dtype)
             same = (one for one in contexts[-1:] if torch.equal(one.states, states))
             contexts.append(next(same, None) or Context(states, keep=self.embeds.shape[0] <= KEPT * size))
         return contexts
+
+    def one_at_a_time(self) -> None:
+        """From here on, one picture per call of the U-Net."""
+        self.micro_batch, self._contexts = 1, []
 
     def replace_embeds(self, embeds: Tensor) -> None:
         """Read other embeddings: (B, S, C), which ends guidance, or (2B, S, C) with the negative ones first."""

@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
-from sfumato.checkpoints.locate import HubOptions
 from sfumato.errors import ConfigError, UnknownArgument, UsageError, suggest
-from sfumato.images import to_arrays, to_pictures
+from sfumato.images import to_arrays
 from sfumato.models.attention import attention_for
 from sfumato.pipelines import recipe
+from sfumato.pipelines.arguments import refuse, request_from, split_keywords
 from sfumato.pipelines.components import (
     COMPONENTS,
     INDEX,
-    OPTIONAL,
     ComponentFiles,
     check_component,
     choose_scheduler,
     load_components,
     save_components,
 )
+from sfumato.pipelines.place import Place
 from sfumato.pipelines.progress import Progress
 from sfumato.pipelines.result import Result, StableDiffusionPipelineOutput, Step
 from sfumato.pipelines.run import Run
 from sfumato.pipelines.stages import Given
 from sfumato.request import MAX_SEED, GenerateRequest
-from sfumato.runtime.device import default_dtype, parse_device
+from sfumato.runtime.device import parse_device
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from sfumato.schedulers.base import Scheduler
     from sfumato.text.tokenizer import CLIPTokenizer
 
-__all__ = ["DiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionPipeline", "load"]
+__all__ = ["DiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionPipeline"]
 
 log = logging.getLogger("sfumato")
 
@@ -80,8 +80,10 @@ class DiffusionPipeline:
         if safety_checker is not None or image_encoder is not None:
             raise UsageError("Sfumato has no safety checker and no image encoder; leave them out or pass None")
         self.name = "unnamed"
+        self.sliced = False
+        self.place = Place()
         self._progress = Progress()
-        self._sliced = False
+        self._home: torch.device | None = None
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
         self.unet, self.scheduler = unet, _up_to_date(scheduler)
 
@@ -109,18 +111,23 @@ class DiffusionPipeline:
         Raises `CheckpointError` naming the file or key that is wrong, `UnknownArgument` for a keyword that does not
         exist.
         """
-        hub_names = [*HubOptions.__dataclass_fields__]
-        known = [*COMPONENTS, *OPTIONAL, "requires_safety_checker", *hub_names]
-        for keyword in keywords:
-            if keyword not in known:
-                near = suggest(keyword, [*known, "torch_dtype", "dtype", "variant", "use_safetensors"])
-                raise UnknownArgument(f"from_pretrained has no argument {keyword!r}{near}")
-        given = {key: value for key, value in keywords.items() if key in COMPONENTS}
-        hub = {key: value for key, value in keywords.items() if key in hub_names}
+        given, hub = split_keywords(keywords)
         files = ComponentFiles(variant, use_safetensors)
-        parts, folder, index = load_components(name, files, torch_dtype or dtype, given, hub)
+        return cls.from_files(name, files, torch_dtype or dtype, given, hub)
+
+    @classmethod
+    def from_files(
+        cls,
+        name: str | PathLike[str],
+        files: ComponentFiles,
+        dtypes: torch.dtype | Mapping[str, torch.dtype] | None,
+        given: Mapping[str, Any],
+        hub: Mapping[str, Any],
+    ) -> DiffusionPipeline:
+        """What `from_pretrained` does once its keywords are sorted into components and options of the hub."""
+        parts, folder, index = load_components(name, files, dtypes, given, hub)
         target = cls._for_index(str(index.get("_class_name")), str(folder / INDEX))
-        if (index.get("safety_checker") or [None])[0] and keywords.get("safety_checker", True) is not None:
+        if (index.get("safety_checker") or [None])[0] and given.get("safety_checker", True) is not None:
             log.warning("the safety checker of this checkpoint is not loaded: Sfumato shows every picture it draws")
         pipeline = target(**parts)
         pipeline.name = str(name)
@@ -153,8 +160,8 @@ class DiffusionPipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where the U-Net is."""
-        return self.unet.device
+        """Where pictures are drawn: where the U-Net is, or comes to be for its stage."""
+        return self._home or self.unet.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -185,25 +192,36 @@ class DiffusionPipeline:
         named_device = next((place for place in wanted if isinstance(place, (str, torch.device))), None)
         device = None if named_device is None else parse_device(str(named_device))
         for model in (self.vae, self.text_encoder, self.unet):
-            model.to(device=device, dtype=dtype)
-            if device is not None and not (self._sliced and model is self.unet):
+            away = self._home is not None or model.device.type == "meta"
+            model.to(device=None if away else device, dtype=dtype)
+            if device is not None and not (self.sliced and model is self.unet):
                 model.set_attention(attention_for(device))
+        if self._home is not None:
+            self._home = device or self._home
         if self.device.type == "cpu" and self.dtype == torch.float16:
             log.warning("float16 is very slow on a CPU; bfloat16 or float32 draws the same picture sooner")
         return self
+
+    def stay_home(self, device: torch.device) -> None:
+        """Leave the networks where they are; each comes to this device for its own stage, and leaves it after."""
+        self._home = device
+
+    def largest_batch(self, request: GenerateRequest) -> int:
+        """How many pictures of a request's size fit into memory at once, as it is free now; nothing is drawn."""
+        return self.place.largest_batch(self, request)
 
     def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
         """Compute attention in slices: "auto" half the heads, "max" one, or a number of heads. Same picture."""
         if slice_size is None:
             return self.disable_attention_slicing()
         self.unet.set_attention_slice(slice_size)
-        self._sliced = True
+        self.sliced = True
         return None
 
     def disable_attention_slicing(self) -> None:
         """Compute attention as the device does it best."""
         self.unet.set_attention(attention_for(self.device))
-        self._sliced = False
+        self.sliced = False
 
     def set_progress_bar_config(self, **config: Any) -> None:
         """Settings of the progress bar of calls, as `tqdm` takes them: `disable=True`, `desc="…"`, `leave=False`."""
@@ -227,16 +245,15 @@ class DiffusionPipeline:
             try:
                 step = next(loop)
             except StopIteration as end:
-                pixels = run.pixels(end.value)
+                images = run.pictures(end.value)
                 break
             yield Step(
                 step.index + 1,
                 step.total,
                 step.row.t,
                 step.latents,
-                lambda s=step: to_pictures(run.pixels(s.original())),
+                lambda s=step: run.preview(s.original()),
             )
-        images = to_pictures(pixels)
         recipes = recipe.describe(self, run, request, seeds)
         return Result(images, request, seeds, recipes, tuple(run.notes), run.seconds)
 
@@ -286,8 +303,8 @@ class DiffusionPipeline:
         if output_type == "latent":
             images: Any = latents.to(self.unet.dtype)
         else:
-            pixels = run.pixels(latents)
-            images = {"pil": to_pictures, "np": to_arrays, "pt": lambda x: x}[output_type](pixels)
+            draw = {"pil": run.pictures, "np": lambda x: to_arrays(run.pixels(x)), "pt": run.pixels}
+            images = draw[output_type](latents)
         return StableDiffusionPipelineOutput(images, None, tuple(run.notes)) if return_dict else (images, None)
 
     def _call_back(self, callback: Callback, run: Run, step: Any, names: Sequence[str]) -> Tensor | None:
@@ -340,8 +357,8 @@ class StableDiffusionPipeline(DiffusionPipeline):
         Returns an object with `.images`, or a tuple with `return_dict=False`. Raises `UsageError` for wrong values and
         `UnknownArgument` for arguments that do not exist.
         """
-        _refuse(unknown, StableDiffusionPipeline.__call__)
-        request = _request(
+        refuse(unknown, StableDiffusionPipeline.__call__)
+        request = request_from(
             prompt, prompt_embeds, height=height, width=width, steps=num_inference_steps, timesteps=timesteps,
             sigmas=sigmas, guidance_scale=guidance_scale, negative_prompt=negative_prompt, count=num_images_per_prompt,
             eta=eta, guidance_rescale=guidance_rescale, clip_skip=clip_skip,
@@ -389,12 +406,12 @@ class StableDiffusionImg2ImgPipeline(DiffusionPipeline):
         `image` is a PIL image, an array in [0, 1], a tensor, or a list of these. Otherwise as
         `StableDiffusionPipeline`.
         """
-        _refuse(unknown, StableDiffusionImg2ImgPipeline.__call__)
+        refuse(unknown, StableDiffusionImg2ImgPipeline.__call__)
         if image is None:
             raise UsageError(
                 "image is missing: image-to-image starts from a picture; for none, use StableDiffusionPipeline"
             )
-        request = _request(
+        request = request_from(
             prompt, prompt_embeds, steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas, strength=strength,
             guidance_scale=guidance_scale, negative_prompt=negative_prompt, count=num_images_per_prompt, eta=eta,
             clip_skip=clip_skip,
@@ -408,32 +425,6 @@ class StableDiffusionImg2ImgPipeline(DiffusionPipeline):
         return self._call(
             request, given, output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
-
-
-def load(
-    name: str | PathLike[str], *, device: str | None = None, dtype: torch.dtype | None = None, **keywords: Any
-) -> DiffusionPipeline:
-    """Load a checkpoint onto the best device present, in the fastest precision that is safe there.
-
-    `device` and `dtype` override that; other keywords are those of `DiffusionPipeline.from_pretrained`.
-    """
-    place = parse_device(device)
-    pipeline = DiffusionPipeline.from_pretrained(name, dtype=dtype or default_dtype(place), **keywords)
-    return pipeline.to(place)
-
-
-def _request(prompt: Any, prompt_embeds: Tensor | None, *, count: int | None, **values: Any) -> GenerateRequest:
-    if prompt is None and prompt_embeds is None:
-        raise UsageError("there is nothing to draw: give a prompt or prompt_embeds")
-    return GenerateRequest(prompt=prompt if prompt is not None else "", count=1 if count is None else count, **values)
-
-
-def _refuse(unknown: dict[str, Any], function: Callable[..., Any]) -> None:
-    """Arguments that do not exist are an error; None, the ecosystem's way to say "not used", is harmless."""
-    for name, value in unknown.items():
-        if value is not None:
-            known = function.__code__.co_varnames[1 : function.__code__.co_argcount]
-            raise UnknownArgument(f"the pipeline has no argument {name!r}{suggest(name, known)}")
 
 
 def _up_to_date(scheduler: Scheduler) -> Scheduler:

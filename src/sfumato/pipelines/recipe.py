@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sfumato.pipelines.run import Run
     from sfumato.request import GenerateRequest
 
-__all__ = ["describe", "file_hash", "weights_hash"]
+__all__ = ["describe", "file_hash", "fingerprint", "weights_hash"]
 
 # Values of each tensor that are looked at: enough to tell two trainings apart, few enough to cost milliseconds.
 SAMPLES = 64
@@ -46,19 +46,25 @@ def describe(
 
 
 def weights_hash(pipeline: DiffusionPipeline) -> str:
-    """A hash of names, shapes and the signs of a sample of all weights.
+    """The hash of a whole checkpoint: that of its networks' fingerprints."""
+    parts = [fingerprint(model) for model in (pipeline.text_encoder, pipeline.unet, pipeline.vae)]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:32]
+
+
+def fingerprint(model: Model) -> str:
+    """A hash of names, shapes and the signs of a sample of all weights of a network.
 
     Signs survive every cast between precisions, so a checkpoint has one hash in all of them; another training flips
     some of the tens of thousands that are looked at.
     """
+    if model.fingerprint is not None:
+        return model.fingerprint
     digest = hashlib.sha256()
-    models: list[Model] = [pipeline.text_encoder, pipeline.unet, pipeline.vae]
-    for model in models:
-        for name, tensor in sorted(model.state_dict().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            flat = tensor.detach().flatten()
-            part = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
-            digest.update(part.signbit().cpu().numpy().tobytes())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        flat = tensor.detach().flatten()
+        part = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
+        digest.update(part.signbit().cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 

@@ -57,36 +57,41 @@ def encode_prompt(
     pipeline: DiffusionPipeline, request: GenerateRequest, given: Given, *, guided: bool, watch: FiniteWatch
 ) -> Conditioning:
     """Encode each prompt once, repeated for each of its pictures. Raises `UsageError` where embeddings do not fit."""
-    embeds, lost = given.prompt_embeds, ()
-    if embeds is None:
-        embeds, lost = _encode(pipeline, request.prompts, request.clip_skip)
+    embeds, lost = _encode(pipeline, request.prompts, request.clip_skip, given.prompt_embeds, watch)
     negative = None
     if guided:
-        negative = given.negative_prompt_embeds
-        if negative is None:
-            negative, lost_negative = _encode(pipeline, _negatives(request, embeds.shape[0]), request.clip_skip)
-            lost += lost_negative
-    unet, count = pipeline.unet, request.count
-    if negative is not None and negative.shape != embeds.shape:
-        raise UsageError(
-            f"prompt_embeds {tuple(embeds.shape)} and negative_prompt_embeds {tuple(negative.shape)} "
-            "must have the same shape"
-        )
-    embeds = embeds.to(unet.device, unet.dtype).repeat_interleave(count, dim=0)
-    negative = None if negative is None else negative.to(unet.device, unet.dtype).repeat_interleave(count, dim=0)
-    for part in (embeds, negative):
-        if part is not None:
-            watch.see("text encoder", pipeline.text_encoder, part)
-    return Conditioning(embeds, negative, tuple(text for text in lost if text))
+        texts = _negatives(request, embeds.shape[0])
+        negative, lost_negative = _encode(pipeline, texts, request.clip_skip, given.negative_prompt_embeds, watch)
+        lost += lost_negative
+        if negative.shape != embeds.shape:
+            raise UsageError(
+                f"prompt_embeds {tuple(embeds.shape)} and negative_prompt_embeds {tuple(negative.shape)} "
+                "must have the same shape"
+            )
+        negative = negative.repeat_interleave(request.count, dim=0)
+    return Conditioning(embeds.repeat_interleave(request.count, dim=0), negative, tuple(text for text in lost if text))
 
 
 def _negatives(request: GenerateRequest, prompts: int) -> Sequence[str]:
     return request.negative_prompts if len(request.prompts) == prompts else request.negative_prompts[:1] * prompts
 
 
-def _encode(pipeline: DiffusionPipeline, texts: Sequence[str], clip_skip: int | None) -> tuple[Tensor, tuple[str, ...]]:
-    encoded = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, texts, clip_skip=clip_skip)
-    return encoded.embeds, encoded.lost
+def _encode(
+    pipeline: DiffusionPipeline, texts: Sequence[str], clip_skip: int | None, given: Tensor | None, watch: FiniteWatch
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Embeddings (P, S, C) as the U-Net reads them, the given ones or those of the texts; and what did not fit."""
+    encoder, device, dtype = pipeline.text_encoder, pipeline.device, pipeline.dtype
+    lost: tuple[str, ...] = ()
+
+    def embeds() -> Tensor:
+        nonlocal lost
+        if given is not None:
+            return given.to(device, dtype)
+        encoded = encode_prompts(pipeline.tokenizer, encoder, texts, clip_skip=clip_skip)
+        lost = encoded.lost
+        return encoded.embeds.to(device, dtype)
+
+    return watch.finite("text encoder", encoder, embeds), lost
 
 
 @torch.no_grad()
@@ -106,16 +111,22 @@ def encode_image(
     if isinstance(generators, (list, tuple)):
         # Each picture draws with its own generator, so each needs its own copy of the image.
         pixels = pixels.repeat(batch // count, 1, 1, 1)
-    encoded = vae.encode(pixels.to(vae.device, vae.dtype))
-    if isinstance(vae, AutoencoderTiny):
-        latents = encoded.latents  # pyright: ignore[reportAttributeAccessIssue]
-    else:
-        posterior = encoded.latent_dist  # pyright: ignore[reportAttributeAccessIssue]
-        latents = posterior.at(GaussianNoise(posterior.mean.shape, generators, vae.device)())
-    watch.see("VAE encoder", vae, latents)
+    # Drawn before, and so only once, however often the picture is encoded.
+    noise = None if isinstance(vae, AutoencoderTiny) else _posterior_noise(vae, pixels, generators)
+
+    def encode() -> Tensor:
+        encoded: Any = vae.encode(pixels.to(vae.device, vae.dtype), return_dict=False)
+        return encoded[0] if noise is None else encoded[0].at(noise)
+
+    latents = watch.finite("VAE encoder", vae, encode)
     shift = vae.config.shift_factor or 0.0
     latents = (latents.float() - shift) * vae.config.scaling_factor
     return latents.repeat(batch // latents.shape[0], 1, 1, 1)
+
+
+def _posterior_noise(vae: AutoencoderKL, pixels: Tensor, generators: Generator | Sequence[Generator] | None) -> Tensor:
+    height, width = (side // vae.config.scale_factor for side in pixels.shape[2:])
+    return GaussianNoise((pixels.shape[0], vae.config.latent_channels, height, width), generators, vae.device)()
 
 
 @torch.no_grad()
@@ -123,7 +134,8 @@ def decode(vae: Autoencoder, latents: Tensor, watch: FiniteWatch) -> Tensor:
     """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W) in [0, 1]."""
     shift = vae.config.shift_factor or 0.0
     unscaled = latents / vae.config.scaling_factor + shift
-    sample = vae.decode(unscaled.to(vae.device, vae.dtype), return_dict=False)[0]
-    watch.see("VAE decoder", vae, sample)
-    watch.settle()
-    return from_pixels(sample)
+
+    def sample() -> Tensor:
+        return vae.decode(unscaled.to(vae.device, vae.dtype), return_dict=False)[0]
+
+    return from_pixels(watch.finite("VAE decoder", vae, sample))

@@ -6,7 +6,7 @@ import torch
 
 from sfumato.errors import UsageError, suggest
 
-__all__ = ["DTYPES", "default_dtype", "parse_device", "parse_dtype"]
+__all__ = ["DTYPES", "default_dtype", "parse_device", "parse_dtype", "ran_out_of_memory", "release_memory"]
 
 DTYPES = {
     "float32": torch.float32,
@@ -54,3 +54,18 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
 def default_dtype(device: torch.device) -> torch.dtype:
     """The fastest safe precision: float16 on CUDA; float32 on a CPU and on MPS, whose attention overflows in half."""
     return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether an exception means that memory ran out; on a CPU, torch says so in words only."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate memory" in str(error))
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what torch keeps for later on an accelerator."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()

@@ -1,0 +1,91 @@
+"""`sfumato doctor`: what this machine is, how fast it is, and what is missing."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from sfumato.cli.terminal import Terminal
+    from sfumato.runtime.facts import Facts
+
+__all__ = ["EXAMPLES", "doctor"]
+
+EXAMPLES = """\b
+Examples:
+  sfumato doctor
+  sfumato doctor --again
+  sfumato doctor --save-facts this-machine.json"""
+
+
+def doctor(
+    again: Annotated[
+        bool, typer.Option("--again", help="Measure the speeds again, instead of reading them from the cache.")
+    ] = False,
+    facts: Annotated[
+        str | None,
+        typer.Option(help="Look at another machine: a JSON file of facts, or a name such as m1-8gb."),
+    ] = None,
+    save_facts: Annotated[
+        Path | None, typer.Option(help="Write the facts to this JSON file, for 'sfumato plan --facts'.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Check this machine: software, devices, memory, instructions, measured speeds; what is missing, and its cure."""
+    from sfumato.cli.terminal import Terminal, print_json
+    from sfumato.runtime.checks import check_machine, dtype_support
+    from sfumato.runtime.facts import facts_named, read_facts
+
+    found = facts_named(facts) if facts else _measured(read_facts(), Terminal(quiet=False), again=again)
+    if save_facts is not None:
+        found.to_json(save_facts)
+    if as_json:
+        print_json(
+            {
+                "checks": [dataclasses.asdict(check) for check in check_machine(found)],
+                "dtypes": dtype_support(found),
+                "quirks": [dataclasses.asdict(quirk) for quirk in found.quirks],
+                "facts": found.to_dict(),
+            }
+        )
+        return
+    _show(found)
+
+
+def _measured(facts: Facts, terminal: Terminal, *, again: bool) -> Facts:
+    """The facts with speeds: those in the cache, or measured now and kept there."""
+    if facts.speeds and not again:
+        return facts
+    from sfumato.runtime.speeds import keep_speeds, measure_speeds
+
+    with terminal.working("measuring the speed of this machine, some seconds"):
+        speeds = measure_speeds(facts.accelerator, facts.free_cores)
+    keep_speeds(facts, speeds)
+    return dataclasses.replace(facts, speeds=speeds)
+
+
+def _show(facts: Facts) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from sfumato.cli.terminal import output
+    from sfumato.runtime.checks import check_machine, dtype_support
+    from sfumato.runtime.speeds import KINDS
+
+    console = output()
+    console.print(f"[bold]{escape(facts.name)}[/bold], {facts.system} {escape(facts.system_version)}", highlight=False)
+    table = Table("", "what", "found", "to do", box=None, pad_edge=False)
+    for check in check_machine(facts):
+        table.add_row(check.state, check.name, escape(check.found), escape(check.mend))
+    console.print(table)
+    speeds = Table("GFLOP/s", *KINDS, "support", box=None, pad_edge=False)
+    for dtype, support in dtype_support(facts).items():
+        rates = [facts.speeds.get(f"{kind}_{dtype}") for kind in KINDS]
+        speeds.add_row(dtype, *("" if rate is None else f"{rate / 1e9:,.1f}" for rate in rates), support)
+    console.print()
+    console.print(speeds)
+    for quirk in facts.quirks:
+        console.print(f"- known: {quirk.trouble}; {quirk.answer} ({quirk.source})", highlight=False, soft_wrap=True)

@@ -1,0 +1,130 @@
+"""Repairing a stage that left its precision's range: float32 without float32 weights, and a memory of where it helped.
+
+The memory is a small file in the cache folder. Whatever befalls it, pictures are drawn: a damaged file starts anew, and
+one that cannot be written is not; the log says so.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.errors import CheckpointError, OutputError
+from sfumato.files import cache_folder, output_folder, read_json, write_json
+from sfumato.models.packed import unpack
+from sfumato.pipelines.recipe import fingerprint
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from sfumato.models.base import Model
+    from sfumato.schedulers.noise import Generators
+
+__all__ = ["computed_in_float32", "memory_file", "recall", "remember", "saved_randomness"]
+
+log = logging.getLogger("sfumato")
+
+
+@contextmanager
+def computed_in_float32(model: Model) -> Iterator[None]:
+    """Within the block the model computes in float32; its weights stay as they are, but for packed ones: unpacked.
+
+    Each layer casts its own weights for its own call, so that beside the model only one layer is ever held in float32.
+    A compiled model computes eagerly, as what was compiled reads the weights themselves.
+    """
+    unpack(model)
+    unpack(model)
+    layers = [layer for layer in model.modules() if any(True for _ in layer.parameters(recurse=False))]
+    compiled, model._compiled_call_impl = model._compiled_call_impl, None
+    model.compute_dtype = torch.float32
+    try:
+        for layer in layers:
+            layer.forward = partial(_forward_in_float32, layer)
+        yield
+    finally:
+        model.compute_dtype, model._compiled_call_impl = None, compiled
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
+
+
+def _forward_in_float32(layer: nn.Module, *arguments: Any, **named: Any) -> Any:
+    wide = copy.copy(layer)
+    wide._parameters = {name: None if p is None else _widened(p) for name, p in layer._parameters.items()}
+    named = {name: _widened(value) for name, value in named.items()}
+    return type(layer).forward(wide, *map(_widened, arguments), **named)
+
+
+def _widened(value: Any) -> Any:
+    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if half else value
+
+
+def saved_randomness(generators: Generators, device: torch.device) -> Callable[[], None]:
+    """Remember where random numbers stand now; calling the result goes back there.
+
+    For no generators: torch's own, of the CPU and of the device.
+    """
+    saved: list[tuple[Callable[[Tensor], Any], Tensor]] = []
+    if generators is None:
+        saved.append((torch.set_rng_state, torch.get_rng_state()))
+        if device.type == "cuda":
+            saved.append((partial(torch.cuda.set_rng_state, device=device), torch.cuda.get_rng_state(device)))
+        if device.type == "mps":
+            saved.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
+    else:
+        each = [generators] if isinstance(generators, torch.Generator) else generators
+        saved += [(generator.set_state, generator.get_state()) for generator in each]
+
+    def go_back() -> None:
+        for set_state, state in saved:
+            set_state(state)
+
+    return go_back
+
+
+def memory_file() -> Path:
+    """Where it is kept which components of which checkpoints need float32."""
+    return cache_folder() / "float32.json"
+
+
+def recall(component: str, model: Model) -> bool:
+    """Whether this component of this checkpoint has needed float32 before, on this kind of device in this precision."""
+    known = _read().get(_place(component, model))
+    return bool(known) and fingerprint(model) in known
+
+
+def remember(component: str, model: Model) -> None:
+    """Keep for later runs that this component needs float32 here."""
+    values, place = _read(), _place(component, model)
+    values[place] = sorted({*values.get(place, ()), fingerprint(model)})
+    path = memory_file()
+    try:
+        output_folder(path.parent)
+        write_json(path, values)
+    except OutputError as error:
+        log.warning("%s will be found to need float32 again in every run: %s", component, error)
+
+
+def _place(component: str, model: Model) -> str:
+    return f"{component} on {model.device.type} in {str(model.dtype).removeprefix('torch.')}"
+
+
+def _read() -> dict[str, list[str]]:
+    path = memory_file()
+    if not path.is_file():
+        return {}
+    with suppress(CheckpointError):
+        values = read_json(path)
+        if all(isinstance(hashes, list) and all(isinstance(one, str) for one in hashes) for hashes in values.values()):
+            return values
+    log.warning("%s was damaged and starts anew: it holds which checkpoints need float32", path)
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+    return {}

@@ -1,0 +1,117 @@
+"""What a machine needs for Sfumato, checked against its facts; each fault comes with the command that mends it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sfumato.runtime.quirks import release
+from sfumato.runtime.speeds import KINDS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sfumato.runtime.facts import Facts
+
+__all__ = ["Check", "check_machine", "dtype_support"]
+
+# A precision that reaches this share of float32's speed is the processor's own; emulation is far below.
+NATIVE_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at: "good", "poor" (works, but could be better) or "missing"; `mend` says what to do."""
+
+    name: str
+    state: str
+    found: str
+    mend: str = ""
+
+
+def check_machine(facts: Facts) -> tuple[Check, ...]:
+    """Everything that decides whether and how well pictures are drawn on this machine."""
+    return (*_software(facts), *(_apple(facts) if facts.system == "macos" else ()), *_hardware(facts))
+
+
+def _software(facts: Facts) -> Iterator[Check]:
+    new = release(facts.python) >= (3, 11)
+    yield Check("Python", "good" if new else "missing", facts.python, "" if new else "install Python 3.11 or newer")
+    torch = facts.libraries.get("torch")
+    if torch is None or release(torch) < (2, 0):
+        yield Check("torch", "missing", torch or "not installed", "pip install --upgrade 'torch>=2.4'")
+    elif release(torch) < (2, 4):
+        yield Check("torch", "poor", torch, "pip install --upgrade 'torch>=2.4'")
+    else:
+        yield Check("torch", "good", torch)
+
+
+def _apple(facts: Facts) -> Iterator[Check]:
+    """The guides' list for Apple silicon."""
+    macos = release(facts.system_version)
+    if macos < (12, 6):
+        yield Check("macOS", "missing", facts.system_version, "update macOS to 13 or newer (12.6 at least)")
+    elif macos < (13,):
+        yield Check("macOS", "poor", facts.system_version, "update macOS to 13 or newer")
+    else:
+        yield Check("macOS", "good", facts.system_version)
+    apple = facts.processor.startswith("Apple")
+    if facts.architecture == "arm64":
+        yield Check("arm64 Python", "good", "arm64")
+    elif apple:
+        mend = "install an arm64 Python (brew install python); this one is translated by Rosetta and has no Metal"
+        yield Check("arm64 Python", "missing", facts.architecture, mend)
+    else:
+        yield Check("Apple silicon", "poor", facts.processor, "this Mac draws on its CPU")
+    if facts.accelerator == "mps":
+        yield Check("Metal (MPS)", "good", facts.accelerator_name or "present")
+    elif apple:
+        mend = "pip install --upgrade --force-reinstall torch, in an arm64 Python on macOS 12.6 or newer"
+        yield Check("Metal (MPS)", "missing", "torch was built without it, or macOS is too old", mend)
+
+
+def _hardware(facts: Facts) -> Iterator[Check]:
+    if facts.accelerator == "cuda":
+        capability = ".".join(map(str, facts.compute_capability or ()))
+        yield Check("GPU", "good", f"{facts.accelerator_name}, compute capability {capability}")
+        yield _memory("GPU memory", facts.accelerator_memory_free or 0, facts.accelerator_memory_total or 0)
+    yield Check("processor", "good", f"{facts.processor}, {facts.architecture}")
+    sets = ", ".join(facts.instructions)
+    if facts.architecture == "x86_64" and "avx2" not in facts.instructions:
+        yield Check("instructions", "poor", sets or "none of ours", "nothing; pictures take long without AVX2")
+    else:
+        yield Check("instructions", "good", sets or "none of ours")
+    crowded = facts.free_cores <= facts.cores // 2
+    found = f"{facts.cores}, of which others keep {facts.load:.1f} busy"
+    yield Check("cores", "poor" if crowded else "good", found, "end other programs that compute" if crowded else "")
+    yield _memory("memory", facts.memory_free, facts.memory_total)
+    if facts.compiler is None and facts.accelerator == "cpu":
+        install = {"linux": "sudo apt install gcc", "macos": "xcode-select --install"}
+        mend = install.get(facts.system, "install the Visual Studio build tools")
+        yield Check("C compiler", "poor", "none; our own kernels are replaced by torch's", mend)
+    else:
+        yield Check("C compiler", "good", facts.compiler or "none, and none is needed")
+
+
+def _memory(name: str, free: int, total: int) -> Check:
+    scarce = free < 3 * 10**9  # Stable Diffusion 1.5 in half precision, network by network
+    found = f"{free / 1e9:.1f} GB free of {total / 1e9:.1f} GB"
+    return Check(name, "poor" if scarce else "good", found, "end other programs to free memory" if scarce else "")
+
+
+def dtype_support(facts: Facts) -> dict[str, str]:
+    """Each precision in words: native, emulated and how much slower than float32, absent, or not measured."""
+    support = {}
+    for dtype in ("float32", "bfloat16", "float16"):
+        ratios = [
+            facts.speeds[f"{kind}_{dtype}"] / facts.speeds[f"{kind}_float32"]
+            for kind in KINDS
+            if f"{kind}_{dtype}" in facts.speeds and f"{kind}_float32" in facts.speeds
+        ]
+        if not ratios:
+            support[dtype] = "no kernels, or not measured" if facts.speeds else "not measured"
+        elif min(ratios) < NATIVE_SHARE:
+            support[dtype] = f"emulated, down to 1/{1 / min(ratios):,.0f} of float32's speed"
+        else:
+            support[dtype] = f"native, {sorted(ratios)[len(ratios) // 2]:.1f} times float32's speed"
+    return support

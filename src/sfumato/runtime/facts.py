@@ -1,0 +1,252 @@
+"""What a machine is: a frozen value, read from the machine at hand or from a JSON file, which simulates any other."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import sys
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from sfumato.errors import CheckpointError, ConfigError, UsageError, suggest
+from sfumato.files import read_json, write_json
+from sfumato.runtime import limits, processor
+from sfumato.runtime.quirks import Quirk, known_quirks
+from sfumato.runtime.validation import check_fields
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from os import PathLike
+
+__all__ = ["MACHINES", "Facts", "facts_named", "machine", "machine_names", "read_facts", "refreshed"]
+
+MACHINES = Path(__file__).parent / "machines"
+LIBRARIES = ("torch", "safetensors", "tokenizers", "numpy")
+SYSTEMS = {"linux": "linux", "darwin": "macos", "win32": "windows"}
+ARCHITECTURES = {"amd64": "x86_64", "aarch64": "arm64"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """A machine as one process meets it. Sizes are bytes, speeds operations a second.
+
+    accelerator         the best device: "cpu", "cuda" or "mps"; its name, and on CUDA its compute capability
+    memory_total, _free of the system, control groups and `ulimit -v` counted; what this process holds is free to it
+    address_limited     memory_free is address space (`ulimit -v`), so mapped files count, too
+    accelerator_memory_total, _free   None on a CPU and where memory is unified
+    cores, load         cores this process may use; how many of them others keep busy
+    instructions        of avx2, avx512, avx512_vnni, avx512_bf16, amx_bf16, neon, neon_bf16
+    cache_l2, cache_l3  one core's second-level cache; the third level, shared
+    compiler            path of a C compiler
+    speeds              measured: "conv_bfloat16" and its like to operations a second (`sfumato doctor`)
+    """
+
+    name: str
+    system: str
+    system_version: str
+    architecture: str
+    processor: str
+    accelerator: str = "cpu"
+    accelerator_name: str | None = None
+    compute_capability: tuple[int, int] | None = None
+    memory_total: int
+    memory_free: int
+    address_limited: bool = False
+    accelerator_memory_total: int | None = None
+    accelerator_memory_free: int | None = None
+    unified_memory: bool = False
+    cores: int
+    load: float = 0.0
+    instructions: tuple[str, ...] = ()
+    cache_l2: int | None = None
+    cache_l3: int | None = None
+    python: str
+    libraries: Mapping[str, str] = field(default_factory=dict)
+    compiler: str | None = None
+    speeds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def free_cores(self) -> int:
+        """Cores that nobody else keeps busy, at least one."""
+        return max(1, self.cores - int(self.load + 0.5))
+
+    @property
+    def quirks(self) -> tuple[Quirk, ...]:
+        """Known troubles of this system with this version of torch."""
+        return known_quirks(self.system_version, self.accelerator, self.libraries.get("torch", ""))
+
+    def native_bfloat16(self, device: str) -> bool:
+        """Whether a kind of device itself multiplies in bfloat16: cards from Ampere on, and Metal, do."""
+        if device != "cpu":
+            return device == "mps" or (self.compute_capability or (0, 0)) >= (8, 0)
+        return not {"avx512_bf16", "amx_bf16", "neon_bf16"}.isdisjoint(self.instructions)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        values = dataclasses.asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    def to_json(self, path: str | PathLike[str]) -> None:
+        """Write the fields to a file. Raises `OutputError` if it cannot be written."""
+        write_json(Path(path), self.to_dict())
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], where: str = "facts") -> Self:
+        """From JSON values. Raises `ConfigError` naming `where` and the key that is missing, unknown or nonsense."""
+        check_fields(cls, values, where)
+        frozen: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        facts = cls(**frozen)
+        _check_together(facts, where)
+        return facts
+
+    @classmethod
+    def from_json(cls, path: str | PathLike[str]) -> Self:
+        """Read facts from a file. Raises `UsageError` if there is none to read, `ConfigError` for nonsense in it."""
+        try:
+            values = read_json(Path(path).expanduser())
+        except CheckpointError as error:
+            raise UsageError(
+                f"{path} cannot be read as a JSON object of facts; 'sfumato doctor --save-facts FILE' writes one"
+            ) from error
+        return cls.from_dict(values, str(path))
+
+
+def machine_names() -> tuple[str, ...]:
+    """The machines whose facts come with the package."""
+    return tuple(sorted(path.stem for path in MACHINES.glob("*.json")))
+
+
+def machine(name: str) -> Facts:
+    """The facts of a machine that come with the package. Raises `UsageError` for an unknown name."""
+    if name not in machine_names():
+        known = ", ".join(machine_names())
+        raise UsageError(f"there is no machine {name!r}{suggest(name, machine_names())}; known are {known}")
+    return Facts.from_json(MACHINES / f"{name}.json")
+
+
+def facts_named(name: str) -> Facts:
+    """The facts of a shipped machine by its name, or those in a JSON file by its path."""
+    return Facts.from_json(name) if name.endswith(".json") or os.sep in name else machine(name)
+
+
+def _check_together(facts: Facts, where: str) -> None:
+    """What no single field can say of itself."""
+    pairs = [("memory_free", "memory_total"), ("accelerator_memory_free", "accelerator_memory_total")]
+    for free, total in pairs:
+        some, whole = getattr(facts, free), getattr(facts, total)
+        if (some is None) != (whole is None) or (some is not None and some > whole):
+            raise ConfigError(f"{where}: {free} is {some}, which does not go with {total} = {whole}")
+    if facts.accelerator == "cuda":
+        for key in ("compute_capability", "accelerator_memory_free"):
+            if getattr(facts, key) is None:
+                raise ConfigError(f"{where}: {key} is missing; a CUDA machine needs it")
+    if facts.accelerator == "mps" and (facts.system != "macos" or not facts.unified_memory):
+        raise ConfigError(f"{where}: accelerator 'mps' goes with system 'macos' and unified_memory true only")
+
+
+def read_facts(device: str | None = None) -> Facts:
+    """The facts of the machine at hand, as seen by this process now; takes a tenth of a second.
+
+    `device` restricts the accelerator ("cpu", "cuda", "cuda:1", "mps"); the best one present if None. Raises
+    `UsageError` if it is unknown or absent.
+    """
+    from sfumato.runtime.device import parse_device
+    from sfumato.runtime.speeds import cached_speeds
+
+    chosen = parse_device(device)
+    total, free, address_limited = _memory()
+    cpus = limits.usable_cpus()
+    quota = limits.ControlGroups().cpu_quota()
+    cores = limits.whole_cores(cpus)
+    cache_l2, cache_l3 = processor.caches()
+    facts = Facts(
+        name=platform.node() or "this machine",
+        system=SYSTEMS.get(sys.platform, sys.platform),
+        system_version=platform.mac_ver()[0] or platform.release(),
+        architecture=ARCHITECTURES.get(platform.machine().lower(), platform.machine().lower()),
+        processor=processor.processor_name(),
+        memory_total=total,
+        memory_free=free,
+        address_limited=address_limited,
+        cores=cores if quota is None else max(1, min(cores, int(quota + 0.5))),
+        load=_load(cpus),
+        instructions=processor.instruction_sets(),
+        cache_l2=cache_l2,
+        cache_l3=cache_l3,
+        python=platform.python_version(),
+        libraries={name: found for name in LIBRARIES if (found := _version(name))},
+        compiler=processor.compiler(),
+        **_accelerator(chosen.type, chosen.index, free),
+    )
+    return dataclasses.replace(facts, speeds=cached_speeds(facts))
+
+
+def refreshed(facts: Facts) -> Facts:
+    """The facts of this same machine with the memory that is free now."""
+    total, free, address_limited = _memory()
+    now = _accelerator(facts.accelerator, None, free)
+    values = {key: now[key] for key in ("accelerator_memory_free", "accelerator_memory_total") if key in now}
+    values["memory_free"] = now.get("memory_free", free)
+    return dataclasses.replace(facts, memory_total=total, address_limited=address_limited, **values)
+
+
+def _memory() -> tuple[int, int, bool]:
+    """Total bytes, bytes this process may come to hold, and whether those are bytes of address space."""
+    import psutil
+
+    groups, system, own = limits.ControlGroups(), psutil.virtual_memory(), psutil.Process().memory_info()
+    total = min(system.total, groups.memory_limit() or system.total)
+    room = groups.free_memory()
+    free = min(total, own.rss + min(system.available, system.available if room is None else room))
+    addresses = limits.address_space_limit()
+    if addresses is None or addresses - own.vms + own.rss >= free:
+        return total, free, False
+    return min(total, addresses), max(0, addresses - own.vms + own.rss), True
+
+
+def _load(cpus: tuple[int, ...]) -> float:
+    """Cores among these that others keep busy, from a short look: a load average lags by a minute."""
+    import psutil
+
+    process = psutil.Process()
+    process.cpu_percent(None)
+    busy = psutil.cpu_percent(0.1, percpu=True)
+    own = process.cpu_percent(None)
+    return round(max(0.0, sum(busy[cpu] for cpu in cpus if cpu < len(busy)) - own) / 100, 2)
+
+
+def _accelerator(kind: str, index: int | None, memory_free: int) -> dict[str, Any]:
+    import torch
+
+    if kind == "cuda":
+        properties = torch.cuda.get_device_properties(index or 0)
+        free, total = torch.cuda.mem_get_info(index or 0)
+        return {
+            "accelerator": "cuda",
+            "accelerator_name": properties.name,
+            "compute_capability": (properties.major, properties.minor),
+            "accelerator_memory_total": total,
+            # What torch keeps for this process is free to it.
+            "accelerator_memory_free": min(total, free + torch.cuda.memory_reserved(index or 0)),
+        }
+    if kind == "mps":
+        # Metal works well only up to this part of the unified memory.
+        allowed = torch.mps.recommended_max_memory()
+        name = processor.processor_name()
+        return {
+            "accelerator": "mps",
+            "accelerator_name": name,
+            "memory_free": min(memory_free, allowed),
+            "unified_memory": True,
+        }
+    return {"accelerator": "cpu"}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

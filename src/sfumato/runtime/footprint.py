@@ -1,0 +1,141 @@
+"""How many bytes and seconds a plan takes: the layers' own counts, and a few coefficients that were measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sfumato.runtime.choices import DTYPE_BYTES, PARTS
+from sfumato.runtime.layers import decoder_layers
+from sfumato.runtime.speeds import SECONDS_TO_COMPILE, speed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sfumato.runtime.choices import Plan, Task
+    from sfumato.runtime.facts import Facts
+    from sfumato.runtime.layers import Layer
+
+__all__ = ["Footprint", "decoded_layers", "footprint", "largest_tensor", "seconds_of", "unet_call_seconds"]
+
+MIB = 2**20
+# A process that has imported everything and run each kind of layer once; device memory is counted without its context.
+BASELINE = {"cpu": 300 * MIB, "cuda": 0, "mps": 300 * MIB}
+# What kernels take for themselves beside their inputs and outputs.
+WORKSPACE = {"cpu": 16 * MIB, "cuda": 256 * MIB, "mps": 128 * MIB}
+# What a compiler adds to a process.
+COMPILER = 700 * MIB
+# Scores and the softmax of them are there at the same time.
+SCORE_BUFFERS = 2
+# Latents, saved ones and past predictions of a sampler, in float32.
+SAMPLER_STATES = 8
+# Decoded pixels, the same in float32, and clipped to [0, 1].
+PIXEL_BUFFERS = 3
+# Casting holds a window of the file beside the result: a sixty-fourth of it.
+CAST_PARTS = 64
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes at the peak of each stage."""
+
+    encode: int
+    denoise: int
+    decode: int
+
+    @property
+    def peak(self) -> int:
+        """The largest of the stages."""
+        return max(self.encode, self.denoise, self.decode)
+
+
+def footprint(facts: Facts, task: Task, plan: Plan) -> Footprint:
+    """The bytes that carrying out the plan holds at most, stage by stage."""
+    latents = 4 * task.sizes.unet_config.in_channels * task.latent_size[0] * task.latent_size[1]
+    picture = 3 * task.height * task.width
+    always = BASELINE[plan.kind] + WORKSPACE[plan.kind] + (COMPILER if plan.compile else 0)
+    always += task.pictures * (latents + picture)
+    encode = _held(facts, task, plan, "text_encoder")
+    encode += task.prompts * task.rows * _live(plan, task.text_layers, "text_encoder", chunked=False)
+    denoise = _held(facts, task, plan, "unet") + SAMPLER_STATES * plan.micro_batch * latents
+    denoise += _live(plan, task.unet_layers, "unet", plan.micro_batch * task.rows)
+    at_once = 1 if plan.vae_slicing else plan.micro_batch
+    decode = _held(facts, task, plan, "vae") + _live(plan, decoded_layers(task, plan), "vae", at_once)
+    decode += PIXEL_BUFFERS * 4 * picture * plan.micro_batch
+    if task.from_picture:
+        coding = _held(facts, task, plan, "vae") + _live(plan, task.encoder_layers, "vae")
+        encode = max(encode, coding + 2 * 4 * picture)
+    return Footprint(always + encode, always + denoise, always + decode)
+
+
+def decoded_layers(task: Task, plan: Plan) -> list[Layer]:
+    """The decoder's layers as the plan runs them: over a whole picture, or over one tile."""
+    height, width = task.latent_size
+    if not plan.vae_tiling:
+        return task.decoder_layers
+    config = task.sizes.vae_config
+    size = config.sample_size if hasattr(config, "sample_size") else 512
+    tile = max(1, (size if isinstance(size, int) else size[0]) // config.scale_factor)
+    return decoder_layers(config, min(height, tile), min(width, tile))
+
+
+def largest_tensor(plan: Plan, task: Task) -> tuple[int, int]:
+    """Bytes and numbers of the largest tensor that the U-Net or the decoder makes, scores not counted."""
+    unet = plan.micro_batch * task.rows * max(layer.largest for layer in task.unet_layers)
+    at_once = 1 if plan.vae_slicing else plan.micro_batch
+    vae = at_once * max(layer.largest for layer in decoded_layers(task, plan))
+    bytes_of = [unet * DTYPE_BYTES[plan.unet_dtype], vae * DTYPE_BYTES[plan.vae_dtype]]
+    return max(bytes_of), max(unet, vae)
+
+
+def _held(facts: Facts, task: Task, plan: Plan, running: str) -> int:
+    """Weights in memory while one of the networks runs, and what loading it takes on top."""
+    present = PARTS if plan.offload == "none" else (running,)
+    total = 0
+    for part in present:
+        parameters, stored = getattr(task.sizes, part).parameters, getattr(task.sizes, part).stored_bytes
+        total += parameters * DTYPE_BYTES[plan.dtype_of(part)]
+    stored = max(getattr(task.sizes, part).stored_bytes for part in present)
+    return total + (stored if facts.address_limited else stored // CAST_PARTS)
+
+
+def _live(plan: Plan, layers: Sequence[Layer], part: str, rows: int = 1, *, chunked: bool = True) -> int:
+    """Activations at the widest point, scores included where they are held."""
+    size = DTYPE_BYTES[plan.dtype_of(part)]
+    return max(rows * layer.live * size + (_scores(plan, layer, rows, size) if chunked else 0) for layer in layers)
+
+
+def _scores(plan: Plan, layer: Layer, rows: int, size: int) -> int:
+    shape = layer.attention
+    if shape is None or plan.attention == "fused":
+        return 0
+    # On MPS scores and softmax are float32, whatever the weights are.
+    whole = rows * shape.heads * shape.queries * shape.keys * (4 if plan.kind == "mps" else size)
+    return SCORE_BUFFERS * min(whole, plan.attention_bytes or whole)
+
+
+def unet_call_seconds(facts: Facts, task: Task, plan: Plan) -> float:
+    """Estimated time of one call of the U-Net for a full micro-batch."""
+    return plan.micro_batch * task.rows * _seconds(facts, plan, task.unet_layers, "unet")
+
+
+def seconds_of(facts: Facts, task: Task, plan: Plan) -> float:
+    """Estimated time of all stages, without loading; compiling included where it is planned."""
+    encode = task.prompts * task.rows * _seconds(facts, plan, task.text_layers, "text_encoder")
+    if task.from_picture:
+        encode += _seconds(facts, plan, task.encoder_layers, "vae")
+    denoise = task.pictures * task.steps * task.rows * _seconds(facts, plan, task.unet_layers, "unet")
+    decode = task.pictures * _seconds(facts, plan, task.decoder_layers, "vae")
+    return encode + denoise + decode + (SECONDS_TO_COMPILE[plan.kind] if plan.compile else 0)
+
+
+def _seconds(facts: Facts, plan: Plan, layers: Sequence[Layer], part: str) -> float:
+    total = 0.0
+    for kind in ("conv", "linear", "attention"):
+        operations = sum(layer.operations for layer in layers if layer.kind == kind)
+        total += operations / speed(facts, plan.kind, plan.threads, kind, plan.dtype_of(part))
+    return total * ELEMENTWISE
+
+
+# Norms, activations, additions and copies, as a share of the multiplications.
+ELEMENTWISE = 1.2

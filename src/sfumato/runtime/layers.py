@@ -1,0 +1,335 @@
+"""The work of the networks, layer by layer, counted from their configs alone: no weights, no torch.
+
+Each layer says how many parameters it has, how many operations it takes (a multiplication and an addition are two), and
+how many numbers are held while it runs: what the layers around it still need, its inputs and its outputs. All is for
+one row of a batch: one picture, or one of the two passes of guidance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from sfumato.configs import AutoencoderTinyConfig
+
+if TYPE_CHECKING:
+    from sfumato.configs import AutoencoderKLConfig, CLIPTextConfig, UNet2DConditionConfig
+
+__all__ = ["Attention", "Layer", "decoder_layers", "encoder_layers", "text_layers", "unet_layers"]
+
+# GEGLU holds its projection (8 widths), the gate's GELU (4) and their product (4) at the same time.
+GEGLU_WIDTHS = 16
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The shape of one attention: heads, queries, keys."""
+
+    heads: int
+    queries: int
+    keys: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A "conv", "linear", "attention", "norm" or "embedding"; `live` and `largest` count numbers, not bytes."""
+
+    kind: str
+    parameters: int = 0
+    operations: int = 0
+    live: int = 0
+    largest: int = 0
+    attention: Attention | None = None
+
+
+@dataclass
+class _Walk:
+    """Collects layers; `held` numbers stay alive beside whatever runs now (skip connections)."""
+
+    layers: list[Layer] = field(default_factory=list)
+    held: int = 0
+
+    def add(self, kind: str, parameters: int, operations: int = 0, live: int = 0, largest: int = 0) -> None:
+        self.layers.append(Layer(kind, parameters, operations, self.held + live, largest))
+
+    def norm(self, channels: int, live: int) -> None:
+        self.add("norm", 2 * channels, 0, live)
+
+    def conv(
+        self,
+        channels: int,
+        out: int,
+        pixels: int,
+        *,
+        kernel: int = 3,
+        beside: int = 0,
+        read: int = 0,
+        bias: bool = True,
+    ) -> None:
+        """A convolution to `pixels`; reads as many pixels as it writes, unless `read` says otherwise."""
+        size, result = channels * (read or pixels), out * pixels
+        weights = kernel * kernel * channels * out
+        parameters = weights + (out if bias else 0)
+        self.add("conv", parameters, 2 * weights * pixels, beside + size + result, max(size, result))
+
+    def linear(
+        self, channels: int, out: int, rows: int, *, beside: int = 0, bias: bool = True, kind: str = "linear"
+    ) -> None:
+        parameters = channels * out + (out if bias else 0)
+        live = beside + (channels + out) * rows
+        self.add(kind, parameters, 2 * channels * out * rows, live, max(channels, out) * rows)
+
+    def attend(self, channels: int, shape: Attention, *, beside: int) -> None:
+        """Scores and weighted sum: queries, keys, values and the result are held, the scores counted apart."""
+        operations = 4 * channels * shape.queries * shape.keys
+        live = beside + 2 * channels * (shape.queries + shape.keys)
+        self.layers.append(Layer("attention", 0, operations, self.held + live, channels * shape.queries, shape))
+
+    def resnet(
+        self, channels: int, out: int, pixels: int, *, time: int | None, beside: int = 0, twice: int = 1
+    ) -> None:
+        """Norm, activation and convolution, twice, around a shortcut; `twice` = 2 where time gives scale and shift."""
+        size, result = channels * pixels, out * pixels
+        self.norm(channels, beside + 3 * size)
+        self.conv(channels, out, pixels, beside=beside + size)
+        if time is not None:
+            self.linear(time, twice * out, 1)
+        self.norm(out, beside + size + 3 * result)
+        self.conv(out, out, pixels, beside=beside + size)
+        if channels != out:
+            self.conv(channels, out, pixels, kernel=1, beside=beside + result)
+
+    def transformer(
+        self,
+        channels: int,
+        pixels: int,
+        context: int,
+        tokens: int,
+        *,
+        heads: int,
+        layers: int,
+        only_cross: bool,
+        linear: bool,
+    ) -> None:
+        size = channels * pixels
+        project = "linear" if linear else "conv"
+        self.norm(channels, 3 * size)
+        self.linear(channels, channels, pixels, beside=size, kind=project)
+        for _ in range(layers):
+            for cross in (only_cross, True):
+                width, keys = (context, tokens) if cross else (channels, pixels)
+                self.norm(channels, 3 * size)
+                self.linear(channels, channels, pixels, beside=3 * size, bias=False)
+                self.linear(width, channels, keys, beside=4 * size, bias=False)
+                self.linear(width, channels, keys, beside=5 * size, bias=False)
+                self.attend(channels, Attention(heads, pixels, keys), beside=3 * size)
+                self.linear(channels, channels, pixels, beside=2 * size)
+            self.norm(channels, 3 * size)
+            self.linear(channels, 8 * channels, pixels, beside=2 * size)
+            self.linear(4 * channels, channels, pixels, beside=(GEGLU_WIDTHS - 4) * size + 2 * size)
+        self.linear(channels, channels, pixels, beside=size, kind=project)
+
+    def upsample(self, channels: int, pixels: int, larger: int) -> None:
+        self.conv(channels, channels, larger, beside=channels * pixels)
+
+
+def unet_layers(config: UNet2DConditionConfig, height: int, width: int, tokens: int) -> list[Layer]:
+    """The U-Net on latents of height × width, told by `tokens` embeddings."""
+    return _UNet(config, height, width, tokens).layers
+
+
+class _UNet(_Walk):
+    """The walk through the U-Net; `skips` are (channels, level) of the skip connections that are held."""
+
+    def __init__(self, config: UNet2DConditionConfig, height: int, width: int, tokens: int) -> None:
+        super().__init__()
+        self.config, self.tokens = config, tokens
+        self.pixels = [height * width]
+        for _ in config.block_out_channels[1:]:
+            height, width = (height + 1) // 2, (width + 1) // 2
+            self.pixels.append(height * width)
+        self.time = config.time_embedding_dim or 4 * config.block_out_channels[0]
+        self.skips: list[tuple[int, int]] = []
+        first = config.block_out_channels[0]
+        _time_embedding(self, config, first, self.time)
+        self.conv(config.in_channels, first, self.pixels[0], kernel=config.conv_in_kernel)
+        self.keep(first, 0)
+        self.down()
+        if config.mid_block_type is not None:
+            last = len(self.pixels) - 1
+            channels = config.block_out_channels[-1]
+            self.block(last, channels, crossed=True, only_cross=False)
+            self.block(last, channels, crossed=False, only_cross=False)
+        self.up()
+        self.norm(first, 3 * first * self.pixels[0])
+        self.conv(first, config.out_channels, self.pixels[0], kernel=config.conv_out_kernel)
+
+    def hold(self) -> None:
+        self.held = sum(channels * self.pixels[level] for channels, level in self.skips)
+
+    def keep(self, channels: int, level: int) -> None:
+        self.skips.append((channels, level))
+        self.hold()
+
+    def block(self, level: int, channels: int, *, crossed: bool, only_cross: bool, beside: int = 0) -> None:
+        config, out, pixels = self.config, self.config.block_out_channels[level], self.pixels[level]
+        time = 2 * self.time if config.class_embeddings_concat else self.time
+        twice = 2 if config.resnet_time_scale_shift == "scale_shift" else 1
+        self.resnet(channels, out, pixels, time=time, beside=beside, twice=twice)
+        if crossed:
+            self.transformer(
+                out,
+                pixels,
+                config.per_block("cross_attention_dim")[level],
+                self.tokens,
+                heads=config.heads[level],
+                layers=config.per_block("transformer_layers_per_block")[level],
+                only_cross=only_cross,
+                linear=config.use_linear_projection,
+            )
+
+    def down(self) -> None:
+        config, widths = self.config, self.config.block_out_channels
+        counts, only_cross = config.per_block("layers_per_block"), config.per_block("only_cross_attention")
+        for i, kind in enumerate(config.down_block_types):
+            for j in range(counts[i]):
+                channels = widths[max(i - 1, 0)] if j == 0 else widths[i]
+                self.block(i, channels, crossed=kind.startswith("CrossAttn"), only_cross=only_cross[i])
+                self.keep(widths[i], i)
+            if i < len(widths) - 1:
+                self.conv(widths[i], widths[i], self.pixels[i + 1], read=self.pixels[i])
+                self.keep(widths[i], i + 1)
+
+    def up(self) -> None:
+        config, widths = self.config, self.config.block_out_channels
+        counts, only_cross = config.per_block("layers_per_block"), config.per_block("only_cross_attention")
+        channels = widths[-1]
+        for kind, i in zip(config.up_block_types, range(len(widths) - 1, -1, -1), strict=True):
+            for _ in range(counts[i] + 1):
+                skip, _ = self.skips.pop()
+                self.hold()
+                # The previous result lives on beside the picture in which it is joined to its skip connection.
+                beside, crossed = channels * self.pixels[i], kind.startswith("CrossAttn")
+                self.block(i, channels + skip, crossed=crossed, only_cross=only_cross[i], beside=beside)
+                channels = widths[i]
+            if i > 0:
+                self.upsample(channels, self.pixels[i], self.pixels[i - 1])
+
+
+def _time_embedding(walk: _Walk, config: UNet2DConditionConfig, channels: int, time: int) -> None:
+    walk.linear(channels, time, 1)
+    walk.linear(time, time, 1)
+    if config.time_cond_proj_dim:
+        walk.linear(config.time_cond_proj_dim, channels, 1, bias=False)
+    given = config.projection_class_embeddings_input_dim or 0
+    match config.class_embed_type:
+        case "timestep" | "projection":
+            walk.linear(channels if config.class_embed_type == "timestep" else given, time, 1)
+            walk.linear(time, time, 1)
+        case "simple_projection":
+            walk.linear(given, time, 1)
+        case None if config.num_class_embeds is not None:
+            walk.add("embedding", config.num_class_embeds * time)
+
+
+def decoder_layers(config: AutoencoderKLConfig | AutoencoderTinyConfig, height: int, width: int) -> list[Layer]:
+    """The decoder of the autoencoder on latents of height × width."""
+    walk, pixels = _Walk(), height * width
+    if isinstance(config, AutoencoderTinyConfig):
+        _tiny_decoder(walk, config, pixels)
+        return walk.layers
+    widths, latent = config.block_out_channels[::-1], config.latent_channels
+    if config.use_post_quant_conv:
+        walk.conv(latent, latent, pixels, kernel=1)
+    walk.conv(latent, widths[0], pixels)
+    _middle(walk, config, widths[0], pixels)
+    for i, out in enumerate(widths):
+        for channels, wide in pairwise([widths[max(i - 1, 0)]] + [out] * (config.layers_per_block + 1)):
+            walk.resnet(channels, wide, pixels, time=None)
+        if i < len(widths) - 1:
+            walk.upsample(out, pixels, 4 * pixels)
+            pixels *= 4
+    walk.norm(widths[-1], 3 * widths[-1] * pixels)
+    walk.conv(widths[-1], config.out_channels, pixels)
+    return walk.layers
+
+
+def encoder_layers(config: AutoencoderKLConfig | AutoencoderTinyConfig, height: int, width: int) -> list[Layer]:
+    """The encoder of the autoencoder on pictures of height × width pixels."""
+    walk, pixels = _Walk(), height * width
+    if isinstance(config, AutoencoderTinyConfig):
+        _tiny_encoder(walk, config, pixels)
+        return walk.layers
+    widths, latent = config.block_out_channels, config.latent_channels
+    walk.conv(config.in_channels, widths[0], pixels)
+    for i, out in enumerate(widths):
+        for channels, wide in pairwise([widths[max(i - 1, 0)]] + [out] * config.layers_per_block):
+            walk.resnet(channels, wide, pixels, time=None)
+        if i < len(widths) - 1:
+            walk.conv(out, out, pixels // 4, read=pixels, beside=out * pixels)  # a padded copy is read
+            pixels //= 4
+    _middle(walk, config, widths[-1], pixels)
+    walk.norm(widths[-1], 3 * widths[-1] * pixels)
+    walk.conv(widths[-1], 2 * latent, pixels)
+    if config.use_quant_conv:
+        walk.conv(2 * latent, 2 * latent, pixels, kernel=1)
+    return walk.layers
+
+
+def _middle(walk: _Walk, config: AutoencoderKLConfig, channels: int, pixels: int) -> None:
+    size = channels * pixels
+    walk.resnet(channels, channels, pixels, time=None)
+    if config.mid_block_add_attention:
+        walk.norm(channels, 3 * size)
+        for beside in (size, 2 * size, 3 * size):
+            walk.linear(channels, channels, pixels, beside=beside)
+        walk.attend(channels, Attention(1, pixels, pixels), beside=2 * size)
+        walk.linear(channels, channels, pixels, beside=size)
+    walk.resnet(channels, channels, pixels, time=None)
+
+
+def _tiny_blocks(walk: _Walk, channels: int, count: int, pixels: int) -> None:
+    for _ in range(3 * count):
+        walk.conv(channels, channels, pixels, beside=2 * channels * pixels)
+
+
+def _tiny_decoder(walk: _Walk, config: AutoencoderTinyConfig, pixels: int) -> None:
+    widths, factor = config.decoder_block_out_channels, config.upsampling_scaling_factor
+    walk.conv(config.latent_channels, widths[0], pixels)
+    last = len(widths) - 1
+    for i, (count, channels) in enumerate(zip(config.num_decoder_blocks, widths, strict=True)):
+        _tiny_blocks(walk, channels, count, pixels)
+        if i < last:
+            pixels *= factor**2
+        walk.conv(channels, channels if i < last else config.out_channels, pixels, bias=i == last)
+
+
+def _tiny_encoder(walk: _Walk, config: AutoencoderTinyConfig, pixels: int) -> None:
+    widths = config.encoder_block_out_channels
+    for i, (count, channels) in enumerate(zip(config.num_encoder_blocks, widths, strict=True)):
+        if i == 0:
+            walk.conv(config.in_channels, channels, pixels)
+        else:
+            pixels, before = pixels // 4, pixels
+            walk.conv(channels, channels, pixels, read=before, bias=False)
+        _tiny_blocks(walk, channels, count, pixels)
+    walk.conv(widths[-1], config.latent_channels, pixels)
+
+
+def text_layers(config: CLIPTextConfig, tokens: int) -> list[Layer]:
+    """The text encoder on one prompt."""
+    walk, width, wide = _Walk(), config.hidden_size, config.intermediate_size
+    size = width * tokens
+    walk.add("embedding", (config.vocab_size + config.max_position_embeddings) * width, 0, 3 * size, size)
+    for _ in range(config.num_hidden_layers):
+        walk.norm(width, 3 * size)
+        for beside in (size, 2 * size, 3 * size):
+            walk.linear(width, width, tokens, beside=beside)
+        walk.attend(width, Attention(config.num_attention_heads, tokens, tokens), beside=2 * size)
+        walk.linear(width, width, tokens, beside=size)
+        walk.norm(width, 3 * size)
+        walk.linear(width, wide, tokens, beside=2 * size)
+        walk.linear(wide, width, tokens, beside=2 * size + wide * tokens)
+    walk.norm(width, 3 * size)
+    return walk.layers

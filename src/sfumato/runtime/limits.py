@@ -1,0 +1,115 @@
+"""What this process may use of the machine: control groups (versions 1 and 2), affinity and `ulimit -v`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["ControlGroups", "address_space_limit", "usable_cpus", "whole_cores"]
+
+# Version 1 writes "no limit" as the largest multiple of a page in 63 bits.
+UNLIMITED = 2**60
+
+
+@dataclass(frozen=True)
+class ControlGroups:
+    """The control groups of a process, read below `root` (another one in tests)."""
+
+    root: Path = Path("/")
+
+    def free_memory(self) -> int | None:
+        """Bytes that may still be taken, the least over all enclosing groups; None without a limit.
+
+        Cached file pages count as free: the kernel gives them up before it kills.
+        """
+        rooms = []
+        for folder in self._folders("memory"):
+            limit = _number(folder / "memory.max", folder / "memory.limit_in_bytes")
+            used = _number(folder / "memory.current", folder / "memory.usage_in_bytes")
+            if limit is not None and limit < UNLIMITED and used is not None:
+                rooms.append(max(0, limit - used + _file_pages(folder / "memory.stat")))
+        return min(rooms, default=None)
+
+    def memory_limit(self) -> int | None:
+        """The smallest limit over all enclosing groups in bytes; None without one."""
+        limits = [_number(f / "memory.max", f / "memory.limit_in_bytes") for f in self._folders("memory")]
+        return min((limit for limit in limits if limit is not None and limit < UNLIMITED), default=None)
+
+    def cpu_quota(self) -> float | None:
+        """Cores' worth of time that may be used, the least over all enclosing groups; None without a limit."""
+        quotas = []
+        for folder in self._folders("cpu"):
+            words = _words(folder / "cpu.max")
+            if not words:
+                words = _words(folder / "cpu.cfs_quota_us") + _words(folder / "cpu.cfs_period_us")
+            if len(words) == 2 and words[0].isdigit() and int(words[1]) > 0:
+                quotas.append(int(words[0]) / int(words[1]))
+        return min(quotas, default=None)
+
+    def _folders(self, controller: str) -> Iterator[Path]:
+        """The group's folder and those around it, in each hierarchy that could hold the controller.
+
+        In a container the path named may not exist below the mount; what is there of it still counts.
+        """
+        mounts = self.root / "sys/fs/cgroup"
+        for line in _lines(self.root / "proc/self/cgroup"):
+            _, _, rest = line.partition(":")
+            controllers, _, path = rest.partition(":")
+            if controllers and controller not in controllers.split(","):
+                continue
+            bases = [mounts / controllers, mounts / controller] if controllers else [mounts, mounts / "unified"]
+            for base in bases:
+                folder = base / path.strip("/")
+                yield from (place for place in (folder, *folder.parents) if place == base or base in place.parents)
+
+
+def address_space_limit() -> int | None:
+    """Bytes of address space that `ulimit -v` allows, or None for no limit."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY or limit >= UNLIMITED else limit
+
+
+def usable_cpus() -> tuple[int, ...]:
+    """The numbers of the processors that this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return tuple(sorted(affinity(0))) if affinity else tuple(range(os.cpu_count() or 1))
+
+
+def whole_cores(cpus: tuple[int, ...], root: Path = Path("/")) -> int:
+    """How many cores these processors are: two threads of one core share its arithmetic units."""
+    siblings = root / "sys/devices/system/cpu"
+    groups = {" ".join(_words(siblings / f"cpu{cpu}/topology/thread_siblings_list")) or str(cpu) for cpu in cpus}
+    return max(1, len(groups))
+
+
+def _file_pages(path: Path) -> int:
+    values = dict(line.split() for line in _lines(path) if line.count(" ") == 1)
+    found = values.get("total_inactive_file", values.get("inactive_file", "0"))
+    return int(found) if found.isdigit() else 0
+
+
+def _number(*paths: Path) -> int | None:
+    """The number in the first of the files that is there and holds one."""
+    words = [word for path in paths for word in _words(path)]
+    return next((int(word) for word in words if word.isdigit()), None)
+
+
+def _words(path: Path) -> list[str]:
+    return [word for line in _lines(path) for word in line.split()]
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return []

@@ -1,0 +1,259 @@
+"""How to carry out a request on a machine: decided from facts and sizes alone, before a weight is read.
+
+`plan` is pure: the same facts, sizes, request and wishes give the same plan on any machine. What the user wished for
+wins; everything else is the fastest choice that fits, and only if nothing does, the request is refused with numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from sfumato.errors import MemoryPlanError, UsageError
+from sfumato.runtime.choices import DTYPE_BYTES, Plan, Sizes, Task, Wishes, task_of
+from sfumato.runtime.chunks import attention_chunk
+from sfumato.runtime.footprint import footprint, largest_tensor, seconds_of
+from sfumato.runtime.numerics import vae_dtypes
+from sfumato.runtime.reasons import gigabytes, reasons
+from sfumato.runtime.speeds import COMPILE_GAIN, SECONDS_TO_COMPILE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sfumato.request import GenerateRequest
+    from sfumato.runtime.facts import Facts
+
+__all__ = ["METAL_BYTES", "METAL_NUMBERS", "Plan", "Sizes", "Wishes", "largest_batch", "plan"]
+
+# The estimate may be this much of what is free: it is right within a tenth.
+USABLE = 0.9
+# Metal refuses buffers of this many bytes, and some of its kernels tensors of this many numbers.
+METAL_BYTES, METAL_NUMBERS = 2**32, 2**31
+# A quarter of Metal's limit leaves room for float32 scores of float16 weights, and for the softmax beside them.
+METAL_CHUNK = 2**30
+SMALL_CHUNK = 2**26
+LEAST_CACHE = 2**19
+MOST_AT_ONCE = 16
+MOST_SEARCHED = 1024
+
+
+def plan(facts: Facts, sizes: Sizes, request: GenerateRequest, wishes: Wishes = Wishes()) -> Plan:  # noqa: B008
+    """The plan for a request.
+
+    Raises `UsageError` for a size the checkpoint cannot make and for wishes that the machine cannot grant, and
+    `MemoryPlanError` for a request that does not fit, with needed and free bytes and what would fit.
+    """
+    task = task_of(sizes, request)
+    found = _first_that_fits(facts, task, wishes)
+    if found is None:
+        raise _refusal(facts, task, wishes)
+    found = _with_compile(facts, task, wishes, found)
+    return dataclasses.replace(found, reasons=reasons(facts, task, wishes, found))
+
+
+def largest_batch(facts: Facts, sizes: Sizes, request: GenerateRequest, wishes: Wishes = Wishes()) -> int:  # noqa: B008
+    """How many pictures of the request's size fit into one call of the U-Net; 0 if not even one does.
+
+    At most 1024 are looked for. Raises `UsageError` as `plan` does.
+    """
+    task = task_of(sizes, request)
+
+    def fits(pictures: int) -> bool:
+        several = dataclasses.replace(task, pictures=pictures, prompts=min(task.prompts, pictures))
+        return _first_that_fits(facts, several, dataclasses.replace(wishes, micro_batch=pictures)) is not None
+
+    return _last_true(fits, MOST_SEARCHED)
+
+
+def _first_that_fits(facts: Facts, task: Task, wishes: Wishes) -> Plan | None:
+    return next((one for one in _candidates(facts, task, wishes) if _fits(facts, task, one)), None)
+
+
+def _fits(facts: Facts, task: Task, one: Plan) -> bool:
+    return one.peak_bytes <= USABLE * one.free_bytes and (one.kind != "mps" or _within_metal(task, one))
+
+
+def _within_metal(task: Task, one: Plan) -> bool:
+    """Whether no tensor of the U-Net or the decoder reaches Metal's limits."""
+    size, numbers = largest_tensor(one, task)
+    rows = one.micro_batch * task.rows
+    for shape in {layer.attention for layer in task.unet_layers if layer.attention}:
+        pairs, queries = rows * shape.heads, shape.queries
+        if one.attention == "chunked":
+            element = DTYPE_BYTES[one.unet_dtype]
+            pairs, queries = attention_chunk(pairs, queries, shape.keys, element, one.attention_bytes or METAL_CHUNK)
+        numbers = max(numbers, pairs * queries * shape.keys)
+        size = max(size, 4 * pairs * queries * shape.keys)
+    return size < METAL_BYTES and numbers < METAL_NUMBERS
+
+
+def _candidates(facts: Facts, task: Task, wishes: Wishes) -> Iterator[Plan]:
+    """Plans from the fastest to the leanest; what was wished for is the same in all of them."""
+    best = _best(facts, task, wishes)
+    if best.kind == "mps" and wishes.vae_tiling is None and not _within_metal(task, best):
+        best = dataclasses.replace(best, vae_tiling=True)
+    seen = set()
+    for changes in _steps_down(best):
+        free = {name: value for name, value in changes.items() if not _wished(wishes, name)}
+        one = dataclasses.replace(best, **free)
+        if wishes.vae_slicing is None:
+            one = dataclasses.replace(one, vae_slicing=one.micro_batch > 1)
+        if one in seen:
+            continue
+        seen.add(one)
+        yield dataclasses.replace(
+            one,
+            peak_bytes=footprint(facts, task, one).peak,
+            free_bytes=_free(facts, one.kind),
+            seconds=seconds_of(facts, task, one),
+        )
+
+
+def _steps_down(best: Plan) -> Iterator[dict[str, Any]]:
+    """What to give up, in this order: batches, large chunks, float32 on Metal, all networks at once, whole pictures."""
+    at_once = best.micro_batch
+    yield {}
+    while at_once > 1:
+        at_once = (at_once + 1) // 2
+        yield {"micro_batch": at_once}
+    changes: list[dict[str, Any]] = [{"micro_batch": 1}]
+    if best.attention == "chunked" and best.kind != "cpu":
+        changes.append({"attention_bytes": SMALL_CHUNK})
+    if best.kind == "mps":
+        changes.append({"text_encoder_dtype": "float16", "unet_dtype": "float16"})
+    changes += [{"offload": "staged"}, {"vae_tiling": True}]
+    less: dict[str, Any] = {}
+    for change in changes:
+        less = less | change
+        yield less
+
+
+def _best(facts: Facts, task: Task, wishes: Wishes) -> Plan:
+    """What would be done with memory without end."""
+    device = _device(facts, wishes)
+    kind = device.partition(":")[0]
+    attention = wishes.attention or ("fused" if kind == "cuda" else "chunked")
+    return Plan(
+        device=device,
+        text_encoder_dtype=_dtype(facts, kind, "text_encoder", wishes),
+        unet_dtype=_dtype(facts, kind, "unet", wishes),
+        vae_dtype=_dtype(facts, kind, "vae", wishes),
+        memory_format="contiguous" if kind == "mps" else "channels_last",
+        engine=_engine(facts, kind, wishes),
+        attention=attention,
+        attention_bytes=(wishes.attention_bytes or _chunk(facts, kind)) if attention == "chunked" else None,
+        micro_batch=wishes.micro_batch or (min(task.pictures, MOST_AT_ONCE) if kind == "cuda" else 1),
+        vae_slicing=bool(wishes.vae_slicing),
+        vae_tiling=bool(wishes.vae_tiling),
+        offload=wishes.offload or "none",
+        compile=bool(wishes.compile),
+        threads=(wishes.threads or facts.free_cores) if kind == "cpu" else None,
+        steps=task.steps,
+    )
+
+
+def _device(facts: Facts, wishes: Wishes) -> str:
+    device = wishes.device if wishes.device not in (None, "auto") else facts.accelerator
+    if device.partition(":")[0] not in ("cpu", facts.accelerator):
+        here = " and ".join(dict.fromkeys(("cpu", facts.accelerator)))
+        raise UsageError(f"device {device!r} is not present on {facts.name}; here: {here}")
+    return device
+
+
+def _dtype(facts: Facts, kind: str, part: str, wishes: Wishes) -> str:
+    wished = wishes.dtype_of(part)
+    if wished is not None and not (wished == "float16" and kind == "cpu"):
+        return wished
+    native = facts.native_bfloat16(kind)
+    best = {"cpu": "bfloat16" if native else "float32", "mps": "float32", "cuda": "float16"}[kind]
+    return vae_dtypes(kind, best, native_bfloat16=native)[0] if part == "vae" else best
+
+
+def _engine(facts: Facts, kind: str, wishes: Wishes) -> str:
+    packs = kind == "cpu" and facts.architecture == "x86_64" and "avx2" in facts.instructions
+    if wishes.engine == "onednn" and not packs:
+        raise UsageError("engine 'onednn' needs an x86 CPU with AVX2 as the device; leave the engine to the plan")
+    return wishes.engine or ("onednn" if packs else "torch")
+
+
+def _chunk(facts: Facts, kind: str) -> int:
+    """Bytes of scores at a time: on a CPU twice a core's own cache was fastest, elsewhere memory is the limit."""
+    return 2 * max(facts.cache_l2 or 2**20, LEAST_CACHE) if kind == "cpu" else METAL_CHUNK
+
+
+def _with_compile(facts: Facts, task: Task, wishes: Wishes, one: Plan) -> Plan:
+    """Compile where the run is long enough to repay it, and a compiler is there and the memory for it."""
+    can = one.engine == "torch" and (one.kind != "cpu" or facts.compiler is not None)
+    if wishes.compile is not None or not can or COMPILE_GAIN[one.kind] * one.seconds <= SECONDS_TO_COMPILE[one.kind]:
+        return one
+    compiled = dataclasses.replace(one, compile=True)
+    compiled = dataclasses.replace(
+        compiled,
+        peak_bytes=footprint(facts, task, compiled).peak,
+        seconds=one.seconds * (1 - COMPILE_GAIN[one.kind]) + SECONDS_TO_COMPILE[one.kind],
+    )
+    return compiled if _fits(facts, task, compiled) else one
+
+
+def _free(facts: Facts, kind: str) -> int:
+    return (facts.accelerator_memory_free or 0) if kind == "cuda" else facts.memory_free
+
+
+def _wished(wishes: Wishes, name: str) -> bool:
+    value = wishes.dtype_of(name.removesuffix("_dtype")) if name.endswith("_dtype") else getattr(wishes, name)
+    return value is not None
+
+
+def _last_true(test: Any, most: int) -> int:
+    """The largest number from 0 to `most` that passes a test that all smaller ones pass."""
+    low, high = 0, 1
+    while high <= most and test(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if test(middle) else (low, middle)
+    return low
+
+
+def _refusal(facts: Facts, task: Task, wishes: Wishes) -> MemoryPlanError:
+    """Why nothing fits, and what would."""
+    leanest = min(_candidates(facts, task, wishes), key=lambda one: one.peak_bytes)
+    wanted = f"{_pictures(task.pictures)} of {task.width} × {task.height}"
+    usable = int(USABLE * leanest.free_bytes)
+    if leanest.peak_bytes <= usable:
+        trouble = "would pass Metal's limit of 2**32 bytes in one tensor"
+    else:
+        trouble = (
+            f"needs {gigabytes(leanest.peak_bytes)} at least, and {gigabytes(leanest.free_bytes)} are free on "
+            f"{facts.name} ({leanest.device}), of which {gigabytes(usable)} may be planned with"
+        )
+    return MemoryPlanError(
+        f"{wanted} {trouble}; {_what_fits(facts, task, wishes)}", needed=leanest.peak_bytes, free=leanest.free_bytes
+    )
+
+
+def _what_fits(facts: Facts, task: Task, wishes: Wishes) -> str:
+    """The largest count at this size or, where not even one picture fits, the largest size of the same shape."""
+
+    def fits(**changes: int) -> bool:
+        return _first_that_fits(facts, dataclasses.replace(task, **changes), wishes) is not None
+
+    count = _last_true(lambda pictures: fits(pictures=pictures), task.pictures)
+    if count:
+        return f"{_pictures(count)} of this size would fit (--count {count})"
+    unit = 8 * task.sizes.vae_config.scale_factor
+
+    def side(whole: int, step: int) -> int:
+        return max(unit, whole * step * unit // max(task.width, task.height) // unit * unit)
+
+    most = max(task.width, task.height) // unit
+    step = _last_true(lambda n: fits(width=side(task.width, n), height=side(task.height, n), pictures=1), most)
+    if not step:
+        return "no size fits: free memory, or take a smaller model or a smaller dtype"
+    width, height = side(task.width, step), side(task.height, step)
+    return f"the largest that would fit is one picture of {width} × {height} (--width {width} --height {height})"
+
+
+def _pictures(count: int) -> str:
+    return "one picture" if count == 1 else f"{count} pictures"

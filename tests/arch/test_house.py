@@ -67,7 +67,8 @@ def test_lines_of_code_are_counted_as_decided(tmp_path):
 
 @pytest.mark.parametrize(("folder", "budget"), [("schedulers", 1500), ("models", 1300)])
 def test_budgets_of_code(folder, budget):
-    lines = {path: lines_of_code(path) for path in FILES if SOURCE / folder in path.parents}
+    # packed.py is no model, but a faster form of any of them (ADR 7 and 9).
+    lines = {path: lines_of_code(path) for path in FILES if SOURCE / folder in path.parents and path.stem != "packed"}
     assert lines
     assert sum(lines.values()) <= budget, lines
 
@@ -119,7 +120,7 @@ def test_every_room_has_a_floor():
     assert rooms - {"__init__"} == named
 
 
-def test_the_reference_libraries_are_imported_nowhere():
+def test_the_reference_libraries_are_imported_only_to_be_measured():
     found = set()
     for path, tree in TREES.items():
         for node in ast.walk(tree):
@@ -128,7 +129,7 @@ def test_the_reference_libraries_are_imported_nowhere():
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
                 names += [ast.unparse(argument).strip("'\"") for argument in node.args[:1]]
             found |= {(name_of(path), name) for name in names if name.partition(".")[0] in REFERENCES}
-    assert found == set()
+    assert found == {("sfumato.bench.reference", "diffusers")}
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from cli.conftest import SCRIPT
+from sfumato.runtime.facts import read_facts
 
 
 def recipe(path: Path) -> dict:
@@ -43,7 +44,8 @@ def test_picture_is_written_printed_and_carries_its_recipe(drawn, model):
     assert re.fullmatch(r"[0-9a-f]{32}", told["model"]["weights"])
     assert told["scheduler"]["class"] == "PNDMScheduler"
     assert told["scheduler"]["config"]["beta_schedule"] == "scaled_linear"
-    assert (told["dtype"], told["device"]) == ("float32", "cpu")
+    native = read_facts("cpu").native_bfloat16("cpu")
+    assert (told["dtype"], told["device"]) == ("bfloat16" if native else "float32", "cpu")
     assert {"sfumato", "torch", "python"} <= told["versions"].keys()
 
 

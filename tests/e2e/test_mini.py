@@ -8,6 +8,7 @@ import torch
 
 import sfumato
 from sfumato import GenerateRequest
+from sfumato.images import psnr
 from support.assets import asset
 
 PROMPTS = ("a red heart", "a smiley face")
@@ -15,7 +16,7 @@ PROMPTS = ("a red heart", "a smiley face")
 
 @pytest.fixture(scope="module")
 def pipe():
-    loaded = sfumato.load(asset("mini"), device="cpu")
+    loaded = sfumato.load(asset("mini"), device="cpu", dtype=torch.float32)  # where equal means to the last bit or so
     loaded.set_progress_bar_config(disable=True)
     return loaded
 
@@ -73,8 +74,7 @@ def test_slicing_draws_the_same_picture(pipe, request_of_two, first):
 def test_bfloat16_draws_nearly_the_same_picture(first, request_of_two):
     """SPEC B2 and the seed contract: precision does not change the noise, so the subject stays."""
     half = sfumato.load(asset("mini"), device="cpu", dtype=torch.bfloat16).generate(request_of_two)
-    for a, b in zip(half.images, first.images, strict=True):
-        assert np.abs(pixels(a) - pixels(b)).mean() < 12
+    assert all(psnr(a, b) >= 30 for a, b in zip(half.images, first.images, strict=True))
 
 
 def test_image_to_image_keeps_what_strength_leaves(pipe, first, tmp_path):

@@ -49,6 +49,9 @@ class Echo(torch.nn.Module):
     def moment(self, sample, timestep, timestep_cond=None):
         return Moment(torch.full((1, 1), float(timestep)))
 
+    def read(self, context):
+        self.read_contexts = [*getattr(self, "read_contexts", []), context]
+
     def forward(self, x, time, context, return_dict=True):
         self.calls.append((x.shape[0], context))
         return (context.widen(torch.ones_like(x)) * context.states.mean(dim=(1, 2))[:, None, None, None],)
@@ -78,6 +81,7 @@ def test_micro_batches_of_one_prompt_share_what_layers_make_of_it():
     assert [pictures for pictures, _ in guidance.unet.calls] == [2, 2, 1] * 2
     contexts = [context for _, context in guidance.unet.calls]
     assert contexts[0] is contexts[1] is contexts[3]
+    assert guidance.unet.read_contexts == [contexts[0], contexts[2]]  # once a run, the short last one too
 
 
 @settings(deadline=None, max_examples=15)
@@ -105,3 +109,18 @@ def test_shared_halves_equal_a_doubled_batch():
             moment = unet.moment(x, timestep)
             fresh = unet(torch.cat([x, x]), timestep, embeds).sample
             assert torch.allclose(unet(x, moment, kept).sample, fresh, atol=1e-5)
+
+
+def test_compiled_it_is_one_graph_for_all_steps_and_prompts():
+    from torch._dynamo.testing import CompileCounter
+
+    unet, counter = randomize(UNet2DConditionModel(**UNET)), CompileCounter()
+    x, embeds = randn(0, 1, 4, 8, 8).float(), randn(1, 2, 5, 24).float()
+    plain = [Guidance(unet=unet, embeds=e[:1], negative_embeds=e[1:], scale=5.0)(x, 7.0) for e in (embeds, 2 * embeds)]
+    unet.compile(backend=counter, dynamic=False, fullgraph=True)
+    with torch.no_grad():
+        for e, expected in zip((embeds, 2 * embeds), plain, strict=True):
+            guidance = Guidance(unet=unet, embeds=e[:1], negative_embeds=e[1:], scale=5.0)
+            guidance(x, 900.0)
+            assert torch.allclose(guidance(x, 7.0), expected, atol=1e-4)
+    assert counter.frame_count == 1

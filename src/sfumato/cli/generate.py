@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from pathlib import Path
@@ -231,4 +232,5 @@ def _summary(result: Result, paths: list[Path]) -> dict[str, Any]:
         "recipe": {key: value for key, value in result.recipes[0].items() if key != "request"},
         "notes": list(result.notes),
         "seconds": result.seconds,
+        "plan": None if result.plan is None else dataclasses.asdict(result.plan),
     }

@@ -205,7 +205,8 @@ static void attend(const problem *p, const padded *n, workspace *w, const elemen
         }
     }
     for (int64_t r = 0; r < rows; r++) {
-        float share = w->total[r] == 0 ? 0 : 1 / w->total[r]; /* 0 where every key is masked by -inf, as torch does it */
+        /* The best key weighs 1, so less is none: every key is masked by -inf, which torch makes 0 as well. */
+        float share = w->total[r] < 0.5f ? 0 : 1 / w->total[r];
         for (int64_t c = 0; c < p->depth; c++) out[r * p->out_strides.row + c] = PUT(w->out[r * n->depth_v + c] * share);
     }
 }

@@ -6,15 +6,11 @@ import ctypes
 import math
 from ctypes import c_double, c_float, c_int64, c_void_p
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sfumato.kernels.build import CompilerError, compiled
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 __all__ = ["LANES", "Kernels", "kernels_for"]
 
@@ -96,7 +92,10 @@ class Kernels:
 
 @cache
 def kernels_for(dtype: torch.dtype) -> Kernels:
-    """The kernels of a precision, loaded once. Raises `CompilerError`, or `OutputError` if the cache cannot be written."""
+    """The kernels of a precision, loaded once.
+
+    Raises `CompilerError` if they cannot be built, `OutputError` if the cache cannot be written.
+    """
     return Kernels(dtype)
 
 

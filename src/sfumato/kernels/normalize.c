@@ -11,10 +11,10 @@ static inline vec silu_of(vec x) { return x / (exp2_of(x * -1.44269504f) + 1); }
 /* The mean of a few pixels, channel by channel: a number near all of them, which no single one of them can draw away. */
 static void guess_mean(const element *x, float *pivot, int64_t pixels, int64_t channels) {
     int64_t samples = pixels < SAMPLES ? pixels : SAMPLES;
-    for (int64_t c = 0; c < channels; c++) {
-        float sum = 0;
-        for (int64_t k = 0; k < samples; k++) sum += get(x[k * pixels / samples * channels + c]);
-        pivot[c] = sum / samples;
+    for (int64_t c = 0; c < channels; c += LANES) {
+        vec sum = splat(0);
+        for (int64_t k = 0; k < samples; k++) sum += LOAD(x + k * pixels / samples * channels + c);
+        store(pivot + c, sum / (float)samples);
     }
 }
 

@@ -64,7 +64,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class Moment:
-    """The activated time embedding (B, T) or, where the whole batch shares a timestep, (1, T); and what layers make of it.
+    """The activated time embedding (B, T), or (1, T) where the batch shares a timestep; and what layers make of it.
 
     A layer's projection is computed once and kept, so that what shares a moment (micro-batches) shares it too.
     """

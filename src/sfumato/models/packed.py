@@ -93,7 +93,7 @@ def _places(module: nn.Module) -> list[tuple[nn.Module, str]]:
 
 
 def kernel_attention(kernels: Kernels) -> AttentionFunction:
-    """Attention by our own kernel; what is in another precision or place, or too short to repay it, as torch does it."""
+    """Attention by our own kernel; by torch's in another precision or place, and for too few queries to repay it."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         if q.dtype != kernels.dtype or not q.is_cpu or q.shape[2] < FEW_QUERIES:
@@ -105,6 +105,10 @@ def kernel_attention(kernels: Kernels) -> AttentionFunction:
 
 class Packed(nn.Module):
     """A layer in the place of another: `state_dict` shows the weights of that other, and a deep copy is that other."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.training = layer.training
 
     def unpacked(self) -> nn.Module:
         """The layer it replaced."""
@@ -122,7 +126,7 @@ class PackedLinear(Packed):
     """`nn.Linear` on oneDNN, whichever library torch would have asked."""
 
     def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
+        super().__init__(layer)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.bias, self.trainable = layer.bias, layer.weight.requires_grad
         self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
@@ -140,7 +144,7 @@ class PackedConv2d(Packed):
     """`nn.Conv2d` on oneDNN, channels last."""
 
     def __init__(self, layer: nn.Conv2d) -> None:
-        super().__init__()
+        super().__init__(layer)
         self.channels = (layer.in_channels, layer.out_channels)
         self.kernel_size, self.padding, self.stride = layer.kernel_size, layer.padding, layer.stride
         self.bias, self.trainable = layer.bias, layer.weight.requires_grad
@@ -161,7 +165,7 @@ class PackedPointwise(Packed):
     """`nn.Conv2d` of 1 x 1 as the linear layer that it is over channels-last pixels."""
 
     def __init__(self, layer: nn.Conv2d) -> None:
-        super().__init__()
+        super().__init__(layer)
         self.channels = (layer.in_channels, layer.out_channels)
         self.bias, self.trainable = layer.bias, layer.weight.requires_grad
         self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().flatten(1))
@@ -188,7 +192,7 @@ class PackedUpsample2D(Packed):
     """
 
     def __init__(self, layer: Upsample2D) -> None:
-        super().__init__()
+        super().__init__(layer)
         self.plain = PackedConv2d(layer.conv)
         weight = layer.conv.weight.detach().float()
         self.phases = [
@@ -217,7 +221,7 @@ class PackedUpsample2D(Packed):
         layer = Upsample2D.__new__(Upsample2D)
         nn.Module.__init__(layer)
         layer.conv = self.plain.unpacked()
-        return layer
+        return layer.train(self.training)
 
 
 def _merged(weight: Tensor, top: int, left: int) -> Tensor:
@@ -235,7 +239,7 @@ class PackedGroupNorm(Packed):
     """`GroupNorm` by our own kernel; pictures that are not channels-last, as torch does it."""
 
     def __init__(self, layer: GroupNorm, kernels: Kernels) -> None:
-        super().__init__()
+        super().__init__(layer)
         self.layer = layer
         self.kernels = kernels
         self.weights = layer.weight.detach().float(), layer.bias.detach().float()
@@ -259,7 +263,7 @@ class PackedGEGLU(Packed):
     """`GEGLU` with its gate by our own kernel."""
 
     def __init__(self, layer: GEGLU, kernels: Kernels) -> None:
-        super().__init__()
+        super().__init__(layer)
         self.layer = layer
         self.kernels = kernels
 

@@ -20,7 +20,7 @@ from sfumato.models.blocks import (
     activation,
     sinusoidal_embedding,
 )
-from sfumato.models.transformer import Transformer2DModel
+from sfumato.models.transformer import BasicTransformerBlock, Transformer2DModel
 
 __all__ = ["DownBlock", "MidBlock", "UNet2DConditionModel", "UNet2DConditionOutput", "UpBlock"]
 
@@ -244,6 +244,14 @@ class UNet2DConditionModel(Model):
             x = block(x, time, context, skips)
         x = self.conv_out(self.conv_norm_out(context.widen(x), self.conv_act))
         return UNet2DConditionOutput(x) if return_dict else (x,)
+
+    def read(self, context: Context) -> None:
+        """Make keys and values of a prompt in every layer now, rather than in the first call."""
+        for block in self.modules():
+            if isinstance(block, BasicTransformerBlock):
+                context.through(block.attn2)
+                if block.only_cross_attention:
+                    context.through(block.attn1)
 
     def _sinusoid(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         config = self.config

@@ -30,6 +30,7 @@ def split_keywords(keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
 
 
 def request_from(prompt: Any, prompt_embeds: Tensor | None, *, count: int | None, **values: Any) -> GenerateRequest:
+    """The request of a call. Raises `UsageError` if it says nothing of what to draw."""
     if prompt is None and prompt_embeds is None:
         raise UsageError("there is nothing to draw: give a prompt or prompt_embeds")
     return GenerateRequest(prompt=prompt if prompt is not None else "", count=1 if count is None else count, **values)

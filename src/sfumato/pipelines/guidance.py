@@ -77,6 +77,9 @@ class Guidance:
             states = (embeds if negatives is None else torch.cat([negatives[index], embeds])).to(self.unet.dtype)
             same = (one for one in contexts[-1:] if torch.equal(one.states, states))
             contexts.append(next(same, None) or Context(states, keep=self.embeds.shape[0] <= KEPT * size))
+        for context in dict.fromkeys(contexts):
+            if context.keep:
+                self.unet.read(context)
         return contexts
 
     def one_at_a_time(self) -> None:

@@ -64,7 +64,7 @@ def load(
         planned = plan(facts, sizes, request or GenerateRequest(prompt="", width=64, height=64), wishes)
         pipeline = _placed(folder, files, given, planned)
     pipeline.name = str(name)
-    pipeline.place = Place(wishes, facts)
+    pipeline.place = Place(wishes, facts, may_reload=True)
     return pipeline
 
 

@@ -255,7 +255,7 @@ class DiffusionPipeline:
                 lambda s=step: run.preview(s.original()),
             )
         recipes = recipe.describe(self, run, request, seeds)
-        return Result(images, request, seeds, recipes, tuple(run.notes), run.seconds)
+        return Result(images, request, seeds, recipes, tuple(run.notes), run.seconds, run.plan)
 
     def generate(self, request: GenerateRequest, on_step: Callable[[Step], None] | None = None) -> Result:
         """Draw a request; `on_step` is called after each step, for progress and previews."""

@@ -20,11 +20,13 @@ from sfumato.runtime.numerics import softmax_dtype
 from sfumato.runtime.plan import largest_batch, plan
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sfumato.pipelines.pipeline import DiffusionPipeline
     from sfumato.request import GenerateRequest
     from sfumato.runtime.facts import Facts
 
-__all__ = ["Place"]
+__all__ = ["Place", "to_accelerator"]
 
 log = logging.getLogger("sfumato")
 
@@ -32,10 +34,19 @@ log = logging.getLogger("sfumato")
 class Place:
     """How one pipeline stands on its machine, and what its user wished for."""
 
-    def __init__(self, wishes: Wishes = Wishes(), facts: Facts | None = None) -> None:  # noqa: B008
+    def __init__(
+        self,
+        wishes: Wishes = Wishes(),
+        facts: Facts | None = None,
+        *,
+        may_reload: bool = False,  # noqa: B008
+    ) -> None:
+        """may_reload: networks may leave the host's memory, and come back as they are in their files."""
         self.wishes = wishes
+        self.may_reload = may_reload
         self.facts = facts
         self._said: set[str] = set()
+        self._hosts: dict[Model, dict[Tensor, Tensor]] = {}
 
     def plan(self, pipeline: DiffusionPipeline, request: GenerateRequest) -> Plan | None:
         """The plan of a run, with the device and precisions as they are; None in float64, which nobody plans for.
@@ -68,6 +79,8 @@ class Place:
             wishes = dataclasses.replace(wishes, vae_tiling=True)
         if any(getattr(pipeline, part).device.type == "meta" for part in PARTS):
             wishes = dataclasses.replace(wishes, offload="staged")
+        elif pipeline.device.type == "cpu" and not self.may_reload:
+            wishes = dataclasses.replace(wishes, offload="none")
         return self.facts, _sizes(pipeline), wishes
 
     def bring(self, pipeline: DiffusionPipeline, part: str, plan: Plan | None, notes: list[str]) -> None:
@@ -83,9 +96,10 @@ class Place:
         model = getattr(pipeline, part)
         if plan is None or plan.offload != "staged":
             return
-        if model.device.type != "cpu":
-            model.to("cpu")
-        elif model.can_reload:
+        if model in self._hosts:
+            for tensor, host in self._hosts.pop(model).items():
+                tensor.data = host  # the copy that it came from; what is on the accelerator is let go
+        elif self.may_reload and model.can_reload:
             kept = fingerprint(model)
             model.to("meta")
             model.fingerprint = kept
@@ -94,7 +108,7 @@ class Place:
         if model.device.type == "meta":
             model.reload()
         if plan is not None and plan.offload == "staged" and model.device.type != device.type:
-            model.to(device)
+            self._hosts[model] = to_accelerator(model, device)
         if plan is not None and plan.engine == "torch" and plan.memory_format == "channels_last":
             model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
@@ -129,6 +143,19 @@ class Place:
         if note not in self._said:
             log.warning("%s", note)
         self._said.add(note)
+
+
+def to_accelerator(model: Model, device: torch.device) -> dict[Tensor, Tensor]:
+    """Copy a model to a device and return its tensors' copies in the host's memory, to go back to without a copy.
+
+    On CUDA they are pinned, so that the copies run beside what the host does next.
+    """
+    hosts: dict[Tensor, Tensor] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        pin = device.type == "cuda" and not tensor.is_pinned()
+        hosts[tensor] = tensor.data.pin_memory() if pin else tensor.data
+        tensor.data = hosts[tensor].to(device, non_blocking=True)
+    return hosts
 
 
 def _attention(model: Model, plan: Plan, kernels: Kernels | None) -> Any:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sfumato.request import GenerateRequest
+    from sfumato.runtime.plan import Plan
 
 __all__ = ["Result", "StableDiffusionPipelineOutput", "Step", "versions"]
 
@@ -57,7 +58,8 @@ class Result:
     """The pictures of a request.
 
     images, and for each its seed and its recipe (what a PNG carries); the request with everything it left open filled
-    in; notes: what was done without being asked for, such as words that did not fit; seconds spent in each stage.
+    in; notes: what was done without being asked for, such as words that did not fit; seconds spent in each stage; the
+    plan it was drawn by, None in float64.
     """
 
     images: list[Image]
@@ -66,6 +68,7 @@ class Result:
     recipes: list[dict[str, Any]]
     notes: tuple[str, ...]
     seconds: dict[str, float]
+    plan: Plan | None = None
 
 
 def versions() -> dict[str, str]:

@@ -22,11 +22,12 @@ from sfumato.errors import CheckpointError, OutputError
 from sfumato.files import inside, read_json, replacing, write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
 __all__ = [
     "Rule",
     "TensorHeader",
+    "check",
     "find_weights",
     "load_into",
     "pick_weights",
@@ -133,12 +134,34 @@ def load_into(
     With `copy`, weights that keep their precision are read and not mapped, for a model that is about to rearrange them.
     Raises `CheckpointError` naming the file and the key.
     """
+    state = _assembled(model, files, rules, lambda file: _tensors(file, dtype, copy))
+    model.load_state_dict(state, strict=True, assign=True)
+
+
+def check(model: nn.Module, files: Sequence[Path], rules: Sequence[Rule] = ()) -> None:
+    """Raise what `load_into` would for a key that is missing, surplus or mis-shaped, from the headers alone."""
+
+    def described(file: Path) -> Iterator[tuple[str, Tensor]]:
+        for name, header in read_headers([file]).items():
+            yield name, torch.empty(header.shape, device="meta")
+
+    if all(file.suffix == ".safetensors" for file in files):
+        _assembled(model, files, rules, described)
+
+
+def _assembled(
+    model: nn.Module,
+    files: Sequence[Path],
+    rules: Sequence[Rule],
+    tensors_of: Callable[[Path], Iterator[tuple[str, Tensor]]],
+) -> dict[str, Tensor]:
+    """Every tensor under the model's own name for it; all there, and no other."""
     expected = model.state_dict()
     state: dict[str, Tensor] = {}
     origin: dict[str, Path] = {}
     surplus: list[str] = []
     for file in files:
-        for stored, tensor in _tensors(file, dtype, copy):
+        for stored, tensor in tensors_of(file):
             key = _renamed(stored, rules)
             if key not in expected:
                 surplus += [f"{stored!r} in {file}"] if key else []
@@ -163,7 +186,7 @@ def load_into(
             f"{where}: {_count(surplus, 'weight')} that the model does not have, the first is {surplus[0]}; "
             "check config.json"
         )
-    model.load_state_dict(state, strict=True, assign=True)
+    return state
 
 
 def _count(names: list[str], noun: str) -> str:

@@ -95,7 +95,7 @@ def generate(
     )  # fmt: skip
     base = _base_path(output, prompt)
     _check_early(request, base, preview_every)
-    wishes = {"offload": offload, "micro_batch": micro_batch, "compile": compile}
+    wishes = {"once": True, "offload": offload, "micro_batch": micro_batch, "compile": compile}
     pipeline = load_model(
         terminal, model, device=device, dtype=dtype, variant=variant, request=_sized(request), wishes=wishes
     )

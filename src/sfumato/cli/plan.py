@@ -52,7 +52,7 @@ def plan(
     request = GenerateRequest(
         prompt=prompt, width=width, height=height, count=count, steps=steps, guidance_scale=guidance_scale
     )
-    wishes = Wishes(device=device, dtype=dtype)
+    wishes = Wishes(device=device, dtype=dtype, once=True)
     machine = facts_named(facts) if facts else read_facts(device)
     sizes, note = _sizes(model, variant)
     if largest:

@@ -107,6 +107,7 @@ class Model(AttentionUser):
         found = weights.find_weights(folder, cls.weights_name, variant=variant, use_safetensors=use_safetensors)
         model._stored = partial(cls.from_folder, folder, variant=variant, use_safetensors=use_safetensors, copy=copy)
         if later:
+            weights.check(model, found, cls.key_rules)
             return model.to(dtype=dtype)
         weights.load_into(model, found, dtype, cls.key_rules, copy=copy)
         return model

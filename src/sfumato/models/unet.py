@@ -219,9 +219,9 @@ class UNet2DConditionModel(Model):
         """Predict the noise in a sample.
 
         sample (B, C, H, W); timestep a number or (B,) on the scale of the training timesteps; encoder_hidden_states
-        (B, S, C'), or a multiple of B of them: the sample is then predicted for each, as for guidance; class_labels (B,)
-        where the config asks for them; masks (B, S) with 1 for positions to keep. Any height and width. A `Moment` and
-        a `Context` made once may take the place of timestep and states. Returns the prediction (B, C, H, W) as
+        (B, S, C'), or a multiple of B of them: the sample is then predicted for each, as for guidance; class_labels
+        (B,) where the config asks for them; masks (B, S) with 1 for positions to keep. Any height and width. A `Moment`
+        and a `Context` made once may take the place of timestep and states. Returns the prediction (B, C, H, W) as
         `.sample`, or in a tuple with `return_dict=False`.
         """
         if self.config.center_input_sample:

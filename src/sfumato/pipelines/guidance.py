@@ -39,8 +39,8 @@ class Guidance:
     """The U-Net together with what it is told.
 
     embeds (B, S, C); negative_embeds the same, or None for no guidance; `replace_embeds` changes both between steps.
-    micro_batch: pictures per call of the U-Net, all if None. Predictions come back in float32 (float64 if the U-Net is),
-    so that guidance does not round twice.
+    micro_batch: pictures per call of the U-Net, all if None. Predictions come back in float32 (float64 if the U-Net
+    is), so that guidance does not round twice.
     """
 
     unet: UNet2DConditionModel

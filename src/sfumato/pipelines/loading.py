@@ -30,7 +30,7 @@ __all__ = ["load"]
 
 log = logging.getLogger("sfumato")
 
-WISHES = ("engine", "offload", "compile", "micro_batch")
+WISHES = ("engine", "offload", "compile", "micro_batch", "once")
 
 
 def load(
@@ -44,9 +44,10 @@ def load(
     """Load a checkpoint for the best device present, in the fastest precision that is safe there.
 
     device, dtype: override that. request: what is about to be drawn, if that is known; what does not fit is then
-    refused before a weight is read, and weights that need not be in memory together are read when they are needed.
-    Other choices of the plan by name: engine, offload ("none", "staged"), compile, micro_batch. Other keywords are
-    those of `DiffusionPipeline.from_pretrained`. Raises `MemoryPlanError` if the request does not fit.
+    refused before a weight is read. Other choices of the plan by name: engine, offload ("none", "staged"), compile,
+    micro_batch; and once: nothing is drawn after this, so that on a CPU each network is in memory for its own stage
+    only. Other keywords are those of `DiffusionPipeline.from_pretrained`. Raises `MemoryPlanError` if the request does
+    not fit.
     """
     wished = {key: keywords.pop(key) for key in WISHES if key in keywords}
     wishes = Wishes(device=device, dtype=_name(dtype), **wished)

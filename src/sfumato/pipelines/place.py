@@ -36,13 +36,13 @@ class Place:
 
     def __init__(
         self,
-        wishes: Wishes = Wishes(),
+        wishes: Wishes | None = None,
         facts: Facts | None = None,
         *,
-        may_reload: bool = False,  # noqa: B008
+        may_reload: bool = False,
     ) -> None:
         """may_reload: networks may leave the host's memory, and come back as they are in their files."""
-        self.wishes = wishes
+        self.wishes = wishes or Wishes()
         self.may_reload = may_reload
         self.facts = facts
         self._said: set[str] = set()

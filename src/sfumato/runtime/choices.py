@@ -134,6 +134,7 @@ class Wishes:
     dtype            of all three networks (also as fp32, fp16, bf16, auto); the fields of single networks go before it
     attention        "fused" or "chunked"; attention_bytes is the size of a chunk
     threads          of the CPU; everything else as in `Plan`
+    once             nothing is drawn after this request, so that no network is needed again
     """
 
     device: str | None = None
@@ -150,6 +151,7 @@ class Wishes:
     offload: str | None = None
     compile: bool | None = None
     threads: int | None = None
+    once: bool = False
 
     def __post_init__(self) -> None:
         words: dict[str, tuple[str, ...]] = {"engine": ("torch", "onednn")}

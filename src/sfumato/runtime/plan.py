@@ -145,7 +145,7 @@ def _best(facts: Facts, task: Task, wishes: Wishes) -> Plan:
         micro_batch=wishes.micro_batch or (min(task.pictures, MOST_AT_ONCE) if kind == "cuda" else 1),
         vae_slicing=bool(wishes.vae_slicing),
         vae_tiling=bool(wishes.vae_tiling),
-        offload=wishes.offload or "none",
+        offload=wishes.offload or ("staged" if wishes.once and kind == "cpu" else "none"),
         compile=bool(wishes.compile),
         threads=(wishes.threads or facts.free_cores) if kind == "cpu" else None,
         steps=task.steps,

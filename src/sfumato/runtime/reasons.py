@@ -117,7 +117,8 @@ def _batches(task: Task, wishes: Wishes, plan: Plan) -> str:
 
 def _memory(task: Task, wishes: Wishes, plan: Plan) -> Iterator[str]:
     if plan.offload == "staged":
-        why = "as asked" if wishes.offload else "all three together do not fit"
+        alone = "none is needed twice" if wishes.once and plan.kind == "cpu" else "all three together do not fit"
+        why = "as asked" if wishes.offload else alone
         yield f"networks take turns in memory (text encoder until it has encoded, U-Net until the VAE decodes): {why}"
     if plan.vae_slicing and plan.micro_batch > 1:
         yield "the VAE decodes one picture at a time: as fast, at a fraction of the memory"

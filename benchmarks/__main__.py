@@ -1,22 +1,24 @@
-"""Run the benchmarks: `python -m benchmarks [schedulers|startup|unet|picture …]`.
+"""Run the benchmarks: `python -m benchmarks [cpu|memory|startup|schedulers|…]`, all of them if none is named.
 
-Alternated runs, medians, ratios ours / reference. Wants a quiet machine; prints a Markdown table for docs/log.md.
+Alternated runs, medians, ratios ours / theirs, on full-size Stable Diffusion 1.5 with random weights. Wants a quiet
+machine. Prints Markdown tables, keeps them in out/benchmarks.json, and writes docs/performance.md from that.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import platform
 import sys
 from pathlib import Path
 
-import torch
-
-from benchmarks.compare import Comparison, print_table
+from benchmarks import page
+from benchmarks.results import Result, keep, table
+from sfumato.bench.cases import Machine
+from sfumato.runtime.facts import read_facts
 
 CHECKPOINT = Path("out") / "benchmark-sd15"
-MODES = ("float32", "bfloat16", "bfloat16 channels_last")
+CPU = ("unet", "vae", "picture", "peak", "growth")
+GROUPS = (*CPU, "memory", "startup", "schedulers")
 
 
 def checkpoint() -> Path:
@@ -30,41 +32,52 @@ def checkpoint() -> Path:
     return CHECKPOINT
 
 
-def run(what: str, arguments: argparse.Namespace) -> list[Comparison]:
+def run(group: str, folder: Path, machine: Machine, runs: int) -> list[Result]:
     """One group of benchmarks."""
-    from benchmarks import schedulers, startup, unet
+    from benchmarks import calls, growth, pictures, schedulers, startup
 
-    runs = arguments.runs
-    match what:
-        case "schedulers":
-            return schedulers.step_overhead(max(runs, 7))
-        case "startup":
-            return startup.startup(checkpoint(), runs)
+    match group:
         case "unet":
-            return [unet.unet_call(checkpoint(), mode, arguments.size // 8, runs) for mode in arguments.modes]
+            return calls.unet(folder, machine, runs)
+        case "vae":
+            return calls.vae(folder, machine, runs)
+        case "picture":
+            return pictures.pictures(folder, machine, runs)
+        case "peak":
+            return pictures.peak(folder, machine)
+        case "growth":
+            return growth.growth(folder, machine, runs)
+        case "memory":
+            return list(pictures.memory(folder))
+        case "startup":
+            return startup.startup(folder, runs)
         case _:
-            return [unet.picture(checkpoint(), mode, arguments.size, arguments.steps, runs) for mode in arguments.modes]
+            return schedulers.step_overhead(max(runs, 7))
 
 
 def main() -> None:
-    """Parse, run, print."""
+    """Parse, run, keep, print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    groups = ("schedulers", "startup", "unet", "picture")
-    parser.add_argument("what", nargs="*", default=groups, help=f"any of {', '.join(groups)}; all if left out")
+    parser.add_argument("groups", nargs="*", help=f"any of cpu (that is {', '.join(CPU)}), {', '.join(GROUPS)}")
     parser.add_argument("--runs", type=int, default=5, help="counted runs of each, after one to warm up")
     parser.add_argument("--size", type=int, default=512, help="pixels along each side")
-    parser.add_argument("--steps", type=int, default=4, help="denoising steps of a picture")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--model", type=Path, help="another checkpoint folder; nothing is kept then")
     arguments = parser.parse_args()
-    for what in arguments.what:
-        if what not in groups:
-            parser.error(f"{what!r} is not one of {', '.join(groups)}")
+    for name in arguments.groups:
+        if name not in ("cpu", *GROUPS):
+            parser.error(f"{name!r} is not one of cpu, {', '.join(GROUPS)}")
     # The reference deprecates a scheduler setting at length; a table is no place for that.
     logging.disable(logging.WARNING)
-    print(
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n"
-    )
-    print_table([result for what in arguments.what for result in run(what, arguments)])
+    groups = [one for name in arguments.groups or GROUPS for one in (CPU if name == "cpu" else [name])]
+    machine = Machine.of(read_facts("cpu"), arguments.size)
+    folder = arguments.model or checkpoint()
+    for group in groups:
+        results = run(group, folder, machine, arguments.runs)
+        if arguments.model is None:
+            keep(group, results)
+        print(f"{table(results)}\n", flush=True)
+    if arguments.model is None:
+        page.write_page()
 
 
 if __name__ == "__main__":

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import time
 import warnings
-from statistics import median
 
 import torch
 
-from benchmarks.compare import Comparison
+from benchmarks.results import Result
 
 __all__ = ["step_overhead"]
 
 SHAPE = (1, 4, 64, 64)
 
 
-def step_overhead(runs: int, steps: int = 20) -> list[Comparison]:
+def step_overhead(runs: int, steps: int = 20) -> list[Result]:
     """For each of the 14: seconds a step of a whole run, scaling of the model's input included."""
     import diffusers
 
@@ -54,7 +53,7 @@ def step_overhead(runs: int, steps: int = 20) -> list[Comparison]:
 
         stepping(ours), stepping(theirs), advancing()
         times = [(stepping(ours), advancing(), stepping(theirs)) for _ in range(runs)]
-        mine, loop, reference = (median(column) for column in zip(*times, strict=True))
-        results.append(Comparison(f"{name}.step", mine, reference, median(a / c for a, _, c in times), runs))
-        results.append(Comparison(f"{name}, our loop", loop, reference, median(b / c for _, b, c in times), runs))
+        mine, loop, reference = (list(column) for column in zip(*times, strict=True))
+        results.append(Result.of_times(f"{name}.step (diffusers)", mine, reference))
+        results.append(Result.of_times(f"{name}, our loop (diffusers)", loop, reference))
     return results

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.compare import Comparison, alternate
+from benchmarks.results import Result
+from sfumato.bench.timing import alternate, timed
 
 __all__ = ["startup"]
 
@@ -27,19 +28,25 @@ except Done:
 """
 
 
-def startup(checkpoint: Path, runs: int) -> list[Comparison]:
-    """Wall time of whole processes; for imports the other column is an empty interpreter."""
+def startup(checkpoint: Path, runs: int) -> list[Result]:
+    """Wall time of whole processes."""
     ours = FIRST_STEP.format(library="sfumato", pipeline="StableDiffusionPipeline", more="")
     theirs = FIRST_STEP.format(library="diffusers", pipeline="StableDiffusionPipeline", more=", safety_checker=None")
     empty = _python("pass")
     script = Path(sys.executable).with_name("sfumato")
-    return [
-        alternate("import sfumato (against an empty process)", _python("import sfumato"), empty, runs),
-        alternate("sfumato --help (against an empty process)", _process([str(script), "--help"]), empty, runs),
-        alternate(
-            "process start to first step", _python(ours, str(checkpoint)), _python(theirs, str(checkpoint)), runs
+    pairs = {
+        "import sfumato (an empty process)": (_python("import sfumato"), empty),
+        "sfumato --help (an empty process)": (_process([str(script), "--help"]), empty),
+        "process start to first step, 64² (diffusers)": (
+            _python(ours, str(checkpoint)),
+            _python(theirs, str(checkpoint)),
         ),
-    ]
+    }
+    results = []
+    for name, (mine, other) in pairs.items():
+        times = alternate({"ours": timed(mine), "theirs": timed(other)}, runs)
+        results.append(Result.of_times(name, times["ours"], times["theirs"]))
+    return results
 
 
 def _python(code: str, *arguments: str) -> Callable[[], None]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.checkpoints import UNET, randomize
 
 from sfumato import UNet2DConditionModel
 from sfumato.models.attention import Context
 from sfumato.models.blocks import Moment
 from sfumato.pipelines.guidance import Guidance, guide, rescale
+from support.checkpoints import UNET, randomize
 
 
 def randn(seed: int, *shape: int) -> torch.Tensor:

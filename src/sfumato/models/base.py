@@ -117,6 +117,11 @@ class Model(AttentionUser):
         """Whether the weights came from a folder, and so can be read again."""
         return self._stored is not None
 
+    def forget(self) -> None:
+        """Let go of the weights: what is left are the shapes, on the meta device, for `reload` to fill."""
+        with weights.without_weights():
+            self._modules = type(self)(self.config).to(self.dtype).eval()._modules
+
     def reload(self) -> None:
         """Fill a model that is on the meta device from the folder it came from, in the precision it has."""
         if self._stored is None:

@@ -17,6 +17,7 @@ from sfumato.kernels import LANES, Kernels
 from sfumato.models.attention import sdpa
 from sfumato.models.blocks import GroupNorm, Upsample2D
 from sfumato.models.transformer import GEGLU, FeedForward
+from sfumato.runtime.device import release_memory
 
 if TYPE_CHECKING:
     from sfumato.models.attention import AttentionFunction
@@ -39,6 +40,8 @@ __all__ = [
 
 # What lies between the two layers of a feed-forward is held to this, so that it stays in the second or third cache.
 STRETCH_BYTES = 8 * 2**20
+# Bytes of replaced layers after which their memory is given back.
+RELEASED_BYTES = 64 * 2**20
 # Keys are packed for every head before the first query, which a handful of queries does not repay.
 FEW_QUERIES = 16
 
@@ -50,22 +53,37 @@ def packable(dtype: torch.dtype) -> bool:
 
 def pack(model: Model, kernels: Kernels | None) -> None:
     """Replace every layer there is a faster one for; without kernels, only the convolutions and linear layers."""
+    item, replaced = model.dtype.itemsize, 0
     for parent, name in _places(model):
         layer = getattr(parent, name)
-        if type(layer) is nn.Linear:
-            setattr(parent, name, PackedLinear(layer))
-        elif type(layer) is nn.Conv2d and layer.groups == 1 and not isinstance(parent, Upsample2D):
-            setattr(parent, name, PackedPointwise(layer) if layer.kernel_size == (1, 1) else PackedConv2d(layer))
-        elif type(layer) is Upsample2D:
-            setattr(parent, name, PackedUpsample2D(layer))
-        elif kernels is not None and type(layer) is GroupNorm and layer.num_channels % LANES == 0:
-            setattr(parent, name, PackedGroupNorm(layer, kernels))
-        elif kernels is not None and type(layer) is GEGLU and layer.proj.out_features % (2 * LANES) == 0:
-            setattr(parent, name, PackedGEGLU(layer, kernels))
-        elif type(layer) is FeedForward:
+        if type(layer) is FeedForward:
             down: Any = layer.net[2]
-            width = 2 * down.in_features * model.dtype.itemsize
-            layer.stretch = max(256, STRETCH_BYTES // width)
+            layer.stretch = max(256, STRETCH_BYTES // (2 * down.in_features * item))
+        faster = None if isinstance(parent, Upsample2D) else _faster(layer, kernels)
+        if faster is None:
+            continue
+        replaced += sum(weight.nbytes for weight in layer.parameters())
+        setattr(parent, name, faster)
+        del layer
+        if replaced > RELEASED_BYTES:
+            # What the old layers held lies between what the new ones hold; kept, it would add up to the model again.
+            release_memory(torch.device("cpu"))
+            replaced = 0
+
+
+def _faster(layer: nn.Module, kernels: Kernels | None) -> nn.Module | None:
+    """What stands in for a layer, if anything does."""
+    if type(layer) is nn.Linear:
+        return PackedLinear(layer)
+    if type(layer) is nn.Conv2d and layer.groups == 1:
+        return PackedPointwise(layer) if layer.kernel_size == (1, 1) else PackedConv2d(layer)
+    if type(layer) is Upsample2D:
+        return PackedUpsample2D(layer)
+    if kernels is not None and type(layer) is GroupNorm and layer.num_channels % LANES == 0:
+        return PackedGroupNorm(layer, kernels)
+    if kernels is not None and type(layer) is GEGLU and layer.proj.out_features % (2 * LANES) == 0:
+        return PackedGEGLU(layer, kernels)
+    return None
 
 
 def unpack(model: Model) -> None:

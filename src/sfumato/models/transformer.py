@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -34,7 +36,7 @@ class FeedForward(nn.Module):
             [GEGLU(channels, 4 * channels), nn.Dropout(dropout), nn.Linear(4 * channels, channels)]
         )
 
-    # Tokens computed together. What lies between the layers is eight times as wide as they, so where memory is slow
+    # Tokens computed together, at most. What lies between the layers is eight times as wide as they, so where memory is slow
     # a stretch of tokens that stays in the cache is faster than all of them at once.
     stretch: int | None = None
 
@@ -43,7 +45,8 @@ class FeedForward(nn.Module):
         if self.stretch is None:
             return self._through(x)
         tokens = x.flatten(0, 1)
-        return torch.cat([self._through(part) for part in tokens.split(self.stretch)]).view(x.shape)
+        parts = tokens.tensor_split(math.ceil(tokens.shape[0] / self.stretch))
+        return torch.cat([self._through(part) for part in parts]).view(x.shape)
 
     def _through(self, x: Tensor) -> Tensor:
         for layer in self.net:

@@ -15,6 +15,7 @@ from sfumato.models.base import Model
 from sfumato.models.packed import is_packed, kernel_attention, pack, packable, unpack
 from sfumato.pipelines.recipe import fingerprint
 from sfumato.runtime.choices import DTYPE_BYTES, PARTS, Part, Plan, Sizes, Wishes, count_parameters
+from sfumato.runtime.device import release_memory
 from sfumato.runtime.facts import read_facts, refreshed
 from sfumato.runtime.numerics import softmax_dtype
 from sfumato.runtime.plan import largest_batch, plan
@@ -100,9 +101,9 @@ class Place:
             for tensor, host in self._hosts.pop(model).items():
                 tensor.data = host  # the copy that it came from; what is on the accelerator is let go
         elif self.may_reload and model.can_reload:
-            kept = fingerprint(model)
-            model.to("meta")
-            model.fingerprint = kept
+            model.fingerprint = fingerprint(model)
+            model.forget()
+            release_memory(torch.device("cpu"))
 
     def _load(self, model: Model, device: torch.device, plan: Plan | None) -> None:
         if model.device.type == "meta":
@@ -125,6 +126,7 @@ class Place:
                 kept = fingerprint(model)
                 pack(model, kernels)
                 model.fingerprint = kept
+                release_memory(pipeline.device)
         if not (pipeline.sliced and part == "unet"):
             model.set_attention(_attention(model, plan, kernels))
         if plan.compile and part == "unet" and model._compiled_call_impl is None:

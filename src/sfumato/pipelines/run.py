@@ -19,7 +19,7 @@ from sfumato.pipelines.denoise import DenoiseStep, denoise
 from sfumato.pipelines.finite import FiniteWatch
 from sfumato.pipelines.guidance import Guidance
 from sfumato.pipelines.repair import saved_randomness
-from sfumato.runtime.device import ran_out_of_memory, release_memory
+from sfumato.runtime.device import ran_out_of_memory, release_memory, reused_memory
 from sfumato.schedulers.noise import GaussianNoise
 
 if TYPE_CHECKING:
@@ -175,7 +175,8 @@ class Run:
         with self._timed("prepare"):
             self.pipeline.place.bring(self.pipeline, part, self.plan, self.notes)
         try:
-            yield
+            with reused_memory(self.pipeline.device):
+                yield
         finally:
             self.pipeline.place.leave(self.pipeline, part, self.plan)
 

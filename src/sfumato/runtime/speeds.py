@@ -7,7 +7,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from sfumato.errors import CheckpointError, ConfigError
+from sfumato.errors import CheckpointError, ConfigError, OutputError
 from sfumato.files import cache_folder, output_folder, read_json, write_json
 from sfumato.runtime.validation import check_speeds
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    from sfumato.kernels import Kernels
     from sfumato.runtime.facts import Facts
 
 __all__ = [
@@ -146,6 +147,7 @@ def _work(kind: str, device: str, dtype: Any, scale: int) -> tuple[Callable[[], 
     def random(*shape: int) -> Any:
         return torch.randn(*shape, device=device).to(dtype)
 
+    kernels = _kernels(device, dtype)
     if kind == "conv":
         side = 4 * int(scale**0.5)
         x = random(2, 320, side, side).to(memory_format=torch.channels_last)
@@ -154,10 +156,29 @@ def _work(kind: str, device: str, dtype: Any, scale: int) -> tuple[Callable[[], 
     if kind == "linear":
         rows = 16 * scale
         x, weight = random(rows, 1280), random(1280, 1280)
+        if kernels is not None:  # as the onednn engine has it
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+            multiply = torch.ops.mkldnn._linear_pointwise
+            return lambda: multiply(x, packed, None, "none", [], ""), 2 * rows * 1280 * 1280
         return lambda: F.linear(x, weight), 2 * rows * 1280 * 1280
     length = 64 * int(scale**0.5)
     q, k, v = (random(1, 8, length, 64) for _ in range(3))
-    return lambda: F.scaled_dot_product_attention(q, k, v), 4 * 8 * 64 * length * length
+    attention = F.scaled_dot_product_attention if kernels is None else kernels.attention
+    return lambda: attention(q, k, v), 4 * 8 * 64 * length * length
+
+
+def _kernels(device: str, dtype: Any) -> Kernels | None:
+    """Our own kernels, where a plan would use them."""
+    import torch
+
+    from sfumato.kernels import CompilerError, kernels_for
+
+    if device != "cpu" or dtype == torch.float16 or not torch.backends.mkldnn.is_available():
+        return None
+    try:
+        return kernels_for(dtype)
+    except (CompilerError, OutputError):
+        return None  # doctor says what is missing
 
 
 def _timed(work: Callable[[], object], device: str) -> float:

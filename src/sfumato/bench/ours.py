@@ -1,0 +1,80 @@
+"""Sfumato as its users have it: everything as the plan says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from sfumato.bench.inputs import PROMPT, TIMESTEP, call_inputs
+from sfumato.bench.timing import Clock, Timing
+from sfumato.pipelines import load
+from sfumato.pipelines.guidance import Guidance
+from sfumato.request import GenerateRequest
+from sfumato.runtime.device import DTYPES, reused_memory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from sfumato.bench.cases import Case
+    from sfumato.pipelines import DiffusionPipeline
+
+__all__ = ["call", "picture", "ready"]
+
+
+def picture(case: Case, folder: Path) -> Callable[[int], Timing]:
+    """A function that draws, at most the given number of steps."""
+    request = _request(case)
+    pipeline = load(folder, device=case.device, dtype=DTYPES[case.dtype], request=request)
+
+    def draw(limit: int) -> Timing:
+        clock = Clock(case.device, limit)
+        steps = pipeline.stream(request)
+        for step in steps:
+            if clock.step(step.number, step.total) and step.number < step.total:
+                steps.close()
+                step.preview()
+        return clock.stop()
+
+    return draw
+
+
+def call(case: Case, folder: Path) -> Callable[[], torch.Tensor]:
+    """A function that calls the U-Net, guidance included, or the VAE's decoder."""
+    pipeline = ready(case, folder)
+    latents, embeds = (x.to(pipeline.device) for x in call_inputs(case, folder))
+    if case.work == "vae":
+        return lambda: _decode(pipeline, latents.to(pipeline.vae.dtype))
+    negative, positive = embeds.to(pipeline.unet.dtype).chunk(2)
+    guidance = Guidance(
+        unet=pipeline.unet, embeds=positive, negative_embeds=negative, scale=_request(case).guidance_scale
+    )
+    return torch.no_grad()(lambda: guidance(latents, TIMESTEP))
+
+
+@torch.no_grad()
+def _decode(pipeline: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
+    """As a run does it, memory included."""
+    with reused_memory(pipeline.device):
+        return pipeline.vae.decode(latents, return_dict=False)[0]
+
+
+def ready(case: Case, folder: Path) -> DiffusionPipeline:
+    """A pipeline whose network for the case's work is in memory, and as fast as the plan makes it."""
+    request = _request(case)
+    pipeline = load(folder, device=case.device, dtype=DTYPES[case.dtype], request=request)
+    pipeline.place.bring(pipeline, case.work, pipeline.place.plan(pipeline, request), [])
+    return pipeline
+
+
+def _request(case: Case) -> GenerateRequest:
+    return GenerateRequest(
+        prompt=PROMPT,
+        steps=case.steps,
+        scheduler=case.scheduler,
+        count=case.count,
+        width=case.size,
+        height=case.size,
+        seed=0,
+    )

@@ -1,0 +1,88 @@
+"""The reference library, `diffusers`, at its defaults or at its best: the one place that imports it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sfumato.bench.inputs import PROMPT, TIMESTEP, call_inputs
+from sfumato.bench.timing import Clock, Timing
+from sfumato.runtime.device import DTYPES
+from sfumato.schedulers.names import resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from sfumato.bench.cases import Case
+
+__all__ = ["call", "picture"]
+
+
+def picture(case: Case, folder: Path) -> Callable[[int], Timing]:
+    """A function that draws, at most the given number of steps."""
+    import diffusers as library
+
+    diffusers: Any = library  # its types do not know the names that it loads lazily
+    nothing: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=DTYPES[case.dtype], **nothing)
+    pipeline.to(case.device)
+    pipeline.set_progress_bar_config(disable=True)
+    if case.scheduler is not None:
+        class_name, preset = resolve(case.scheduler)
+        pipeline.scheduler = getattr(diffusers, class_name).from_config(pipeline.scheduler.config, **preset)
+    if case.tuned:
+        for model in (pipeline.unet, pipeline.vae):
+            _tune(model, case.device)
+
+    def draw(limit: int) -> Timing:
+        clock = Clock(case.device, limit)
+
+        def on_step(pipeline: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            # Its own way of stopping: the steps left do nothing, and what there is is decoded.
+            pipeline._interrupt = clock.step(index + 1, pipeline.num_timesteps)
+            return {}
+
+        pipeline(
+            PROMPT,
+            num_inference_steps=case.steps,
+            height=case.size,
+            width=case.size,
+            num_images_per_prompt=case.count,
+            generator=[torch.Generator().manual_seed(seed) for seed in range(case.count)],
+            callback_on_step_end=on_step,
+        )
+        return clock.stop()
+
+    return draw
+
+
+def call(case: Case, folder: Path) -> Callable[[], torch.Tensor]:
+    """A function that calls the U-Net with a batch of two, as guidance does, or the VAE's decoder."""
+    import diffusers as library
+
+    diffusers: Any = library
+    name = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}[case.work]
+    dtype = DTYPES[case.dtype]
+    model = getattr(diffusers, name).from_pretrained(folder, subfolder=case.work, torch_dtype=dtype)
+    model.to(case.device).eval()
+    if case.tuned:
+        _tune(model, case.device)
+    latents, embeds = (x.to(case.device, dtype) for x in call_inputs(case, folder))
+    if case.work == "vae":
+        return torch.no_grad()(lambda: model.decode(latents, return_dict=False)[0])
+    pair, timestep = torch.cat([latents, latents]), torch.tensor(TIMESTEP, device=case.device)
+    return torch.no_grad()(lambda: model(pair, timestep, embeds, return_dict=False)[0])
+
+
+def _tune(model: Any, device: str) -> None:
+    """What its guides recommend beside half precision: channels last; on CUDA also fused projections and compiling."""
+    model.to(memory_format=torch.channels_last)
+    if device != "cuda":
+        return
+    model.fuse_qkv_projections()
+    if hasattr(model, "decode"):
+        model.decode = torch.compile(model.decode, mode="max-autotune", fullgraph=True)
+    else:
+        model.compile(mode="max-autotune", fullgraph=True)

@@ -1,0 +1,117 @@
+"""Things timed in turn, so that a machine that drifts drifts under all of them."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import TypeVar
+
+__all__ = ["Clock", "Timing", "alternate", "peak_memory", "ratio", "synchronize", "timed"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of a picture and of one step; `counted` of all `steps` were run, the others reckoned from them."""
+
+    seconds: float
+    seconds_per_step: float
+    counted: int
+    steps: int
+
+
+class Clock:
+    """Follows one picture: begins now, notes the first step and the last, and then the end.
+
+    limit: stop after this many steps; what is left out takes as long as those between the first and the last did.
+    """
+
+    def __init__(self, device: str, limit: int) -> None:
+        self.device, self.limit = device, limit
+        self._steps: list[float] = []
+        self._counted = self._total = 0
+        self._began = self._now()
+
+    def step(self, number: int, total: int) -> bool:
+        """Note a finished step, counted from 1; returns whether it was the last that is wanted."""
+        last = min(self.limit, total)
+        if number in (1, last):
+            self._steps.append(self._now())
+            self._counted, self._total = number, total
+        return number >= last
+
+    def stop(self) -> Timing:
+        """The end of the picture."""
+        ended = self._now()
+        first, last = self._steps[0], self._steps[-1]
+        a_step = (last - first) / (self._counted - 1) if self._counted > 1 else first - self._began
+        left_out = (self._total - self._counted) * a_step
+        return Timing(ended - self._began + left_out, a_step, self._counted, self._total)
+
+    def _now(self) -> float:
+        synchronize(self.device)
+        return time.perf_counter()
+
+
+def synchronize(device: str) -> None:
+    """Wait until a device has done what it was given to do."""
+    if device != "cpu":
+        import torch
+
+        {"cuda": torch.cuda, "mps": torch.mps}[device].synchronize()
+
+
+def alternate(calls: Mapping[str, Callable[[], T]], runs: int) -> dict[str, list[T]]:
+    """What each call returned in each of the runs; the order is reversed from run to run."""
+    results: dict[str, list[T]] = {name: [] for name in calls}
+    for run in range(runs):
+        for name in calls if run % 2 == 0 else reversed(list(calls)):
+            results[name].append(calls[name]())
+    return results
+
+
+def timed(call: Callable[[], object], device: str = "cpu") -> Callable[[], float]:
+    """The seconds that a call takes, in place of what it returns; it is called once before, to warm up."""
+    call()
+
+    def run() -> float:
+        gc.collect()
+        synchronize(device)
+        began = time.perf_counter()
+        call()
+        synchronize(device)
+        return time.perf_counter() - began
+
+    return run
+
+
+def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The median of the ratios of pairs."""
+    return median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def peak_memory(device: str = "cpu") -> int:
+    """Bytes that this process has held at most: of the device's memory on CUDA, of the system's elsewhere."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    try:
+        # getrusage() starts with what the parent held; this counts this program only.
+        with open("/proc/self/status", encoding="ascii") as stream:
+            line = next(line for line in stream if line.startswith("VmHWM:"))
+        return 1024 * int(line.split()[1])
+    except FileNotFoundError:
+        pass
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS

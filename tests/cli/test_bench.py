@@ -1,0 +1,63 @@
+"""`sfumato bench`: the guide's table, on a checkpoint small enough to take seconds."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ElementTree
+
+from sfumato.runtime.facts import read_facts
+
+
+def test_table_json_and_plot(sfumato, model, tmp_path):
+    words = ["bench", "--model", model, "--steps", 6, "--runs", 1, "--quick", "--peers", "diffusers"]
+    words += ["--json", "new/bench.json", "--plot", "bench.svg"]
+    done = sfumato(*words, cwd=tmp_path).succeeded()
+    told = json.loads((tmp_path / "new" / "bench.json").read_text(encoding="utf-8"))
+    assert (told["model"], told["size"], told["steps"]) == (str(model), 16, 6)
+    rows = told["pictures"] + told["unet"] + told["vae"]
+    half = read_facts("cpu").native_bfloat16("cpu")
+    assert len(rows) == (6 if half else 5) + 3 + 3
+    for row in rows:
+        assert row["name"] in done.out
+        assert row["seconds"] > 0
+        assert 2**26 < row["peak_bytes"] < 2**30
+    first = told["pictures"][0]
+    assert (first["ratio"], first["counted"], first["steps"]) == (1, 4, 7)
+    for note in told["notes"]:
+        assert f"- {note}" in done.out
+    assert any("--quick" in note for note in told["notes"])
+    assert "one call of the U-Net" in done.out
+    drawn = (tmp_path / "bench.svg").read_text(encoding="utf-8")
+    assert f"{model}, 16 × 16" in "".join(ElementTree.fromstring(drawn).itertext())
+
+
+def test_bad_input(sfumato_each, model, tmp_path):
+    (tmp_path / "file").write_text("")
+    bench = ["bench", "--model", model]
+    commands = [
+        [*bench, "--plot", "bench.png"],
+        [*bench, "--peers", "diffuser"],
+        [*bench, "--runs", 0],
+        [*bench, "--steps", -1],
+        [*bench, "--size", 15],
+        [*bench, "--size", -16],
+        [*bench, "--json", "file/bench.json"],
+        ["bench", "--model", tmp_path / "none"],
+        [*bench, "--peers", "diffusers"],
+    ]
+    absent = "import importlib.util\nimportlib.util.find_spec = lambda name: None\n"
+    *outcomes, missing = sfumato_each(commands, cwd=tmp_path, before=absent)
+    wanted = [
+        (2, "must end in .svg", ".png"),
+        (2, "there is no peer 'diffuser'", "did you mean 'diffusers'"),
+        (2, "runs must be at least 1"),
+        (2, "steps must be at least 1"),
+        (2, "width must be divisible by", "16"),
+        (2, "width must be a positive number"),
+        (1, "cannot be written"),
+        (1, "there is no folder"),
+    ]
+    for outcome, (code, *words) in zip(outcomes, wanted, strict=True):
+        outcome.failed(code, *words)
+    missing.failed(1, "diffusers is not installed", "pip install diffusers transformers accelerate")
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]

@@ -1,0 +1,185 @@
+"""Carrying out a plan: the same pictures however memory and kernels turn out."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+import sfumato
+from sfumato import GenerateRequest
+from sfumato.errors import MemoryPlanError
+from sfumato.kernels import CompilerError, kernels_for
+from sfumato.models.packed import is_packed, packable
+from sfumato.pipelines import place as place_module
+from sfumato.pipelines import run as run_module
+from sfumato.pipelines.place import to_accelerator
+from sfumato.runtime.facts import machine, read_facts
+
+PARTS = ("text_encoder", "unet", "vae")
+
+
+def request(**changes) -> GenerateRequest:
+    return GenerateRequest(**{"prompt": "a photo", "steps": 2, "seed": 3} | changes)
+
+
+def pixels(result) -> np.ndarray:
+    return np.stack([np.asarray(image, dtype=np.int16) for image in result.images])
+
+
+@pytest.fixture
+def folder(checkpoints):
+    return checkpoints()
+
+
+def load(folder, **options):
+    return sfumato.load(folder, device="cpu", **{"dtype": torch.float32} | options)
+
+
+@pytest.fixture
+def expected(folder):
+    """The picture as torch's own layers draw it."""
+    return pixels(load(folder, engine="torch").generate(request()))
+
+
+def test_the_packed_engine_draws_what_torch_draws(folder, expected):
+    pipe = load(folder)
+    result = pipe.generate(request())
+    assert np.abs(pixels(result) - expected).max() <= 1
+    assert result.plan.engine == ("onednn" if "avx2" in read_facts("cpu").instructions else "torch")
+    assert is_packed(pipe.unet) == (result.plan.engine == "onednn" and packable(torch.float32))
+    assert result.plan.reasons
+    assert result.notes == ()
+
+
+def test_without_a_compiler_it_is_slower_and_says_so_once(folder, expected, monkeypatch, caplog):
+    def missing(dtype):
+        raise CompilerError("there is no C compiler")
+
+    monkeypatch.setattr(place_module, "kernels_for", missing)
+    pipe = load(folder, engine="onednn")
+    with caplog.at_level(logging.WARNING, logger="sfumato"):
+        results = [pipe.generate(request()) for _ in range(2)]
+    for result in results:
+        assert np.abs(pixels(result) - expected).max() <= 1
+        assert any("there is no C compiler" in note for note in result.notes)
+    assert sum("there is no C compiler" in record.message for record in caplog.records) == 1
+
+
+def test_networks_that_take_turns_draw_the_same(folder, expected):
+    pipe = load(folder, offload="staged")
+    assert {getattr(pipe, part).device.type for part in PARTS} == {"meta"}
+    for _ in range(2):
+        result = pipe.generate(request())
+        assert np.abs(pixels(result) - expected).max() <= 1
+        assert {getattr(pipe, part).device.type for part in PARTS} == {"meta"}
+        assert pipe.device.type == "cpu"
+    assert result.plan.offload == "staged"
+    kept = load(folder).generate(request())
+    assert result.recipes[0]["model"]["weights"] == kept.recipes[0]["model"]["weights"]
+
+
+def test_a_damaged_file_is_found_before_anything_is_drawn(folder, tmp_path):
+    import shutil
+
+    from sfumato.errors import CheckpointError
+
+    shutil.copytree(folder, tmp_path / "copy")
+    (weights,) = (tmp_path / "copy" / "vae").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"vae.*truncated"):
+        load(tmp_path / "copy", offload="staged")
+
+
+def test_weights_that_a_user_changed_never_leave_memory(folder):
+    pipe = sfumato.StableDiffusionPipeline.from_pretrained(folder)
+    pipe.place.wishes = dataclasses.replace(pipe.place.wishes, offload="staged")
+    with torch.no_grad():
+        pipe.unet.conv_out.bias += 0.25
+    before = pipe.unet.conv_out.bias.clone()
+    pipe.generate(request())
+    assert torch.equal(pipe.unet.conv_out.bias, before)
+
+
+def test_to_an_accelerator_and_back_without_a_copy(folder):
+    unet = load(folder).unet
+    before = {name: (value.data_ptr(), value.clone()) for name, value in unet.named_parameters()}
+    hosts = to_accelerator(unet, torch.device("meta"))
+    assert unet.device.type == "meta"
+    for tensor, host in hosts.items():
+        tensor.data = host
+    for name, value in unet.named_parameters():
+        assert value.data_ptr() == before[name][0]
+        assert torch.equal(value, before[name][1])
+
+
+def running_out(monkeypatch, times: int):
+    """The decoder runs out of memory so often."""
+    left, real = [times], run_module.stages.decode
+
+    def decode(*arguments):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return real(*arguments)
+
+    monkeypatch.setattr(run_module.stages, "decode", decode)
+
+
+def test_memory_that_vanishes_is_asked_for_once_more_with_less(folder, expected, monkeypatch):
+    running_out(monkeypatch, 1)
+    result = load(folder).generate(request())
+    assert np.abs(pixels(result) - expected).max() <= 1  # smaller than a tile
+    assert [note for note in result.notes if "memory ran out" in note]
+
+
+def test_memory_that_stays_away_is_a_clear_failure(folder, monkeypatch):
+    running_out(monkeypatch, 9)
+    with pytest.raises(MemoryPlanError, match="memory ran out twice"):
+        load(folder).generate(request())
+
+
+def test_another_error_is_not_taken_for_a_want_of_memory(folder, monkeypatch):
+    def decode(*arguments):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(run_module.stages, "decode", decode)
+    with pytest.raises(RuntimeError, match="something else"):
+        load(folder).generate(request())
+
+
+def test_what_does_not_fit_is_refused_before_a_weight_is_read(folder, monkeypatch):
+    small = dataclasses.replace(machine("laptop-8gb"), memory_free=2**28)
+    monkeypatch.setattr("sfumato.pipelines.loading.read_facts", lambda device: small)
+    monkeypatch.setattr("sfumato.checkpoints.weights.load_into", lambda *a, **k: pytest.fail("a weight was read"))
+    with pytest.raises(MemoryPlanError, match="free on"):
+        load(folder, request=request(width=512, height=512))
+
+
+def test_the_largest_batch_is_one_call(folder):
+    pipe = load(folder)
+    assert pipe.largest_batch(request()) >= pipe.largest_batch(request(width=128, height=128)) > 0
+
+
+def test_float16_on_a_cpu_becomes_what_the_processor_has(folder, caplog):
+    with caplog.at_level(logging.WARNING, logger="sfumato"):
+        pipe = load(folder, dtype=torch.float16)
+    native = read_facts("cpu").native_bfloat16("cpu")
+    assert pipe.dtype == (torch.bfloat16 if native else torch.float32)
+    assert sum("float16 was asked for and became" in record.message for record in caplog.records) == 1
+
+
+def test_many_pictures_are_those_of_single_runs(folder):
+    pipe = load(folder)
+    many = pipe.generate(request(count=5))
+    assert many.plan.micro_batch == 1
+    for index in range(5):
+        alone = pipe.generate(request(seed=3 + index))
+        assert many.images[index].tobytes() == alone.images[0].tobytes()
+
+
+def test_kernels_are_loaded_once():
+    assert kernels_for(torch.float32) is kernels_for(torch.float32)

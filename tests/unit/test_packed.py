@@ -194,8 +194,9 @@ class TestLayers:
         got, torchs = packed(x), plain(x)
         want = copy.deepcopy(plain).float()(x.float())
         assert got.dtype == torch.bfloat16
-        # Eight bits: rounded at the end, and within GEGLU and merged taps once before.
-        assert distance(got, want) < max(2**-8, 1.5 * distance(torchs, want))
+        # Eight bits: rounded at the end, within GEGLU once before, and upsampling adds taps that are rounded again.
+        bits = 2**-7 if kind == "upsampling" else 2**-8
+        assert distance(got, want) < max(bits, 1.5 * distance(torchs, want))
         assert same(packed.state_dict(), plain.state_dict())
 
     def test_what_another_precision_meets(self, kernels):

@@ -31,6 +31,9 @@ SCORE_BUFFERS = 2
 SAMPLER_STATES = 8
 # Decoded pixels, the same in float32, and clipped to [0, 1].
 PIXEL_BUFFERS = 3
+# Packed for oneDNN, upsampling layers hold their taps twice; and while layers are packed, what the last ones held is
+# given back only now and then.
+PACKED, UNRELEASED = 1.08, 64 * MIB
 # Casting holds a window of the file beside the result: a sixty-fourth of it.
 CAST_PARTS = 64
 
@@ -95,6 +98,8 @@ def _held(facts: Facts, task: Task, plan: Plan, running: str) -> int:
     for part in present:
         parameters, stored = getattr(task.sizes, part).parameters, getattr(task.sizes, part).stored_bytes
         total += parameters * DTYPE_BYTES[plan.dtype_of(part)]
+    if plan.engine == "onednn":
+        total = int(PACKED * total) + UNRELEASED
     stored = max(getattr(task.sizes, part).stored_bytes for part in present)
     return total + (stored if facts.address_limited else stored // CAST_PARTS)
 

@@ -74,7 +74,8 @@ def memory(folder: Path) -> Iterator[Result]:
         for size in SIZES:
             for count in COUNTS:
                 request = GenerateRequest(prompt="a fox", width=size, height=size, count=count, steps=1)
-                planned = plan(read_facts("cpu"), sizes, request, Wishes(device="cpu", dtype=dtype, once=True)).peak_bytes
+                wishes = Wishes(device="cpu", dtype=dtype, once=True)
+                planned = plan(read_facts("cpu"), sizes, request, wishes).peak_bytes
                 held = _peak_of_command(folder, size, count, dtype)
                 what = f"planned peak, {count} of {size}², {dtype} (measured)"
                 yield Result(what, gigabytes(planned), gigabytes(held), planned / held, least=0.9, most=1.1)

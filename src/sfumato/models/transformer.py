@@ -36,8 +36,8 @@ class FeedForward(nn.Module):
             [GEGLU(channels, 4 * channels), nn.Dropout(dropout), nn.Linear(4 * channels, channels)]
         )
 
-    # Tokens computed together, at most. What lies between the layers is eight times as wide as they, so where memory is slow
-    # a stretch of tokens that stays in the cache is faster than all of them at once.
+    # Tokens computed together, at most. What lies between the layers is eight times as wide as they, so where memory is
+    # slow, a stretch of tokens that stays in the cache is faster than all of them at once.
     stretch: int | None = None
 
     def forward(self, x: Tensor) -> Tensor:

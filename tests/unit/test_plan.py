@@ -361,7 +361,7 @@ def test_a_plan_is_what_its_footprint_says(name, width, height, count, guidance)
     except MemoryPlanError:
         found = None
     if found is None:
-        assert largest_batch(facts, SD15, asked) == 0
+        assert largest_batch(facts, SD15, asked) < count
         return
     assert found.peak_bytes == footprint(facts, task_of(SD15, asked), found).peak <= USABLE * found.free_bytes
     assert found.micro_batch <= count

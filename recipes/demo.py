@@ -1,54 +1,36 @@
-"""`make demo`: draw a picture from words with the best checkpoint at hand, and print where it is.
+"""`make demo`: draw four pictures from words with the built-in model, and print where they are. Needs no network.
 
-The built-in model if this build carries one, else a small trained checkpoint beside the project, else random weights.
+`python recipes/demo.py --readme` draws the picture of the README.
 """
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
-from random_checkpoint import build
-
-from sfumato.checkpoints.builtin import builtin_model
-from sfumato.errors import UsageError
+import sfumato
+from sfumato.images import auto_grid, make_image_grid, save_png
 
 ROOT = Path(__file__).parent.parent
-TRAINED = ROOT.parent / "shared" / "assets" / "mini"
+DEMO = ("a red apple, 3d", "a smiling cat, flat style", "a rocket, line art", "a sunflower, gradient")
+README = (
+    *("a red apple, 3d", "a smiling cat, flat style", "a rocket, line art", "a sunflower, gradient"),
+    *("a car, 3d", "a house, flat style", "an umbrella, line art", "a slice of pizza, gradient"),
+)
 
 
-def find_model() -> tuple[Path, str]:
-    """A checkpoint folder, and what to say of it."""
-    try:
-        return builtin_model(), "the built-in model"
-    except UsageError:
-        pass
-    if (TRAINED / "model_index.json").is_file():
-        return TRAINED, "a small, roughly trained checkpoint: a heart is about what it can draw"
-    return build(ROOT / "out" / "random-checkpoint"), "random weights: the picture is noise, the way to it is real"
-
-
-def main() -> int:
-    """Draw four pictures in a grid."""
-    model, words = find_model()
-    print(f"drawing with {words}", file=sys.stderr)
-    command = [Path(sys.executable).with_name("sfumato"), "generate", "a red heart, 3d", "--model", model]
-    options = [
-        "--count",
-        "4",
-        "--grid",
-        "--steps",
-        "20",
-        "--guidance-scale",
-        "4",
-        "--seed",
-        "7",
-        "--output",
-        ROOT / "out" / "demo.png",
-    ]
-    return subprocess.run([*map(str, command), *map(str, options)], check=False).returncode
+def main() -> None:
+    """Draw the prompts in one batch and lay them out in rows."""
+    for_readme = sys.argv[1:] == ["--readme"]
+    pipeline = sfumato.load()
+    request = sfumato.GenerateRequest(prompt=README if for_readme else DEMO, seed=7, **pipeline.suggested)
+    result = pipeline.generate(request)
+    if for_readme:
+        print(save_png(make_image_grid(result.images, rows=2, cols=4, resize=128), ROOT / "docs/images/built-in.png"))
+    else:
+        recipe = {**result.recipes[0], "request": result.request.to_dict(), "grid": True}
+        print(save_png(auto_grid(result.images), ROOT / "out" / "demo.png", recipe))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -99,7 +99,13 @@ def test_what_is_only_known_with_torch(sfumato_each, model, tmp_path):
         (["--height", "1"], 2, "height must be divisible by 2", "try 2"),
         (["--steps", "1001", "--scheduler", "ddim"], 2, "1001 steps", "1000"),
         (["--steps", "1000", "--scheduler", "ddim"], 2, "1000 steps with steps_offset 1", "use fewer steps"),
-        (["--width", "2000000", "--height", "2000000", "--steps", "1"], 1, "one picture of 2000000 × 2000000 needs", "are free", "--width"),
+        (
+            ["--width", "2000000", "--height", "2000000", "--steps", "1"],
+            1,
+            "one picture of 2000000 × 2000000 needs",
+            "are free",
+            "--width",
+        ),
     ]
     commands = [["generate", "horse", "--model", model, *words] for words, *_ in cases]
     for outcome, (_, code, *sentence) in zip(sfumato_each(commands, cwd=tmp_path), cases, strict=True):

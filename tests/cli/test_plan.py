@@ -9,17 +9,22 @@ import sys
 import pytest
 
 import sfumato as library
+from sfumato.checkpoints.builtin import builtin_model
+from sfumato.checkpoints.suggested import suggested_settings
 from sfumato.runtime.facts import machine, machine_names
 
 
 def test_tables_and_json(sfumato_each, model, tmp_path):
-    commands = [["plan", "a fox", "--facts", name, "--width", 512, "--height", 512] for name in machine_names()]
+    commands = [
+        ["plan", "a fox", "--model", "sd15", "--facts", name, "--width", 512, "--height", 512]
+        for name in machine_names()
+    ]
     commands += [
-        ["plan", "a fox", "--facts", "m1-8gb", "--json", "--count", 4],
+        ["plan", "a fox", "--model", "sd15", "--facts", "m1-8gb", "--json", "--count", 4],
         ["plan", "a fox", "--facts", "laptop-8gb", "--dtype", "fp16", "--model", model],
         ["plan", "a fox", "--model", model, "--json", "--steps", 7, "--device", "cpu"],
-        ["plan", "--facts", "h200", "--largest"],
-        ["plan", "--facts", "h200", "--largest", "--json", "--width", 2048, "--height", 2048],
+        ["plan", "--model", "sd15", "--facts", "h200", "--largest"],
+        ["plan", "--model", "sd15", "--facts", "h200", "--largest", "--json", "--width", 2048, "--height", 2048],
     ]
     *tables, mac, tiny, here, batch, large = sfumato_each(commands, cwd=tmp_path)
     for name, table in zip(machine_names(), tables, strict=True):
@@ -47,7 +52,7 @@ def test_bad_input(sfumato_each, model, tmp_path):
     bad, empty = tmp_path / "bad.json", tmp_path / "empty.json"
     bad.write_text(json.dumps(machine("m1-8gb").to_dict() | {"memory_free": -3}))
     empty.write_text("")
-    laptop = ["plan", "a fox", "--facts", "laptop-8gb"]
+    laptop = ["plan", "a fox", "--model", "sd15", "--facts", "laptop-8gb"]
     commands = [
         [*laptop, "--width", 2048, "--height", 2048],
         [*laptop, "--width", 500],
@@ -88,36 +93,36 @@ def test_a_limit_on_memory_is_planned_with(environment, tmp_path):
 import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, (3 * 2**30, 3 * 2**30))
 from sfumato.cli.main import main
-sys.argv = ["sfumato", "plan", "fog", "--width", "1024", "--height", "1024", "--device", "cpu", "--dtype", "float32"]
+sys.argv = ["sfumato", "plan", "fog", "--model", "sd15", "--width", "1024", "--height", "1024", "--device", "cpu", "--dtype", "float32"]
 main()
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
-    from sfumato.checkpoints import builtin
+    assert done.returncode == 1, done.stdout
+    assert "needs" in done.stderr
+    assert "free on" in done.stderr
+    assert "Traceback" not in done.stderr
 
-    if (builtin.FOLDER / "model_index.json").is_file():
-        assert done.returncode == 0, done.stderr  # the small model that comes with the package fits
-        assert "GB free" in done.stdout
-    else:
-        assert done.returncode == 1, done.stdout
-        assert "needs" in done.stderr
-        assert "free on" in done.stderr
-        assert "Traceback" not in done.stderr
+
+def test_without_a_model_the_built_in_one_is_planned_with_its_own_settings(sfumato_each, tmp_path):
+    suggested, asked = sfumato_each([["plan", "--json"], ["plan", "--json", "--steps", 7]], cwd=tmp_path)
+    told = suggested.succeeded().json
+    assert told["model"]["name"] == "built-in"
+    assert told["plan"]["steps"] == suggested_settings(builtin_model())["steps"]
+    assert asked.succeeded().json["plan"]["steps"] == 7
 
 
 def test_a_simulated_plan_imports_no_torch(environment, tmp_path):
     code = """
 import sys
-from sfumato.checkpoints import builtin
 from sfumato.cli.main import main
-sys.argv = ["sfumato", "plan", "fog", "--facts", "h200", "--largest"]
+sys.argv = ["sfumato", "plan", "fog", "--model", "sd15", "--facts", "h200", "--largest"]
 try:
     main()
 except SystemExit:
     pass
-built_in = (builtin.FOLDER / "model_index.json").is_file()
-print("torch" in sys.modules and not built_in)
+print("torch" in sys.modules)
 """
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True

@@ -41,7 +41,6 @@ def test_numbers_are_the_models_own(sfumato_each, model, tmp_path):
         ["show", tmp_path / "none"],
         ["show", "nobody/nothing"],
         ["show", model, "--variant", "fp16"],
-        ["show"],
     ]
     told, text, large, odd, *failures = sfumato_each([*commands, *bad], cwd=tmp_path)
 
@@ -81,5 +80,3 @@ def test_numbers_are_the_models_own(sfumato_each, model, tmp_path):
     failures[1].failed(1, "there is no folder", "give an existing folder or a hub id")
     failures[2].failed(1, "'nobody/nothing' is not completely in the local cache", "sfumato download nobody/nothing")
     failures[3].failed(1, "variant 'fp16'")
-    if not (Path(library.__file__).parent / "mini").is_dir():
-        failures[4].failed(2, "no built-in model", "--model")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,7 +46,9 @@ def call(case: Case, folder: Path) -> Callable[[], torch.Tensor]:
     pipeline = ready(case, folder)
     latents, embeds = (x.to(pipeline.device) for x in call_inputs(case, folder))
     if case.work == "vae":
-        return lambda: _decode(pipeline, latents.to(pipeline.vae.dtype))
+        plan = pipeline.place.plan(pipeline, _request(case))
+        kept = plan is not None and plan.keep_freed
+        return lambda: _decode(pipeline, latents.to(pipeline.vae.dtype), kept)
     negative, positive = embeds.to(pipeline.unet.dtype).chunk(2)
     guidance = Guidance(
         unet=pipeline.unet, embeds=positive, negative_embeds=negative, scale=_request(case).guidance_scale
@@ -54,9 +57,9 @@ def call(case: Case, folder: Path) -> Callable[[], torch.Tensor]:
 
 
 @torch.no_grad()
-def _decode(pipeline: DiffusionPipeline, latents: torch.Tensor) -> torch.Tensor:
+def _decode(pipeline: DiffusionPipeline, latents: torch.Tensor, kept: bool) -> torch.Tensor:
     """As a run does it, memory included."""
-    with reused_memory(pipeline.device):
+    with reused_memory() if kept else nullcontext():
         return pipeline.vae.decode(latents, return_dict=False)[0]
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sfumato.errors import UsageError
+from sfumato.errors import CheckpointError
 
-__all__ = ["builtin_model"]
+__all__ = ["BUILT_IN", "builtin_model"]
+
+# Its name wherever a folder or a hub id is taken, and in recipes.
+BUILT_IN = "built-in"
 
 FOLDER = Path(__file__).parent.parent / "mini"
 
 
 def builtin_model() -> Path:
-    """The folder of the built-in checkpoint. Raises `UsageError` in builds that come without it."""
+    """The folder of the built-in checkpoint. Raises `CheckpointError` where an installation has lost it."""
     if not (FOLDER / "model_index.json").is_file():
-        raise UsageError(
-            "this build has no built-in model; name one with --model (a folder or a hub id such as 'owner/name')"
-        )
+        raise CheckpointError(f"the built-in model is missing from {FOLDER}; install sfumato again, or name a model")
     return FOLDER

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sfumato.checkpoints.builtin import BUILT_IN, builtin_model
 from sfumato.errors import CheckpointError, DownloadError, UnknownArgument, UsageError, suggest
 
 if TYPE_CHECKING:
@@ -50,10 +51,13 @@ class HubOptions:
 def locate_folder(name: str | PathLike[str], select: Select, **hub: Any) -> Path:
     """The local folder that holds what `select` asks for, downloaded if need be.
 
-    A folder on this machine is taken as it is and no network is touched. A hub id is looked up in the cache first:
-    files already there are never asked for again. Raises `CheckpointError` or `DownloadError` in one sentence.
+    "built-in" is the model of the package. A folder on this machine is taken as it is and no network is touched. A hub
+    id is looked up in the cache first: files already there are never asked for again. Raises `CheckpointError` or
+    `DownloadError` in one sentence.
     """
     options = HubOptions.of(hub)
+    if name == BUILT_IN:
+        return builtin_model()
     path = Path(name).expanduser()
     if path.is_dir():
         return path

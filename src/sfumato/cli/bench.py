@@ -41,7 +41,7 @@ def bench(
     """Measure pictures on this machine: float32, half precision, a better scheduler, eight at once; time and memory."""
     from sfumato.bench.cases import Machine
     from sfumato.bench.report import Setting, run
-    from sfumato.checkpoints.builtin import builtin_model
+    from sfumato.checkpoints.builtin import BUILT_IN
     from sfumato.checkpoints.locate import locate_folder
     from sfumato.cli.terminal import Terminal
     from sfumato.pipelines.components import ComponentFiles
@@ -53,16 +53,17 @@ def bench(
     _check_files(as_json, plot)
     facts = read_facts()
     names = tuple(dict.fromkeys(name.strip() for name in peers.split(",") if name.strip()))
-    folder = builtin_model() if model is None else locate_folder(model, ComponentFiles().select)
+    model = model or BUILT_IN
+    folder = locate_folder(model, ComponentFiles().select)
     sizes = read_sizes(folder)
     side = size or sizes.picture_size[0]
     task_of(sizes, GenerateRequest(width=side, height=side))  # refuses a size that cannot be made
     machine = Machine.of(facts, side)
     setting = Setting(folder=str(folder), machine=machine, steps=steps, runs=runs, peers=names, quick=quick)
     report = run(setting, Terminal(quiet=False).working)
-    what = f"{model or 'built-in'}, {side} × {side}"
+    what = f"{model}, {side} × {side}"
     if as_json is not None:
-        _write_json(as_json, report, facts, {"model": model or "built-in", "size": side, "steps": steps})
+        _write_json(as_json, report, facts, {"model": model, "size": side, "steps": steps})
     if plot is not None:
         _write_plot(plot, report, f"Seconds per picture: {what}, {facts.name}")
     _show(report, facts, what)

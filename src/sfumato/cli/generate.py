@@ -18,10 +18,7 @@ if TYPE_CHECKING:
     from sfumato.pipelines.result import Step
     from sfumato.request import GenerateRequest
 
-__all__ = ["EXAMPLES", "generate", "load_model"]
-
-# What a recipe calls the model that comes with the package.
-BUILT_IN = "built-in"
+__all__ = ["EXAMPLES", "generate", "given", "load_model"]
 
 EXAMPLES = """\b
 Examples:
@@ -38,10 +35,16 @@ def generate(
         str | None, typer.Option(help="A checkpoint folder or hub id; the built-in small model if left out.")
     ] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps; 50, or what the model asks for, if left out.")
+    ] = None,
     guidance_scale: Annotated[
-        float, typer.Option(help="How strongly to follow the prompt; 1 or less turns guidance off.")
-    ] = 7.5,
+        float | None,
+        typer.Option(
+            help="How strongly to follow the prompt; 1 or less turns guidance off. 7.5, or what the model asks for, "
+            "if left out."
+        ),
+    ] = None,
     guidance_rescale: Annotated[float, typer.Option(help="Tame over-exposure, 0 to 1.")] = 0.0,
     seed: Annotated[
         int | None, typer.Option(help="Picture i is drawn with seed + i; a random one if left out.")
@@ -88,17 +91,26 @@ def generate(
     from sfumato.request import GenerateRequest
 
     terminal = Terminal(quiet=quiet)
+    asked = given(steps=steps, guidance_scale=guidance_scale)
     request = GenerateRequest(
-        prompt=prompt, negative_prompt=negative_prompt, steps=steps, guidance_scale=guidance_scale,
-        guidance_rescale=guidance_rescale, seed=seed, count=count, scheduler=scheduler, eta=eta, clip_skip=clip_skip,
-        width=width, height=height, image=None if image is None else str(image), strength=strength,
+        prompt=prompt, negative_prompt=negative_prompt, guidance_rescale=guidance_rescale, seed=seed, count=count,
+        scheduler=scheduler, eta=eta, clip_skip=clip_skip, width=width, height=height,
+        image=None if image is None else str(image), strength=strength, **asked,
     )  # fmt: skip
     base = _base_path(output, prompt)
     _check_early(request, base, preview_every)
     wishes = {"once": True, "offload": offload, "micro_batch": micro_batch, "compile": compile}
     pipeline = load_model(
-        terminal, model, device=device, dtype=dtype, variant=variant, request=_sized(request), wishes=wishes
+        terminal,
+        model,
+        device=device,
+        dtype=dtype,
+        variant=variant,
+        request=_sized(request),
+        asked=asked,
+        wishes=wishes,
     )
+    request = request.replace(**pipeline.suggested | asked)
     result = _draw(pipeline, request, terminal, base.with_name(f"{base.stem}.preview.png"), preview_every)
     paths = _write(result, base, grid=grid, overwrite=overwrite)
     if as_json:
@@ -110,6 +122,11 @@ def generate(
         typer.echo(f"seed {result.seeds[0]}, {sum(result.seconds.values()):.1f} s", err=True)
 
 
+def given(**options: Any) -> dict[str, Any]:
+    """The options that were not left out."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def load_model(
     terminal: Terminal,
     model: str | None,
@@ -118,16 +135,19 @@ def load_model(
     dtype: str | None,
     variant: str | None = None,
     request: GenerateRequest | None = None,
+    asked: dict[str, Any] | None = None,
     wishes: dict[str, Any] | None = None,
 ) -> DiffusionPipeline:
     """Load a checkpoint by name, or the built-in one (None or "built-in"), showing that it is being done.
 
+    request: what is about to be drawn; the checkpoint's suggestions hold in it but where `asked` says otherwise.
     The process is this command's own, so it also computes with as many threads as there are cores to run them.
     """
     import torch
 
-    from sfumato.checkpoints.builtin import builtin_model
+    from sfumato.checkpoints.builtin import BUILT_IN
     from sfumato.checkpoints.locate import locate_folder
+    from sfumato.checkpoints.suggested import suggested_settings
     from sfumato.pipelines import load
     from sfumato.pipelines.components import ComponentFiles
     from sfumato.runtime.device import parse_device, parse_dtype
@@ -135,7 +155,9 @@ def load_model(
     place, precision = parse_device(device), parse_dtype(dtype)
     name = model or BUILT_IN
     # A download shows its own progress, so it comes before the spinner.
-    folder = builtin_model() if name == BUILT_IN else locate_folder(name, ComponentFiles(variant).select)
+    folder = locate_folder(name, ComponentFiles(variant).select)
+    if request is not None:
+        request = request.replace(**suggested_settings(folder) | (asked or {}))
     with terminal.working(f"loading {name}"):
         pipeline = load(folder, device=str(place), dtype=precision, variant=variant, request=request, **(wishes or {}))
     if pipeline.place.facts is not None and place.type == "cpu":

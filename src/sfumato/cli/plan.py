@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,22 +15,29 @@ __all__ = ["EXAMPLES", "duration", "plan"]
 EXAMPLES = """\b
 Examples:
   sfumato plan "a red apple, 3d"
-  sfumato plan "fog" --width 1024 --height 1024 --facts m1-8gb
+  sfumato plan "fog" --model sd15 --width 1024 --height 1024 --facts m1-8gb
   sfumato plan "a fox" --model ./my-checkpoint --count 64 --json
-  sfumato plan "a fox" --facts rtx-4090 --largest"""
+  sfumato plan "a fox" --model sd15 --facts rtx-4090 --largest"""
 
 
 def plan(
     prompt: Annotated[str, typer.Argument(help="What to draw; only its being there counts here.")] = "",
     model: Annotated[
         str | None,
-        typer.Option(help="A checkpoint folder or a hub id in the local cache; the built-in model if left out."),
+        typer.Option(
+            help="A checkpoint folder or a hub id in the local cache; the built-in model if left out. sd15 stands "
+            "for the sizes of Stable Diffusion 1.5, which need not be here."
+        ),
     ] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; the checkpoint's own size if left out.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; the checkpoint's own size if left out.")] = None,
     count: Annotated[int, typer.Option(help="How many pictures.")] = 1,
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
-    guidance_scale: Annotated[float, typer.Option(help="1 or less turns guidance off, and halves the work.")] = 7.5,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps; 50, or what the model asks for, if left out.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="1 or less turns guidance off, and halves the work.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16, instead of the plan's own.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda, mps or cpu, instead of the best one present.")] = None,
     variant: Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.")] = None,
@@ -42,6 +49,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Say how a request would be carried out: choices and why, peak memory, time. Loads no weights, draws nothing."""
+    from sfumato.cli.generate import given
     from sfumato.cli.terminal import print_json
     from sfumato.request import GenerateRequest
     from sfumato.runtime.choices import Wishes, task_of
@@ -49,12 +57,12 @@ def plan(
     from sfumato.runtime.plan import largest_batch
     from sfumato.runtime.plan import plan as make_plan
 
-    request = GenerateRequest(
-        prompt=prompt, width=width, height=height, count=count, steps=steps, guidance_scale=guidance_scale
-    )
+    asked = given(steps=steps, guidance_scale=guidance_scale)
+    request = GenerateRequest(prompt=prompt, width=width, height=height, count=count, **asked)
     wishes = Wishes(device=device, dtype=dtype, once=True)
     machine = facts_named(facts) if facts else read_facts(device)
-    sizes, note = _sizes(model, variant)
+    sizes, suggested = _sizes(model, variant)
+    request = request.replace(**suggested | asked)
     if largest:
         batch = largest_batch(machine, sizes, request, wishes)
         print_json({"largest_batch": batch}) if as_json else typer.echo(batch)
@@ -63,23 +71,24 @@ def plan(
     if as_json:
         print_json(_as_dict(found, machine, sizes))
         return
-    _show(found, machine, task_of(sizes, request), note)
+    _show(found, machine, task_of(sizes, request))
 
 
-def _sizes(model: str | None, variant: str | None) -> tuple[Sizes, str | None]:
-    """The sizes of the model named or built in; where there is neither, those of Stable Diffusion 1.5, and a note."""
-    from sfumato.checkpoints import builtin
-
-    if model is None and not (builtin.FOLDER / "model_index.json").is_file():
+def _sizes(model: str | None, variant: str | None) -> tuple[Sizes, dict[str, Any]]:
+    """The sizes of a model, and the settings it suggests."""
+    if model == "sd15":
         from sfumato.runtime.choices import stable_diffusion_15
 
-        return (
-            stable_diffusion_15(),
-            "no model was named and none is built in, so these are the sizes of its configs",
-        )
+        return stable_diffusion_15(), {}
+    from sfumato.checkpoints.builtin import BUILT_IN
+    from sfumato.checkpoints.locate import locate_folder
+    from sfumato.checkpoints.suggested import suggested_settings
+    from sfumato.pipelines.components import ComponentFiles
     from sfumato.pipelines.sizes import read_sizes
 
-    return read_sizes(model or builtin.builtin_model(), variant), None
+    name = model or BUILT_IN
+    folder = locate_folder(name, ComponentFiles(variant).select, local_files_only=True)
+    return read_sizes(name, variant), suggested_settings(folder)
 
 
 def _as_dict(found: Plan, machine: Facts, sizes: Sizes) -> dict[str, object]:
@@ -95,7 +104,7 @@ def _as_dict(found: Plan, machine: Facts, sizes: Sizes) -> dict[str, object]:
     }
 
 
-def _show(found: Plan, machine: Facts, task: Task, note: str | None) -> None:
+def _show(found: Plan, machine: Facts, task: Task) -> None:
     from rich.markup import escape
     from rich.table import Table
 
@@ -116,7 +125,7 @@ def _show(found: Plan, machine: Facts, task: Task, note: str | None) -> None:
     table.add_row("peak memory", f"{gigabytes(found.peak_bytes)} of {gigabytes(found.free_bytes)} free")
     table.add_row("time", f"about {duration(found.seconds)}")
     console.print(table)
-    for sentence in [*found.reasons, *([note] if note else [])]:
+    for sentence in found.reasons:
         console.print(f"- {escape(sentence)}", highlight=False, soft_wrap=True)
 
 

@@ -10,6 +10,7 @@ __all__ = ["EXAMPLES", "show"]
 
 EXAMPLES = """\b
 Examples:
+  sfumato show
   sfumato show ./my-checkpoint
   sfumato show stable-diffusion-v1-5/stable-diffusion-v1-5 --variant fp16"""
 
@@ -23,11 +24,11 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Say what a checkpoint is: family, parameters, bytes, dtype, scheduler. Loads no weights and uses no network."""
-    from sfumato.checkpoints.builtin import builtin_model
+    from sfumato.checkpoints.builtin import BUILT_IN
     from sfumato.cli.terminal import output, print_json
     from sfumato.pipelines.summary import summarize
 
-    facts = summarize(model if model is not None else builtin_model(), variant=variant)
+    facts = summarize(model or BUILT_IN, variant=variant)
     if as_json:
         print_json(facts)
         return
@@ -48,6 +49,21 @@ def show(
     table.add_row("total", "", _count(facts["parameters"]), _bytes(facts["bytes"]), "")
     console.print(table)
     console.print(f"predicts {facts['prediction_type']}, reads {facts['prompt_tokens']} tokens", highlight=False)
+    for line in _abilities(facts):
+        console.print(escape(line), highlight=False, soft_wrap=True)
+
+
+def _abilities(facts: dict[str, Any]) -> list[str]:
+    """What a model of few words says of itself."""
+    if "words" not in facts:
+        return []
+    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts["suggested"].items())
+    return [
+        f"a small model for demonstration, which can draw nothing but {len(facts['words'])} things",
+        f"styles: {', '.join(facts['styles'])}",
+        *([f"suggests: {settings}"] if settings else []),
+        f"things: {', '.join(facts['words'])}",
+    ]
 
 
 def _count(number: Any) -> str:

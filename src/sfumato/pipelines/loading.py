@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sfumato.checkpoints.builtin import BUILT_IN
 from sfumato.checkpoints.locate import locate_folder
 from sfumato.pipelines.arguments import split_keywords
 from sfumato.pipelines.components import ComponentFiles
@@ -34,14 +35,14 @@ WISHES = ("engine", "offload", "compile", "micro_batch", "once")
 
 
 def load(
-    name: str | PathLike[str],
+    name: str | PathLike[str] = BUILT_IN,
     *,
     device: str | None = None,
     dtype: torch.dtype | None = None,
     request: GenerateRequest | None = None,
     **keywords: Any,
 ) -> DiffusionPipeline:
-    """Load a checkpoint for the best device present, in the fastest precision that is safe there.
+    """Load a checkpoint, or the built-in one, for the best device present, in the fastest precision safe there.
 
     device, dtype: override that. request: what is about to be drawn, if that is known; what does not fit is then
     refused before a weight is read. Other choices of the plan by name: engine, offload ("none", "staged"), compile,

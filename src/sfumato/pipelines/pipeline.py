@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 
+from sfumato.checkpoints.suggested import suggested_settings
 from sfumato.errors import ConfigError, UnknownArgument, UsageError, suggest
 from sfumato.images import to_arrays
 from sfumato.models.attention import attention_for
@@ -28,6 +29,7 @@ from sfumato.pipelines.progress import Progress
 from sfumato.pipelines.result import Result, StableDiffusionPipelineOutput, Step
 from sfumato.pipelines.run import Run
 from sfumato.pipelines.stages import Given
+from sfumato.pipelines.words import Words
 from sfumato.request import MAX_SEED, GenerateRequest
 from sfumato.runtime.device import parse_device
 
@@ -53,6 +55,8 @@ class DiffusionPipeline:
     """A Stable Diffusion checkpoint, ready to draw.
 
     Its parts are attributes and may be replaced by assignment: `vae`, `text_encoder`, `tokenizer`, `unet`, `scheduler`.
+    `suggested` holds the settings its checkpoint asks for, as keywords of a `GenerateRequest`; `words` what a
+    small model knows, None for others.
     """
 
     vae: AutoencoderKL | AutoencoderTiny
@@ -61,6 +65,8 @@ class DiffusionPipeline:
     unet: UNet2DConditionModel
     scheduler: Scheduler
     name: str
+    suggested: dict[str, Any]
+    words: Words | None
     _saved_as: ClassVar[str] = "StableDiffusionPipeline"
 
     def __init__(
@@ -79,7 +85,7 @@ class DiffusionPipeline:
         """From its parts. There is no safety checker; one that is passed raises `UsageError`."""
         if safety_checker is not None or image_encoder is not None:
             raise UsageError("Sfumato has no safety checker and no image encoder; leave them out or pass None")
-        self.name = "unnamed"
+        self.name, self.suggested, self.words = "unnamed", {}, None
         self.sliced = False
         self.place = Place()
         self._progress = Progress()
@@ -130,7 +136,8 @@ class DiffusionPipeline:
         if (index.get("safety_checker") or [None])[0] and given.get("safety_checker", True) is not None:
             log.warning("the safety checker of this checkpoint is not loaded: Sfumato shows every picture it draws")
         pipeline = target(**parts)
-        pipeline.name = str(name)
+        pipeline.name, pipeline.suggested = str(name), suggested_settings(folder)
+        pipeline.words = Words.from_folder(folder)
         return pipeline
 
     @classmethod
@@ -144,7 +151,7 @@ class DiffusionPipeline:
     def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> Self:
         """The same parts, shared and not copied, behind another pipeline's call."""
         new = cls(**(pipeline.components | components))
-        new.name = pipeline.name
+        new.name, new.suggested, new.words = pipeline.name, pipeline.suggested, pipeline.words
         return new
 
     def save_pretrained(

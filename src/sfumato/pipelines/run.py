@@ -6,7 +6,7 @@ import itertools
 import logging
 import time
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from sfumato.runtime.device import ran_out_of_memory, release_memory, reused_mem
 from sfumato.schedulers.noise import GaussianNoise
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from PIL.Image import Image
     from torch import Tensor
@@ -75,6 +75,8 @@ class Run:
         with torch.no_grad(), self._held("text_encoder"), self._timed("encode"):
             conditioning = stages.encode_prompt(pipeline, request, self.given, guided=guided, watch=self.watch)
         self._note_lost(conditioning.lost)
+        if pipeline.words is not None:
+            self._note(pipeline.words.notes(request.prompts))
         self._set_timesteps()
         with torch.no_grad():
             start, latents = self._start(conditioning.embeds.shape[0])
@@ -175,7 +177,7 @@ class Run:
         with self._timed("prepare"):
             self.pipeline.place.bring(self.pipeline, part, self.plan, self.notes)
         try:
-            with reused_memory(self.pipeline.device):
+            with reused_memory() if part == "vae" and self.plan and self.plan.keep_freed else nullcontext():
                 yield
         finally:
             self.pipeline.place.leave(self.pipeline, part, self.plan)
@@ -274,8 +276,13 @@ class Run:
 
     def _note_lost(self, lost: tuple[str, ...]) -> None:
         length = self.pipeline.tokenizer.model_max_length
-        for text in dict.fromkeys(lost):
-            note = f"the prompt is longer than the {length} tokens this model reads; it did not see: {text!r}"
+        self._note(
+            f"the prompt is longer than the {length} tokens this model reads; it did not see: {text!r}"
+            for text in dict.fromkeys(lost)
+        )
+
+    def _note(self, notes: Iterable[str]) -> None:
+        for note in notes:
             self.notes.append(note)
             log.warning("%s", note)
 

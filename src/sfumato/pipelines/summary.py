@@ -6,11 +6,13 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from sfumato.checkpoints.locate import locate_folder
+from sfumato.checkpoints.suggested import suggested_settings
 from sfumato.checkpoints.weights import find_weights, read_headers
 from sfumato.configs import UNet2DConditionConfig, parse
 from sfumato.errors import CheckpointError
 from sfumato.files import read_json
 from sfumato.pipelines.components import COMPONENTS, INDEX, ComponentFiles, component_class
+from sfumato.pipelines.words import Words
 from sfumato.text.tokenizer import prompt_length
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ def summarize(name: str | PathLike[str], *, variant: str | None = None) -> dict[
     height, width = (size, size) if isinstance(size, int) else size
     path = folder / "tokenizer" / "tokenizer_config.json"
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    words = Words.from_folder(folder)
     return {
         "name": str(name),
         "family": _family(unet),
@@ -48,6 +51,8 @@ def summarize(name: str | PathLike[str], *, variant: str | None = None) -> dict[
         },
         "parameters": sum(facts.get("parameters", 0) for facts in parts.values()),
         "bytes": sum(facts.get("bytes", 0) for facts in parts.values()),
+        "suggested": suggested_settings(folder),
+        **({} if words is None else {"words": words.names, "styles": words.styles}),
     }
 
 

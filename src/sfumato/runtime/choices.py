@@ -185,6 +185,7 @@ class Plan:
     micro_batch     pictures per call of the U-Net
     offload         "none", or "staged": the text encoder leaves memory after encoding, the U-Net before decoding
     steps           of the schedule, as requested
+    keep_freed      while the VAE decodes, large tensors that are freed stay with the process for the next one
     reasons         each choice in a sentence
     peak_bytes      estimated peak: of the process on a CPU, of the device's memory elsewhere
     free_bytes      what the device had for it
@@ -206,6 +207,7 @@ class Plan:
     compile: bool
     threads: int | None
     steps: int
+    keep_freed: bool = False
     reasons: tuple[str, ...] = ()
     peak_bytes: int = 0
     free_bytes: int = 0

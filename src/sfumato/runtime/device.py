@@ -83,18 +83,14 @@ def ran_out_of_memory(error: Exception) -> bool:
 
 
 @contextmanager
-def reused_memory(device: torch.device) -> Iterator[None]:
-    """Within the block, on a CPU, the C library keeps large tensors that are freed for the next one of their size.
+def reused_memory() -> Iterator[None]:
+    """Within the block the C library keeps large tensors that are freed for the next one of their size.
 
     Otherwise it returns them to the system, which hands them out again page by page, cleared: a fifth of the time of
     decoding a picture. GNU's library only; others keep memory by themselves. Afterwards its thresholds are those it
     settles on by itself (mallopt(3)), 32 MiB for maps and twice that for trimming, and what was kept is given back.
     """
-    if device.type != "cpu" or sys.platform != "linux":
-        yield
-        return
-    library = ctypes.CDLL(None)
-    change = getattr(library, "mallopt", lambda option, value: None)
+    change = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)
     change(M_MMAP_THRESHOLD, 2**30)
     change(M_TRIM_THRESHOLD, 2**31 - 1)
     try:
@@ -102,7 +98,7 @@ def reused_memory(device: torch.device) -> Iterator[None]:
     finally:
         change(M_MMAP_THRESHOLD, 2**25)
         change(M_TRIM_THRESHOLD, 2**26)
-        release_memory(device)
+        release_memory(torch.device("cpu"))
 
 
 def release_memory(device: torch.device) -> None:

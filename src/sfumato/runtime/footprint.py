@@ -34,6 +34,8 @@ PIXEL_BUFFERS = 3
 # Packed for oneDNN, upsampling layers hold their taps twice; and while layers are packed, what the last ones held is
 # given back only now and then.
 PACKED, UNRELEASED = 1.08, 64 * MIB
+# What is kept when it is freed is not always what is needed next.
+KEPT = 3
 # Casting holds a window of the file beside the result: a sixty-fourth of it.
 CAST_PARTS = 64
 
@@ -63,7 +65,8 @@ def footprint(facts: Facts, task: Task, plan: Plan) -> Footprint:
     denoise = _held(facts, task, plan, "unet") + SAMPLER_STATES * plan.micro_batch * latents
     denoise += _live(plan, task.unet_layers, "unet", plan.micro_batch * task.rows)
     at_once = 1 if plan.vae_slicing else plan.micro_batch
-    decode = _held(facts, task, plan, "vae") + _live(plan, decoded_layers(task, plan), "vae", at_once)
+    decode = _held(facts, task, plan, "vae")
+    decode += (KEPT if plan.keep_freed else 1) * _live(plan, decoded_layers(task, plan), "vae", at_once)
     decode += PIXEL_BUFFERS * 4 * picture * plan.micro_batch
     if task.from_picture:
         coding = _held(facts, task, plan, "vae") + _live(plan, task.encoder_layers, "vae")

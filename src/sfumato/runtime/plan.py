@@ -47,7 +47,7 @@ def plan(facts: Facts, sizes: Sizes, request: GenerateRequest, wishes: Wishes = 
     found = _first_that_fits(facts, task, wishes)
     if found is None:
         raise _refusal(facts, task, wishes)
-    found = _with_compile(facts, task, wishes, found)
+    found = _with_freed_kept(facts, task, wishes, _with_compile(facts, task, wishes, found))
     return dataclasses.replace(found, reasons=reasons(facts, task, wishes, found))
 
 
@@ -193,6 +193,16 @@ def _with_compile(facts: Facts, task: Task, wishes: Wishes, one: Plan) -> Plan:
         seconds=one.seconds * (1 - COMPILE_GAIN[one.kind]) + SECONDS_TO_COMPILE[one.kind],
     )
     return compiled if _fits(facts, task, compiled) else one
+
+
+def _with_freed_kept(facts: Facts, task: Task, wishes: Wishes, one: Plan) -> Plan:
+    """Decode a sixth faster, with GNU's C library, where that raises no peak or memory is plentiful."""
+    if one.kind != "cpu" or facts.system != "linux":
+        return one
+    keeping = dataclasses.replace(one, keep_freed=True)
+    peak = footprint(facts, task, keeping).peak
+    plentiful = not wishes.once and 2 * peak <= one.free_bytes
+    return dataclasses.replace(keeping, peak_bytes=peak) if plentiful or peak <= one.peak_bytes else one
 
 
 def _free(facts: Facts, kind: str) -> int:

@@ -10,18 +10,11 @@ import torch
 import transformers
 
 import sfumato
+from support.checkpoints import FULL_SIZE_UNET
 from support.compare import FLOAT32, distance, generator
 
 pytestmark = pytest.mark.full_size
 
-UNET = {
-    "sample_size": 64,
-    "cross_attention_dim": 768,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "attention_head_dim": 8,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-}
 VAE = {
     "block_out_channels": [128, 256, 512, 512],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -77,7 +70,7 @@ def _free():
 
 @torch.no_grad()
 def test_unet():
-    ours, theirs = shared(sfumato.UNet2DConditionModel, diffusers.UNet2DConditionModel, UNET)
+    ours, theirs = shared(sfumato.UNet2DConditionModel, diffusers.UNet2DConditionModel, FULL_SIZE_UNET)
     assert sum(p.numel() for p in ours.parameters()) == 859_520_964
     x, context = torch.randn(1, 4, 16, 24, generator=generator(1)), torch.randn(1, 77, 768, generator=generator(2))
     a = ours(x, 541, context, return_dict=False)[0]

@@ -13,7 +13,7 @@ import sfumato
 from sfumato.kernels import build, kernels_for
 from sfumato.models.base import Model
 from sfumato.models.packed import Packed, PackedGEGLU, PackedGroupNorm, kernel_attention, pack, packable
-from support.checkpoints import SHAPES, TEXT, UNET, VAE, randomize
+from support.checkpoints import FULL_SIZE_UNET, SHAPES, TEXT, UNET, VAE, randomize
 from support.compare import FLOAT32, distance, generator
 
 pytestmark = [
@@ -104,16 +104,9 @@ def test_text_encoder(masked: bool):
 @pytest.mark.full_size
 @torch.no_grad()
 def test_stable_diffusion_15_at_its_full_size():
-    config = {
-        "sample_size": 64,
-        "cross_attention_dim": 768,
-        "block_out_channels": [320, 640, 1280, 1280],
-        "attention_head_dim": 8,
-        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    }
     with torch.device("meta"):
-        ours, theirs = sfumato.UNet2DConditionModel(**config), diffusers.UNet2DConditionModel(**config)
+        ours = sfumato.UNet2DConditionModel(**FULL_SIZE_UNET)
+        theirs = diffusers.UNet2DConditionModel(**FULL_SIZE_UNET)
     draw = generator(0)
     state = {}
     for name, value in ours.state_dict().items():

@@ -35,6 +35,15 @@ UNET = {
     "attention_head_dim": 4,
     "norm_num_groups": 8,
 }
+# The U-Net of Stable Diffusion 1.5, as it is.
+FULL_SIZE_UNET = {
+    "sample_size": 64,
+    "cross_attention_dim": 768,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "attention_head_dim": 8,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}
 VAE = {
     "block_out_channels": [8, 16],
     "down_block_types": ["DownEncoderBlock2D"] * 2,

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import UsageError
+from sfumato.runtime.chunks import attention_chunk
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -77,13 +78,13 @@ def chunked(max_bytes: int) -> AttentionFunction:
         raise UsageError(f"the attention budget must be at least one byte, not {max_bytes}")
 
     def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        query_bytes = k.shape[2] * q.element_size()
-        queries = max(1, max_bytes // query_bytes)
-        if queries >= q.shape[2]:
-            return sliced(max(1, max_bytes // (query_bytes * q.shape[2])))(q, k, v, mask)
+        batch, heads, length = q.shape[:3]
+        pairs, queries = attention_chunk(batch * heads, length, k.shape[2], q.element_size(), max_bytes)
+        if queries == length:
+            return sliced(pairs)(q, k, v, mask)
         one_pair = sliced(1)
         out = torch.empty_like(q)
-        for start in range(0, q.shape[2], queries):
+        for start in range(0, length, queries):
             part = slice(start, start + queries)
             part_mask = mask if mask is None or mask.shape[-2] == 1 else mask[..., part, :]
             out[:, :, part] = one_pair(q[:, :, part], k, v, part_mask)

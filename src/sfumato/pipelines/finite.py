@@ -10,6 +10,7 @@ import torch
 
 from sfumato.errors import CheckpointError, NonFiniteError
 from sfumato.pipelines.repair import computed_in_float32, recall, remember
+from sfumato.runtime.device import dtype_name
 from sfumato.runtime.numerics import repeat_dtype
 
 if TYPE_CHECKING:
@@ -82,9 +83,8 @@ class FiniteWatch:
         if component not in self._in_float32:
             self._in_float32[component] = _repeatable(model) and recall(component, model)
             if self._in_float32[component]:
-                self._note(
-                    f"{component}: computed in float32, as {_dtype(model)} has failed with this checkpoint before"
-                )
+                precision = dtype_name(model.dtype)
+                self._note(f"{component}: computed in float32, as {precision} has failed with this checkpoint before")
         with computed_in_float32(model) if self._in_float32[component] else nullcontext():
             return compute()
 
@@ -98,7 +98,9 @@ class FiniteWatch:
         component = _component(stage)
         if self._in_float32[component] or not _repeatable(model):
             raise NonFiniteError(stage, "check the prompt embeddings, latents or image that were given")
-        self._note(f"{stage}: {_dtype(model)} gave NaN or infinite values, so it was computed again in float32")
+        self._note(
+            f"{stage}: {dtype_name(model.dtype)} gave NaN or infinite values, so it was computed again in float32"
+        )
         self._in_float32[component] = True
         self._unproven.add(component)
 
@@ -121,9 +123,5 @@ def _component(stage: str) -> str:
     return stage.partition(",")[0]
 
 
-def _dtype(model: Model) -> str:
-    return str(model.dtype).removeprefix("torch.")
-
-
 def _repeatable(model: Model) -> bool:
-    return repeat_dtype(model.device.type, _dtype(model)) is not None
+    return repeat_dtype(model.device.type, dtype_name(model.dtype)) is not None

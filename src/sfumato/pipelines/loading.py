@@ -17,7 +17,7 @@ from sfumato.pipelines.place import Place
 from sfumato.pipelines.sizes import read_sizes
 from sfumato.request import GenerateRequest
 from sfumato.runtime.choices import PARTS, Wishes
-from sfumato.runtime.device import default_dtype, parse_device
+from sfumato.runtime.device import default_dtype, dtype_name, parse_device
 from sfumato.runtime.facts import read_facts
 from sfumato.runtime.plan import plan
 
@@ -51,7 +51,8 @@ def load(
     not fit.
     """
     wished = {key: keywords.pop(key) for key in WISHES if key in keywords}
-    wishes = Wishes(device=device, dtype=_name(dtype), **wished)
+    planned_for = None if dtype is None or dtype == torch.float64 else dtype_name(dtype)
+    wishes = Wishes(device=device, dtype=planned_for, **wished)
     variant, use_safetensors = keywords.pop("variant", None), keywords.pop("use_safetensors", None)
     given, hub = split_keywords(keywords)
     files = ComponentFiles(variant, use_safetensors)
@@ -84,7 +85,3 @@ def _placed(folder: Path, files: ComponentFiles, given: dict[str, Any], planned:
         if "was asked for and became" in reason:
             log.warning("%s", reason)
     return pipeline
-
-
-def _name(dtype: torch.dtype | None) -> str | None:
-    return None if dtype is None or dtype == torch.float64 else str(dtype).removeprefix("torch.")

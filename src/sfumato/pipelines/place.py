@@ -10,12 +10,12 @@ import torch
 
 from sfumato.errors import SfumatoError, UsageError
 from sfumato.kernels import Kernels, kernels_for
-from sfumato.models.attention import attention_for, chunked, sdpa, upcast
+from sfumato.models.attention import attention_for, chunked, upcast
 from sfumato.models.base import Model
 from sfumato.models.packed import is_packed, kernel_attention, pack, packable, unpack
 from sfumato.pipelines.recipe import fingerprint
 from sfumato.runtime.choices import DTYPE_BYTES, PARTS, Part, Plan, Sizes, Wishes, count_parameters
-from sfumato.runtime.device import release_memory
+from sfumato.runtime.device import dtype_name, release_memory
 from sfumato.runtime.facts import read_facts, refreshed
 from sfumato.runtime.numerics import softmax_dtype
 from sfumato.runtime.plan import largest_batch, plan
@@ -66,7 +66,7 @@ class Place:
 
     def _known(self, pipeline: DiffusionPipeline) -> tuple[Facts, Sizes, Wishes] | None:
         """What a plan is made from."""
-        dtypes = {part: _name(getattr(pipeline, part).dtype) for part in PARTS}
+        dtypes = {part: dtype_name(getattr(pipeline, part).dtype) for part in PARTS}
         if not set(dtypes.values()) <= DTYPE_BYTES.keys():
             return None
         device = str(pipeline.device)
@@ -164,11 +164,11 @@ def _attention(model: Model, plan: Plan, kernels: Kernels | None) -> Any:
     if kernels is not None:
         return kernel_attention(kernels)
     if plan.kind == "cpu" or plan.attention_bytes is None:
-        attention = sdpa if plan.kind == "cpu" else attention_for(torch.device(plan.kind))
+        attention = attention_for(torch.device(plan.kind))
     else:
         attention = chunked(plan.attention_bytes)
-    wide = softmax_dtype(plan.kind, _name(model.dtype))
-    return upcast(attention, getattr(torch, wide)) if wide != _name(model.dtype) else attention
+    wide = softmax_dtype(plan.kind, dtype_name(model.dtype))
+    return upcast(attention, getattr(torch, wide)) if wide != dtype_name(model.dtype) else attention
 
 
 def _sizes(pipeline: DiffusionPipeline) -> Sizes:
@@ -179,7 +179,3 @@ def _sizes(pipeline: DiffusionPipeline) -> Sizes:
         parts[part] = Part(numbers, numbers * model.dtype.itemsize)
         parts[f"{part}_config"] = model.config
     return Sizes(name=pipeline.name, tokens=pipeline.tokenizer.model_max_length, **parts)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

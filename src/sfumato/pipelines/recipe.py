@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato.pipelines.result import versions
+from sfumato.runtime.device import dtype_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +31,7 @@ def describe(
         "model": {"name": pipeline.name, "weights": weights_hash(pipeline)},
         "scheduler": {"class": type(run.scheduler).__name__, "config": run.scheduler.config.to_dict()},
         "device": pipeline.device.type,
-        "dtype": str(pipeline.dtype).removeprefix("torch."),
+        "dtype": dtype_name(pipeline.dtype),
         "versions": versions(),
         "notes": list(run.notes),
     }

@@ -19,6 +19,7 @@ from sfumato.errors import CheckpointError, OutputError
 from sfumato.files import cache_folder, output_folder, read_json, write_json
 from sfumato.models.packed import unpack
 from sfumato.pipelines.recipe import fingerprint
+from sfumato.runtime.device import dtype_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -39,7 +40,6 @@ def computed_in_float32(model: Model) -> Iterator[None]:
     Each layer casts its own weights for its own call, so that beside the model only one layer is ever held in float32.
     A compiled model computes eagerly, as what was compiled reads the weights themselves.
     """
-    unpack(model)
     unpack(model)
     layers = [layer for layer in model.modules() if any(True for _ in layer.parameters(recurse=False))]
     compiled, model._compiled_call_impl = model._compiled_call_impl, None
@@ -113,7 +113,7 @@ def remember(component: str, model: Model) -> None:
 
 
 def _place(component: str, model: Model) -> str:
-    return f"{component} on {model.device.type} in {str(model.dtype).removeprefix('torch.')}"
+    return f"{component} on {model.device.type} in {dtype_name(model.dtype)}"
 
 
 def _read() -> dict[str, list[str]]:

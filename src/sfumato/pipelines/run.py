@@ -8,6 +8,7 @@ import time
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,7 @@ from sfumato.pipelines.denoise import DenoiseStep, denoise
 from sfumato.pipelines.finite import FiniteWatch
 from sfumato.pipelines.guidance import Guidance
 from sfumato.pipelines.repair import saved_randomness
+from sfumato.runtime.choices import check_sides
 from sfumato.runtime.device import ran_out_of_memory, release_memory, reused_memory
 from sfumato.schedulers.noise import GaussianNoise
 
@@ -121,8 +123,7 @@ class Run:
             if self._lean or not ran_out_of_memory(error):
                 raise
         note = "memory ran out although the plan had room for this; trying again with one picture at a time and tiles"
-        self.notes.append(note)
-        log.warning("%s", note)
+        self._note([note])
         self._lean = True
         release_memory(self.pipeline.device)
         shrink()
@@ -184,7 +185,7 @@ class Run:
 
     def _asked(self) -> GenerateRequest:
         """The request as a plan needs it: with all its pictures, and their size."""
-        factor, image, latents = self.pipeline.vae_scale_factor, self._picture(), self.given.latents
+        factor, image, latents = self.pipeline.vae_scale_factor, self._picture, self.given.latents
         width, height = self.pipeline.size_of(self.request)
         if image is not None:
             height, width = (side * (factor if image.shape[1] == 4 else 1) for side in image.shape[2:])
@@ -205,14 +206,7 @@ class Run:
             raise UsageError("prompt and prompt_embeds both say what to draw; give one of them")
         if given.negative_prompt_embeds is not None and request.negative_prompt is not None:
             raise UsageError("negative_prompt and negative_prompt_embeds exclude each other; give one of them")
-        factor = self.pipeline.vae_scale_factor
-        for name in ("width", "height"):
-            value = getattr(request, name)
-            if value is not None and value % factor:
-                near = sorted({max(factor, value - value % factor), value + factor - value % factor})
-                raise UsageError(
-                    f"{name} must be divisible by {factor}, and {value} is not; try {' or '.join(map(str, near))}"
-                )
+        check_sides(self.pipeline.vae_scale_factor, width=request.width, height=request.height)
         generators = given.generators
         batch = self._prompts() * request.count
         if isinstance(generators, (list, tuple)) and len(generators) != batch:
@@ -238,7 +232,7 @@ class Run:
         pipeline, request, given = self.pipeline, self.request, self.given
         dtype = torch.float64 if pipeline.unet.dtype == torch.float64 else torch.float32
         device, generators = pipeline.device, given.generators
-        pixels = self._picture()
+        pixels = self._picture
         if pixels is not None:
             start = self._start_index()
             with self._held("vae"), self._timed("encode"):
@@ -257,6 +251,7 @@ class Run:
             raise UsageError(f"latents must have the shape {shape}, not {tuple(latents.shape)}")
         return 0, latents.to(device, dtype) * self.scheduler.init_noise_sigma
 
+    @cached_property
     def _picture(self) -> Tensor | None:
         """What image-to-image starts from: pixels (P, 3, H, W) in [-1, 1], or latents (P, 4, h, w)."""
         request = self.request

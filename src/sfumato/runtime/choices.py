@@ -23,6 +23,7 @@ __all__ = [
     "Sizes",
     "Task",
     "Wishes",
+    "check_sides",
     "count_parameters",
     "stable_diffusion_15",
     "task_of",
@@ -102,16 +103,21 @@ class Task:
         return text_layers(self.sizes.text_encoder_config, self.sizes.tokens)
 
 
-def task_of(sizes: Sizes, request: GenerateRequest) -> Task:
-    """What a request asks of a checkpoint. Raises `UsageError` for a size that its VAE cannot make."""
-    width, height = request.width or sizes.picture_size[0], request.height or sizes.picture_size[1]
-    factor = sizes.vae_config.scale_factor
-    for name, value in (("width", width), ("height", height)):
-        if value % factor:
+def check_sides(factor: int, **sides: int | None) -> None:
+    """Raise `UsageError` for a width or height that is no multiple of the VAE's factor; None is left to the model."""
+    for name, value in sides.items():
+        if value is not None and value % factor:
             near = sorted({max(factor, value - value % factor), value + factor - value % factor})
             raise UsageError(
                 f"{name} must be divisible by {factor}, and {value} is not; try {' or '.join(map(str, near))}"
             )
+
+
+def task_of(sizes: Sizes, request: GenerateRequest) -> Task:
+    """What a request asks of a checkpoint. Raises `UsageError` for a size that its VAE cannot make."""
+    width, height = request.width or sizes.picture_size[0], request.height or sizes.picture_size[1]
+    factor = sizes.vae_config.scale_factor
+    check_sides(factor, width=width, height=height)
     custom = request.timesteps or request.sigmas
     steps = len(custom) if custom else request.steps
     guided = request.guidance_scale > 1 and sizes.unet_config.time_cond_proj_dim is None

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DTYPES",
     "default_dtype",
+    "dtype_name",
     "parse_device",
     "parse_dtype",
     "ran_out_of_memory",
@@ -68,6 +69,11 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     if name not in DTYPES:
         raise UsageError(f"there is no dtype {name!r}{suggest(name, DTYPES)}; use float32, float16 or bfloat16")
     return DTYPES[name]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The way back: a precision's plain name, "float16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

@@ -64,8 +64,10 @@ def caches(root: Path = Path("/")) -> tuple[int | None, int | None]:
 
 
 def compiler() -> str | None:
-    """The path of a C compiler, or None."""
-    return next((path for name in ("cc", "gcc", "clang", "cl") if (path := shutil.which(name))), None)
+    """The path of the C compiler that our kernels use, or else of one that torch's compiler can; or None."""
+    from sfumato.kernels.build import compiler as of_kernels
+
+    return of_kernels() or shutil.which("cl")
 
 
 def _sysctl(name: str) -> str:

@@ -11,6 +11,7 @@ from sfumato.schedulers.names import NAMES
 
 HERE = Path(__file__).parent
 COMMANDS = ("", "generate", "replay", "schedulers", "show", "plan", "doctor", "bench", "download")
+COREML = ("coreml", "coreml convert", "coreml verify", "coreml generate", "coreml download")
 NOTE = "<!-- made by docs/generate.py; change the code, then run `make docs` -->\n"
 
 
@@ -32,7 +33,7 @@ def schedulers_page() -> str:
 def cli_page() -> str:
     """The help of every command."""
     parts = ["# The command line\n"]
-    for command in COMMANDS:
+    for command in (*COMMANDS, *COREML):
         words = ["sfumato", *command.split(), "--help"]
         script = Path(sys.executable).with_name("sfumato")
         environment = os.environ | {"COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1"}

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "auto_grid",
+    "fitted",
     "from_pixels",
     "make_image_grid",
     "next_free",
@@ -108,6 +109,18 @@ def open_image(path: str | Path) -> Image.Image:
         if isinstance(error, UsageError):
             raise
         raise UsageError(f"{path} cannot be read as a picture ({error}); give a PNG, JPEG or WebP file") from error
+
+
+def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The middle of a picture, cut to the shape of `size` (width, height) and resized to it; one of that size as it is.
+
+    What is cut off leaves no trace at the edges.
+    """
+    scale = min(image.width / size[0], image.height / size[1])
+    width, height = (max(1, round(side * scale)) for side in size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    middle = image.crop((left, top, left + width, top + height))
+    return middle if middle.size == size else middle.resize(size, Image.Resampling.LANCZOS)
 
 
 def make_image_grid(images: Sequence[Image.Image], rows: int, cols: int, resize: int | None = None) -> Image.Image:

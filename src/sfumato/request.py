@@ -9,9 +9,10 @@ from typing import Any, Self
 
 from sfumato.errors import UnknownArgument, UsageError, suggest
 
-__all__ = ["MAX_SEED", "GenerateRequest"]
+__all__ = ["LARGEST_SEEDS", "GenerateRequest"]
 
-MAX_SEED = 2**63 - 1
+# The sources of random numbers that `rng` names, and the largest seed of each.
+LARGEST_SEEDS = {"torch": 2**63 - 1, "numpy": 2**32 - 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ class GenerateRequest:
     guidance_scale    how strongly to follow the prompt (1 or less: no guidance, half the work)
     guidance_rescale  0 to 1; tames over-exposure (arXiv 2305.08891, section 3.4)
     seed              image i is drawn with seed + i; None picks one, and the result says which
+    rng               where noise comes from: "torch", or "numpy" as in Apple's Core ML runners
     count             pictures per prompt
     width, height     pixels; the checkpoint's own size if None
     scheduler         a short name ("dpmpp_2m_karras"); the checkpoint's own if None
@@ -39,6 +41,7 @@ class GenerateRequest:
     guidance_scale: float = 7.5
     guidance_rescale: float = 0.0
     seed: int | None = None
+    rng: str = "torch"
     count: int = 1
     width: int | None = None
     height: int | None = None
@@ -69,8 +72,7 @@ class GenerateRequest:
             ("strength", 0, 1),
         ):
             _check_number(name, getattr(self, name), low, high)
-        if self.seed is not None and (not _is_int(self.seed) or not 0 <= self.seed <= MAX_SEED):
-            raise UsageError(f"seed must be a whole number from 0 to 2**63 - 1, not {self.seed!r}")
+        self._check_seed()
         if self.clip_skip is not None and (not _is_int(self.clip_skip) or self.clip_skip < 0):
             raise UsageError(f"clip_skip must be a whole number of at least 0, not {self.clip_skip!r}")
         if self.timesteps is not None and self.sigmas is not None:
@@ -89,6 +91,21 @@ class GenerateRequest:
                 f"negative_prompt must be one text, or one per prompt: there are {len(self.prompts)} prompts and "
                 f"{len(negative)} negative prompts"
             )
+
+    def _check_seed(self) -> None:
+        if not isinstance(self.rng, str) or self.rng not in LARGEST_SEEDS:
+            raise UsageError(f"rng must be {' or '.join(LARGEST_SEEDS)}, not {self.rng!r}")
+        largest = LARGEST_SEEDS[self.rng]
+        if self.seed is not None and (not _is_int(self.seed) or not 0 <= self.seed <= largest):
+            limits = f"0 to 2**{largest.bit_length()} - 1" + ("" if self.rng == "torch" else f" with rng {self.rng}")
+            raise UsageError(f"seed must be a whole number from {limits}, not {self.seed!r}")
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seed of each picture, which begins again at 0 after the largest; empty where none was given."""
+        if self.seed is None:
+            return ()
+        return tuple((self.seed + index) % (LARGEST_SEEDS[self.rng] + 1) for index in range(self.batch_size))
 
     @property
     def prompts(self) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from PIL import Image
 from sfumato.errors import OutputError, UsageError
 from sfumato.images import (
     auto_grid,
+    fitted,
     from_pixels,
     make_image_grid,
     next_free,
@@ -93,6 +94,18 @@ def test_a_picture_of_unreasonable_size_is_refused_before_it_is_read(tmp_path, m
     monkeypatch.setattr("sfumato.images.MAX_PIXELS", 1000)
     with pytest.raises(UsageError, match="64×64"):
         open_image(tmp_path / "large.png")
+
+
+@pytest.mark.parametrize(("size", "box"), [((8, 8), (4, 0, 12, 8)), ((16, 4), (0, 2, 16, 6)), ((16, 8), (0, 0, 16, 8))])
+def test_a_picture_is_cut_around_its_middle(size, box):
+    assert fitted(picture(), size).tobytes() == picture().crop(box).tobytes()
+    larger = fitted(picture(), (3 * size[0], 3 * size[1]))
+    assert larger.tobytes() == picture().crop(box).resize(larger.size, Image.Resampling.LANCZOS).tobytes()
+
+
+@given(width=st.integers(1, 40), height=st.integers(1, 40), wanted=st.tuples(st.integers(1, 40), st.integers(1, 40)))
+def test_a_picture_is_cut_to_any_size(width, height, wanted):
+    assert fitted(picture(width, height), wanted).size == wanted
 
 
 def test_a_grid():

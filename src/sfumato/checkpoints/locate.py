@@ -82,10 +82,11 @@ def locate_folder(name: str | PathLike[str], select: Select, **hub: Any) -> Path
         raise
 
 
-def download(repo: str, select: Select, options: HubOptions) -> Path:
+def download(repo: str, select: Select, options: HubOptions, *, local_dir: Path | None = None) -> Path:
     """Fetch from the hub what `select` picks from the repository's files; only missing files travel.
 
-    Raises `DownloadError` or, for a name that cannot be a hub id, `UsageError`.
+    local_dir: the folder to put the files into, in place of the cache. Raises `DownloadError` or, for a name that
+    cannot be a hub id, `UsageError`.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
@@ -107,6 +108,7 @@ def download(repo: str, select: Select, options: HubOptions) -> Path:
             revision=options.revision,
             token=options.token,
             force_download=options.force_download,
+            local_dir=local_dir,
         )
     except GatedRepoError as error:
         raise DownloadError(

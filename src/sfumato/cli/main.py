@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from sfumato.cli import bench, catalog, doctor, download, generate, plan, replay, show
+from sfumato.cli import bench, catalog, coreml, doctor, download, generate, plan, replay, show
 from sfumato.errors import SfumatoError
 
 __all__ = ["app", "main"]
@@ -50,6 +50,7 @@ app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
 app.command("download", epilog=download.EXAMPLES)(download.download)
+app.add_typer(coreml.app, name="coreml")
 
 
 def _version(wanted: bool) -> None:

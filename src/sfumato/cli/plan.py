@@ -49,7 +49,7 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Say how a request would be carried out: choices and why, peak memory, time. Loads no weights, draws nothing."""
-    from sfumato.cli.generate import given
+    from sfumato.cli.drawing import given
     from sfumato.cli.terminal import print_json
     from sfumato.request import GenerateRequest
     from sfumato.runtime.choices import Wishes, task_of

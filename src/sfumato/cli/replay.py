@@ -80,6 +80,8 @@ def _check_recipe(recipe: dict[str, Any], picture: Path) -> None:
 
     start = recipe["request"].get("image")
     wanted = {"model": ("name", "weights"), "scheduler": ("class", "config"), "image": ("sha256",) if start else ()}
+    if "coreml" in recipe:
+        wanted["coreml"] = ("engine", "kind", "compute_unit")
     for key, parts in wanted.items():
         value = recipe.get(key, {})
         if not isinstance(value, dict) or any(part not in value for part in parts) or "dtype" not in recipe:
@@ -94,12 +96,18 @@ def _load(
     terminal: Terminal, recipe: dict[str, Any], picture: Path, model: str | None, device: str | None, dtype: str | None
 ) -> DiffusionPipeline:
     """The checkpoint the picture was drawn with. Raises `UsageError` if it is another one."""
+    from sfumato.cli.coreml_generate import replay_models
     from sfumato.cli.generate import load_model
     from sfumato.pipelines.recipe import weights_hash
 
-    name = model or str(recipe["model"]["name"])
+    name, converted = model or str(recipe["model"]["name"]), recipe.get("coreml")
+    if converted is not None and (device, dtype) != (None, None):
+        raise UsageError(f"{picture} was drawn with converted models, which take no --device and no --dtype")
     try:
-        pipeline = load_model(terminal, name, device=device, dtype=dtype or str(recipe["dtype"]))
+        if converted is not None:
+            pipeline = replay_models(terminal, name, converted)
+        else:
+            pipeline = load_model(terminal, name, device=device, dtype=dtype or str(recipe["dtype"]))
     except CheckpointError as error:
         if model is not None or Path(name).expanduser().is_dir():
             raise

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from rich.console import Console
 
@@ -55,6 +55,18 @@ class Terminal:
 
         with Console(stderr=True).status(escape(what)):
             yield
+
+    @contextmanager
+    def stages(self, what: str) -> Iterator[Callable[[str], None]]:
+        """A spinner that names the stage it is told last."""
+        if self.hidden:
+            yield lambda stage: None
+            return
+        from rich.console import Console
+        from rich.markup import escape
+
+        with Console(stderr=True).status(escape(what)) as status:
+            yield lambda stage: status.update(escape(f"{what}: {stage}"))
 
     @contextmanager
     def steps(self, what: str) -> Iterator[StepBar]:

@@ -38,6 +38,8 @@ class Model(AttentionUser):
     compute_dtype: torch.dtype | None = None
     # What the weights hash to (pipelines/recipe.py), kept while they are packed or away.
     fingerprint: str | None = None
+    # What to do where a stage's values are not finite and float32 is no help (pipelines/finite.py).
+    remedy = "check the prompt embeddings, latents or image that were given"
     _stored: Callable[..., Self] | None = None
 
     def __init__(self, config: Config | None = None, **values: object) -> None:

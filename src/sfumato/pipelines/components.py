@@ -35,6 +35,7 @@ __all__ = [
     "load_components",
     "save_components",
     "scheduler_from_recipe",
+    "up_to_date",
 ]
 
 log = logging.getLogger("sfumato")
@@ -161,6 +162,16 @@ def scheduler_from_recipe(class_name: str, config: Mapping[str, Any]) -> Schedul
     if class_name not in _CLASSES["scheduler"]:
         raise UsageError(f"the recipe names a scheduler {class_name!r} that does not exist; was the picture edited?")
     return _CLASSES["scheduler"][class_name].from_config(config)
+
+
+def up_to_date(scheduler: Scheduler) -> Scheduler:
+    """Two settings that early checkpoints have wrong, and that every Stable Diffusion pipeline corrects."""
+    changes = {}
+    if scheduler.config.get("steps_offset", 1) != 1:
+        changes["steps_offset"] = 1
+    if scheduler.config.get("clip_sample") is True:
+        changes["clip_sample"] = False
+    return type(scheduler).from_config(scheduler.config, **changes) if changes else scheduler
 
 
 def save_components(

@@ -97,7 +97,7 @@ class FiniteWatch:
                 )
         component = _component(stage)
         if self._in_float32[component] or not _repeatable(model):
-            raise NonFiniteError(stage, "check the prompt embeddings, latents or image that were given")
+            raise NonFiniteError(stage, model.remedy)
         self._note(
             f"{stage}: {dtype_name(model.dtype)} gave NaN or infinite values, so it was computed again in float32"
         )

@@ -11,7 +11,7 @@ import torch
 
 from sfumato.checkpoints.suggested import suggested_settings
 from sfumato.errors import ConfigError, UnknownArgument, UsageError, suggest
-from sfumato.images import to_arrays
+from sfumato.images import to_arrays, to_pixels
 from sfumato.models.attention import attention_for
 from sfumato.pipelines import recipe
 from sfumato.pipelines.arguments import refuse, request_from, split_keywords
@@ -23,6 +23,7 @@ from sfumato.pipelines.components import (
     choose_scheduler,
     load_components,
     save_components,
+    up_to_date,
 )
 from sfumato.pipelines.place import Place
 from sfumato.pipelines.progress import Progress
@@ -30,8 +31,9 @@ from sfumato.pipelines.result import Result, StableDiffusionPipelineOutput, Step
 from sfumato.pipelines.run import Run
 from sfumato.pipelines.stages import Given
 from sfumato.pipelines.words import Words
-from sfumato.request import MAX_SEED, GenerateRequest
+from sfumato.request import GenerateRequest
 from sfumato.runtime.device import parse_device
+from sfumato.runtime.generators import generator_for
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 
     from sfumato.models import AutoencoderKL, AutoencoderTiny, CLIPTextModel, UNet2DConditionModel
     from sfumato.schedulers.base import Scheduler
+    from sfumato.schedulers.noise import Generators
     from sfumato.text.tokenizer import CLIPTokenizer
 
 __all__ = ["DiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionPipeline"]
@@ -91,7 +94,7 @@ class DiffusionPipeline:
         self._progress = Progress()
         self._home: torch.device | None = None
         self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
-        self.unet, self.scheduler = unet, _up_to_date(scheduler)
+        self.unet, self.scheduler = unet, up_to_date(scheduler)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in COMPONENTS:
@@ -186,6 +189,10 @@ class DiffusionPipeline:
         height, width = (own, own) if isinstance(own, int) else own
         return request.width or width * self.vae_scale_factor, request.height or height * self.vae_scale_factor
 
+    def read_picture(self, image: Any, size: tuple[int, int] | None) -> Tensor:
+        """What image-to-image starts from, as the autoencoder reads it; `size` (width, height) if one is asked for."""
+        return to_pixels(image, self.vae_scale_factor, size)
+
     def to(self, *places: str | torch.device | torch.dtype | None, **named: Any) -> Self:
         """Move the models to a device, a precision, or both; returns the pipeline itself.
 
@@ -243,8 +250,8 @@ class DiffusionPipeline:
         width, height = self.size_of(request)
         if request.image is None:
             request = request.replace(width=width, height=height)
-        seeds = tuple(((request.seed or 0) + index) % (MAX_SEED + 1) for index in range(request.batch_size))
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        seeds = request.seeds
+        generators = [generator_for(request.rng, seed) for seed in seeds]
         scheduler = choose_scheduler(request.scheduler, self.scheduler)
         run = Run(self, request, Given(generators=generators), scheduler)
         loop = run.latents()
@@ -347,7 +354,7 @@ class StableDiffusionPipeline(DiffusionPipeline):
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int | None = 1,
         eta: float = 0.0,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: Generators = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
@@ -398,7 +405,7 @@ class StableDiffusionImg2ImgPipeline(DiffusionPipeline):
         negative_prompt: str | Sequence[str] | None = None,
         num_images_per_prompt: int | None = 1,
         eta: float = 0.0,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        generator: Generators = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         output_type: str = "pil",
@@ -432,13 +439,3 @@ class StableDiffusionImg2ImgPipeline(DiffusionPipeline):
         return self._call(
             request, given, output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs
         )
-
-
-def _up_to_date(scheduler: Scheduler) -> Scheduler:
-    """Two settings that early checkpoints have wrong, and that every Stable Diffusion pipeline corrects."""
-    changes = {}
-    if scheduler.config.get("steps_offset", 1) != 1:
-        changes["steps_offset"] = 1
-    if scheduler.config.get("clip_sample") is True:
-        changes["clip_sample"] = False
-    return type(scheduler).from_config(scheduler.config, **changes) if changes else scheduler

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -71,7 +72,7 @@ def saved_randomness(generators: Generators, device: torch.device) -> Callable[[
 
     For no generators: torch's own, of the CPU and of the device.
     """
-    saved: list[tuple[Callable[[Tensor], Any], Tensor]] = []
+    saved: list[tuple[Callable[[Any], Any], Any]] = []
     if generators is None:
         saved.append((torch.set_rng_state, torch.get_rng_state()))
         if device.type == "cuda":
@@ -79,7 +80,7 @@ def saved_randomness(generators: Generators, device: torch.device) -> Callable[[
         if device.type == "mps":
             saved.append((torch.mps.set_rng_state, torch.mps.get_rng_state()))
     else:
-        each = [generators] if isinstance(generators, torch.Generator) else generators
+        each = generators if isinstance(generators, Sequence) else [generators]
         saved += [(generator.set_state, generator.get_state()) for generator in each]
 
     def go_back() -> None:

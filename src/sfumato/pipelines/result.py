@@ -59,7 +59,7 @@ class Result:
 
     images, and for each its seed and its recipe (what a PNG carries); the request with everything it left open filled
     in; notes: what was done without being asked for, such as words that did not fit; seconds spent in each stage; the
-    plan it was drawn by, None in float64.
+    plan it was drawn by, None in float64 and for converted models.
     """
 
     images: list[Image]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sfumato.errors import MemoryPlanError, UsageError
-from sfumato.images import open_image, to_pictures, to_pixels
+from sfumato.images import open_image, to_pictures
 from sfumato.pipelines import stages
 from sfumato.pipelines.denoise import DenoiseStep, denoise
 from sfumato.pipelines.finite import FiniteWatch
@@ -257,7 +257,7 @@ class Run:
         request = self.request
         image = self.given.image if request.image is None else open_image(request.image)
         size = None if request.width is None or request.height is None else (request.width, request.height)
-        return None if image is None else to_pixels(image, self.pipeline.vae_scale_factor, size)
+        return None if image is None else self.pipeline.read_picture(image, size)
 
     def _start_index(self) -> int:
         scheduler = self.scheduler

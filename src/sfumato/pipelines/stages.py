@@ -17,11 +17,12 @@ from sfumato.text.prompt import encode_prompts
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Generator, Tensor
+    from torch import Tensor
 
     from sfumato.pipelines.finite import FiniteWatch
     from sfumato.pipelines.pipeline import DiffusionPipeline
     from sfumato.request import GenerateRequest
+    from sfumato.schedulers.noise import Generators
 
 __all__ = ["Conditioning", "Given", "decode", "encode_image", "encode_prompt"]
 
@@ -37,7 +38,7 @@ class Given:
     start from.
     """
 
-    generators: Generator | Sequence[Generator] | None = None
+    generators: Generators = None
     latents: Tensor | None = None
     prompt_embeds: Tensor | None = None
     negative_prompt_embeds: Tensor | None = None
@@ -95,9 +96,7 @@ def _encode(
 
 
 @torch.no_grad()
-def encode_image(
-    vae: Autoencoder, pixels: Tensor, batch: int, generators: Generator | Sequence[Generator] | None, watch: FiniteWatch
-) -> Tensor:
+def encode_image(vae: Autoencoder, pixels: Tensor, batch: int, generators: Generators, watch: FiniteWatch) -> Tensor:
     """Pixels (P, 3, H, W) in [-1, 1] -> scaled latents (batch, C, h, w) in float32.
 
     Latents given in place of pixels (P, 4, h, w) are taken as they are. Raises `UsageError` where P does not divide
@@ -124,7 +123,7 @@ def encode_image(
     return latents.repeat(batch // latents.shape[0], 1, 1, 1)
 
 
-def _posterior_noise(vae: AutoencoderKL, pixels: Tensor, generators: Generator | Sequence[Generator] | None) -> Tensor:
+def _posterior_noise(vae: AutoencoderKL, pixels: Tensor, generators: Generators) -> Tensor:
     height, width = (side // vae.config.scale_factor for side in pixels.shape[2:])
     return GaussianNoise((pixels.shape[0], vae.config.latent_channels, height, width), generators, vae.device)()
 

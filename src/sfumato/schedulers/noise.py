@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from sfumato.errors import MissingExtra, UsageError
+from sfumato.runtime.generators import RandomSource, normal
 from sfumato.schedulers.rows import Noise, Row
 
-Generators = Generator | Sequence[Generator] | None
+Generators = RandomSource | Sequence[RandomSource] | None
 Seeds = int | Sequence[int] | None
 
 __all__ = ["BrownianNoise", "GaussianNoise", "noise_for"]
@@ -33,7 +34,7 @@ class GaussianNoise:
     """
 
     def __init__(self, shape: Sequence[int], generators: Generators = None, device: Any = None) -> None:
-        if generators is not None and not isinstance(generators, Generator):
+        if isinstance(generators, Sequence):
             if len(generators) not in (1, shape[0]):
                 raise UsageError(f"{len(generators)} generators for a batch of {shape[0]}: give one, or one per image")
             generators = generators[0] if len(generators) == 1 else generators
@@ -43,13 +44,9 @@ class GaussianNoise:
 
     def __call__(self, row: Row | None = None) -> Tensor:
         """Draw `shape` values in float32 on `device`."""
-        if self.generators is None or isinstance(self.generators, Generator):
-            return self._draw(self.shape, self.generators)
-        return torch.cat([self._draw((1, *self.shape[1:]), generator) for generator in self.generators])
-
-    def _draw(self, shape: tuple[int, ...], generator: Generator | None) -> Tensor:
-        device = self.device if generator is None else generator.device
-        return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(self.device)
+        if not isinstance(self.generators, Sequence):
+            return normal(self.shape, self.generators, self.device)
+        return torch.cat([normal((1, *self.shape[1:]), generator, self.device) for generator in self.generators])
 
 
 class BrownianNoise:

@@ -299,8 +299,8 @@ class DPMSolverSDEScheduler(TwoCallScheduler):
         """One Brownian path seeded by `noise_sampler_seed`, else by the generator's seed (a list: a path per image)."""
         seed = self.config.noise_sampler_seed
         if seed is None and generators is not None:
-            single = isinstance(generators, torch.Generator)
-            seed = generators.initial_seed() if single else [each.initial_seed() for each in generators]
+            several = isinstance(generators, Sequence)
+            seed = [each.initial_seed() for each in generators] if several else generators.initial_seed()
         return BrownianNoise(shape, self._range, seed, device)
 
     def step(

@@ -61,8 +61,11 @@ class CLIPTokenizer:
         return cls.from_folder(root / subfolder if subfolder else root)
 
     @classmethod
-    def from_folder(cls, folder: Path) -> Self:
-        """From `vocab.json` and `merges.txt`, or else `tokenizer.json`. Raises `CheckpointError` naming the file."""
+    def from_folder(cls, folder: Path, *, pad_token_id: int | None = None) -> Self:
+        """From `vocab.json` and `merges.txt`, or else `tokenizer.json`. Raises `CheckpointError` naming the file.
+
+        pad_token_id: what to pad with where no file beside them says so, as in the folders of Apple's Swift apps.
+        """
         files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
         if {"vocab.json", "merges.txt"} <= files.keys():
             tokenizer = _from_bpe(folder)
@@ -76,6 +79,8 @@ class CLIPTokenizer:
         names = read_json(folder / "special_tokens_map.json") if "special_tokens_map.json" in files else {}
         # Files without a list of added tokens leave the last word to the older map: Stable Diffusion 2.1 pads with "!".
         named = config if "added_tokens_decoder" in config else config | {k: v for k, v in names.items() if v}
+        if pad_token_id is not None and not config and not names:
+            named = {"pad_token": _token_of(tokenizer, pad_token_id)}
         _add_special(tokenizer, list(config.get("added_tokens_decoder", {}).values()), named)
         pad = _token(named.get("pad_token") or END)
         return cls(tokenizer, pad_token=pad, model_max_length=prompt_length(config), files=files)
@@ -189,6 +194,13 @@ def _id(tokenizer: Tokenizer, token: str) -> int:
     found = tokenizer.token_to_id(token)
     if found is None:
         raise CheckpointError(f"the tokenizer has no token {token!r}; its files are not those of a CLIP tokenizer")
+    return found
+
+
+def _token_of(tokenizer: Tokenizer, id_: int) -> str:
+    found = tokenizer.id_to_token(id_)
+    if found is None:
+        raise CheckpointError(f"the tokenizer has no token {id_} to pad with; its files are of another checkpoint")
     return found
 
 

@@ -1,0 +1,35 @@
+"""`sfumato coreml download`: converted models from the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["EXAMPLES", "download"]
+
+EXAMPLES = """\b
+Examples:
+  sfumato coreml download apple/coreml-stable-diffusion-v1-4
+  sfumato coreml download apple/coreml-stable-diffusion-v1-4 --variant split_einsum/compiled -o models"""
+
+
+def download(
+    repo: Annotated[str, typer.Argument(metavar="ID", help="A hub id such as owner/name.")],
+    variant: Annotated[
+        str | None,
+        typer.Option(help="The folder of the repository to fetch; original/packages if it has that.", metavar="FOLDER"),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where to put it, in place of the hub's cache.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch, tag or commit.")] = None,
+) -> None:
+    """Fetch one variant of converted models, and print its folder. Files that are here are not fetched again."""
+    from sfumato.cli.terminal import Terminal
+
+    Terminal(quiet=False)  # before the hub's library, whose bars it may hide
+    from sfumato.coreml.download import download as fetch
+
+    typer.echo(fetch(repo, variant, output=output, revision=revision))

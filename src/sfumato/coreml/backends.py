@@ -1,0 +1,195 @@
+"""Who computes a converted model: Apple's framework on macOS, the portable runtime everywhere else."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+
+from sfumato.coreml.program import Interface
+from sfumato.errors import CheckpointError, MissingExtra, UsageError, suggest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from sfumato.coreml.program import Feature, Model
+
+__all__ = ["COMPUTE_UNITS", "AppleModel", "Backend", "Chain", "Engine", "Link", "engine_for", "parse_compute_unit"]
+
+Precision = Literal["float32", "typed"]
+
+COMPUTE_UNITS = ("ALL", "CPU_AND_GPU", "CPU_ONLY", "CPU_AND_NE")
+# How Apple's two runners spell them, without case and underscores.
+_SPELLINGS = {unit.replace("_", "").lower(): unit for unit in COMPUTE_UNITS} | {"cpuandneuralengine": "CPU_AND_NE"}
+
+
+class Backend(Protocol):
+    """A model that can be asked."""
+
+    @property
+    def interface(self) -> Interface:
+        """What it is asked with, and what it answers."""
+        ...
+
+    def predict(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The outputs by name, for all inputs by name, of the interface's shapes."""
+        ...
+
+
+def parse_compute_unit(name: str) -> str:
+    """One of `COMPUTE_UNITS`, by the spelling of Apple's Python runner or of the Swift one ("cpuAndGPU"), in any case.
+
+    Raises `UsageError` for another name.
+    """
+    key = name.replace("_", "").replace("-", "").lower()
+    if key not in _SPELLINGS:
+        near = suggest(name.upper(), COMPUTE_UNITS)
+        raise UsageError(f"there is no compute unit {name!r}{near}; use {', '.join(COMPUTE_UNITS)}")
+    return _SPELLINGS[key]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What opens models: Apple's framework with a compute unit, or the portable runtime.
+
+    precision: how the portable runtime computes. "float32" leaves half-precision types out of account: nothing is
+    rounded on the way, and a CPU is quicker so. "typed" rounds wherever the program says so, as hardware would.
+    """
+
+    compute_unit: str = "ALL"
+    apple: bool = False
+    precision: Precision = "float32"
+
+    @property
+    def name(self) -> str:
+        """How recipes call it."""
+        return "core ml" if self.apple else "portable"
+
+    @property
+    def note(self) -> str | None:
+        """What a user who asked for more than this machine has should know."""
+        if self.apple or self.compute_unit == "CPU_ONLY":
+            return None
+        return f"{self.compute_unit} became CPU_ONLY: without Core ML, the portable runtime computes on the CPU"
+
+    def open(self, path: Path, model: Model) -> Backend:
+        """Make a model, which was read from `path`, ready to be asked.
+
+        Raises `CheckpointError` for one that cannot be run, and `MissingExtra` where coremltools is not installed.
+        """
+        if self.apple:
+            return AppleModel(path, model.interface, self.compute_unit)
+        from sfumato.coreml.runtime import Predictor
+
+        return Predictor(model, precision=self.precision)
+
+
+def engine_for(compute_unit: str, *, portable: bool = False, precision: Precision = "float32") -> Engine:
+    """The engine for a compute unit: Apple's framework on macOS, unless the portable runtime is asked for.
+
+    Raises `UsageError` for a unit that does not exist, or that the engine does not have.
+    """
+    unit = parse_compute_unit(compute_unit)
+    apple = sys.platform == "darwin" and not portable
+    if unit == "CPU_AND_NE" and not apple:
+        raise UsageError(
+            "only Core ML reaches a Neural Engine, and it is on macOS; with compute unit CPU_ONLY the portable runtime "
+            "draws with the same models"
+        )
+    return Engine(unit, apple=apple, precision=precision)
+
+
+class AppleModel:
+    """A package or a compiled model, run by Apple's framework through coremltools. macOS only."""
+
+    def __init__(self, path: Path, interface: Interface, compute_unit: str) -> None:
+        """Load it, which compiles a package first and may take minutes for the Neural Engine.
+
+        Raises `MissingExtra` or `CheckpointError`.
+        """
+        self.interface = interface
+        self._path, self._unit = path, compute_unit
+        coremltools = _coremltools()
+        unit = getattr(coremltools.ComputeUnit, compute_unit)
+        try:
+            if path.suffix == ".mlmodelc":
+                self._model: Any = coremltools.models.CompiledMLModel(str(path), unit)
+            else:
+                self._model = coremltools.models.MLModel(str(path), compute_units=unit)
+        except Exception as error:  # the framework's own errors come through as plain ones
+            raise self._failed("load", error) from error
+
+    def predict(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The framework's outputs. Raises `CheckpointError` with its words where it fails."""
+        try:
+            # A dictionary of its own: coremltools widens half-precision arrays in the one that it is given.
+            outputs = self._model.predict(dict(inputs))
+        except Exception as error:
+            raise self._failed("run", error) from error
+        return {name: np.asarray(value) for name, value in outputs.items()}
+
+    def _failed(self, what: str, error: Exception) -> CheckpointError:
+        words = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        other = "CPU_AND_GPU" if self._unit == "CPU_ONLY" else "CPU_ONLY"
+        return CheckpointError(
+            f"Core ML cannot {what} {self._path.name} on {self._unit} ({words}); try --compute-unit {other}"
+        )
+
+
+def _coremltools() -> Any:
+    try:
+        import coremltools
+    except ImportError as error:
+        raise MissingExtra("Apple's framework is reached through coremltools: pip install 'sfumato[coreml]'") from error
+    return coremltools
+
+
+@dataclass(frozen=True)
+class Link:
+    """One model of a `Chain`: what it reads and gives, and how it is opened."""
+
+    interface: Interface
+    open: Callable[[], Backend]
+
+
+class Chain:
+    """The models of one network in a row; most networks are one model, a U-Net may be cut into several.
+
+    What one gives the later ones read, by name. A model is opened when it is first asked, or by `load`.
+    """
+
+    def __init__(self, links: Sequence[Link]) -> None:
+        self._links = tuple(links)
+        self._open: dict[int, Backend] = {}
+        inputs: dict[str, Feature] = {}
+        given: set[str] = set()
+        for link in self._links:
+            inputs |= {one.name: one for one in link.interface.inputs if one.name not in given | inputs.keys()}
+            given |= {one.name for one in link.interface.outputs}
+        self.interface = Interface(tuple(inputs.values()), self._links[-1].interface.outputs)
+
+    def load(self) -> None:
+        """Open all models now."""
+        for index in range(len(self._links)):
+            self._backend(index)
+
+    def release(self) -> None:
+        """Let go of all models; the next question opens them again."""
+        self._open.clear()
+
+    def predict(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The last model's outputs by name, for the chain's inputs by name."""
+        features = dict(inputs)
+        outputs: dict[str, np.ndarray] = {}
+        for index, link in enumerate(self._links):
+            outputs = self._backend(index).predict({one.name: features[one.name] for one in link.interface.inputs})
+            features |= outputs
+        return outputs
+
+    def _backend(self, index: int) -> Backend:
+        if index not in self._open:
+            self._open[index] = self._links[index].open()
+        return self._open[index]

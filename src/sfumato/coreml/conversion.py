@@ -1,0 +1,347 @@
+"""From a checkpoint to Core ML packages: checked before the work, written whole, resumed where it was interrupted."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from sfumato import __version__
+from sfumato.coreml import layout
+from sfumato.coreml.chunk import chunk
+from sfumato.coreml.converter import attention_named, target_named, text_encoder, unet, vae_decoder, vae_encoder
+from sfumato.coreml.formats import read_model, write_package
+from sfumato.coreml.palettize import BITS, palettize, recipe_for, weights_of
+from sfumato.coreml.source import NETWORK_OF, PARTS
+from sfumato.errors import ConfigError, MemoryPlanError, OutputError, SfumatoError, UsageError, suggest
+from sfumato.files import check_writable, output_folder
+from sfumato.runtime.facts import read_facts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from sfumato.coreml.program import Model
+    from sfumato.coreml.source import Source
+
+__all__ = ["Conversion", "ConversionOptions", "Converted", "build", "convert", "memory_needed"]
+
+log = logging.getLogger("sfumato")
+
+# Where palettes are used, as in Apple's converter: the autoencoder's weights are few and its errors are seen.
+PALETTIZED = ("text_encoder", "unet")
+GIB = 2**30
+# What a process with torch holds before it converts anything, measured (docs/performance.md).
+BASE_BYTES = 0.6 * GIB
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionOptions:
+    """What to make of a checkpoint.
+
+    parts      of `PARTS`
+    attention  "original" (CPU and GPU), "split_einsum" or "split_einsum_v2" (Neural Engine)
+    height, width   of the latents; the checkpoint's own if None
+    target     the oldest system to run on, in Apple's words: "macOS13", "iOS17", …
+    bits       of each weight of text encoder and U-Net: 1, 2, 4, 6 or 8; 16 bits without palettes if None
+    target_db  in place of bits: the fewest for each layer whose weights keep this signal-to-noise ratio
+    recipe     in place of both: bits by the name of each weight
+    chunks     how many packages the U-Net is cut into
+    batch      prompts that the U-Net reads at once: 2 for guidance in one call, or 1
+    """
+
+    parts: tuple[str, ...] = PARTS
+    attention: str = "split_einsum"
+    height: int | None = None
+    width: int | None = None
+    target: str = "macOS13"
+    bits: int | None = None
+    target_db: float | None = None
+    recipe: Mapping[str, int] | None = None
+    chunks: int = 1
+    batch: int = 2
+
+    def __post_init__(self) -> None:
+        for part in self.parts:
+            if part not in PARTS:
+                raise UsageError(f"there is no part {part!r}{suggest(part, PARTS)}; parts are {', '.join(PARTS)}")
+        attention_named(self.attention)
+        target_named(self.target)
+        if self.bits is not None and self.bits not in BITS:
+            raise UsageError(f"weights can have 1, 2, 4, 6 or 8 bits, not {self.bits}; 16 is without palettes")
+        if sum(value is not None for value in (self.bits, self.target_db, self.recipe)) > 1:
+            raise UsageError("bits, a target in dB and a recipe exclude each other; give one of them")
+        for name in ("height", "width"):
+            side = getattr(self, name)
+            if side is not None and side < 1:
+                raise UsageError(f"the latents' {name} must be at least 1, not {side}")
+        if not 1 <= self.chunks <= layout.MAX_CHUNKS:
+            raise UsageError(f"the U-Net can be cut into 1 to {layout.MAX_CHUNKS} chunks, not {self.chunks}")
+        if self.batch not in (1, 2):
+            raise UsageError(f"the U-Net can read 1 or 2 prompts at once, not {self.batch}")
+
+    @property
+    def compressed(self) -> bool:
+        """Whether some weights get palettes."""
+        return self.bits is not None or self.target_db is not None or self.recipe is not None
+
+
+@dataclass(frozen=True)
+class Converted:
+    """One part: its packages, their bytes, the seconds it took; kept: it was there already and is as it would be."""
+
+    part: str
+    paths: tuple[Path, ...]
+    bytes: int
+    seconds: float
+    kept: bool = False
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was made: the folder, and its parts in the order in which they were."""
+
+    folder: Path
+    parts: tuple[Converted, ...] = field(default=())
+
+
+def convert(
+    source: Source,
+    folder: Path,
+    options: ConversionOptions | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_part: Callable[[str], None] | None = None,
+) -> Conversion:
+    """Write packages of a checkpoint into a folder, under the names that Apple's runners read.
+
+    resume: packages that are there and are as they would be made are kept, others replaced; overwrite: all are
+    replaced; with neither, one that is there is an error before anything is done. `on_part` is told each part before
+    its work. Raises `ConfigError` for a checkpoint that has no Core ML form, `OutputError` for a disk too full,
+    `UsageError` for options that do not fit it; each package is whole or absent.
+    """
+    options = options or ConversionOptions()
+    paths = {part: _paths(folder, source.name, part, options) for part in options.parts}
+    taken = [path for part in paths for path in (*paths[part], *_other_forms(folder, source.name, part, paths[part]))]
+    _check_place(folder, taken, free=resume or overwrite)
+    _check_room(source, folder, options)
+    made = []
+    for part in options.parts:
+        if on_part is not None:
+            on_part(part)
+        began = time.perf_counter()
+        recipe = _recipe(source, part, options)
+        kept = resume and all(_is_made_by(path, recipe) for path in paths[part])
+        if not kept:
+            _write(source, part, options, recipe, paths[part])
+        _remove(_other_forms(folder, source.name, part, paths[part]))
+        size = sum(layout.folder_bytes(path) for path in paths[part])
+        made.append(Converted(part, paths[part], size, time.perf_counter() - began, kept))
+    _write_tokenizer(source, folder)
+    return Conversion(folder, tuple(made))
+
+
+def memory_needed(source: Source, options: ConversionOptions) -> int:
+    """Bytes that converting takes at its peak, estimated from the headers.
+
+    Weights are mapped and cast one by one, so what counts is the largest tensor in float32, twice, and the palettes'
+    indices of one network.
+    """
+    networks = {NETWORK_OF[part] for part in options.parts}
+    largest = max(getattr(source.sizes, network).parameters for network in networks)
+    tensor = max(source.sizes.text_encoder_config.vocab_size * source.sizes.text_encoder_config.hidden_size, 3 * 10**7)
+    return int(BASE_BYTES + 8 * tensor + (largest if options.compressed else 0))
+
+
+def build(source: Source, part: str, options: ConversionOptions) -> Model:
+    """One part in float16, neither cut nor compressed; its weights are read when they are needed."""
+    network: Any = source.load(part)
+    common = {"target": options.target, "dtype": "fp16"}
+    if part == "text_encoder":
+        return text_encoder(network, **common)
+    height, width = _latent_size(source, options)
+    if part == "unet":
+        tokens = min(source.tokenizer.model_max_length, source.sizes.text_encoder_config.max_position_embeddings)
+        return unet(
+            network,
+            height=height,
+            width=width,
+            tokens=tokens,
+            batch=options.batch,
+            attention=options.attention,
+            **common,
+        )
+    build = vae_decoder if part == "vae_decoder" else vae_encoder
+    return build(network, height=height, width=width, **common)
+
+
+def _write(source: Source, part: str, options: ConversionOptions, recipe: str, paths: Sequence[Path]) -> None:
+    model = build(source, part, options)
+    if part in PALETTIZED and options.compressed:
+        model = palettize(model, _bits(model, options))
+    models = [model] if len(paths) == 1 else chunk(model, len(paths))
+    shared = _metadata(source, part, options) | {"sfumato.recipe": recipe}
+    for number, (one, path) in enumerate(zip(models, paths, strict=True), start=1):
+        own = {} if len(paths) == 1 else {"sfumato.chunk": f"{number} of {len(paths)}"}
+        about = one.description or part
+        described = replace(
+            one,
+            metadata={**one.metadata, **shared, **own},
+            author=f"converted by Sfumato from {source.name}",
+            license="that of the checkpoint; see its model card",
+            version=__version__,
+            description=about if len(paths) == 1 else f"{about}, chunk {number} of {len(paths)}",
+        )
+        write_package(described, path)
+
+
+def _bits(model: Model, options: ConversionOptions) -> int | dict[str, int]:
+    if options.bits is not None:
+        return options.bits
+    if options.recipe is not None:
+        return {name: bits for name, bits in options.recipe.items() if name in weights_of(model)}
+    return recipe_for(model, options.target_db or 0)
+
+
+def _check_recipe(source: Source, options: ConversionOptions) -> None:
+    """Raise `UsageError` for a name in a recipe that is a weight of none of the parts that get palettes."""
+    if options.recipe is None:
+        return
+    known = {name for part in PALETTIZED if part in options.parts for name in weights_of(build(source, part, options))}
+    for name in options.recipe:
+        if name not in known:
+            raise UsageError(f"the recipe names {name!r}, which is no weight of these networks{suggest(name, known)}")
+
+
+def _latent_size(source: Source, options: ConversionOptions) -> tuple[int, int]:
+    own = source.sizes.unet_config.sample_size or 64
+    height, width = (own, own) if isinstance(own, int) else own
+    return options.height or height, options.width or width
+
+
+def _metadata(source: Source, part: str, options: ConversionOptions) -> dict[str, str]:
+    """What a runner needs to know, so that it need not guess."""
+    vae = source.sizes.vae_config
+    values: dict[str, Any] = {
+        "part": part,
+        "config": source.config(NETWORK_OF[part]),
+        "source": source.name,
+        "source_hash": source.hash,
+        "version": __version__,
+    }
+    if part == "unet":
+        values |= {
+            "attention": options.attention,
+            "scheduler": source.scheduler,
+            "prediction_type": source.scheduler["prediction_type"],
+            "settings": source.settings,
+        }
+    if part == "text_encoder":
+        tokenizer = source.tokenizer
+        values["tokenizer"] = {"model_max_length": tokenizer.model_max_length, "pad_token_id": tokenizer.pad_token_id}
+    if part.startswith("vae"):
+        values |= {"scaling_factor": vae.scaling_factor, "shift_factor": vae.shift_factor or 0.0}
+    if part in PALETTIZED and options.compressed:
+        values["bits"] = options.bits or "mixed"
+    texts = {
+        key: value if isinstance(value, str) else json.dumps(value, sort_keys=True) for key, value in values.items()
+    }
+    return {f"sfumato.{key}": text for key, text in texts.items()}
+
+
+def _recipe(source: Source, part: str, options: ConversionOptions) -> str:
+    """Everything that the bytes of a part depend on."""
+    values: dict[str, Any] = {
+        "version": __version__,
+        "weights": source.fingerprints[NETWORK_OF[part]],
+        "source": source.hash,
+        "target": options.target,
+    }
+    if part != "text_encoder":
+        values["latents"] = _latent_size(source, options)
+    if part == "unet":
+        values |= {"attention": options.attention, "batch": options.batch, "chunks": options.chunks}
+    if part in PALETTIZED and options.compressed:
+        values |= {"bits": options.bits, "target_db": options.target_db, "recipe": dict(options.recipe or {})}
+    return json.dumps(values, sort_keys=True)
+
+
+def _paths(folder: Path, name: str, part: str, options: ConversionOptions) -> tuple[Path, ...]:
+    chunks = options.chunks if part == "unet" else 1
+    return tuple(folder / name for name in layout.package_names(name, part, chunks))
+
+
+def _other_forms(folder: Path, name: str, part: str, paths: Sequence[Path]) -> list[Path]:
+    """Packages of an earlier conversion, cut otherwise, that runners would take in place of the new ones."""
+    counts = range(1, layout.MAX_CHUNKS + 1) if part == "unet" else ()
+    names = [other for count in counts for other in layout.package_names(name, part, count)]
+    return [
+        folder / other for other in dict.fromkeys(names) if folder / other not in paths and (folder / other).is_dir()
+    ]
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    for path in paths:
+        log.warning("%s, of an earlier conversion, is removed", path)
+        shutil.rmtree(path)
+
+
+def _is_made_by(path: Path, recipe: str) -> bool:
+    if not path.exists():
+        return False
+    try:
+        return read_model(path).metadata.get("sfumato.recipe") == recipe
+    except SfumatoError as error:
+        log.warning("%s will be made again: %s", path.name, error)
+        return False
+
+
+def _check_place(folder: Path, paths: Sequence[Path], *, free: bool) -> None:
+    check_writable(folder)
+    present = [path for path in paths if path.exists()]
+    if present and not free:
+        raise UsageError(f"{present[0]} is already there; say --resume to keep what is finished, or --overwrite")
+
+
+def _check_room(source: Source, folder: Path, options: ConversionOptions) -> None:
+    """Refuse before anything is written what cannot end well."""
+    _check_latents(source, options)
+    _check_recipe(source, options)
+    size = sum(2 * getattr(source.sizes, NETWORK_OF[part]).parameters for part in options.parts)
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free_disk = shutil.disk_usage(nearest).free
+    if free_disk < size:
+        raise OutputError(
+            f"the packages take up to {size / GIB:.1f} GiB and {nearest} has {free_disk / GIB:.1f} GiB free; "
+            "free some, or choose another place with -o"
+        )
+    needed, free = memory_needed(source, options), read_facts("cpu").memory_free
+    if free < needed:
+        raise MemoryPlanError(
+            f"this conversion takes {needed / GIB:.1f} GiB of memory and {free / GIB:.1f} GiB are free; close other "
+            "programs, or convert one part at a time (--convert-unet, …)",
+            needed=needed,
+            free=free,
+        )
+
+
+def _check_latents(source: Source, options: ConversionOptions) -> None:
+    unet_config, vae = source.sizes.unet_config, source.sizes.vae_config
+    if unet_config.in_channels != vae.latent_channels:
+        raise ConfigError(
+            f"{source.name}: the U-Net reads {unet_config.in_channels} channels (inpainting or upscaling) and the VAE "
+            f"makes {vae.latent_channels}; convert a text-to-image checkpoint"
+        )
+    smallest = 2 ** (len(unet_config.block_out_channels) - 1)
+    for name, side in zip(("height", "width"), _latent_size(source, options), strict=True):
+        if side < smallest:
+            raise UsageError(f"latents of {name} {side} are too small for this U-Net, which halves them to nothing")
+
+
+def _write_tokenizer(source: Source, folder: Path) -> None:
+    """Beside the packages, so that the folder is all that a runner needs."""
+    source.tokenizer.save_pretrained(output_folder(folder))

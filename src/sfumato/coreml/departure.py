@@ -1,0 +1,100 @@
+"""Where two runs part: the first operation that goes wrong, by name."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from queue import Queue
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from sfumato.coreml.measure import decibels
+from sfumato.coreml.program import Model, Program
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from sfumato.coreml.program import Operation
+    from sfumato.coreml.runtime import Predictor
+
+__all__ = ["departure"]
+
+
+class _Computed(NamedTuple):
+    """One operation as it was computed: what it is, its place in the function, and its values."""
+
+    operation: Operation
+    place: int
+    values: tuple[Tensor, ...]
+
+    @property
+    def name(self) -> str:
+        return self.operation.outputs[0].name
+
+    def __str__(self) -> str:
+        return f"operation {self.place} {self.operation.type!r} ({self.name})"
+
+
+def departure(suspect: Predictor, reference: Predictor, probe: Mapping[str, Tensor]) -> str:
+    """A sentence naming the first operation whose result is not finite or, if all are, the one where most is lost.
+
+    Both run side by side, each one operation ahead of the comparison at most, and are matched by the names of their
+    values; what only one of them computes is passed over.
+    """
+    theirs = _computed(reference, probe)
+    shared = _names(suspect.model) & _names(reference.model)
+    steepest: tuple[float, str] = (0.0, "")
+    before = math.inf
+    unfit = ""
+    for ours in _computed(suspect, probe):
+        if unfit or ours.name not in shared:
+            continue
+        other = next((one for one in theirs if one.name == ours.name), None)
+        if other is None:
+            break
+        if not all(bool(torch.isfinite(value).all()) for value in ours.values if value.is_floating_point()):
+            unfit = f"the first result that is not finite is that of {ours}"
+            continue
+        agreement = min(decibels(a, b) for a, b in zip(ours.values, other.values, strict=True))
+        lost = min(before, CEILING) - min(agreement, CEILING)
+        steepest = max(steepest, (lost, f"most is lost in {ours}: {_db(before)} before it, {_db(agreement)} after"))
+        before = min(before, agreement)
+    for _ in theirs:
+        pass  # to its end, so that its thread ends
+    return unfit or steepest[1] or "no single operation stands out"
+
+
+# Differences above this are rounding of float32, and say nothing.
+CEILING = 140.0
+
+
+def _names(model: Model) -> set[str]:
+    parts = [model.body] if isinstance(model.body, Program) else [one.program for _, one in model.body]
+    functions = [function for part in parts for function in part.functions.values()]
+    return {output.name for function in functions for operation in function.operations for output in operation.outputs}
+
+
+def _computed(predictor: Predictor, probe: Mapping[str, Tensor]) -> Iterator[_Computed]:
+    """The operations of a run as they are computed: the run goes on in a thread, a step ahead at most."""
+    ready: Queue[_Computed | BaseException | None] = Queue(maxsize=1)
+
+    def run() -> None:
+        try:
+            predictor.observe(probe, lambda operation, index, values: ready.put(_Computed(operation, index, values)))
+            ready.put(None)
+        except BaseException as error:  # handed on to whoever reads
+            ready.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    while (one := ready.get()) is not None:
+        if isinstance(one, BaseException):
+            raise one
+        yield one
+
+
+def _db(value: float) -> str:
+    return "equal" if value == math.inf else f"{value:.0f} dB"

@@ -1,0 +1,87 @@
+"""Converted models from the hub: one variant of a repository, and nothing of the others.
+
+Repositories of converted models hold them several times, for other attention and for other runners, gigabytes each:
+`original/packages`, `split_einsum/compiled` and so on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
+
+from sfumato.checkpoints.locate import HubOptions
+from sfumato.checkpoints.locate import download as fetch
+from sfumato.coreml.layout import KINDS
+from sfumato.errors import DownloadError, suggest
+from sfumato.text.tokenizer import FILES
+
+__all__ = ["PREFERRED", "download", "variants"]
+
+log = logging.getLogger("sfumato")
+
+# Packages are read by every runner and on every system, and the plain attention is the fastest on CPUs and GPUs.
+PREFERRED = tuple(
+    f"{attention}/{kind}" for kind in KINDS for attention in ("original", "split_einsum", "split_einsum_v2")
+)
+
+
+def download(repo: str, variant: str | None = None, *, output: Path | None = None, revision: str | None = None) -> Path:
+    """Fetch one variant of a repository; the folder of its models, in the hub's cache or in `output`.
+
+    variant: a folder of the repository such as "original/packages"; if None, the first of `PREFERRED` that it has, or
+    the only one. Files that are there already do not travel again. Raises `DownloadError` in one sentence.
+    """
+    chosen = _Choice(repo, variant)
+    place = None if output is None else output.expanduser()
+    folder = fetch(repo, chosen.select, HubOptions(revision=revision), local_dir=place)
+    return folder / chosen.found
+
+
+def variants(names: Iterable[str]) -> list[str]:
+    """The folders of a repository that hold models, by the names of its files; "." is the repository itself."""
+    homes = {_home(PurePosixPath(name)) for name in names}
+    return sorted(str(home) for home in homes if home is not None)
+
+
+def _home(path: PurePosixPath) -> PurePosixPath | None:
+    """The folder of the model that a file belongs to; None for a file of none."""
+    models = [place for place in (path, *path.parents) if place.suffix in KINDS.values()]
+    return models[-1].parent if models else None
+
+
+class _Choice:
+    """Picks the files of one variant, and remembers which it was."""
+
+    def __init__(self, repo: str, variant: str | None) -> None:
+        self.repo, self.variant, self.found = repo, variant, ""
+
+    def select(self, names: Sequence[str], strict: bool) -> list[str]:
+        """For `sfumato.checkpoints.locate.download`."""
+        self.found = self._choose(variants(names))
+        home = PurePosixPath(self.found)
+        beside = {place / inner for place in (home, *home.parents) for inner in (".", "tokenizer")}
+        paths = {name: PurePosixPath(name) for name in names}
+        return [
+            name
+            for name, path in paths.items()
+            if _home(path) == home or (path.name in FILES and path.parent in beside)
+        ]
+
+    def _choose(self, present: Sequence[str]) -> str:
+        if not present:
+            raise DownloadError(
+                f"{self.repo!r} holds no Core ML models; for a checkpoint: sfumato coreml convert {self.repo}"
+            )
+        listed = ", ".join("the repository itself (.)" if one == "." else one for one in present)
+        if self.variant is not None:
+            wanted = str(PurePosixPath(self.variant.strip("/") or "."))
+            if wanted not in present:
+                raise DownloadError(
+                    f"{self.repo!r} has no variant {self.variant!r}{suggest(wanted, present)}; it has {listed}"
+                )
+            return wanted
+        best = next((one for one in PREFERRED if one in present), present[0])
+        if best != PREFERRED[0] and len(present) > 1:
+            log.warning("%r has no %s; fetching %s, of %s (--variant)", self.repo, PREFERRED[0], best, listed)
+        return best

@@ -1,0 +1,107 @@
+"""Weight files (`weight.bin`): Core ML's blob storage, version 2, mapped into memory and read when asked for.
+
+A file is a header of 64 bytes (uint32 count of records, uint32 version), then records at multiples of 64: uint32
+0xDEADBEEF, uint32 type, uint64 bytes, uint64 where the data begin, uint64 unused bits at their end, 32 bytes of zeros.
+Programs refer to where a record begins. Source: StorageFormat.hpp of Core ML's open source part (BSD-3).
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sfumato.coreml.formats.pointers import check_pointer
+from sfumato.coreml.formats.values import BLOB_TYPES, array_from_bytes
+from sfumato.coreml.program import byte_count
+from sfumato.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sfumato.coreml.program import TensorType
+
+__all__ = ["ALIGNMENT", "HEADER", "RECORD", "SENTINEL", "VERSION", "BlobFile", "BlobWeight"]
+
+ALIGNMENT = 64
+SENTINEL = 0xDEADBEEF
+VERSION = 2
+HEADER = struct.Struct("<II56x")
+RECORD = struct.Struct("<IIQQQ32x")
+
+
+class BlobFile:
+    """A weight file. It is opened by the first weight that is asked for, and mapped, never read as a whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._weights: dict[tuple[int, TensorType], BlobWeight] = {}
+
+    @cached_property
+    def data(self) -> np.ndarray:
+        """All bytes of the file. Who writes into them changes a private copy, never the file.
+
+        Raises `CheckpointError` if it is missing, a Git LFS pointer, or no weight file of version 2.
+        """
+        try:
+            data = np.memmap(self.path, np.uint8, mode="c")
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{self.path} is missing; copy or download the model again") from error
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path} cannot be read ({error}); copy or download it again") from error
+        check_pointer(self.path, data[:64].tobytes())
+        if data.size < HEADER.size:
+            raise CheckpointError(f"{self.path} ends after {data.size} bytes; copy or download it again")
+        _, version = HEADER.unpack(data[: HEADER.size].tobytes())
+        if version != VERSION:
+            raise CheckpointError(f"{self.path} is no weight file of version {VERSION}; copy or download it again")
+        return data.view(np.ndarray)
+
+    def weight(self, offset: int, type_: TensorType) -> BlobWeight:
+        """The weight whose record begins at a byte; the same object each time.
+
+        Raises `CheckpointError` if there is no such record within the file or its type or size is another, and
+        `ConfigError` if its type cannot be computed with.
+        """
+        key = (offset, type_)
+        if key not in self._weights:
+            self._weights[key] = BlobWeight(self, self._start(offset, type_), type_)
+        return self._weights[key]
+
+    def _start(self, offset: int, type_: TensorType) -> int:
+        size = self.data.size
+        where = f"{self.path}: the record at byte {offset}"
+        again = "copy or download the model again"
+        if offset % ALIGNMENT or offset + RECORD.size > size:
+            raise CheckpointError(f"{where} cannot be: the file has {size} bytes; {again}")
+        sentinel, number, length, start, _ = RECORD.unpack(self.data[offset : offset + RECORD.size].tobytes())
+        if sentinel != SENTINEL:
+            raise CheckpointError(f"{where} does not begin with the mark of one; {again}")
+        dtype = BLOB_TYPES.get(number, f"type {number}")
+        if dtype != type_.dtype:
+            raise CheckpointError(f"{where} holds {dtype}, where the program expects {type_}; {again}")
+        if dtype.startswith("fp8"):
+            raise ConfigError(f"{where} holds {dtype}, which is not supported; convert the model with float16 weights")
+        if None in type_.shape or length != byte_count(type_):
+            raise CheckpointError(f"{where} holds {length} bytes, where the program expects {type_}; {again}")
+        if start < offset + RECORD.size or start + length > size:
+            raise CheckpointError(f"{where} ends at byte {start + length} of {size}: the file is cut off; {again}")
+        return start
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BlobWeight:
+    """Numbers in a weight file, from a byte on."""
+
+    file: BlobFile
+    start: int
+    type: TensorType
+
+    def read(self) -> np.ndarray:
+        """The numbers: a view of the mapped file, except that small integers are unpacked and bfloat16 is widened."""
+        shape = tuple(side or 0 for side in self.type.shape)
+        data = self.file.data[self.start : self.start + byte_count(self.type)]
+        return array_from_bytes(data, self.type.dtype, shape)

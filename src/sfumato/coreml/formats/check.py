@@ -1,0 +1,51 @@
+"""Whether a model hangs together, so that nothing that is read or written fails only when it is run."""
+
+from __future__ import annotations
+
+from sfumato.coreml.program import Function, Interface, Model, Program
+
+__all__ = ["flaw"]
+
+
+def flaw(model: Model) -> str | None:
+    """What is wrong with a model, in words without an end, or None.
+
+    Every value must have one name and be computed before it is read, and the functions must take and return what the
+    interface says. The models of a pipeline are looked at, how they hand features to each other is not.
+    """
+    if not isinstance(model.body, Program):
+        found = ((name, flaw(inner)) for name, inner in model.body)
+        return next((f"in the model {name!r}, {words}" for name, words in found if words), None)
+    functions = model.body.functions
+    interfaces = dict(model.interfaces) or {model.default_function: model.interface}
+    for name in (model.default_function, *interfaces):
+        if name not in functions:
+            return f"there is no function {name!r}"
+    for name, function in functions.items():
+        words = _flaw_of_function(function) or (name in interfaces and _misfit(function, interfaces[name]))
+        if words:
+            return f"in the function {name!r}, {words}"
+    return None
+
+
+def _flaw_of_function(function: Function) -> str | None:
+    known = {one.name for one in function.inputs}
+    for operation in function.operations:
+        if operation.type == "const" and "val" not in operation.attributes:
+            return f"the constant {[one.name for one in operation.outputs]} has no value"
+        for name in operation.names:
+            if name not in known:
+                return f"an operation {operation.type} reads {name!r} before it is computed"
+        for output in operation.outputs:
+            if output.name in known:
+                return f"{output.name!r} is computed twice"
+            known.add(output.name)
+    return next((f"{name!r} is returned but not computed" for name in function.outputs if name not in known), None)
+
+
+def _misfit(function: Function, interface: Interface) -> str | None:
+    taken, given = {one.name for one in function.inputs}, {one.name for one in interface.inputs}
+    if taken != given:
+        return f"the input {min(taken ^ given)!r} is only one of the program's and of the interface's"
+    returned = (one.name for one in interface.outputs if one.name not in function.outputs)
+    return next((f"the output {name!r} of the interface is not returned" for name in returned), None)

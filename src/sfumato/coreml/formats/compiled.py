@@ -1,0 +1,159 @@
+"""Compiled models (`.mlmodelc`): what devices load, read and written without Apple's compiler.
+
+A folder holds the program as text (`model.mil`), the weight file as it is in a package, the interface and metadata in
+binary (`coremldata.bin`) and for people (`metadata.json`), and a note for statistics (`analytics/coremldata.bin`).
+Apple documents none of it: what is here was read off files that its compiler made, of which `coremldata.bin` is rebuilt
+byte for byte. Devices compile the text further when they load it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+from google.protobuf.message import DecodeError
+
+from sfumato.coreml.formats.blob_writer import BlobWriter
+from sfumato.coreml.formats.check import flaw
+from sfumato.coreml.formats.folders import replacing_folder
+from sfumato.coreml.formats.interface_proto import description_fields, fill_description
+from sfumato.coreml.formats.metadata import metadata_json
+from sfumato.coreml.formats.mil_reader import read_mil
+from sfumato.coreml.formats.mil_writer import mil_lines
+from sfumato.coreml.formats.pointers import read_bytes
+from sfumato.coreml.formats.schema import message
+from sfumato.coreml.formats.versions import SYSTEMS, check_spec_version
+from sfumato.coreml.program import Interface, Model, Program
+from sfumato.errors import CheckpointError, ConfigError, OutputError, UsageError
+
+__all__ = ["INTERFACE", "coremldata", "read_compiled", "write_compiled"]
+
+INTERFACE = "coremldata.bin"
+_PROGRAM = "model.mil"
+_WEIGHTS = "weights/weight.bin"
+_KIND = b"generic"
+# Mark, version of this file, length of the kind, kind, specification version, length of what follows; then the mark.
+_HEAD = struct.Struct("<II20xQ7sI28xQ")
+_TAIL = struct.Struct("<I12x")
+_MARK, _VERSION = 502, 5
+_SOURCE = "com.github.apple.coremltools."
+
+
+def read_compiled(path: Path) -> Model:
+    """The model in a compiled folder. Its weights stay in their file, which is mapped, until they are asked for.
+
+    Raises `CheckpointError` if anything is missing or damaged, and `ConfigError` for what is not supported: folders of
+    the old kind (`model.espresso.net`), compiled pipelines, and programs with state, lists or blocks.
+    """
+    if not (path / _PROGRAM).exists():
+        if any(path.glob("*.espresso.*")):
+            raise ConfigError(f"{path} is a compiled neural network; convert the model anew, as an ML Program")
+        if (path / "model0").is_dir():
+            raise ConfigError(f"{path} is a compiled pipeline, which cannot be read; use the package of it")
+    where = path / INTERFACE
+    data = read_bytes(where)
+    broken = CheckpointError(f"{where} is not what compiled ML Programs have, or damaged; copy or download it again")
+    if len(data) < _HEAD.size + _TAIL.size:
+        raise broken
+    mark, _, kind_size, kind, spec_version, size = _HEAD.unpack_from(data)
+    if mark != _MARK or kind_size != len(_KIND) or kind != _KIND or _HEAD.size + size > len(data):
+        raise broken
+    check_spec_version(where, spec_version)
+    description = message("ModelDescription")
+    try:
+        description.ParseFromString(data[_HEAD.size : _HEAD.size + size])
+    except DecodeError as error:
+        raise broken from error
+    fields = description_fields(description, str(where))
+    model = Model(body=read_mil(path / _PROGRAM), spec_version=spec_version, **fields)
+    if wrong := flaw(model):
+        raise CheckpointError(f"{path} is damaged: {wrong}; copy or download it again")
+    return model
+
+
+def write_compiled(model: Model, path: Path | str) -> None:
+    """Write a model as a compiled folder, whole or not at all. What is there is replaced if it is one itself.
+
+    Weights are read and written one at a time. Raises `UsageError` if the name does not end in .mlmodelc or the model
+    is not whole, `ConfigError` for what has no known compiled form (pipelines, several functions, shapes that vary),
+    and `OutputError` if it cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".mlmodelc":
+        raise UsageError(f"{path} is no name for a compiled model; let it end in .mlmodelc")
+    program = _checked(model)
+    if wrong := flaw(model):
+        raise UsageError(f"the model is not whole: {wrong}")
+    if path.exists() and not (path / INTERFACE).is_file():
+        raise OutputError(f"{path} is there and is no compiled model; choose another place, or remove it")
+    with replacing_folder(path) as folder:
+        digest = hashlib.sha256()
+        with (
+            BlobWriter(folder / _WEIGHTS) as blobs,
+            (folder / _PROGRAM).open("w", encoding="utf-8", newline="\n") as file,
+        ):
+            name = f"@model_path/{_WEIGHTS}"
+            for line in mil_lines(program, model.spec_version, lambda value: (name, blobs.add(value)), _build(model)):
+                file.write(line + "\n")
+                digest.update(line.encode())
+        (folder / INTERFACE).write_bytes(coremldata(model))
+        (folder / "metadata.json").write_text(metadata_json(model, path.stem), encoding="utf-8")
+        (folder / "analytics").mkdir()
+        (folder / "analytics" / INTERFACE).write_bytes(_analytics(digest.digest()))
+
+
+def coremldata(model: Model) -> bytes:
+    """The bytes of `coremldata.bin`: a model's interface and metadata."""
+    description = message("ModelDescription")
+    fill_description(description, model)
+    data = description.SerializeToString(deterministic=True)
+    head = _HEAD.pack(_MARK, _VERSION, len(_KIND), _KIND, model.spec_version, len(data))
+    return head + data + _TAIL.pack(_MARK)
+
+
+def _checked(model: Model) -> Program:
+    """The model's program, if a compiled form of it is known."""
+    advice = "write a package instead, and let Xcode compile it"
+    if not isinstance(model.body, Program):
+        raise ConfigError(f"how a pipeline is compiled is not known; {advice}")
+    if model.interfaces or len(model.body.functions) > 1:
+        raise ConfigError(f"how several functions are compiled is not known; {advice}")
+    interface: Interface = model.interface
+    for feature in (*interface.inputs, *interface.outputs):
+        if feature.flexibility is not None:
+            raise ConfigError(f"how {feature.name!r} of several shapes is compiled is not known; {advice}")
+    if model.spec_version not in SYSTEMS:
+        raise ConfigError(f"version {model.spec_version} of the Core ML format has no compiled programs; {advice}")
+    return model.body
+
+
+def _build(model: Model) -> Mapping[str, str]:
+    """What the text says it was made with: Sfumato, and the version of coremltools where the metadata tells one."""
+    from sfumato import __version__
+
+    tools = model.metadata.get(_SOURCE + "version")
+    return {"sfumato-version": __version__, **({"coremltools-version": tools} if tools else {})}
+
+
+def _analytics(digest: bytes) -> bytes:
+    """The note for statistics: tables of pairs, each name and text with its length (uint64) before it.
+
+    Apple's compiler puts a hash of the package's program where this puts one of the text.
+    """
+    tables = {
+        "NeuralNetworkModelDetails": {"containsCustomLayer": "0", "modelDimension": "0"},
+        "SpecificationDetails": {"modelHash": base64.b64encode(digest).decode(), "modelName": "model"},
+    }
+    parts = []
+    for table, pairs in tables.items():
+        parts += [_with_length(table), struct.pack("<Q", len(pairs))]
+        parts += [_with_length(text) for pair in pairs.items() for text in pair]
+    return b"".join(parts)
+
+
+def _with_length(text: str) -> bytes:
+    data = text.encode()
+    return struct.pack("<Q", len(data)) + data

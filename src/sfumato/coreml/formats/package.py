@@ -1,0 +1,82 @@
+"""Packages (`.mlpackage`): a folder with a manifest that says where in it the model and its weights are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from sfumato.coreml.formats.check import flaw
+from sfumato.coreml.formats.folders import replacing_folder
+from sfumato.coreml.formats.pointers import check_pointer
+from sfumato.coreml.formats.proto_reader import read_mlmodel
+from sfumato.coreml.formats.proto_writer import write_mlmodel
+from sfumato.coreml.program import Model
+from sfumato.errors import CheckpointError, OutputError, UsageError
+from sfumato.files import inside, read_json
+
+__all__ = ["MANIFEST", "read_package", "write_package"]
+
+MANIFEST = "Manifest.json"
+_AUTHOR = "com.apple.CoreML"
+
+
+def read_package(path: Path) -> Model:
+    """The model in a package. Its weights stay in their file, which is mapped, until they are asked for.
+
+    Raises `CheckpointError` if anything is missing or damaged, and `ConfigError` for what is not supported.
+    """
+    model = inside(path / "Data", _root(path))
+    if not model.is_file():
+        raise CheckpointError(
+            f"{model} is missing, to which {path / MANIFEST} points; copy or download the package again"
+        )
+    return read_mlmodel(model)
+
+
+def _root(path: Path) -> str:
+    """Where the manifest says the model is, within the package's folder "Data"."""
+    where = path / MANIFEST
+    if where.is_file():
+        with where.open("rb") as file:
+            check_pointer(where, file.read(64))
+    manifest = read_json(where)
+    items, root = manifest.get("itemInfoEntries"), manifest.get("rootModelIdentifier")
+    item = items.get(root) if isinstance(items, dict) and isinstance(root, str) else None
+    name = item.get("path") if isinstance(item, dict) else None
+    if not isinstance(name, str):
+        raise CheckpointError(f"{where} does not say where the model is; copy or download the package again")
+    return name
+
+
+def write_package(model: Model, path: Path | str) -> None:
+    """Write a model as a package, whole or not at all. What is there is replaced if it is a package itself.
+
+    Weights are read and written one at a time. Raises `UsageError` if the name does not end in .mlpackage or the model
+    is not whole, and `OutputError` if it cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".mlpackage":
+        raise UsageError(f"{path} is no name for a package; let it end in .mlpackage")
+    if path.exists() and not (path / MANIFEST).is_file():
+        raise OutputError(f"{path} is there and is no package; choose another place, or remove it")
+    if wrong := flaw(model):
+        raise UsageError(f"the model is not whole: {wrong}")
+    with replacing_folder(path) as folder:
+        inner = folder / "Data" / _AUTHOR
+        inner.mkdir(parents=True)
+        write_mlmodel(model, inner)
+        (folder / MANIFEST).write_text(
+            json.dumps(_manifest((inner / "weights").exists()), indent=4) + "\n", encoding="utf-8"
+        )
+
+
+def _manifest(with_weights: bool) -> dict[str, Any]:
+    root, entries = str(uuid4()).upper(), {}
+    items = {root: ("model.mlmodel", "CoreML Model Specification")}
+    if with_weights:
+        items[str(uuid4()).upper()] = ("weights", "CoreML Model Weights")
+    for key, (name, description) in items.items():
+        entries[key] = {"author": _AUTHOR, "description": description, "name": name, "path": f"{_AUTHOR}/{name}"}
+    return {"fileFormatVersion": "1.0.0", "itemInfoEntries": entries, "rootModelIdentifier": root}

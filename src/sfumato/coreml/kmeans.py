@@ -1,0 +1,131 @@
+"""k-means on a line: the few numbers that stand best for many, the same ones every time.
+
+On a line the clusters are intervals, so the best k of them are found by dynamic programming and not by luck
+(Wang and Song, "Ckmeans.1d.dp", The R Journal 3/2, 2011). Weights in half precision have at most 63,488 different
+values, so all of this is over distinct values and how often each occurs, however many weights there are.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+__all__ = ["cluster"]
+
+# Values beyond this many are first put into that many groups, of which the clusters are made; Lloyd's steps then move
+# the borders to where they belong. With every value a group of its own, the result is exact.
+GROUPS = 1024
+
+# Lloyd's steps after the dynamic program; each lowers the error, and most tensors need fewer than ten.
+STEPS = 100
+
+
+def cluster(values: np.ndarray, counts: np.ndarray, k: int) -> np.ndarray:
+    """The at most k centres, ascending, that have the least sum of `counts` times squared distance to the nearest.
+
+    values: float64, ascending, finite, not empty; counts: float64, one positive number for each. With up to `GROUPS`
+    values the centres are optimal; with more they are a local optimum that the optimum of the groups was the start of.
+    """
+    if len(values) <= k:
+        return values.copy()
+    middle = (values @ counts) / counts.sum()
+    sums = _Sums(values - middle, counts)
+    edges = _groups(values, counts, max(GROUPS, 4 * k))
+    borders = edges[_best_borders(sums.at(edges), k)]
+    for _ in range(STEPS):
+        centres = sums.means(borders)
+        moved = np.searchsorted(values - middle, (centres[:-1] + centres[1:]) / 2)
+        new = np.unique(np.concatenate([[0], moved, [len(values)]]))
+        if np.array_equal(new, borders):
+            break
+        borders = new
+    return sums.means(borders) + middle
+
+
+class _Sums:
+    """Count, sum and sum of squares of all values before each, from which those of every interval follow."""
+
+    def __init__(self, values: np.ndarray, counts: np.ndarray) -> None:
+        zero = np.zeros(1)
+        self.count = np.concatenate([zero, np.cumsum(counts)])
+        self.sum = np.concatenate([zero, np.cumsum(counts * values)])
+        self.square = np.concatenate([zero, np.cumsum(counts * values * values)])
+
+    def at(self, edges: np.ndarray) -> _Sums:
+        """The same at some of the edges only."""
+        sums = object.__new__(_Sums)
+        sums.count, sums.sum, sums.square = self.count[edges], self.sum[edges], self.square[edges]
+        return sums
+
+    def means(self, borders: np.ndarray) -> np.ndarray:
+        """The mean of each interval between neighbouring borders."""
+        return np.diff(self.sum[borders]) / np.diff(self.count[borders])
+
+    def error(self, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """The squared distances from the mean, summed over each interval; none is empty."""
+        total = self.sum[end] - self.sum[begin]
+        return self.square[end] - self.square[begin] - total * total / (self.count[end] - self.count[begin])
+
+
+def _groups(values: np.ndarray, counts: np.ndarray, most: int) -> np.ndarray:
+    """Edges of at most about `most` groups: as dense as good centres are, with the cube root of the density.
+
+    (Bennett, "Spectra of quantized signals", 1948.) Half of them are spread evenly over the values' own ranks, so that
+    rare values far out are told apart too.
+    """
+    size = len(values)
+    if size <= most:
+        return np.arange(size + 1)
+    widths = np.gradient(values) + np.finfo(np.float64).tiny
+    wanted = np.cumsum(counts ** (1 / 3) * widths ** (2 / 3))
+    dense = np.searchsorted(wanted, np.linspace(0, wanted[-1], most // 2))
+    even = np.linspace(0, size, most // 2).astype(np.int64)
+    return np.unique(np.concatenate([[0], dense, even, [size]]))
+
+
+def _best_borders(sums: _Sums, k: int) -> np.ndarray:
+    """Where to part the groups into k intervals (k + 1 borders, both ends included) with the least error.
+
+    Layer j holds, for every end, the least error of j intervals and where the last of them begins. Those beginnings
+    never decrease with the end, so each lies between those of its neighbours: O(k n log n) in all.
+    """
+    size = len(sums.count) - 1
+    least = np.full(size + 1, np.inf)
+    least[1:] = sums.error(np.zeros(size, np.int64), np.arange(1, size + 1))
+    begins = []
+    for layer in range(2, min(k, size) + 1):
+        least, begin = _next_layer(sums, least, layer)
+        begins.append(begin)
+    borders = [size]
+    for begin in reversed(begins):
+        borders.append(int(begin[borders[-1]]))
+    return np.array([0, *reversed(borders)])
+
+
+def _next_layer(sums: _Sums, least: np.ndarray, layer: int) -> tuple[np.ndarray, np.ndarray]:
+    """Least errors with one interval more, and the beginning of the last one: ends halfway between known ones first."""
+    size = len(least) - 1
+    better, begin = np.full(size + 1, np.inf), np.full(size + 2, size, np.int64)
+    begin[:layer] = layer - 1
+    step = 1 << size.bit_length()
+    while step:
+        ends = np.arange(step, size + 1, 2 * step)
+        ends = ends[ends >= layer]
+        if len(ends):
+            low = np.maximum(begin[ends - step], layer - 1)
+            high = np.minimum(np.where(ends + step <= size, begin[np.minimum(ends + step, size + 1)], size), ends - 1)
+            better[ends], begin[ends] = _least_of_ranges(sums, least, ends, low, high)
+        step //= 2
+    return better, begin[:-1]
+
+
+def _least_of_ranges(
+    sums: _Sums, least: np.ndarray, ends: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each end the least error over beginnings from low to high, both included, and the first that has it."""
+    lengths = high - low + 1
+    first = np.cumsum(lengths) - lengths
+    begin = np.arange(lengths.sum()) + np.repeat(low - first, lengths)
+    error = least[begin] + sums.error(begin, np.repeat(ends, lengths))
+    minimum = np.minimum.reduceat(error, first)
+    hits = np.flatnonzero(error == np.repeat(minimum, lengths))
+    return minimum, begin[hits[np.searchsorted(hits, first)]]

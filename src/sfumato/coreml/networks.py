@@ -1,0 +1,276 @@
+"""Stand-ins for the networks of a checkpoint: the same calls and results, computed by converted models.
+
+They have a config and no layers. Numbers come and go as float32 on the CPU; a model's fixed batch is filled row by row,
+and what is missing in the last one is filled with a repeated row, so that each row is computed as if it were alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sfumato.coreml.program import ARRAY_DTYPES
+from sfumato.errors import CheckpointError, UsageError
+from sfumato.models import AutoencoderKL, CLIPTextModel, UNet2DConditionModel
+from sfumato.models.attention import Context
+from sfumato.models.base import Model
+from sfumato.models.blocks import Moment
+from sfumato.models.text_encoder import CLIPTextOutput
+from sfumato.models.unet import UNet2DConditionOutput
+from sfumato.models.vae import AutoencoderKLOutput, DecoderOutput, DiagonalGaussianDistribution
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sfumato.coreml.backends import Chain
+    from sfumato.coreml.program import Feature
+    from sfumato.models.attention import AttentionFunction
+
+__all__ = ["ConvertedAutoencoder", "ConvertedNetwork", "ConvertedTextEncoder", "ConvertedUNet", "sides"]
+
+log = logging.getLogger("sfumato")
+
+FIXED_ATTENTION = "how a converted network computes attention was fixed by its conversion; leave it as it is"
+
+
+def sides(chain: Chain, name: str) -> tuple[int, ...]:
+    """The shape of one of a model's inputs. Raises `CheckpointError` if it has none of this name, or no fixed one."""
+    shape = _input(chain, name).type.shape
+    known = tuple(side for side in shape if side is not None)
+    if len(known) != len(shape):
+        raise CheckpointError(f"the input {name!r} has no fixed size; convert the model for one size")
+    return known
+
+
+def _input(chain: Chain, name: str) -> Feature:
+    for feature in chain.interface.inputs:
+        if feature.name == name:
+            return feature
+    raise CheckpointError(f"the model has no input {name!r}; it is not one of Stable Diffusion 1.x or 2.x")
+
+
+def _ask(chain: Chain, **inputs: Tensor) -> Tensor:
+    """The first output, float32, for inputs in the types that the interface names."""
+    arrays = {
+        name: value.contiguous().numpy().astype(ARRAY_DTYPES[_input(chain, name).type.dtype])
+        for name, value in inputs.items()
+    }
+    outputs = chain.predict(arrays)
+    return torch.from_numpy(np.array(outputs[chain.interface.outputs[0].name], dtype=np.float32))
+
+
+def _rows(count: int, batch: int) -> Iterator[tuple[list[int], int]]:
+    """Which rows go into each call of a model with a fixed batch, and how many of them are no repetition."""
+    for first in range(0, count, batch):
+        yield [min(row, count - 1) for row in range(first, first + batch)], min(batch, count - first)
+
+
+class ConvertedNetwork(Model):
+    """What the stand-ins share: no weights to move, to cast, to save or to attend with."""
+
+    remedy = (
+        "a converted model computes in half precision, whose range ends at 65504; draw with --compute-unit CPU_ONLY, "
+        "or with the checkpoint itself (sfumato generate)"
+    )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is given and taken: float32."""
+        return torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where numbers come and go."""
+        return torch.device("cpu")
+
+    @property
+    def chains(self) -> tuple[Chain, ...]:
+        """The models behind this network."""
+        raise NotImplementedError
+
+    def load(self) -> None:
+        """Open the models now, rather than when they are first asked."""
+        for chain in self.chains:
+            chain.load()
+
+    def release(self) -> None:
+        """Let go of the models until they are asked again."""
+        for chain in self.chains:
+            chain.release()
+
+    def save_pretrained(self, *arguments: Any, **options: Any) -> None:
+        """Refused: what it was converted from can be saved."""
+        raise UsageError("a converted network has no weights to save; save the checkpoint that it was made from")
+
+    def set_attention(self, attention: AttentionFunction) -> None:
+        """Refused: how it attends was chosen when it was converted."""
+        raise UsageError(FIXED_ATTENTION)
+
+    def set_attention_slice(self, slice_size: str | int | None = "auto") -> None:
+        """Refused, likewise."""
+        raise UsageError(FIXED_ATTENTION)
+
+    def _apply(self, *arguments: Any, **options: Any) -> Any:
+        raise UsageError("a converted network cannot be moved or cast; choose a compute unit when loading it")
+
+
+class ConvertedTextEncoder(ConvertedNetwork, CLIPTextModel):
+    """The text encoder: input_ids (1, S) -> last_hidden_state (1, S, C), one prompt at a time."""
+
+    def __init__(self, config: Any, chain: Chain) -> None:
+        Model.__init__(self, config)
+        self.chain = chain
+
+    @property
+    def chains(self) -> tuple[Chain, ...]:
+        """The one model."""
+        return (self.chain,)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+    ) -> CLIPTextOutput | tuple[Any, ...]:
+        """As `CLIPTextModel`; masks and inner layers (clip_skip), which it does not have, raise `UsageError`."""
+        if output_hidden_states:
+            raise UsageError("clip_skip reads inner layers, which a converted text encoder does not give; leave it out")
+        if attention_mask is not None:
+            raise UsageError("a converted text encoder takes no attention_mask; leave it out")
+        parts = []
+        for rows, real in _rows(input_ids.shape[0], sides(self.chain, "input_ids")[0]):
+            parts.append(_ask(self.chain, input_ids=input_ids[rows])[:real])
+        last = torch.cat(parts)
+        pooled = last[torch.arange(last.shape[0]), self._end_of_text(input_ids)]
+        return CLIPTextOutput(last, pooled) if return_dict else (last, pooled)
+
+
+class ConvertedUNet(ConvertedNetwork, UNet2DConditionModel):
+    """The U-Net: sample (N, C, h, w), timestep (N,), encoder_hidden_states (N, C', 1, S) -> noise_pred (N, C, h, w)."""
+
+    def __init__(self, config: Any, chain: Chain) -> None:
+        Model.__init__(self, config)
+        self.chain = chain
+        self._told = False
+
+    @property
+    def chains(self) -> tuple[Chain, ...]:
+        """The one network, of one model or of several chunks."""
+        return (self.chain,)
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the latents it is made for."""
+        _, _, height, width = sides(self.chain, "sample")
+        return height, width
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | Moment,
+        encoder_hidden_states: Tensor | Context,
+        class_labels: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        *,
+        return_dict: bool = True,
+    ) -> UNet2DConditionOutput | tuple[Tensor]:
+        """As `UNet2DConditionModel`, in the one size of the model; class labels and masks raise `UsageError`."""
+        time, context = timestep, encoder_hidden_states
+        if not isinstance(time, Moment):
+            time = self.moment(sample, time, class_labels, timestep_cond)
+        if not isinstance(context, Context):
+            context = Context(context, attention_mask, encoder_attention_mask)
+        if context.mask is not None or context.states_mask is not None:
+            raise UsageError("a converted U-Net takes no attention masks; leave them out")
+        sample = context.widen(sample)
+        count, states = sample.shape[0], context.states.transpose(1, 2).unsqueeze(2)
+        times = time.activated[:, 0].expand(count) if time.activated.shape[0] == 1 else time.activated[:, 0]
+        parts = []
+        for rows, real in _rows(count, sides(self.chain, "sample")[0]):
+            inputs = {"sample": sample[rows], "timestep": times[rows], "encoder_hidden_states": states[rows]}
+            parts.append(_ask(self.chain, **inputs)[:real])
+        x = torch.cat(parts)
+        return UNet2DConditionOutput(x) if return_dict else (x,)
+
+    def read(self, context: Context) -> None:
+        """Nothing: a converted model reads the prompt anew in every call."""
+
+    def moment(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+    ) -> Moment:
+        """The timestep itself, (B, 1) or (1, 1): what is made of it is made in the model."""
+        if class_labels is not None or timestep_cond is not None:
+            raise UsageError("a converted U-Net takes no class_labels and no timestep_cond; leave them out")
+        times = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1, 1)
+        self._tell_of_rounding(times)
+        return Moment(times)
+
+    def _tell_of_rounding(self, times: Tensor) -> None:
+        """Once: half precision tells whole timesteps apart and not much more, and some schedulers have others."""
+        rounded = _input(self.chain, "timestep").type.dtype == "fp16" and not torch.equal(times.half().float(), times)
+        if self._told or not rounded:
+            return
+        self._told = True
+        log.warning(
+            "this U-Net reads timesteps in half precision: %.2f becomes %.2f; schedulers with whole timesteps, such as "
+            "ddim, pndm and dpmpp_2m, lose nothing",
+            times[0, 0],
+            times.half()[0, 0],
+        )
+
+
+class ConvertedAutoencoder(ConvertedNetwork, AutoencoderKL):
+    """The autoencoder: z (1, C, h, w) -> image (1, 3, H, W); x (1, 3, H, W) -> latent (1, 2 C, h, w): mean, logvar."""
+
+    def __init__(self, config: Any, decoder: Chain, encoder: Chain | None = None) -> None:
+        Model.__init__(self, config)
+        self.decoding, self.encoding = decoder, encoder
+
+    @property
+    def chains(self) -> tuple[Chain, ...]:
+        """The decoder, and the encoder where there is one."""
+        return (self.decoding,) if self.encoding is None else (self.decoding, self.encoding)
+
+    def load(self) -> None:
+        """Open the decoder; the encoder, which only image-to-image asks, waits until it is."""
+        self.decoding.load()
+
+    def enable_tiling(self) -> None:
+        """Refused: a converted model has one size."""
+        raise UsageError("a converted autoencoder handles pictures of its one size whole; leave tiling off")
+
+    def encode(
+        self, x: Tensor, *, return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """As `AutoencoderKL`; raises `UsageError` where there is no converted encoder."""
+        if self.encoding is None:
+            raise UsageError(
+                "there is no VAE encoder among these models, and a picture to start from needs one; convert it too "
+                "(sfumato coreml convert --convert-vae-encoder)"
+            )
+        posterior = DiagonalGaussianDistribution(self._through(self.encoding, "x", x))
+        return AutoencoderKLOutput(posterior) if return_dict else (posterior,)
+
+    def decode(
+        self, z: Tensor, *, return_dict: bool = True, generator: torch.Generator | None = None
+    ) -> DecoderOutput | tuple[Tensor]:
+        """As `AutoencoderKL`."""
+        sample = self._through(self.decoding, "z", z)
+        return DecoderOutput(sample) if return_dict else (sample,)
+
+    @staticmethod
+    def _through(chain: Chain, name: str, x: Tensor) -> Tensor:
+        batch = sides(chain, name)[0]
+        return torch.cat([_ask(chain, **{name: x[rows]})[:real] for rows, real in _rows(x.shape[0], batch)])

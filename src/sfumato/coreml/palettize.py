@@ -1,0 +1,294 @@
+"""Palettes: each weight as an index of a few bits into a table of the 2^bits numbers that stand best for all of them.
+
+The numbers are found by k-means (kmeans.py). In files a palette is the operation `constexpr_lut_to_dense`, in the form
+of iOS 16 up to its opset "CoreML7" and in that of iOS 18 from "CoreML8" on; it has the name of the constant whose place
+it takes, so that nothing else in the program changes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sfumato.coreml.formats.bits import pack, unpack
+from sfumato.coreml.kmeans import cluster
+from sfumato.coreml.program import LazyArray, Operation, Output, Program, TensorType, Value, constant
+from sfumato.coreml.runtime.call import Call
+from sfumato.coreml.runtime.constexpr import CONSTEXPR
+from sfumato.errors import CheckpointError, ConfigError, UsageError, suggest
+from sfumato.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sfumato.coreml.program import Function, Model
+
+__all__ = ["BITS", "UNCHANGED", "decompress", "palettize", "read_recipe", "recipe_for", "weights_of", "write_recipe"]
+
+log = logging.getLogger("sfumato")
+
+BITS = (1, 2, 4, 6, 8)
+# The bits of a weight that a recipe leaves alone.
+UNCHANGED = 16
+# Constants of no more numbers than this stay as they are, as in Apple's tools: their palette would weigh too much.
+SMALL = 2048
+
+_NO_PALETTES = ("CoreML3", "CoreML4", "CoreML5")
+_VECTORS = ("CoreML6", "CoreML7")
+# Numbers that are looked up at once; a multiple of 8, so that each part fills whole bytes.
+_AT_ONCE = 2**22
+_ALL_CODES = 2**16
+
+
+def palettize(model: Model, bits: int | Mapping[str, int]) -> Model:
+    """The model with palettes of 1, 2, 4, 6 or 8 bits for its weights, or of as many as a recipe says for each.
+
+    A weight is a constant of more than `SMALL` floating-point numbers; those that `gather` reads (embeddings) stay as
+    they are, as in Apple's converter, and so do weights that a recipe does not name or gives 16 bits. One weight is
+    read at a time and only its packed indices are kept. The parts of a pipeline are palettized each. Raises
+    `UsageError` for bits that are none of these and for names that are no weights, `CheckpointError` naming a weight
+    with NaN or infinity, `ConfigError` for a program older than iOS 16.
+    """
+    known = weights_of(model)
+    _check_bits({bits} if isinstance(bits, int) else set(bits.values()))
+    recipe = dict.fromkeys(known, bits) if isinstance(bits, int) else bits
+    for name in recipe:
+        if name not in known:
+            raise UsageError(f"the recipe names {name!r}, which is no weight of this model{suggest(name, known)}")
+    chosen = {name: number for name, number in recipe.items() if number != UNCHANGED}
+    if not chosen:
+        log.warning("no weight of the model was given a palette")
+        return model
+    return _with_palettes(model, chosen)
+
+
+def recipe_for(model: Model, target_db: float) -> dict[str, int]:
+    """For each weight by name the fewest bits whose palette keeps its signal-to-noise ratio at or above the target.
+
+    The ratio is 10 log10(sum w² / sum (w - palette of w)²) in decibels; a weight that no palette serves has 16 bits.
+    """
+    recipe = {}
+    for name, value in weights_of(model).items():
+        histogram = _Histogram.of(name, value)
+        fit = (bits for bits in BITS if histogram.signal_to_noise(histogram.table(bits)) >= target_db)
+        recipe[name] = next(fit, UNCHANGED)
+    return recipe
+
+
+def decompress(model: Model) -> Model:
+    """The model with plain constants, of the same names, for all compressed ones; each is unpacked when it is read."""
+    if not isinstance(model.body, Program):
+        return replace(model, body=tuple((name, decompress(part)) for name, part in model.body))
+    functions = {name: _decompressed(function) for name, function in model.body.functions.items()}
+    return replace(model, body=Program(functions))
+
+
+def _decompressed(function: Function) -> Function:
+    types = {output.name: output.type for one in function.operations for output in one.outputs}
+    values: dict[str, Value] = {}
+    operations = []
+    for operation in function.operations:
+        if operation.type == "const":
+            values[operation.outputs[0].name] = operation.attributes["val"]
+        unpack_all = CONSTEXPR.get(operation.type)
+        if unpack_all is None:
+            operations.append(operation)
+            continue
+        call = Call(operation, types, lambda name: values[name].read() if name in values else None)
+        for place, output in enumerate(operation.outputs):
+            values[output.name] = Value(output.type, LazyArray(partial(_unpacked, unpack_all, call, place)))
+            operations.append(constant(output.name, values[output.name]))
+    return replace(function, operations=tuple(operations))
+
+
+def _unpacked(unpack_all: Callable[[Call], tuple[np.ndarray, ...]], call: Call, place: int) -> np.ndarray:
+    return unpack_all(call)[place]
+
+
+def read_recipe(path: Path) -> dict[str, int]:
+    """Bits by the name of each weight, from a JSON object. Raises `CheckpointError` or `UsageError` naming the file."""
+    recipe = read_json(path)
+    for name, bits in recipe.items():
+        if isinstance(bits, bool) or bits not in (*BITS, UNCHANGED):
+            raise UsageError(f"{path}: {name!r} has {bits!r} bits; give 1, 2, 4, 6, 8, or 16 to leave the weight alone")
+    return recipe
+
+
+def write_recipe(path: Path, recipe: Mapping[str, int]) -> None:
+    """Write a recipe as JSON. Raises `OutputError` if it cannot be written."""
+    write_json(path, dict(recipe))
+
+
+def weights_of(model: Model) -> dict[str, Value]:
+    """The constants that palettes can be given to, by name: of all functions, and of all models of a pipeline."""
+    found: dict[str, Value] = {}
+    for function in _functions(model):
+        apart = {
+            name
+            for operation in function.operations
+            if operation.type == "gather" or operation.type.startswith("constexpr_")
+            for name in operation.names
+        }
+        for operation in function.operations:
+            name = operation.outputs[0].name if operation.outputs else ""
+            if operation.type == "const" and name not in apart and _is_weight(operation.attributes["val"]):
+                found[name] = operation.attributes["val"]
+    return found
+
+
+def _functions(model: Model) -> Iterator[Function]:
+    if isinstance(model.body, Program):
+        yield from model.body.functions.values()
+    else:
+        for _, part in model.body:
+            yield from _functions(part)
+
+
+def _is_weight(value: Value) -> bool:
+    return value.type.dtype in ("fp16", "fp32") and prod(side or 0 for side in value.type.shape) > SMALL
+
+
+def _check_bits(numbers: set[int]) -> None:
+    for bits in numbers:
+        if bits not in (*BITS, UNCHANGED):
+            raise UsageError(f"palettes have 1, 2, 4, 6 or 8 bits, not {bits}; 16 leaves a weight as it is")
+
+
+def _with_palettes(model: Model, bits: Mapping[str, int]) -> Model:
+    if not isinstance(model.body, Program):
+        return replace(model, body=tuple((name, _with_palettes(part, bits)) for name, part in model.body))
+    functions = {}
+    for name, function in model.body.functions.items():
+        if function.opset in _NO_PALETTES:
+            raise ConfigError(f"programs for {function.opset} have no palettes; convert for macOS13 / iOS16 or newer")
+        functions[name] = replace(
+            function, operations=tuple(_with_palette(one, bits, function.opset) for one in function.operations)
+        )
+    return replace(model, body=Program(functions))
+
+
+def _with_palette(operation: Operation, bits: Mapping[str, int], opset: str) -> Operation:
+    name = operation.outputs[0].name if operation.outputs else ""
+    if operation.type != "const" or name not in bits or not _is_weight(operation.attributes["val"]):
+        return operation
+    value = operation.attributes["val"]
+    histogram = _Histogram.of(name, value)
+    table = histogram.table(bits[name])
+    packed = histogram.indices(table, bits[name])
+    form = _vector_form if opset in _VECTORS else _tensor_form
+    return form(operation.outputs[0], table.astype(np.dtype(histogram.dtype)), packed, bits[name])
+
+
+def _vector_form(output: Output, table: np.ndarray, packed: np.ndarray, bits: int) -> Operation:
+    """The form of iOS 16: packed indices and table are vectors, and attributes."""
+    shape = np.array(output.type.shape, np.uint32)
+    attributes = {
+        "name": Value(TensorType("string"), output.name),
+        "indices": Value(TensorType("uint8", packed.shape), LazyArray(lambda: packed)),
+        "lut": Value(TensorType(output.type.dtype, table.shape), LazyArray(lambda: table)),
+        "shape": Value(TensorType("uint32", shape.shape), shape),
+    }
+    return Operation("constexpr_lut_to_dense", {}, (output,), attributes)
+
+
+def _tensor_form(output: Output, table: np.ndarray, packed: np.ndarray, bits: int) -> Operation:
+    """The form of iOS 18: indices in the weight's shape, a table of two axes more (number and vector), both inputs."""
+    sides = tuple(side or 0 for side in output.type.shape)
+    table = table.reshape((1,) * len(sides) + (2**bits, 1))
+    indices = TensorType(f"uint{bits}", sides)
+    inputs = {
+        "indices": (Value(indices, LazyArray(partial(_spread, packed, indices))),),
+        "lut": (Value(TensorType(output.type.dtype, table.shape), LazyArray(lambda: table)),),
+    }
+    return Operation("constexpr_lut_to_dense", inputs, (output,), {"name": Value(TensorType("string"), output.name)})
+
+
+def _spread(packed: np.ndarray, type_: TensorType) -> np.ndarray:
+    count = prod(side or 0 for side in type_.shape)
+    numbers = packed if type_.dtype == "uint8" else unpack(packed, type_.dtype, count)
+    return numbers.reshape([side or 0 for side in type_.shape])
+
+
+@dataclass(frozen=True, eq=False)
+class _Histogram:
+    """The different numbers of a weight, and how often each occurs.
+
+    numbers: the weight, flat, as it is stored; codes: for each different number, ascending, the bit pattern of its
+    `_codes`; values and counts: the numbers themselves (of float32 weights the mean of those that share a code).
+    """
+
+    numbers: np.ndarray
+    scale: float
+    codes: np.ndarray
+    values: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def of(cls, name: str, value: Value) -> _Histogram:
+        """Read a weight and count. Raises `CheckpointError` naming it if it has NaN or infinity."""
+        numbers = np.ascontiguousarray(np.asarray(value.read())).reshape(-1)
+        half = numbers.dtype == np.float16
+        scale = 1.0 if half else float(np.abs(numbers).max()) or 1.0
+        counts, sums = np.zeros(_ALL_CODES), np.zeros(_ALL_CODES)
+        for part in _parts(numbers) if math.isfinite(scale) else ():
+            codes = _codes(part, scale)
+            counts += np.bincount(codes, minlength=_ALL_CODES)
+            if not half:
+                sums += np.bincount(codes, weights=part, minlength=_ALL_CODES)
+        codes = np.flatnonzero(counts)
+        counts = counts[codes]
+        exact = codes.astype(np.uint16).view(np.float16).astype(np.float64)
+        if not math.isfinite(scale) or not np.isfinite(exact).all():
+            raise CheckpointError(f"the weight {name} has NaN or infinite values; a palette cannot hold them")
+        values = exact if half else sums[codes] / counts
+        order = np.argsort(values, kind="stable")
+        return cls(numbers, scale, codes[order], values[order], counts[order])
+
+    @property
+    def dtype(self) -> str:
+        """What the numbers are stored as, "float16" or "float32"."""
+        return self.numbers.dtype.name
+
+    def table(self, bits: int) -> np.ndarray:
+        """The 2^bits numbers that stand for all, ascending, rounded as they are stored; float64."""
+        centres = cluster(self.values, self.counts, 2**bits).astype(self.dtype).astype(np.float64)
+        return np.concatenate([centres, np.full(2**bits - len(centres), centres[-1])])
+
+    def nearest(self, table: np.ndarray) -> np.ndarray:
+        """For each different number the index of the nearest in the table."""
+        return np.searchsorted((table[:-1] + table[1:]) / 2, self.values)
+
+    def signal_to_noise(self, table: np.ndarray) -> float:
+        """In decibels; infinite where the table has every number."""
+        signal = self.counts @ self.values**2
+        noise = self.counts @ (self.values - table[self.nearest(table)]) ** 2
+        return 10 * math.log10(signal / noise) if noise else math.inf
+
+    def indices(self, table: np.ndarray, bits: int) -> np.ndarray:
+        """The index of every number of the weight, packed into bytes."""
+        index_of = np.zeros(_ALL_CODES, np.uint8)
+        index_of[self.codes] = self.nearest(table)
+        packed = [
+            index_of[_codes(part, self.scale)] if bits == 8 else pack(index_of[_codes(part, self.scale)], f"uint{bits}")
+            for part in _parts(self.numbers)
+        ]
+        return np.concatenate(packed)
+
+
+def _parts(numbers: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, numbers.size, _AT_ONCE):
+        yield numbers[start : start + _AT_ONCE]
+
+
+def _codes(numbers: np.ndarray, scale: float) -> np.ndarray:
+    """Half-precision bit patterns; float32 numbers are grouped by those of their ratio to the largest."""
+    if numbers.dtype == np.float16:
+        return numbers.view(np.uint16)
+    return (numbers / np.float32(scale)).astype(np.float16).view(np.uint16)

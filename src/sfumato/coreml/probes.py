@@ -1,0 +1,118 @@
+"""What converted networks are tried with: inputs as a run would give them, and what the source makes of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sfumato.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from sfumato.coreml.program import Interface
+    from sfumato.coreml.source import Source
+    from sfumato.models.base import Model
+
+__all__ = ["Probe", "answer", "embeddings", "probes", "rounded_to_float16"]
+
+Probe = dict[str, torch.Tensor]
+
+PROMPT = "a red apple, 3d"
+# Early, middle and late in a run of a model trained on 1000 timesteps: where the sines differ most between precisions.
+TIMESTEPS = (981.0, 481.0, 1.0)
+SEED = 0
+
+
+def probes(part: str, interface: Interface, source: Source) -> list[Probe]:
+    """Inputs for one part, named and shaped as its interface says; float32 on the CPU, the same at every call.
+
+    Raises `CheckpointError` where the interface is none that such a part has.
+    """
+    sides = {feature.name: feature.type.shape for feature in interface.inputs}
+    wanted = {
+        "text_encoder": {"input_ids"},
+        "unet": {"sample", "timestep", "encoder_hidden_states"},
+        "vae_decoder": {"z"},
+        "vae_encoder": {"x"},
+    }[part]
+    if set(sides) != wanted or any(side is None for shape in sides.values() for side in shape):
+        raise CheckpointError(
+            f"the {part} asks for {', '.join(sorted(sides))}; what can be verified asks for {', '.join(sorted(wanted))}"
+        )
+    shapes: Any = sides
+    generator = torch.Generator().manual_seed(SEED)
+    if part == "text_encoder":
+        return [{"input_ids": _tokens(text, shapes["input_ids"], source)} for text in (PROMPT, "")]
+    if part == "unet":
+        states = _states(shapes["encoder_hidden_states"], source)
+        sample = torch.randn(shapes["sample"], generator=generator)
+        times = [torch.full(shapes["timestep"], timestep) for timestep in TIMESTEPS]
+        return [{"sample": sample, "timestep": time, "encoder_hidden_states": states} for time in times]
+    if part == "vae_decoder":
+        scale = source.sizes.vae_config.scaling_factor
+        return [{"z": torch.randn(shapes["z"], generator=generator) / scale}]
+    return [{"x": _picture(shapes["x"])}]
+
+
+@torch.no_grad()
+def answer(part: str, network: Model, probe: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a network of the source makes of a probe, under the names of Core ML's outputs."""
+    net: Any = network
+    probe = {name: tensor if name == "input_ids" else tensor.to(network.dtype) for name, tensor in probe.items()}
+    if part == "text_encoder":
+        last, pooled = net(probe["input_ids"].long(), return_dict=False)
+        return {"last_hidden_state": last, "pooled_outputs": pooled}
+    if part == "unet":
+        states = probe["encoder_hidden_states"].squeeze(2).transpose(1, 2)
+        return {"noise_pred": net(probe["sample"], probe["timestep"], states, return_dict=False)[0]}
+    if part == "vae_decoder":
+        return {"image": net.decode(probe["z"], return_dict=False)[0]}
+    return {"latent": net.encode(probe["x"], return_dict=False)[0].parameters}
+
+
+def rounded_to_float16(network: Model) -> bool:
+    """Round a network's float32 weights to what float16 can say, in place; whether any of them changed."""
+    changed = False
+    with torch.no_grad():
+        for weight in network.parameters():
+            rounded = weight.half().float()
+            if not torch.equal(rounded, weight):
+                weight.copy_(rounded)
+                changed = True
+    return changed
+
+
+def embeddings(texts: tuple[str, ...], length: int, source: Source) -> Tensor:
+    """What the source's own text encoder makes of texts: (B, length, C) in float32."""
+    encoder = source.load("text_encoder", torch.float32)
+    ids = source.tokenizer(texts, max_length=length).input_ids
+    return answer("text_encoder", encoder, {"input_ids": ids})["last_hidden_state"]
+
+
+def _tokens(text: str, shape: tuple[int, int], source: Source) -> Tensor:
+    ids = source.tokenizer([text], max_length=shape[1]).input_ids
+    return ids.float()
+
+
+def _states(shape: tuple[int, int, int, int], source: Source) -> Tensor:
+    """Embeddings as a U-Net's package reads them: (B, C, 1, S), of a prompt and, for guidance, of none."""
+    batch, width, _, length = shape
+    own = source.sizes.text_encoder_config.hidden_size
+    if width != own:
+        raise CheckpointError(
+            f"the U-Net reads embeddings of {width} numbers and {source.name} makes {own}; name the right checkpoint"
+        )
+    return embeddings(("", PROMPT)[-batch:], length, source).transpose(1, 2)[:, :, None]
+
+
+def _picture(shape: tuple[int, int, int, int]) -> Tensor:
+    """A smooth picture in [-1, 1] with an edge in it, as photographs have both."""
+    height, width = shape[2:]
+    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    disc = torch.where(x**2 + y**2 < 0.5, 0.5, -0.5)
+    channels = [(x * 3).sin() * 0.5 + disc * 0.8, (y * 2).cos() * 0.9 - disc * 0.4, x * y * 0.8]
+    return torch.stack(channels[: shape[1]]).clamp(-1, 1)[None].repeat(shape[0], 1, 1, 1)

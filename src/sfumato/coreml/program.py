@@ -1,0 +1,236 @@
+"""ML Programs in memory: the one form that files are read into, networks are converted to, and that is run.
+
+A `Model` is what a package or a compiled folder holds: an interface and either one `Program` or, for a pipeline, a
+chain of models. A `Program` is functions of operations in static single assignment, as in Core ML's model intermediate
+language (MIL). Nothing here knows how any of it is stored (`formats/`), made (`convert/`) or computed (`runtime/`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Protocol
+
+import numpy as np
+
+__all__ = [
+    "ARRAY_DTYPES",
+    "MAIN",
+    "SUBBYTE_BITS",
+    "Argument",
+    "Feature",
+    "Flexibility",
+    "Function",
+    "Interface",
+    "LazyArray",
+    "Model",
+    "Operation",
+    "Output",
+    "Program",
+    "TensorType",
+    "Value",
+    "Weight",
+    "byte_count",
+    "constant",
+]
+
+MAIN = "main"
+
+# Bits of the types that share bytes, packed from the lowest bit up; each is held here as a whole (u)int8.
+SUBBYTE_BITS = {"uint1": 1, "uint2": 2, "uint3": 3, "uint4": 4, "uint6": 6, "int4": 4}
+
+# The words of model.mil for types, and the arrays that hold their values. bfloat16 is widened when it is read.
+ARRAY_DTYPES: Mapping[str, np.dtype] = {
+    "fp16": np.dtype(np.float16),
+    "fp32": np.dtype(np.float32),
+    "fp64": np.dtype(np.float64),
+    "bf16": np.dtype(np.float32),
+    "int8": np.dtype(np.int8),
+    "int16": np.dtype(np.int16),
+    "int32": np.dtype(np.int32),
+    "int64": np.dtype(np.int64),
+    "uint8": np.dtype(np.uint8),
+    "uint16": np.dtype(np.uint16),
+    "uint32": np.dtype(np.uint32),
+    "uint64": np.dtype(np.uint64),
+    "bool": np.dtype(np.bool_),
+    "int4": np.dtype(np.int8),
+    **{name: np.dtype(np.uint8) for name in SUBBYTE_BITS if name.startswith("u")},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    """The type of a tensor: a word of `ARRAY_DTYPES` or "string", and its sides; None where one is not known."""
+
+    dtype: str
+    shape: tuple[int | None, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{', '.join('?' if side is None else str(side) for side in self.shape)}]"
+
+
+class Weight(Protocol):
+    """Numbers that are somewhere else, such as in a mapped file, until they are asked for."""
+
+    def read(self) -> np.ndarray:
+        """The numbers, in the type's shape, one array element each; a view of the file where that is possible."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LazyArray:
+    """A weight that a function makes each time it is asked for, so that nobody need hold it meanwhile."""
+
+    make: Callable[[], np.ndarray]
+
+    def read(self) -> np.ndarray:
+        """What the function gives."""
+        return self.make()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Value:
+    """A constant: its type, and its numbers (an array in the type's shape), its text, or a `Weight` that has them."""
+
+    type: TensorType
+    data: np.ndarray | str | tuple[str, ...] | Weight
+
+    @property
+    def stored(self) -> bool:
+        """Whether the numbers belong into a weight file, rather than into the program itself."""
+        return not isinstance(self.data, (np.ndarray, str, tuple))
+
+    def read(self) -> np.ndarray | str | tuple[str, ...]:
+        """The numbers or the text."""
+        return self.data.read() if not isinstance(self.data, (np.ndarray, str, tuple)) else self.data
+
+
+# What an operation is given under one name: names of values computed before it, or constants in place.
+Argument = tuple["str | Value", ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A value that an operation computes, or that a function is given: its name, unique in the function, and type."""
+
+    name: str
+    type: TensorType
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Operation:
+    """One operation. `const` has its number in the attribute "val"; iOS 16's `constexpr_…` theirs in attributes too.
+
+    Every input is a tuple; only those of `concat`, `stack` and `einsum` (their "values") have more than one entry.
+    """
+
+    type: str
+    inputs: Mapping[str, Argument]
+    outputs: tuple[Output, ...]
+    attributes: Mapping[str, Value] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all values that it reads, in order, repeated if read twice."""
+        return tuple(entry for argument in self.inputs.values() for entry in argument if isinstance(entry, str))
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """Operations in the order in which they can run. `opset` is "CoreML6" (iOS 16) and upward."""
+
+    inputs: tuple[Output, ...]
+    outputs: tuple[str, ...]
+    operations: tuple[Operation, ...]
+    opset: str
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """Functions by name; most programs have one, `main`."""
+
+    functions: Mapping[str, Function]
+
+
+@dataclass(frozen=True, slots=True)
+class Flexibility:
+    """Which shapes an input may have, where more than one: those listed in `shapes`, or sides within `ranges`.
+
+    A range is a least and a greatest side, None where there is no greatest. `default` is the shape that is expected
+    where none is told.
+    """
+
+    default: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...] = ()
+    ranges: tuple[tuple[int, int | None], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """An input or output as callers see it: an array of "fp16", "fp32", "fp64", "int8" or "int32".
+
+    A side that may vary is None in the type; `flexibility` says how.
+    """
+
+    name: str
+    type: TensorType
+    optional: bool = False
+    description: str = ""
+    flexibility: Flexibility | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Interface:
+    """What one function is called with and returns."""
+
+    inputs: tuple[Feature, ...]
+    outputs: tuple[Feature, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What a package or a compiled folder holds.
+
+    interface: of the default function; interfaces: of every function by name, where the file describes several.
+    body: a program, or the models of a pipeline with their names, which hand features to each other by name.
+    metadata: the user's own entries; author, license, version and description stand beside them.
+    """
+
+    interface: Interface
+    body: Program | tuple[tuple[str, Model], ...]
+    spec_version: int
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    author: str = ""
+    license: str = ""
+    version: str = ""
+    description: str = ""
+    interfaces: Mapping[str, Interface] = field(default_factory=dict)
+    default_function: str = MAIN
+
+    @property
+    def program(self) -> Program:
+        """The program; a pipeline has several, so asking it is a mistake of the caller."""
+        if not isinstance(self.body, Program):
+            raise TypeError("a pipeline is no single program")
+        return self.body
+
+    def with_function(self, function: Function) -> Model:
+        """The same model with another main function."""
+        return replace(self, body=Program({**self.program.functions, self.default_function: function}))
+
+
+def constant(name: str, value: Value) -> Operation:
+    """The `const` operation that gives a value its name."""
+    text = Value(TensorType("string"), name)
+    return Operation("const", {}, (Output(name, value.type),), {"name": text, "val": value})
+
+
+def byte_count(type_: TensorType) -> int:
+    """Bytes that a tensor of known sides takes in a weight file."""
+    count = prod(side or 0 for side in type_.shape)
+    bits = SUBBYTE_BITS.get(type_.dtype)
+    if bits is not None:
+        return -(-count * bits // 8)
+    return count * (2 if type_.dtype == "bf16" else ARRAY_DTYPES[type_.dtype].itemsize)

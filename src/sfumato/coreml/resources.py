@@ -1,0 +1,110 @@
+"""The folder that Swift apps read: compiled models under Apple's names, and the checkpoint's own tokenizer.
+
+Apple's compiler (`xcrun coremlcompiler`, of Xcode) is used where there is one; elsewhere the compiled form is written
+here (formats/compiled.py), which is experimental: no document says that devices take it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from sfumato.coreml.formats import read_model, write_compiled
+from sfumato.coreml.formats.folders import replacing_folder
+from sfumato.coreml.layout import MAX_CHUNKS, PARTS, Models, compiled_names
+from sfumato.errors import CheckpointError, OutputError, UsageError
+from sfumato.files import output_folder, read_json, replacing
+
+if TYPE_CHECKING:
+    from sfumato.text.tokenizer import CLIPTokenizer
+
+__all__ = ["compile_package", "resources"]
+
+log = logging.getLogger("sfumato")
+
+_COMPILER = ("xcrun", "coremlcompiler")
+
+
+def resources(folder: Path, models: Models, tokenizer: CLIPTokenizer) -> Path:
+    """Compile packages into a folder as Swift apps read it, with vocab.json and merges.txt beside them; the folder.
+
+    Each model is there whole or not at all, and one of the same name is replaced. Raises `UsageError` for models that
+    are compiled already, `OutputError` if Apple's compiler fails or nothing can be written.
+    """
+    if models.kind != "packages":
+        raise UsageError(f"the models in {models.folder} are compiled already; give the folder of their packages")
+    folder = output_folder(folder)
+    if not _has_compiler():
+        log.warning(
+            "Apple's compiler is not here (it comes with Xcode), so the compiled form is Sfumato's own, which is "
+            "experimental; apps can compile the packages themselves"
+        )
+    for part in PARTS:
+        paths = models.paths(part)
+        names = compiled_names(part, len(paths)) if paths else ()
+        for package, name in zip(paths, names, strict=True):
+            compile_package(package, folder / name)
+    _remove_other_forms(folder, len(models.paths("unet")))
+    tokenizer.save_pretrained(folder)
+    _write_bpe(folder)
+    return folder
+
+
+def compile_package(package: Path, path: Path) -> None:
+    """Compile a package to a `.mlmodelc` folder, by Apple's compiler where it is. Raises `OutputError` if it fails."""
+    if not _has_compiler():
+        write_compiled(read_model(package), path)
+        return
+    with TemporaryDirectory(dir=path.parent, prefix=".compiling-") as place:
+        command = [*_COMPILER, "compile", str(package), place]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        made = Path(place) / f"{package.stem}.mlmodelc"
+        if done.returncode != 0 or not made.is_dir():
+            said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
+            raise OutputError(f"Apple's compiler did not compile {package} ({said}); look at what Xcode says of it")
+        with replacing_folder(path) as new:
+            shutil.copytree(made, new, dirs_exist_ok=True)
+
+
+def _remove_other_forms(folder: Path, chunks: int) -> None:
+    """Chunks of an earlier compilation beside a whole U-Net, or the other way round, would be taken in its place."""
+    kept = compiled_names("unet", chunks) if chunks else ()
+    for count in range(1, MAX_CHUNKS + 1) if chunks else ():
+        for name in compiled_names("unet", count):
+            if name not in kept and (folder / name).is_dir():
+                log.warning("%s, of an earlier compilation, is removed", folder / name)
+                shutil.rmtree(folder / name)
+
+
+def _has_compiler() -> bool:
+    """Whether Xcode's compiler can be called; the command line tools alone have `xcrun` but not the compiler."""
+    if shutil.which(_COMPILER[0]) is None:
+        return False
+    found = subprocess.run([_COMPILER[0], "--find", _COMPILER[1]], capture_output=True, check=False)
+    return found.returncode == 0
+
+
+def _write_bpe(folder: Path) -> None:
+    """The two files that Swift apps read, from tokenizer.json where the checkpoint has only that."""
+    if all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
+        return
+    where = folder / "tokenizer.json"
+    model = read_json(where).get("model")
+    if (
+        not isinstance(model, dict)
+        or not isinstance(model.get("vocab"), dict)
+        or not isinstance(model.get("merges"), list)
+    ):
+        raise CheckpointError(
+            f"{where} holds no byte-pair encoding, which Swift apps need; use a checkpoint that has it"
+        )
+    merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
+    with replacing(folder / "vocab.json") as temporary:
+        temporary.write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+    with replacing(folder / "merges.txt") as temporary:
+        temporary.write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")

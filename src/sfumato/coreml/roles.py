@@ -1,0 +1,158 @@
+"""What a converted model is, judged by its inputs and outputs alone; and which models go together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sfumato.coreml.formats import read_model
+from sfumato.coreml.program import Feature
+from sfumato.errors import CheckpointError, SfumatoError
+
+__all__ = ["PARTS", "Candidate", "look", "sorted_out"]
+
+log = logging.getLogger("sfumato")
+
+PARTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+
+Sides = tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model, and what it may be: `part` is one of `PARTS`, or empty for what is none of them.
+
+    A chunk of a U-Net that is not the first has no part either: only the one before it tells what it is. trouble: why
+    the model cannot be read, which matters only if no other has its part.
+    """
+
+    path: Path
+    part: str
+    inputs: dict[str, Sides]
+    outputs: dict[str, Sides]
+    source_hash: str = ""
+    chunk: str = ""
+    trouble: str = ""
+
+
+def look(path: Path) -> Candidate:
+    """What a model may be."""
+    try:
+        model = read_model(path)
+    except SfumatoError as error:
+        return Candidate(path, "", {}, {}, trouble=str(error))
+    inputs, outputs = _sides(model.interface.inputs), _sides(model.interface.outputs)
+    hash_, chunk = (model.metadata.get(f"sfumato.{name}", "") for name in ("source_hash", "chunk"))
+    return Candidate(path, _part(inputs), inputs, outputs, hash_, chunk)
+
+
+def _sides(features: Iterable[Feature]) -> dict[str, Sides]:
+    """The shape of each feature; None for a side that varies."""
+    return {one.name: one.type.shape for one in features}
+
+
+def _part(inputs: dict[str, Sides]) -> str:
+    if "controlnet_cond" in inputs or any(name.startswith("additional_residual_") for name in inputs):
+        return ""  # a ControlNet, or a U-Net that only runs with one
+    if "input_ids" in inputs:
+        return "text_encoder"
+    if {"sample", "timestep"} <= inputs.keys():
+        return "unet"
+    return {"z": "vae_decoder", "x": "vae_encoder"}.get(next(iter(inputs)), "") if len(inputs) == 1 else ""
+
+
+def sorted_out(folder: Path, candidates: Sequence[Candidate]) -> dict[str, tuple[Path, ...]]:
+    """The models of each part, a U-Net's chunks in the order in which they run.
+
+    Raises `CheckpointError` where there are two for one place, a chunk is missing, or they are of different models.
+    """
+    parts: dict[str, tuple[Candidate, ...]] = {}
+    for part in PARTS:
+        found = [one for one in candidates if one.part == part]
+        if part == "unet":
+            found = _unet(found, [one for one in candidates if not one.part])
+        elif len(found) > 1:
+            raise CheckpointError(_twice(folder, found))
+        if found:
+            parts[part] = tuple(found)
+    _check_together(folder, parts)
+    return {part: tuple(one.path for one in found) for part, found in parts.items()}
+
+
+def _twice(folder: Path, found: Sequence[Candidate]) -> str:
+    names = " and ".join(one.path.name for one in found)
+    hint = "keep the models of one checkpoint in a folder of their own"
+    if all("input_ids" in one.inputs for one in found):
+        hint += "; those of Stable Diffusion XL and 3, which have several text encoders, are not supported"
+    return f"{folder} holds {names}, which are for the same part; {hint}"
+
+
+def _unet(heads: list[Candidate], others: list[Candidate]) -> list[Candidate]:
+    """The one whole U-Net, or its chunks; those win where both are there."""
+    chains = [_chain(head, others) for head in heads]
+    whole = [chain for chain in chains if len(chain) == 1]
+    cut = [chain for chain in chains if len(chain) > 1]
+    for some in (cut, whole):
+        if len(some) > 1:
+            raise CheckpointError(_twice(some[0][0].path.parent, [chain[0] for chain in some]))
+    if cut and whole:
+        log.warning("the U-Net is there whole and in chunks; the chunks are used, as Apple's runners do")
+    return next(iter(cut or whole), [])
+
+
+def _chain(head: Candidate, others: list[Candidate]) -> list[Candidate]:
+    """A first model and those that go on with what it computes, in the order in which they run."""
+    chain, features = [head], {*head.inputs, *head.outputs, "encoder_hidden_states"}
+    computed = set(head.outputs)
+    while following := [one for one in others if one not in chain and _goes_on(one, features, computed)]:
+        if len(following) > 1:
+            raise CheckpointError(_twice(head.path.parent, following))
+        chain += following
+        features |= following[0].outputs.keys()
+        computed |= following[0].outputs.keys()
+    count = head.chunk.rpartition(" ")[2]
+    if len(chain[-1].outputs) != 1 or (count.isdecimal() and len(chain) != int(count)):
+        trouble = next((one.trouble for one in others if one.trouble), "")
+        raise CheckpointError(
+            f"{chain[-1].path} is a chunk of a U-Net, and the one that goes on with it is not beside it; "
+            + (trouble or "convert or download all chunks")
+        )
+    return chain
+
+
+def _goes_on(one: Candidate, features: set[str], computed: set[str]) -> bool:
+    return one.inputs.keys() <= features and bool(one.inputs.keys() & computed)
+
+
+def _check_together(folder: Path, parts: dict[str, tuple[Candidate, ...]]) -> None:
+    """Raise where models are of different checkpoints, or sizes that do not fit."""
+    hashes = {one.source_hash: one for found in parts.values() for one in found if one.source_hash}
+    if len(hashes) > 1:
+        names = " and ".join(one.path.name for one in hashes.values())
+        raise CheckpointError(f"{folder}: {names} were made from different checkpoints; convert them together")
+    for part, what, feature, axis, other, other_axis in _FITTING:
+        for one in parts.get(part, ()):
+            for unet in parts.get("unet", ()):
+                number, wanted = _side(one, feature, axis), _side(unet, other, other_axis)
+                if number != wanted and None not in (number, wanted):
+                    raise CheckpointError(
+                        f"{folder}: {one.path.name} has {what} {number} and {unet.path.name} {wanted}, so they are not "
+                        "of one model; keep the models of one checkpoint in a folder of their own"
+                    )
+
+
+# What must agree: a part, what its axis means, its feature and axis, and those of the U-Net.
+_FITTING = (
+    ("text_encoder", "embeddings of width", "last_hidden_state", 2, "encoder_hidden_states", 1),
+    ("text_encoder", "prompts of length", "input_ids", 1, "encoder_hidden_states", 3),
+    ("vae_decoder", "latents of height", "z", 2, "sample", 2),
+    ("vae_decoder", "latents of width", "z", 3, "sample", 3),
+)
+
+
+def _side(one: Candidate, feature: str, axis: int) -> int | None:
+    """A side of a feature; None where the file does not say it."""
+    shape = (one.inputs | one.outputs).get(feature, ())
+    return shape[axis] if axis < len(shape) else None

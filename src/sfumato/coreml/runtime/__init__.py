@@ -1,0 +1,8 @@
+"""The portable runtime: reads ML Programs and runs them with torch, on any system."""
+
+from __future__ import annotations
+
+from sfumato.coreml.runtime.executor import Visit
+from sfumato.coreml.runtime.predictor import Precision, Predictor, load
+
+__all__ = ["Precision", "Predictor", "Visit", "load"]

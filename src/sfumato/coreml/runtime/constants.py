@@ -1,0 +1,66 @@
+"""The values of a function that are known before it runs: constants, compressed weights, and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import torch
+
+from sfumato.coreml.program import TensorType, Value
+from sfumato.coreml.runtime.kinds import HELD, tensor_of
+
+__all__ = ["SMALL", "Constant", "Constants"]
+
+_Numbers = np.ndarray | str | tuple[str, ...]
+
+# Constants of at most so many numbers are kept as tensors always, without being counted.
+SMALL = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """One known value: its type, and a function that reads, decompresses or computes it anew each time."""
+
+    type: TensorType
+    read: Callable[[], _Numbers | torch.Tensor]
+
+    @property
+    def count(self) -> int:
+        """How many numbers it has; those of sides that are not known are taken as one."""
+        return prod(side or 1 for side in self.type.shape)
+
+    @property
+    def byte_count(self) -> int:
+        """What it takes as a tensor, in bytes."""
+        return self.count * HELD[self.type.dtype].itemsize
+
+    def numbers(self) -> _Numbers:
+        """Its numbers as an array, or its text."""
+        found = self.read()
+        return found.numpy() if isinstance(found, torch.Tensor) else found
+
+    def tensor(self) -> torch.Tensor:
+        """Its numbers as a tensor, in the type that holds them."""
+        found = self.read()
+        return found if isinstance(found, torch.Tensor) else tensor_of(np.asarray(found), self.type.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Constants:
+    """The known values of a function by name."""
+
+    by_name: Mapping[str, Constant]
+
+    def __contains__(self, entry: str | Value) -> bool:
+        return isinstance(entry, Value) or entry in self.by_name
+
+    def __getitem__(self, entry: str | Value) -> Constant:
+        return Constant(entry.type, entry.read) if isinstance(entry, Value) else self.by_name[entry]
+
+    def numbers_of(self, name: str) -> _Numbers | None:
+        """The numbers or text of a name, or None if it is not known before the program runs."""
+        found = self.by_name.get(name)
+        return None if found is None else found.numbers()

@@ -1,0 +1,35 @@
+"""Chains of operations that are computed as one: group normalization, and attention in every customary form.
+
+A chain is replaced only if nobody else reads a value within it. Its result is rounded once, at its end, where the
+single operations would each be rounded to fp16; and what would overflow within it does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from sfumato.coreml.program import Function
+from sfumato.coreml.runtime.call import Binder
+from sfumato.coreml.runtime.fuse.attention import fuse_cores
+from sfumato.coreml.runtime.fuse.graph import Graph
+from sfumato.coreml.runtime.fuse.group_norm import GROUP_NORM, fuse_group_norms
+from sfumato.coreml.runtime.fuse.heads import FUSED_ATTENTION, join_attentions
+
+__all__ = ["FUSED", "fused"]
+
+FUSED: Mapping[str, Binder] = {**FUSED_ATTENTION, **GROUP_NORM}
+
+
+def fused(function: Function) -> Function:
+    """The same function with chains replaced by single operations of `FUSED`, which compute the same.
+
+    One that is not well formed is left as it is: the planner names what is wrong with it.
+    """
+    graph = Graph(function)
+    try:
+        fuse_group_norms(graph)
+        fuse_cores(graph)
+        join_attentions(graph)
+    except LookupError:
+        return function
+    return graph.function()

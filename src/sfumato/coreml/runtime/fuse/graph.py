@@ -1,0 +1,105 @@
+"""A function as a graph that can be asked who makes a value and who reads it, and whose operations can be replaced."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from sfumato.coreml.program import Function, Operation, TensorType, Value
+
+__all__ = ["Entry", "Graph"]
+
+Entry = str | Value
+
+
+class Graph:
+    """The operations of a function, while some are replaced by others that compute the same."""
+
+    def __init__(self, function: Function) -> None:
+        self._function = function
+        self._operations: list[list[Operation]] = [[operation] for operation in function.operations]
+        self._makers: dict[str, Operation] = {}
+        self._readers = Counter(function.outputs)
+        self.types: dict[str, TensorType] = {each.name: each.type for each in function.inputs}
+        for operation in function.operations:
+            self._enter(operation)
+
+    def each(self, *types: str) -> Iterator[tuple[int, Operation]]:
+        """Operations of these types with their places, as they are when their turn comes."""
+        for place, group in enumerate(self._operations):
+            if group[-1].type in types:
+                yield place, group[-1]
+
+    def maker(self, entry: Entry, *types: str) -> Operation | None:
+        """The operation that computes a value, if it is one of these types."""
+        made = self._makers.get(entry) if isinstance(entry, str) else None
+        return made if made is not None and made.type in types else None
+
+    def inner(self, entry: Entry, *types: str) -> Operation | None:
+        """The same, if nobody else reads the value than the one who asks."""
+        return self.maker(entry, *types) if isinstance(entry, str) and self._readers[entry] == 1 else None
+
+    def readers(self, entry: Entry) -> int:
+        """How many times a value is read, or returned by the function."""
+        return self._readers[entry] if isinstance(entry, str) else 0
+
+    def type(self, entry: Entry) -> TensorType:
+        """The type of a value."""
+        return entry.type if isinstance(entry, Value) else self.types[entry]
+
+    def shape(self, entry: Entry) -> tuple[int, ...] | None:
+        """The sides of a value, if all are known."""
+        sides = self.type(entry).shape
+        known = tuple(side for side in sides if side is not None)
+        return known if len(known) == len(sides) else None
+
+    def constant(self, entry: Entry) -> Value | None:
+        """The constant that a value is, if it is one."""
+        if isinstance(entry, Value):
+            return entry
+        made = self.maker(entry, "const")
+        return None if made is None else made.attributes.get("val")
+
+    def numbers(self, operation: Operation, name: str) -> np.ndarray | None:
+        """The numbers of a parameter, flat, if it is given and constant and not text."""
+        entries = operation.inputs.get(name, ())
+        value = self.constant(entries[0]) if entries else None
+        data = None if value is None else value.read()
+        return np.ravel(data) if isinstance(data, np.ndarray) or np.isscalar(data) else None
+
+    def text(self, operation: Operation, name: str) -> str | None:
+        """The word of a parameter, if it is given and constant."""
+        entries = operation.inputs.get(name, ())
+        value = self.constant(entries[0]) if entries else None
+        data = None if value is None or value.stored else value.read()
+        return data if isinstance(data, str) else None
+
+    def scalar(self, entry: Entry) -> float | None:
+        """The number that a value is, if it is a constant of a single one."""
+        value = self.constant(entry)
+        if value is None or value.stored or self.shape(value) is None or np.prod(self.shape(value) or (1,)) != 1:
+            return None
+        data = value.read()
+        return None if isinstance(data, (str, tuple)) else float(np.ravel(data)[0])
+
+    def replace(self, place: int, operations: Sequence[Operation]) -> None:
+        """Compute what the operation at a place does with others, the last of which has its outputs."""
+        old = self._operations[place]
+        for operation in old:
+            self._readers.subtract(operation.names)
+        self._operations[place] = list(operations)
+        for operation in operations:
+            self._enter(operation)
+
+    def function(self) -> Function:
+        """The function as it is now; what nobody reads any more is still in it."""
+        operations = tuple(operation for group in self._operations for operation in group)
+        return Function(self._function.inputs, self._function.outputs, operations, self._function.opset)
+
+    def _enter(self, operation: Operation) -> None:
+        self._readers.update(operation.names)
+        for output in operation.outputs:
+            self._makers[output.name] = operation
+            self.types[output.name] = output.type

@@ -1,0 +1,196 @@
+"""Group normalization, which ML Programs spell out, as one operation.
+
+The chain is: split the channels into groups, subtract the mean, divide by the square root of the variance, join the
+groups, then scale and shift each channel ("Group Normalization", arXiv 1803.08494, eq. 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sfumato.coreml.program import Operation, Output, TensorType, Value
+from sfumato.coreml.runtime.call import Binder, Bound, Call
+from sfumato.coreml.runtime.fuse.graph import Entry, Graph
+
+__all__ = ["GROUP_NORM", "fuse_group_norms"]
+
+_NORM, _SCALE, _SHIFT = "fused group_norm", "fused scale", "fused shift"
+
+
+def fuse_group_norms(graph: Graph) -> None:
+    """Replace every chain whose inner values nobody else reads."""
+    for place, operation in graph.each("reshape"):
+        found = _normalized(graph, operation)
+        if found is not None:
+            x, groups, epsilon = found
+            graph.replace(place, [_group_norm(operation.outputs[0], x, groups, epsilon, {})])
+    for place, operation in graph.each("batch_norm"):
+        _take_in_batch_norm(graph, place, operation)
+    for kind in ("mul", "add"):
+        for place, operation in graph.each(kind):
+            _take_in_vector(graph, place, operation)
+
+
+def _normalized(graph: Graph, joined: Operation) -> tuple[Entry, int, float] | None:
+    """What is normalized, in how many groups and with what epsilon, if the chain ends in this reshape."""
+    found = _divided(graph, joined.inputs["x"][0])
+    if found is None:
+        return None
+    centred, variance, epsilon = found
+    squared = graph.inner(variance.inputs["x"][0], "square")
+    subtracted = graph.maker(centred, "sub")
+    if squared is None or subtracted is None or squared.inputs["x"][0] != centred or graph.readers(centred) != 2:
+        return None
+    grouped = subtracted.inputs["x"][0]
+    mean = graph.inner(subtracted.inputs["y"][0], "reduce_mean")
+    split = graph.maker(grouped, "reshape")
+    if mean is None or split is None or mean.inputs["x"][0] != grouped or graph.readers(grouped) != 2:
+        return None
+    x = split.inputs["x"][0]
+    shape, inside = graph.shape(x), graph.shape(grouped)
+    if shape is None or inside is None or graph.shape(joined.outputs[0].name) != shape or len(shape) < 2:
+        return None
+    axes = tuple(range(2, len(inside)))
+    if len(inside) < 3 or any(_axes(graph, each, len(inside)) != axes for each in (mean, variance)):
+        return None
+    if inside[0] != shape[0] or shape[1] % inside[1]:
+        return None
+    return x, inside[1], epsilon
+
+
+def _divided(graph: Graph, entry: Entry) -> tuple[str, Operation, float] | None:
+    """The centred values, the mean of their squares, and epsilon, if a value is the one over the root of the other."""
+    if (division := graph.inner(entry, "real_div")) is not None:
+        centred, root = division.inputs["x"][0], graph.inner(division.inputs["y"][0], "sqrt")
+        inverse = 0.0
+    elif (division := graph.inner(entry, "mul")) is not None:
+        centred, root = division.inputs["x"][0], graph.inner(division.inputs["y"][0], "rsqrt")
+        given = None if root is None else graph.numbers(root, "epsilon")
+        if root is None or ("epsilon" in root.inputs and given is None):
+            return None
+        inverse = 1e-12 if given is None else float(given[0])
+    else:
+        return None
+    if root is None or not isinstance(centred, str):
+        return None
+    below, epsilon = root.inputs["x"][0], inverse
+    if (added := graph.inner(below, "add")) is not None:
+        below, more = _with_scalar(graph, added)
+        if more is None:
+            return None
+        epsilon += more
+    variance = graph.inner(below, "reduce_mean")
+    return None if variance is None else (centred, variance, epsilon)
+
+
+def _with_scalar(graph: Graph, operation: Operation) -> tuple[Entry, float | None]:
+    """The two sides of an operation, of which one is a single constant number."""
+    x, y = operation.inputs["x"][0], operation.inputs["y"][0]
+    if graph.scalar(y) is None:
+        x, y = y, x
+    # A constant of more sides than the values would add sides to them.
+    return x, graph.scalar(y) if graph.shape(x) == graph.shape(operation.outputs[0].name) else None
+
+
+def _axes(graph: Graph, operation: Operation, rank: int) -> tuple[int, ...] | None:
+    """The axes that are reduced and kept."""
+    axes, kept = graph.numbers(operation, "axes"), graph.numbers(operation, "keep_dims")
+    if axes is None or kept is None or not kept[0]:
+        return None
+    return tuple(sorted(int(axis) % rank for axis in axes))
+
+
+def _group_norm(
+    output: Output, x: Entry, groups: int, epsilon: float, affine: Mapping[str, tuple[Entry, ...]]
+) -> Operation:
+    attributes = {"groups": _whole(groups), "epsilon": _number(epsilon)}
+    return Operation(_NORM, {"x": (x,), **affine}, (output,), attributes)
+
+
+def _take_in_batch_norm(graph: Graph, place: int, operation: Operation) -> None:
+    """Let the normalization scale and shift, in the place of a batch normalization that only does that."""
+    norm = graph.inner(operation.inputs["x"][0], _NORM)
+    given = {name: entries for name, entries in operation.inputs.items() if name != "x"}
+    if norm is None or set(norm.inputs) != {"x"} or any(graph.constant(each[0]) is None for each in given.values()):
+        return
+    name, channels = operation.outputs[0].name, graph.type(operation.inputs["mean"][0]).shape
+    # Of type fp32, as what is computed inside one operation is not rounded.
+    scale = Output(f"{name}/scale", TensorType("fp32", channels))
+    shift = Output(f"{name}/shift", TensorType("fp32", channels))
+    affine: dict[str, tuple[Entry, ...]] = {"gamma": (scale.name,), "beta": (shift.name,)}
+    graph.replace(
+        place,
+        [
+            Operation(_SCALE, given, (scale,)),
+            Operation(_SHIFT, given, (shift,)),
+            Operation(_NORM, {"x": norm.inputs["x"], **affine}, operation.outputs, norm.attributes),
+        ],
+    )
+
+
+def _take_in_vector(graph: Graph, place: int, operation: Operation) -> None:
+    """Let the normalization scale, or shift, by a constant for each channel of shape (1, C, 1, …)."""
+    wanted = "gamma" if operation.type == "mul" else "beta"
+    for near, far in (("x", "y"), ("y", "x")):
+        norm = graph.inner(operation.inputs[near][0], _NORM)
+        vector = operation.inputs[far][0]
+        value = graph.constant(vector)
+        if norm is None or value is None or wanted in norm.inputs or (wanted == "gamma" and "beta" in norm.inputs):
+            continue
+        shape, sides = graph.shape(vector), graph.shape(operation.outputs[0].name)
+        if shape is None or sides is None or graph.shape(norm.outputs[0].name) != sides:
+            continue
+        if (1,) * (len(sides) - len(shape)) + shape != (1, sides[1]) + (1,) * (len(sides) - 2):
+            continue
+        inputs = {**norm.inputs, wanted: (vector,)}
+        graph.replace(place, [Operation(_NORM, inputs, operation.outputs, norm.attributes)])
+        return
+
+
+def _whole(number: int) -> Value:
+    return Value(TensorType("int32"), np.array(number, np.int32))
+
+
+def _number(number: float) -> Value:
+    return Value(TensorType("fp64"), np.array(number, np.float64))
+
+
+def _bind_norm(call: Call) -> Bound:
+    groups, epsilon = call.integer("groups"), call.number("epsilon")
+    given = call.given("gamma", "beta")
+
+    def run(x: Tensor, *affine: Tensor) -> Tensor:
+        vectors = dict(zip(given, (each.reshape(-1) for each in affine), strict=True))
+        return torch.group_norm(x, groups, vectors.get("gamma"), vectors.get("beta"), epsilon)
+
+    return call.bind(run, "x", *given)
+
+
+def _bind_scale(call: Call) -> Bound:
+    epsilon = call.number("epsilon", 1e-5)
+
+    def run(variance: Tensor, gamma: Tensor | None = None) -> Tensor:
+        scale = torch.rsqrt(variance + epsilon)
+        return scale if gamma is None else gamma * scale
+
+    return call.bind(run, "variance", *call.given("gamma"))
+
+
+def _bind_shift(call: Call) -> Bound:
+    epsilon = call.number("epsilon", 1e-5)
+    given = call.given("gamma", "beta")
+
+    def run(mean: Tensor, variance: Tensor, *affine: Tensor) -> Tensor:
+        vectors = dict(zip(given, affine, strict=True))
+        shift = -mean * torch.rsqrt(variance + epsilon)
+        shift = shift * vectors["gamma"] if "gamma" in vectors else shift
+        return shift + vectors["beta"] if "beta" in vectors else shift
+
+    return call.bind(run, "mean", "variance", *given)
+
+
+GROUP_NORM: Mapping[str, Binder] = {_NORM: _bind_norm, _SCALE: _bind_scale, _SHIFT: _bind_shift}

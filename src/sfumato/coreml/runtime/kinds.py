@@ -1,0 +1,52 @@
+"""The types of ML Programs as tensors: which torch type holds which, and numbers from files as tensors.
+
+Floating point is held and computed in float32 (float64 for "fp64"), whatever a program calls it; that a value is fp16
+shows only in its being rounded to fp16. Unsigned types that torch has no arithmetic for are held in the next wider
+signed one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from sfumato.coreml.program import SUBBYTE_BITS
+
+__all__ = ["HELD", "WORDS", "half_rounded", "tensor_of"]
+
+HELD: Mapping[str, torch.dtype] = {
+    "fp16": torch.float32,
+    "fp32": torch.float32,
+    "bf16": torch.float32,
+    "fp64": torch.float64,
+    "int8": torch.int8,
+    "int16": torch.int16,
+    "int32": torch.int32,
+    "int64": torch.int64,
+    "uint8": torch.uint8,
+    "uint16": torch.int32,
+    "uint32": torch.int64,
+    "uint64": torch.int64,
+    "bool": torch.bool,
+    "int4": torch.int8,
+    **{name: torch.uint8 for name in SUBBYTE_BITS if name.startswith("u")},
+}
+
+# The names that the inputs "dtype" and "output_dtype" of operations use, beside those of `HELD`.
+WORDS: Mapping[str, str] = {"float16": "fp16", "float32": "fp32", "float64": "fp64", "float": "fp32", "int": "int32"}
+
+
+def half_rounded(value: torch.Tensor) -> torch.Tensor:
+    """The same numbers, each rounded to the nearest of fp16 (IEEE 754, half to even; 65,520 and above is infinite)."""
+    return value.half().float()
+
+
+def tensor_of(array: np.ndarray, dtype: str) -> torch.Tensor:
+    """A tensor of numbers of the given MIL type, in the type that holds it. It shares no memory with the array."""
+    held = HELD[dtype]
+    tensor = torch.empty(array.shape, dtype=held)
+    # numpy converts: torch refuses to look at arrays that cannot be written to, as those of mapped files.
+    np.copyto(tensor.numpy(), array, casting="unsafe")
+    return tensor

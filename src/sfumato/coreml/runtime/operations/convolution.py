@@ -1,0 +1,115 @@
+"""Convolutions, and what slides windows over images like them: pooling and resizing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sfumato.coreml.runtime.call import Binder, Bound, Call
+
+__all__ = ["CONVOLUTION", "padded", "padding"]
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+def padding(
+    call: Call, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int], sides: Sequence[int]
+) -> list[tuple[int, int]]:
+    """What `pad_type` and `pad` add before and after each spatial side, for the sides of the input."""
+    kind = call.text("pad_type", "valid").lower()
+    if kind == "custom":
+        pad = call.ints("pad", (0,) * 2 * len(kernel))
+        return list(zip(pad[::2], pad[1::2], strict=True))
+    if kind == "valid":
+        return [(0, 0)] * len(kernel)
+    pairs = []
+    for size, stride, dilation, side in zip(kernel, strides, dilations, sides, strict=True):
+        whole = max((-(-side // stride) - 1) * stride + (size - 1) * dilation + 1 - side, 0)
+        less, more = whole // 2, whole - whole // 2
+        pairs.append((more, less) if kind == "same_lower" else (less, more))
+    return pairs
+
+
+def padded(x: Tensor, pairs: Sequence[tuple[int, int]], value: float = 0.0) -> Tensor:
+    """An image with this much of `value` around it, before and after each of its last sides."""
+    return F.pad(x, [each for pair in reversed(pairs) for each in pair], value=value)
+
+
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A convolution of 1 × 1, which is a product of matrices: in the layout that its kind of values comes in.
+
+    Values of transformers, (B, C, 1, S), come out with the channels together in memory, as normalization over them and
+    attention read them; pictures come out plane by plane.
+    """
+    weight = weight.flatten(1)
+    if x.shape[2] == 1:
+        return F.linear(x.squeeze(2).transpose(1, 2), weight, bias).transpose(1, 2).unsqueeze(2)
+    batch = x.shape[0]
+    weight = weight.expand(batch, -1, -1)
+    planes = x.flatten(2)
+    y = torch.bmm(weight, planes) if bias is None else torch.baddbmm(bias[:, None], weight, planes)
+    return y.unflatten(2, x.shape[2:])
+
+
+def _conv(call: Call) -> Bound:
+    spatial = call.rank() - 2
+    convolve = _CONV[spatial]
+    strides = call.ints("strides", (1,) * spatial)
+    dilations = call.ints("dilations", (1,) * spatial)
+    groups = call.integer("groups", 1)
+    names = ("x", "weight", *call.given("bias"))
+    kind = call.text("pad_type", "valid").lower()
+    if kind in ("valid", "custom"):
+        pairs = padding(call, (0,) * spatial, strides, dilations, ())
+        if all(before == after for before, after in pairs):
+            symmetric = tuple(before for before, _ in pairs)
+            sides = call.type("weight").shape
+            if spatial == 2 and {*sides[2:], *strides, groups} == {1} and not any(symmetric):
+                return call.bind(_pointwise, *names)
+            return call.bind(
+                lambda x, weight, bias=None: convolve(x, weight, bias, strides, symmetric, dilations, groups), *names
+            )
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        around = padding(call, weight.shape[2:], strides, dilations, x.shape[2:])
+        return convolve(padded(x, around), weight, bias, strides, 0, dilations, groups)
+
+    return call.bind(run, *names)
+
+
+def _conv_transpose(call: Call) -> Bound:
+    spatial = call.rank() - 2
+    convolve = _CONV_TRANSPOSE[spatial]
+    strides = call.ints("strides", (1,) * spatial)
+    dilations = call.ints("dilations", (1,) * spatial)
+    groups = call.integer("groups", 1)
+    shape = call.ints("output_shape", None)
+    kind = call.text("pad_type", "valid").lower()
+    pad = call.ints("pad", (0,) * 2 * spatial) if kind == "custom" else (0,) * 2 * spatial
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        whole = convolve(x, weight, bias, strides, 0, 0, groups, dilations)
+        for axis, (side, stride, size) in enumerate(zip(x.shape[2:], strides, whole.shape[2:], strict=True)):
+            if shape is not None:
+                wanted = shape[2 + axis]
+            elif kind.startswith("same"):
+                wanted = side * stride
+            else:
+                wanted = size - pad[2 * axis] - pad[2 * axis + 1]
+            before = pad[2 * axis]
+            if kind.startswith("same"):
+                surplus = max(size - wanted, 0)
+                before = surplus - surplus // 2 if kind == "same_lower" else surplus // 2
+            if before + wanted > size:  # an output shape that reaches behind what the input can tell: nothing is there
+                whole = padded(whole, [(0, before + wanted - size), *[(0, 0)] * (spatial - axis - 1)])
+            whole = whole.narrow(2 + axis, before, wanted)
+        return whole
+
+    return call.bind(run, "x", "weight", *call.given("bias"))
+
+
+CONVOLUTION: Mapping[str, Binder] = {"conv": _conv, "conv_transpose": _conv_transpose}

@@ -1,0 +1,181 @@
+"""`Predictor`: a Core ML model that runs anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from sfumato.coreml.program import Feature, Function, Interface, Model
+from sfumato.coreml.runtime.executor import Executable, Visit
+from sfumato.coreml.runtime.features import array_of, check_names, check_tensor, tensor_from
+from sfumato.coreml.runtime.fuse import fused
+from sfumato.coreml.runtime.planner import types_of
+from sfumato.errors import CheckpointError, UsageError, suggest
+
+__all__ = ["Precision", "Predictor", "load"]
+
+Precision = Literal["typed", "float32"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """One program of a model: its interface, and the function that is run."""
+
+    interface: Interface
+    function: Function
+    name: str
+    executable: Executable
+
+
+class Predictor:
+    """Runs a Core ML model on the CPU with torch, without Core ML; `predict` is that of coremltools' `MLModel`.
+
+    precision: "typed" computes as a program says it: every result of type fp16 is rounded to fp16, the arithmetic
+        within one operation being float32, as processors do it. "float32" takes all floating point to be float32, and
+        shows what the graph computes without rounding.
+    function: one of a program with several functions; the model's default function if it is not given.
+    fuse: whether group normalization and attention, which programs spell out, are computed as single operations. That
+        is faster; but a typed result is then rounded once at the end of the chain, and what would overflow fp16 within
+        it does not.
+
+    Weights stay in their file until the first run. They are then kept as float32 if they take no more than half of the
+    memory that is free when the predictor is made; otherwise each is widened, or decompressed, just before each use and
+    forgotten after it, which is slower.
+
+    Raises `CheckpointError` naming the operation if one is not supported, and `UsageError` for a function that does not
+    exist or an unknown precision.
+    """
+
+    def __init__(
+        self, model: Model, *, precision: Precision = "typed", function: str | None = None, fuse: bool = True
+    ) -> None:
+        if precision not in ("typed", "float32"):
+            raise UsageError(f"precision must be 'typed' or 'float32', not {precision!r}")
+        self.model, self.precision, self.fuse = model, precision, fuse
+        if isinstance(model.body, tuple):
+            if function is not None:
+                raise UsageError(f"a pipeline has no functions to choose from, so leave out {function!r}")
+            self.interface = model.interface
+        else:
+            self.interface = _interface(model, _function_name(model, function))
+        programs = list(_programs(model))
+        budget = _free_memory() // 2 // max(len(programs), 1)
+        self._stages = [self._stage(each, function, budget) for each in programs]
+
+    def _stage(self, model: Model, function: str | None, budget: int) -> _Stage:
+        name = _function_name(model, function)
+        chosen = model.program.functions[name]
+        made = Executable(fused(chosen) if self.fuse else chosen, name, typed=self._typed, budget=budget)
+        return _Stage(_interface(model, name), chosen, name, made)
+
+    @property
+    def _typed(self) -> bool:
+        return self.precision == "typed"
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The user's own entries of the model."""
+        return self.model.metadata
+
+    def predict(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Outputs by name for inputs by name: arrays in the types of the interface.
+
+        Arrays of other number types are cast, as Core ML does. Raises `UsageError` naming the input if one is missing,
+        surplus, of another shape, or not numeric.
+        """
+        return self._arrays(self._compute(self._tensors(inputs)))
+
+    def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The same with tensors; those that come out are float32 for fp16 and fp32."""
+        check_names(self.interface, inputs)
+        for feature in self.interface.inputs:
+            check_tensor(feature, inputs[feature.name])
+        return self._compute(inputs)
+
+    def observe(self, inputs: Mapping[str, Any], visit: Visit) -> dict[str, np.ndarray]:
+        """`predict`, one operation after the other as the program has them, each shown to `visit` with its outputs.
+
+        visit: called with the operation, its place in its function, and its outputs as tensors that it must not change.
+            What is known before the run (constants, what follows from them) and what nobody reads is not shown. The
+            operations of a pipeline come model by model.
+        """
+        return self._arrays(self._compute(self._tensors(inputs), visit))
+
+    def _tensors(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        check_names(self.interface, inputs)
+        return {feature.name: tensor_from(feature, inputs[feature.name]) for feature in self.interface.inputs}
+
+    def _arrays(self, outputs: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+        return {feature.name: array_of(feature, outputs[feature.name]) for feature in self.interface.outputs}
+
+    def _compute(self, inputs: Mapping[str, torch.Tensor], visit: Visit | None = None) -> dict[str, torch.Tensor]:
+        features = dict(inputs)
+        for stage in self._stages:
+            missing = [each.name for each in stage.function.inputs if each.name not in features]
+            if missing:
+                raise CheckpointError(f"function {stage.name!r} reads {missing[0]!r}, which the model does not give it")
+            executable = stage.executable
+            if visit is not None and self.fuse:
+                executable = Executable(stage.function, stage.name, typed=self._typed, budget=0)
+            features.update(executable(features, visit))
+        absent = [each.name for each in self.interface.outputs if each.name not in features]
+        if absent:
+            raise CheckpointError(f"the model promises the output {absent[0]!r}, which it does not compute")
+        return {feature.name: features[feature.name] for feature in self.interface.outputs}
+
+
+def _programs(model: Model) -> Iterator[Model]:
+    """The models that have programs, in the order in which they run."""
+    if isinstance(model.body, tuple):
+        for _, each in model.body:
+            yield from _programs(each)
+    else:
+        yield model
+
+
+def _function_name(model: Model, function: str | None) -> str:
+    functions = model.program.functions
+    name = model.default_function if function is None else function
+    if name not in functions:
+        names = ", ".join(repr(each) for each in functions) or "none"
+        raise UsageError(f"the model has no function {name!r}{suggest(name, functions)}; it has {names}")
+    return name
+
+
+def _interface(model: Model, name: str) -> Interface:
+    """That of one function: as the file describes it, or what the function itself takes and returns."""
+    if name in model.interfaces:
+        return model.interfaces[name]
+    if name == model.default_function:
+        return model.interface
+    function = model.program.functions[name]
+    types = types_of(function)
+    return Interface(
+        tuple(Feature(each.name, each.type) for each in function.inputs),
+        tuple(Feature(each, types[each]) for each in function.outputs),
+    )
+
+
+def _free_memory() -> int:
+    """Bytes that this process may still take."""
+    import psutil
+
+    from sfumato.runtime.limits import ControlGroups
+
+    available, room = psutil.virtual_memory().available, ControlGroups().free_memory()
+    return available if room is None else min(available, room)
+
+
+def load(
+    path: str | PathLike[str], *, precision: Precision = "typed", function: str | None = None, fuse: bool = True
+) -> Predictor:
+    """A `Predictor` for a package, a compiled folder or a bare `.mlmodel`; see there."""
+    from sfumato.coreml.formats import read_model
+
+    return Predictor(read_model(Path(path)), precision=precision, function=function, fuse=fuse)

@@ -18,7 +18,7 @@ from sfumato.runtime.facts import read_facts
 
 CHECKPOINT = Path("out") / "benchmark-sd15"
 CPU = ("unet", "vae", "picture", "peak", "growth")
-GROUPS = (*CPU, "memory", "startup", "schedulers")
+GROUPS = (*CPU, "memory", "startup", "schedulers", "coreml")
 
 
 def checkpoint() -> Path:
@@ -34,7 +34,7 @@ def checkpoint() -> Path:
 
 def run(group: str, folder: Path, machine: Machine, runs: int) -> list[Result]:
     """One group of benchmarks."""
-    from benchmarks import calls, growth, pictures, schedulers, startup
+    from benchmarks import calls, coreml, growth, pictures, schedulers, startup
 
     match group:
         case "unet":
@@ -49,6 +49,8 @@ def run(group: str, folder: Path, machine: Machine, runs: int) -> list[Result]:
             return growth.growth(folder, machine, runs)
         case "memory":
             return list(pictures.memory(folder))
+        case "coreml":
+            return [*coreml.conversion(folder), *coreml.execution(folder, runs)]
         case "startup":
             return startup.startup(folder, runs)
         case _:

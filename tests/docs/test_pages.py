@@ -14,12 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from support.converted import write_converted
 from support.hub import cache
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 # The hub ids that pages name, which a tiny random checkpoint answers for.
-IDS = ("stable-diffusion-v1-5/stable-diffusion-v1-5",)
+IDS = ("stable-diffusion-v1-5/stable-diffusion-v1-5", "CompVis/stable-diffusion-v1-4")
+# Converted models that pages name, as others published them: without a word of where they come from.
+CONVERTED = "apple/coreml-stable-diffusion-v1-4"
 # What no test runs, and why: (page, reason). A block is left out by `<!-- not run: reason -->` right before it.
 NOT_RUN = {("README.md", "these two set up the environment the other blocks run in")}
 
@@ -103,6 +106,9 @@ def hub(checkpoints: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
     home = tmp_path_factory.mktemp("home")
     for name in IDS:
         cache(home / "hub", name, checkpoints("sd15"))
+    models = home / "converted"
+    write_converted(checkpoints("sd15"), models / "original" / "packages", described=False, tokenizer=False)
+    cache(home / "hub", CONVERTED, models)
     return home
 
 
@@ -112,6 +118,9 @@ def hub(checkpoints: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 def test_page_runs(page, hub, tmp_path):
     blocks = [asdict(block) for block in BLOCKS[page] if not block.skipped]
+    if any(CONVERTED in block["text"] for block in blocks):
+        # What the page's own download would have left, so that offline the hub's library takes it as it is.
+        shutil.copytree(hub / "converted", tmp_path / "models" / "coreml-stable-diffusion-v1-4_original_packages")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment |= {
         "HF_HOME": str(hub),

@@ -84,7 +84,8 @@ class Engine:
             return AppleModel(path, model.interface, self.compute_unit)
         from sfumato.coreml.runtime import Predictor
 
-        return Predictor(model, precision=self.precision)
+        # Fused operations round once, at their end; hardware rounds in between.
+        return Predictor(model, precision=self.precision, fuse=self.precision == "float32")
 
 
 def engine_for(compute_unit: str, *, portable: bool = False, precision: Precision = "float32") -> Engine:

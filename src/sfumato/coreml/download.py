@@ -10,10 +10,10 @@ import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
-from sfumato.checkpoints.locate import HubOptions
+from sfumato.checkpoints.locate import HubOptions, locate_folder
 from sfumato.checkpoints.locate import download as fetch
-from sfumato.coreml.layout import KINDS
-from sfumato.errors import DownloadError, suggest
+from sfumato.coreml.layout import KINDS, find_models
+from sfumato.errors import DownloadError, SfumatoError, suggest
 from sfumato.text.tokenizer import FILES
 
 __all__ = ["PREFERRED", "download", "variants"]
@@ -34,8 +34,25 @@ def download(repo: str, variant: str | None = None, *, output: Path | None = Non
     """
     chosen = _Choice(repo, variant)
     place = None if output is None else output.expanduser()
-    folder = fetch(repo, chosen.select, HubOptions(revision=revision), local_dir=place)
+    try:
+        folder = fetch(repo, chosen.select, HubOptions(revision=revision), local_dir=place)
+    except DownloadError:
+        cached = None if place is not None or variant is None else _cached(repo, variant, revision)
+        if cached is None:
+            raise
+        log.warning("the hub cannot be reached; using the files of %r that are in the cache", repo)
+        return cached
     return folder / chosen.found
+
+
+def _cached(repo: str, variant: str, revision: str | None) -> Path | None:
+    """The folder of a variant in the hub's cache, if its models can be read."""
+    try:
+        folder = locate_folder(repo, _Choice(repo, variant).select, revision=revision, local_files_only=True) / variant
+        find_models(folder, required=())
+    except SfumatoError:
+        return None
+    return folder
 
 
 def variants(names: Iterable[str]) -> list[str]:

@@ -11,9 +11,10 @@ import numpy as np
 
 __all__ = ["cluster"]
 
-# Values beyond this many are first put into that many groups, of which the clusters are made; Lloyd's steps then move
-# the borders to where they belong. With every value a group of its own, the result is exact.
+# Values beyond this many, or this many for each cluster, are first put into that many groups, of which the clusters are
+# made; Lloyd's steps then move the borders to where they belong. With every value a group of its own, it is exact.
 GROUPS = 1024
+GROUPS_OF_A_CLUSTER = 16
 
 # Lloyd's steps after the dynamic program; each lowers the error, and most tensors need fewer than ten.
 STEPS = 100
@@ -29,7 +30,7 @@ def cluster(values: np.ndarray, counts: np.ndarray, k: int) -> np.ndarray:
         return values.copy()
     middle = (values @ counts) / counts.sum()
     sums = _Sums(values - middle, counts)
-    edges = _groups(values, counts, max(GROUPS, 4 * k))
+    edges = _groups(values, counts, max(GROUPS, GROUPS_OF_A_CLUSTER * k))
     borders = edges[_best_borders(sums.at(edges), k)]
     for _ in range(STEPS):
         centres = sums.means(borders)

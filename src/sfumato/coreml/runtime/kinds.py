@@ -44,9 +44,11 @@ def half_rounded(value: torch.Tensor) -> torch.Tensor:
 
 
 def tensor_of(array: np.ndarray, dtype: str) -> torch.Tensor:
-    """A tensor of numbers of the given MIL type, in the type that holds it. It shares no memory with the array."""
+    """A tensor of numbers of the given MIL type, in the type that holds it; it may share the array's memory."""
     held = HELD[dtype]
+    if array.flags.writeable and array.flags.c_contiguous and array.dtype.isnative:
+        return torch.from_numpy(array).to(held)
+    # Torch warns of arrays that cannot be written to, so numpy converts those.
     tensor = torch.empty(array.shape, dtype=held)
-    # numpy converts: torch refuses to look at arrays that cannot be written to, as those of mapped files.
     np.copyto(tensor.numpy(), array, casting="unsafe")
     return tensor

@@ -30,9 +30,13 @@ def test_apples_options(converted):
     assert outcome.out.splitlines()[-2:] == ["out", "out/Resources"]
     stem = "Stable_Diffusion_version_sd15_"
     names = {path.name.removeprefix(stem) for path in (folder / "out").glob("*.mlpackage")}
-    assert names == {f"{part}.mlpackage" for part in ("text_encoder", "unet_chunk1", "unet_chunk2", "vae_decoder", "vae_encoder")}
+    assert names == {
+        f"{part}.mlpackage" for part in ("text_encoder", "unet_chunk1", "unet_chunk2", "vae_decoder", "vae_encoder")
+    }
     compiled = {path.name for path in (folder / "out" / "Resources").glob("*.mlmodelc")}
-    assert compiled == {f"{name}.mlmodelc" for name in ("TextEncoder", "UnetChunk1", "UnetChunk2", "VAEDecoder", "VAEEncoder")}
+    assert compiled == {
+        f"{name}.mlmodelc" for name in ("TextEncoder", "UnetChunk1", "UnetChunk2", "VAEDecoder", "VAEEncoder")
+    }
     assert "palettes, unpacked" in outcome.out
     assert "WRONG" not in outcome.out
     assert "experimental" in outcome.err
@@ -106,7 +110,9 @@ def test_misuse_is_one_sentence(sfumato_each, model, tmp_path):
 
 def test_converting_twice_and_resuming(sfumato_each, model, tmp_path):
     words = [*CONVERT, str(model), "--convert-vae-decoder", "--no-verify", "-o", "out"]
-    first, again, resumed, replaced = sfumato_each([words, words, [*words, "--resume"], [*words, "--overwrite"]], cwd=tmp_path)
+    first, again, resumed, replaced = sfumato_each(
+        [words, words, [*words, "--resume"], [*words, "--overwrite"]], cwd=tmp_path
+    )
     first.succeeded()
     again.failed(2, "is already there", "--resume", "--overwrite")
     assert "kept" in resumed.succeeded().err

@@ -36,7 +36,7 @@ def stamps(folder):
 
 def test_all_parts_are_made_under_apples_names(whole, source):
     assert [part.part for part in whole.parts] == list(PARTS)
-    stem = f"Stable_Diffusion_version_{source.name.replace('/', '_')}"
+    stem = "Stable_Diffusion_version_sd15"
     assert {path.name for path in whole.folder.glob("*.mlpackage")} == {f"{stem}_{part}.mlpackage" for part in PARTS}
     assert {"vocab.json", "merges.txt"} <= {path.name for path in whole.folder.iterdir()}
     assert not any(part.kept for part in whole.parts)

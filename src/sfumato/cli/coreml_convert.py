@@ -96,6 +96,7 @@ def convert(
     from sfumato.cli.coreml_verify import report, table
     from sfumato.cli.terminal import Terminal, print_json
     from sfumato.coreml import conversion
+    from sfumato.coreml.layout import REQUIRED
     from sfumato.coreml.palettize import read_recipe
     from sfumato.coreml.source import PARTS, open_source
 
@@ -123,7 +124,10 @@ def convert(
     folders = [folder]
     if bundle:
         folders.append(_bundle(terminal, source, folder, resources))
-    proofs = [report(terminal, place, source, options.parts, picture=place == folder) for place in folders if verify]
+    whole = set(REQUIRED) <= set(options.parts)
+    proofs = [
+        report(terminal, place, source, options.parts, picture=whole and place == folder) for place in folders if verify
+    ]
     if as_json:
         print_json(_summary(made, folders) | {"verifications": [proof.to_dict() for proof in proofs]})
     else:
@@ -149,7 +153,7 @@ def _places(source: Source, options: ConversionOptions, output: Path | None) -> 
     if output is not None:
         folder = output.expanduser()
         return folder, folder / "Resources"
-    name = "coreml-" + Path(source.name).name
+    name = "coreml-" + Path(source.label).name
     return tree(Path(), name, options.attention, "packages"), tree(Path(), name, options.attention, "compiled")
 
 

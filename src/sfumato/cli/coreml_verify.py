@@ -40,11 +40,11 @@ def verify(
     they can show.
     """
     from sfumato.cli.terminal import Terminal, print_json
-    from sfumato.coreml.source import PARTS, open_source
+    from sfumato.coreml.source import open_source
 
     terminal = Terminal(quiet=quiet)
     source = None if against is None else open_source(against, variant=variant)
-    proof = report(terminal, folder, source, PARTS, picture=picture, steps=steps)
+    proof = report(terminal, folder, source, picture=picture, steps=steps)
     if as_json:
         print_json(proof.to_dict())
     else:
@@ -57,18 +57,17 @@ def report(
     terminal: Terminal,
     folder: Path,
     source: Source | None,
-    parts: tuple[str, ...],
+    parts: tuple[str, ...] | None = None,
     *,
     picture: bool,
     steps: int | None = None,
 ) -> Verification:
-    """Verify a folder, showing what is being done. A picture needs all its parts, and is left out without them."""
+    """Verify a folder, showing what is being done."""
     from sfumato.coreml import verification
 
-    drawable = {"text_encoder", "unet", "vae_decoder"} <= set(parts)
     with terminal.stages("verifying") as stage:
         return verification.verify(
-            folder.expanduser(), source, parts=parts, picture=picture and drawable, steps=steps, on_part=stage
+            folder.expanduser(), source, parts=parts, picture=picture, steps=steps, on_part=stage
         )
 
 

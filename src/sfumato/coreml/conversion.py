@@ -125,8 +125,8 @@ def convert(
     `UsageError` for options that do not fit it; each package is whole or absent.
     """
     options = options or ConversionOptions()
-    paths = {part: _paths(folder, source.name, part, options) for part in options.parts}
-    taken = [path for part in paths for path in (*paths[part], *_other_forms(folder, source.name, part, paths[part]))]
+    paths = {part: _paths(folder, source.label, part, options) for part in options.parts}
+    taken = [path for part in paths for path in (*paths[part], *_other_forms(folder, source.label, part, paths[part]))]
     _check_place(folder, taken, free=resume or overwrite)
     _check_room(source, folder, options)
     made = []
@@ -138,7 +138,7 @@ def convert(
         kept = resume and all(_is_made_by(path, recipe) for path in paths[part])
         if not kept:
             _write(source, part, options, recipe, paths[part])
-        _remove(_other_forms(folder, source.name, part, paths[part]))
+        _remove(_other_forms(folder, source.label, part, paths[part]))
         size = sum(layout.folder_bytes(path) for path in paths[part])
         made.append(Converted(part, paths[part], size, time.perf_counter() - began, kept))
     _write_tokenizer(source, folder)
@@ -191,7 +191,7 @@ def _write(source: Source, part: str, options: ConversionOptions, recipe: str, p
         described = replace(
             one,
             metadata={**one.metadata, **shared, **own},
-            author=f"converted by Sfumato from {source.name}",
+            author=f"converted by Sfumato from {source.label}",
             license="that of the checkpoint; see its model card",
             version=__version__,
             description=about if len(paths) == 1 else f"{about}, chunk {number} of {len(paths)}",

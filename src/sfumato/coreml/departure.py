@@ -61,7 +61,8 @@ def departure(suspect: Predictor, reference: Predictor, probe: Mapping[str, Tens
             continue
         agreement = min(decibels(a, b) for a, b in zip(ours.values, other.values, strict=True))
         lost = min(before, CEILING) - min(agreement, CEILING)
-        steepest = max(steepest, (lost, f"most is lost in {ours}: {_db(before)} before it, {_db(agreement)} after"))
+        if lost > steepest[0]:
+            steepest = (lost, f"most is lost in {ours}: {_db(before)} before it, {_db(agreement)} after")
         before = min(before, agreement)
     for _ in theirs:
         pass  # to its end, so that its thread ends

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sfumato.coreml.chunk import MAX_CHUNKS
@@ -56,13 +56,15 @@ class Models:
     """The converted models of one checkpoint.
 
     folder: where they lie; kind: "packages" or "compiled"; parts: paths by part, several for a U-Net in chunks, in the
-    order in which they run; tokenizer: the folder of its files, if they are beside the models.
+    order in which they run; tokenizer: the folder of its files, if they are beside the models; unread: what could not
+    be read beside them, and why.
     """
 
     folder: Path
     kind: str
     parts: Mapping[str, tuple[Path, ...]]
     tokenizer: Path | None = None
+    unread: Mapping[Path, str] = field(default_factory=dict)
 
     @property
     def text_encoder(self) -> Path:
@@ -167,11 +169,11 @@ def find_models(folder: Path, *, kind: str | None = None, required: Collection[s
     if not whole:
         raise CheckpointError(_incomplete(max(sets, key=lambda one: len(one.parts)), required))
     chosen = whole[0]
-    for one in chosen.candidates:
-        if one.trouble:
-            log.warning("%s is left alone: %s", one.path.name, one.trouble)
+    unread = {one.path: one.trouble for one in chosen.candidates if one.trouble}
+    for path, trouble in unread.items():
+        log.warning("%s is left alone: %s", path.name, trouble)
     parts = sorted_out(chosen.folder, chosen.candidates)
-    return Models(chosen.folder, chosen.kind, parts, tokenizer_folder(chosen.folder, folder))
+    return Models(chosen.folder, chosen.kind, parts, tokenizer_folder(chosen.folder, folder), unread)
 
 
 @dataclass(frozen=True)

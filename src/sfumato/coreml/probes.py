@@ -30,32 +30,10 @@ SEED = 0
 def probes(part: str, interface: Interface, source: Source) -> list[Probe]:
     """Inputs for one part, named and shaped as its interface says; float32 on the CPU, the same at every call.
 
+    All are numbers that float16 can say too, so that rounding them is no part of what is compared.
     Raises `CheckpointError` where the interface is none that such a part has.
     """
-    sides = {feature.name: feature.type.shape for feature in interface.inputs}
-    wanted = {
-        "text_encoder": {"input_ids"},
-        "unet": {"sample", "timestep", "encoder_hidden_states"},
-        "vae_decoder": {"z"},
-        "vae_encoder": {"x"},
-    }[part]
-    if set(sides) != wanted or any(side is None for shape in sides.values() for side in shape):
-        raise CheckpointError(
-            f"the {part} asks for {', '.join(sorted(sides))}; what can be verified asks for {', '.join(sorted(wanted))}"
-        )
-    shapes: Any = sides
-    generator = torch.Generator().manual_seed(SEED)
-    if part == "text_encoder":
-        return [{"input_ids": _tokens(text, shapes["input_ids"], source)} for text in (PROMPT, "")]
-    if part == "unet":
-        states = _states(shapes["encoder_hidden_states"], source)
-        sample = torch.randn(shapes["sample"], generator=generator)
-        times = [torch.full(shapes["timestep"], timestep) for timestep in TIMESTEPS]
-        return [{"sample": sample, "timestep": time, "encoder_hidden_states": states} for time in times]
-    if part == "vae_decoder":
-        scale = source.sizes.vae_config.scaling_factor
-        return [{"z": torch.randn(shapes["z"], generator=generator) / scale}]
-    return [{"x": _picture(shapes["x"])}]
+    return [{name: x.half().float() for name, x in probe.items()} for probe in _probes(part, interface, source)]
 
 
 @torch.no_grad()
@@ -116,3 +94,30 @@ def _picture(shape: tuple[int, int, int, int]) -> Tensor:
     disc = torch.where(x**2 + y**2 < 0.5, 0.5, -0.5)
     channels = [(x * 3).sin() * 0.5 + disc * 0.8, (y * 2).cos() * 0.9 - disc * 0.4, x * y * 0.8]
     return torch.stack(channels[: shape[1]]).clamp(-1, 1)[None].repeat(shape[0], 1, 1, 1)
+
+
+def _probes(part: str, interface: Interface, source: Source) -> list[Probe]:
+    sides = {feature.name: feature.type.shape for feature in interface.inputs}
+    wanted = {
+        "text_encoder": {"input_ids"},
+        "unet": {"sample", "timestep", "encoder_hidden_states"},
+        "vae_decoder": {"z"},
+        "vae_encoder": {"x"},
+    }[part]
+    if set(sides) != wanted or any(side is None for shape in sides.values() for side in shape):
+        raise CheckpointError(
+            f"the {part} asks for {', '.join(sorted(sides))}; what can be verified asks for {', '.join(sorted(wanted))}"
+        )
+    shapes: Any = sides
+    generator = torch.Generator().manual_seed(SEED)
+    if part == "text_encoder":
+        return [{"input_ids": _tokens(text, shapes["input_ids"], source)} for text in (PROMPT, "")]
+    if part == "unet":
+        states = _states(shapes["encoder_hidden_states"], source)
+        sample = torch.randn(shapes["sample"], generator=generator)
+        times = [torch.full(shapes["timestep"], timestep) for timestep in TIMESTEPS]
+        return [{"sample": sample, "timestep": time, "encoder_hidden_states": states} for time in times]
+    if part == "vae_decoder":
+        scale = source.sizes.vae_config.scaling_factor
+        return [{"z": torch.randn(shapes["z"], generator=generator) / scale}]
+    return [{"x": _picture(shapes["x"])}]

@@ -48,6 +48,11 @@ class Source:
     variant: str | None = None
     use_safetensors: bool | None = None
 
+    @property
+    def label(self) -> str:
+        """What files are named after: the hub id, or the name of the folder without the way to it."""
+        return self.folder.name if Path(self.name).expanduser().is_dir() else self.name
+
     def load(self, part: str, dtype: torch.dtype | None = None) -> Model:
         """The network that a part of Core ML is made from, on the CPU; mapped from its file in the stored precision.
 

@@ -109,30 +109,30 @@ def verify(
     folder: Path,
     against: Source | None = None,
     *,
-    parts: tuple[str, ...] = PARTS,
+    parts: tuple[str, ...] | None = None,
     picture: bool = True,
     steps: int | None = None,
     on_part: Callable[[str], None] | None = None,
 ) -> Verification:
     """Prove the models in a folder against a checkpoint: the one given, or the one they name as their source.
 
-    parts: those to look at, of the ones that are there; picture: whether to draw one with both, in `steps` steps.
+    parts: those to look at, all that are there if None; picture: whether to draw one with both, in `steps` steps.
     `on_part` is told each part before its work. Raises `CheckpointError` if models are damaged or none of this
     checkpoint, `UsageError` if they name no source and none is given.
     """
-    models = find_models(folder, required=())
+    models = find_models(folder, required=parts or ())
+    for path, trouble in models.unread.items():
+        raise CheckpointError(f"{path.name} cannot be verified: {trouble}")
     source = against or _named_source(models)
     missing = [part for part in REQUIRED if not models.paths(part)]
     if picture and missing:
         log.warning("no picture is compared, as %s has no %s", models.folder, " and no ".join(missing))
         picture = False
     checks: list[Check] = []
-    for part in parts:
-        paths = models.paths(part)
-        if paths:
-            _tell(on_part, part)
-            checks += prove(part, [read_model(path) for path in paths], source)
-            gc.collect()  # a network's modules hold each other, and the next one needs their room
+    for part in parts or models.parts:
+        _tell(on_part, part)
+        checks += prove(part, [read_model(path) for path in models.paths(part)], source)
+        gc.collect()  # a network's modules hold each other, and the next one needs their room
     if picture:
         _tell(on_part, "picture")
         palettes = any(_has_palettes(read_model(path)) for part in PARTS for path in models.paths(part))

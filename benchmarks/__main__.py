@@ -50,7 +50,7 @@ def run(group: str, folder: Path, machine: Machine, runs: int) -> list[Result]:
         case "memory":
             return list(pictures.memory(folder))
         case "coreml":
-            return [*coreml.conversion(folder), *coreml.execution(folder, runs)]
+            return [*coreml.conversion(folder), *coreml.memory(folder), *coreml.execution(folder, runs)]
         case "startup":
             return startup.startup(folder, runs)
         case _:

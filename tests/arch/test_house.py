@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted(SOURCE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 REFERENCES = {"accelerate", "diffusers", "torchvision", "transformers"}
-HEAVY = {"PIL", "huggingface_hub", "numpy", "rich", "safetensors", "tokenizers", "torch", "tqdm"} | REFERENCES
+HEAVY = REFERENCES | {
+    "PIL", "coremltools", "google.protobuf", "huggingface_hub", "numpy", "rich", "safetensors", "tokenizers", "torch", "tqdm",
+}  # fmt: skip
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -133,7 +135,17 @@ def test_the_reference_libraries_are_imported_only_to_be_measured():
 
 
 @pytest.mark.parametrize(
-    "module", ["sfumato", "sfumato.cli.main", "sfumato.request", "sfumato.configs", "sfumato.schedulers.names"]
+    "module",
+    [
+        "sfumato",
+        "sfumato.cli.main",
+        "sfumato.cli.coreml",
+        "sfumato.cli.drawing",
+        "sfumato.configs",
+        "sfumato.coreml",
+        "sfumato.request",
+        "sfumato.schedulers.names",
+    ],
 )
 def test_light_modules_import_nothing_heavy(module):
     code = f"import sys, {module}; print(*sorted(sys.modules))"

@@ -96,7 +96,7 @@ def test_misuse_is_one_sentence(sfumato_each, model, tmp_path):
         ([model, "--quantize-nbits", 6, "--quantize-to-db", 40], 2, "exclude each other"),
         ([model, "--compute-unit", "GPU"], 2, "there is no compute unit 'GPU'"),
         ([model, "--chunks", 99], 2, "1 to 8 chunks"),
-        ([model, "--quantize-recipe", tmp_path / "none.json"], 1, "none.json"),
+        ([model, "--quantize-recipe", tmp_path / "none.json"], 2, "there is no recipe"),
         ([model, "--model-version", "other/model"], 2, "named twice"),
         ([model, "--latent-h", 2], 2, "too small"),
         ([tmp_path / "nothing"], 1, "there is no folder"),

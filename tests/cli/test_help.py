@@ -14,6 +14,7 @@ from sfumato import __version__
 from sfumato.schedulers.names import NAMES
 
 COMMANDS = ("generate", "replay", "schedulers", "show", "plan", "doctor", "bench", "download")
+COREML = ("convert", "verify", "generate", "download")
 HEAVY = {
     "torch",
     "numpy",
@@ -33,6 +34,7 @@ HEAVY = {
     [
         ["--help"],
         *([command, "--help"] for command in COMMANDS),
+        *(["coreml", command, "--help"] for command in COREML),
         ["schedulers", "--json"],
         ["generate", "x", "--stps", "1"],
     ],
@@ -47,13 +49,15 @@ def test_quick_commands_import_nothing_heavy(environment, words, tmp_path):
         assert done.returncode == 0
         assert done.stdout.startswith("Usage: sfumato")
         examples = re.findall(r"^ +(sfumato \w+.*)$", done.stdout.partition("Examples:")[2], re.MULTILINE)
-        assert len(examples) >= 2 if len(words) == 2 else 'sfumato generate "a red apple, 3d"' in done.stdout
-        assert all(line.partition(" ")[2].split()[0] in COMMANDS for line in examples)
+        assert len(examples) >= 2 if len(words) > 1 else 'sfumato generate "a red apple, 3d"' in done.stdout
+        assert all(line.split()[1 : len(words)] == words[:-1] or line.split()[1] in COMMANDS for line in examples)
 
 
 def test_root(sfumato, tmp_path):
     listed = sfumato("-h", cwd=tmp_path).succeeded().out
-    assert re.findall(r"^  (\w+) +[A-Z]", listed.partition("Commands:")[2], re.MULTILINE) == list(COMMANDS)
+    assert re.findall(r"^  (\w+) +[A-Z]", listed.partition("Commands:")[2], re.MULTILINE) == [*COMMANDS, "coreml"]
+    group = sfumato("coreml", "-h", cwd=tmp_path).succeeded().out
+    assert re.findall(r"^  (\w+) +[A-Z]", group.partition("Commands:")[2], re.MULTILINE) == list(COREML)
     bare = sfumato(cwd=tmp_path)
     assert (bare.code, bare.out + bare.err) == (2, listed)
     assert sfumato("--version", cwd=tmp_path).succeeded().out == f"sfumato {__version__}\n"

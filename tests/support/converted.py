@@ -14,14 +14,8 @@ from sfumato.coreml.backends import Chain, Link
 from sfumato.coreml.networks import ConvertedAutoencoder, ConvertedTextEncoder, ConvertedUNet
 from sfumato.coreml.pipeline import CoreMLPipeline
 from sfumato.coreml.program import Feature, Interface, TensorType
-from sfumato.coreml.source import PARTS, Source
-
-COMPILED_NAMES = {
-    "text_encoder": "TextEncoder",
-    "unet": "Unet",
-    "vae_decoder": "VAEDecoder",
-    "vae_encoder": "VAEEncoder",
-}
+from sfumato.coreml.roles import PARTS
+from sfumato.coreml.source import Source
 
 
 def write_converted(
@@ -45,23 +39,22 @@ def write_converted(
     from sfumato.coreml import conversion
     from sfumato.coreml.chunk import chunk
     from sfumato.coreml.formats import write_compiled, write_package
+    from sfumato.coreml.layout import compiled_names, package_names
 
     source = Source(str(checkpoint), checkpoint)
     options = conversion.ConversionOptions(batch=batch, attention="original")
     target.mkdir(parents=True, exist_ok=True)
     for part in parts:
         model = model_of(source, part, dtype=dtype, batch=batch)
-        metadata = conversion._metadata(source, part, options) if described else {}
+        metadata = conversion.metadata_for(source, part, options) if described else {}
         model = dataclasses.replace(model, metadata=metadata | (changes or {}))
         pieces = chunk(model, chunks) if part == "unet" and chunks > 1 else [model]
-        for number, piece in enumerate(pieces, start=1):
-            piece = dataclasses.replace(piece, metadata=model.metadata)
-            suffix = f"{number}" if len(pieces) > 1 else ""
+        packages, compiled = package_names("tiny", part, len(pieces)), compiled_names(part, len(pieces))
+        for piece, package, folder in zip(pieces, packages, compiled, strict=True):
             if kind == "packages":
-                name = f"Stable_Diffusion_version_tiny_{part}{'_chunk' if suffix else ''}{suffix}.mlpackage"
-                write_package(piece, target / name)
+                write_package(piece, target / package)
             else:
-                write_compiled(piece, target / f"{COMPILED_NAMES[part]}{'Chunk' if suffix else ''}{suffix}.mlmodelc")
+                write_compiled(piece, target / folder)
     if tokenizer:
         for name in ("vocab.json", "merges.txt"):
             (target / name).write_bytes((checkpoint / "tokenizer" / name).read_bytes())

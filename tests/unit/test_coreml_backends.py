@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from sfumato.cli import coreml_generate
 from sfumato.coreml.backends import COMPUTE_UNITS, Chain, Engine, Link, engine_for, parse_compute_unit
 from sfumato.coreml.program import Interface, Model, Program
 from sfumato.errors import CheckpointError, MissingExtra, UsageError
@@ -138,3 +139,13 @@ def test_a_chain_hands_features_on_by_name_and_opens_its_models_when_asked():
     chain.release()
     chain.load()
     assert opened == [0, 1, 2] * 2
+
+
+def test_a_replay_without_the_recipes_unit_is_on_the_cpu_and_says_so(monkeypatch, caplog):
+    asked = {}
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(coreml_generate, "load_models", lambda terminal, folder, **options: asked.update(options))
+    told = {"engine": "core ml", "kind": "packages", "compute_unit": "CPU_AND_NE"}
+    coreml_generate.replay_models(None, "models", told)
+    assert asked == {"portable": False, "kind": "packages", "compute_unit": "CPU_ONLY"}
+    assert "only Core ML reaches a Neural Engine" in caplog.text

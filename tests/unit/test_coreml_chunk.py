@@ -259,6 +259,19 @@ def test_halves_travel_as_floats_under_their_own_names():
     assert second.program.functions["main"].operations[1].type == "cast"
 
 
+def test_an_operation_is_named_after_what_it_computes():
+    writer = chain([8, 8])
+    named = writer.model(["v3"]).program.functions["main"]
+    text = TensorType("string")
+    operations = [
+        replace(one, attributes={**one.attributes, "name": Value(text, one.outputs[0].name)})
+        for one in named.operations
+    ]
+    pieces = cut(writer.model(["v3"]).with_function(replace(named, operations=tuple(operations))), [1])
+    for one in (operation for piece in pieces for function in piece.functions for operation in function.operations):
+        assert one.attributes["name"].read() == one.outputs[0].name
+
+
 def test_names_that_are_taken_are_left_alone():
     writer = chain([8, 8])
     function = writer.model(["v3"]).program.functions["main"]

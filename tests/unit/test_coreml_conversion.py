@@ -14,7 +14,9 @@ from sfumato.coreml.conversion import ConversionOptions, convert, memory_needed
 from sfumato.coreml.formats import read_model
 from sfumato.coreml.layout import find_models
 from sfumato.coreml.palettize import weights_of
-from sfumato.coreml.source import PARTS, open_source
+from sfumato.coreml.roles import PARTS
+from sfumato.coreml.source import open_source
+from sfumato.coreml.verification import verify
 from sfumato.errors import CheckpointError, ConfigError, MemoryPlanError, OutputError, UsageError
 
 
@@ -112,7 +114,7 @@ def test_an_interruption_leaves_whole_packages_only(source, tmp_path, monkeypatc
     real = conversion.write_package
 
     def interrupted(model, path):
-        if path.name.endswith("_unet.mlpackage"):
+        if path.name.endswith("_vae_encoder.mlpackage"):
             raise KeyboardInterrupt
         return real(model, path)
 
@@ -121,9 +123,23 @@ def test_an_interruption_leaves_whole_packages_only(source, tmp_path, monkeypatc
         convert(source, tmp_path)
     assert {path.name.split("_sd15_")[-1] for path in tmp_path.iterdir()} == {
         "text_encoder.mlpackage",
+        "unet.mlpackage",
         "vae_decoder.mlpackage",
-        "vae_encoder.mlpackage",
     }
+
+
+def test_chunks_merged_into_one_package(source, tmp_path):
+    """One file under the name of the whole U-Net, which is a pipeline of its pieces and computes what they do."""
+    options = ConversionOptions(chunks=3, merged=True)
+    made = convert(source, tmp_path, options)
+    (path,) = next(part.paths for part in made.parts if part.part == "unet")
+    model = read_model(path)
+    assert isinstance(model.body, tuple)
+    assert len(model.body) == 3
+    assert find_models(tmp_path).unet == (path,)
+    assert verify(tmp_path, source, picture=False).passed
+    with pytest.raises(UsageError, match="there are no chunks to merge"):
+        ConversionOptions(merged=True)
 
 
 def test_a_recipe_sets_the_bits_of_each_weight(source, tmp_path):
@@ -174,10 +190,10 @@ def test_a_full_disk_and_too_little_memory_are_said_before_anything_is_written(s
     folder = tmp_path / "new"
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
-        with pytest.raises(OutputError, match=r"GiB free; free some"):
+        with pytest.raises(OutputError, match=r"MB free; free some"):
             convert(source, folder)
     monkeypatch.setattr(conversion, "read_facts", lambda device: SimpleNamespace(memory_free=2**20))
-    with pytest.raises(MemoryPlanError, match=r"takes \d+\.\d GiB of memory and 0.0 GiB are free") as caught:
+    with pytest.raises(MemoryPlanError, match=r"takes [\d,]+ MB of memory and 1 MB are free") as caught:
         convert(source, folder)
     assert caught.value.needed == memory_needed(source, ConversionOptions())
     assert not folder.exists()

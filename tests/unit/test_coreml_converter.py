@@ -141,17 +141,21 @@ def test_no_weight_is_read_before_it_is_written():
         network = sfumato.UNet2DConditionModel(**UNET)
     model = unet(network, **SIZE, tokens=7)
     (value,) = (op.attributes["val"] for op in operations(model, "const") if op.outputs[0].name == "conv_in_weight")
-    with pytest.raises(CheckpointError, match=r"conv_in\.weight is not loaded"):
+    with pytest.raises(CheckpointError, match=r"conv_in\.weight of the UNet2DConditionModel is not loaded"):
         value.read()
 
 
-@pytest.mark.parametrize(("number", "sentence"), [(7e4, "beyond the range of fp16"), (float("nan"), "NaN or infinite")])
+@pytest.mark.parametrize(
+    ("number", "sentence"), [(7e4, "up to 7e\\+04, and float16"), (float("nan"), "NaN or infinite")]
+)
 def test_a_weight_that_is_not_finite_is_named(number, sentence):
     network = randomize(sfumato.CLIPTextModel(**TEXT))
     with torch.no_grad():
         network.text_model.final_layer_norm.bias[3] = number
     values = {op.outputs[0].name: op.attributes["val"] for op in operations(text_encoder(network), "const")}
-    with pytest.raises(CheckpointError, match=f"text_model.final_layer_norm.bias has .*{sentence}"):
+    with pytest.raises(
+        CheckpointError, match=f"text_model.final_layer_norm.bias of the CLIPTextModel has .*{sentence}"
+    ):
         values["text_model_final_layer_norm_bias"].read()
 
 
@@ -450,3 +454,36 @@ def test_packed_models_are_refused():
     pack(network, None)
     with pytest.raises(UsageError, match="packed for the CPU"):
         text_encoder(network)
+
+
+def test_values_far_from_their_mean_are_normalized_in_half_precision():
+    """An autoencoder's lie hundreds away, and the square of 256 is beyond float16; small and constant groups stay right."""
+    from sfumato.coreml.runtime import Predictor
+    from sfumato.coreml.runtime.fuse import fused
+
+    norm = nn.GroupNorm(4, 8, eps=1e-6)
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(8, generator=torch.Generator().manual_seed(0)))
+        norm.bias.copy_(torch.arange(8) / 8)
+    x = torch.randn(2, 8, 6, 5, generator=torch.Generator().manual_seed(1))
+    x[:, :2] *= 3000
+    x[:, 2:4] *= 1e-2
+    x[:, 4:6] = 7.0
+    x = x.half().float()
+    b = Builder(target_named("macOS13"), "fp16")
+    layers = Layers(b, Little(norm), ATTENTIONS["original"], far=True)
+    given = b.input("x", "fp16", tuple(x.shape), "pictures")
+    b.result(layers.group_norm(norm, given), "y", "normalized")
+    made = b.model("a group normalization")
+    expected = norm.half().float()(x).detach()
+    for fuse in (True, False):
+        for precision, tolerance in (("float32", 1e-4), ("typed", 4e-3)):
+            got = Predictor(made, precision=precision, fuse=fuse).run({"x": x})["y"]
+            assert torch.isfinite(got).all()
+            torch.testing.assert_close(
+                got[:, [0, 1, 4, 5, 6, 7]], expected[:, [0, 1, 4, 5, 6, 7]], rtol=tolerance, atol=tolerance
+            )
+            # Where the variance is near epsilon, what counts is epsilon itself, which float16 says to a part in a thousand.
+            torch.testing.assert_close(got[:, 2:4], expected[:, 2:4], rtol=2e-2, atol=2e-2)
+    kinds = [operation.type for operation in fused(made.program.functions["main"]).operations]
+    assert kinds.count("fused group_norm") >= 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sfumato.coreml.palettize import decompress, palettize, read_recipe, recipe_for, weights_of, write_recipe
+from sfumato.coreml.palettize import decompress, palettize, read_recipe, recipe_for, weights_of
 from sfumato.coreml.program import (
     Feature,
     Function,
@@ -203,8 +202,7 @@ def test_old_programs_have_no_palettes():
 def test_recipes(tmp_path):
     one = model({"a": normal(50, 50), "b": normal(50, 50), "c": normal(50, 50)})
     path = tmp_path / "recipe.json"
-    write_recipe(path, {"a": 2, "b": 16})
-    assert json.loads(path.read_text()) == {"a": 2, "b": 16}
+    path.write_text('{"a": 2, "b": 16}')
     after = operations(palettize(one, read_recipe(path)))
     assert [after[name].type for name in "abc"] == ["constexpr_lut_to_dense", "const", "const"]
     assert after["a"].attributes["lut"].type.shape == (4,)

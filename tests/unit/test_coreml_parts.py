@@ -202,5 +202,5 @@ def test_sizes_that_differ(converted, checkpoints, tmp_path):
     other = vae_encoder(Source("tiny", checkpoints()).load("vae_encoder"), height=4, width=8)
     shutil.rmtree(path)
     write_package(dataclasses.replace(other, metadata=metadata), path)
-    with pytest.raises(CheckpointError, match=r"vae_encoder.mlpackage has 8 rows of pixels, and .* are 16"):
+    with pytest.raises(CheckpointError, match=r"vae_encoder.mlpackage has latents of height 4 and .* 8"):
         open_parts(folder, ENGINE).vae  # noqa: B018

@@ -83,7 +83,7 @@ def test_again_is_anew_and_other_forms_of_the_unet_go(packages, tokenizer, tmp_p
     resources(folder, packages, tokenizer)
     assert not (folder / "UnetChunk1.mlmodelc").exists()
     assert not (folder / "UnetChunk2.mlmodelc").exists()
-    assert "UnetChunk2.mlmodelc, of an earlier compilation, is removed" in caplog.text
+    assert "UnetChunk2.mlmodelc, of an earlier conversion, is removed" in caplog.text
     assert (folder / "mine.txt").read_text() == "kept"
     assert find_models(folder).unet == (folder / "Unet.mlmodelc",)
 

@@ -300,6 +300,26 @@ class TestWeights:
             assert made.predict({"x": np.zeros((2, 3))})["y"][0, 0] == 9
         assert len(calls) == 1
 
+    def test_a_long_chain_of_constants_is_no_more_work_than_a_short_one(self):
+        chain = [
+            operation("add", {f"v{i + 1}": SINGLE}, x=(f"v{i}",), y=(f"v{i}",)) for i in range(60)
+        ]  # 2^60 sums if each value were computed for each of its readers
+        start = constant("v0", Value(SINGLE, np.ones((2, 3), np.float32)))
+        made = model({"x": SINGLE}, {"y": SINGLE}, start, *chain, operation("mul", {"y": SINGLE}, x=("x",), y=("v60",)))
+        assert Predictor(made).predict({"x": np.ones((2, 3))})["y"][0, 0] == 2.0**60
+
+    def test_packed_indices_that_are_too_few_are_named(self):
+        weight = operation(
+            "constexpr_lut_to_dense",
+            {"w": SINGLE},
+            indices=np.zeros(1, np.uint8),
+            lut=np.arange(4, dtype=np.float32),
+            shape=np.uint32([2, 3]),
+        )
+        made = model({"x": SINGLE}, {"y": SINGLE}, weight, operation("add", {"y": SINGLE}, x=("x",), y=("w",)))
+        with pytest.raises(CheckpointError, match=r"'constexpr_lut_to_dense'.*1 bytes do not hold 6 numbers"):
+            Predictor(made).predict({"x": np.ones((2, 3))})
+
     def test_an_output_that_is_a_constant_is_the_callers_own(self):
         made = Predictor(model({"x": SINGLE}, {"c": SINGLE}, constant("c", value(np.ones((2, 3), np.float32)))))
         made.run({"x": torch.zeros(2, 3)})["c"].zero_()

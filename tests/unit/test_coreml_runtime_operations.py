@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from sfumato.coreml.program import TensorType
 from sfumato.coreml.runtime.operations import OPERATIONS
+from sfumato.errors import CheckpointError
 from support.coreml_programs import answer, answers, type_of, value
 
 RNG = np.random.default_rng(0)
@@ -66,7 +67,7 @@ UNARY = {
 def test_unary(kind, shape):
     # 40 is where a softplus with torch's own threshold would be another.
     x = np.array(40.0, np.float32) if shape == () and kind == "softplus" else numbers(*shape, low=-1.4, high=7)
-    x = x if kind != "tan" else x / 8
+    x = x if kind != "tan" else x / np.float32(8)
     check(kind, {"x": x}, np.asarray(UNARY[kind](x), np.float32), atol=1e-5)
 
 
@@ -275,6 +276,8 @@ def test_order(axis, ascending):
     values, found = answers("topk", {"x": x}, types, k=3, axis=axis, ascending=ascending)
     assert np.array_equal(values, np.take_along_axis(x, places, axis))
     assert np.array_equal(found, places)
+    (alone,) = answers("topk", {"x": x}, types[:1], k=3, axis=axis, ascending=ascending, return_indices=False)
+    assert np.array_equal(alone, values)
 
 
 @pytest.mark.parametrize("exclusive", [False, True])
@@ -753,7 +756,21 @@ def test_nearest_resizes():
 def test_upsample_bilinear(aligned):
     x = numbers(2, 3, 4, 5)
     expected = by_torch(lambda x: F.interpolate(x, (8, 15), mode="bilinear", align_corners=aligned), x)
-    check("upsample_bilinear", {"x": x}, expected, scale_factor_height=2, scale_factor_width=3, align_corners=aligned)
+    scales = {"scale_factor_height": 2, "scale_factor_width": 3, "align_corners": aligned}
+    check("upsample_bilinear", {"x": x}, expected, **scales)
+    check("upsample_bilinear", {"x": x}, expected, half_pixel_centers=not aligned, **scales)
+
+
+def test_upsample_bilinear_from_the_corner_of_a_pixel():
+    x = np.float32([[[[0, 1]]]])
+    scales = {"scale_factor_height": 1, "scale_factor_width": 2, "half_pixel_centers": False}
+    check("upsample_bilinear", {"x": x}, np.float32([[[[0, 0.5, 1, 1]]]]), align_corners=False, **scales)
+    with pytest.raises(CheckpointError, match="exclude each other"):
+        check("upsample_bilinear", {"x": x}, x, align_corners=True, **scales | {"half_pixel_centers": True})
+
+
+def test_threshold_of_whole_numbers():
+    check("threshold", {"x": np.int32([-2, 5])}, np.int32([1, 5]), alpha=1)
 
 
 # The grid points that MIL's own documentation of `resize_bilinear` gives, rounded, for two numbers made five or six.

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sfumato.errors import UsageError, suggest
+from sfumato.errors import UsageError
+from sfumato.files import check_writable
 
 if TYPE_CHECKING:
     from sfumato.cli.terminal import Terminal
@@ -22,8 +23,6 @@ Examples:
   sfumato coreml convert stable-diffusion-v1-5/stable-diffusion-v1-5 --attention-implementation ORIGINAL
   sfumato coreml convert ./my-checkpoint --latent-h 64 --latent-w 96 -o my-packages
   sfumato coreml convert ./my-checkpoint --chunk-unet --quantize-nbits 6 --bundle-resources-for-swift-cli"""
-
-COMPUTE_UNITS = ("ALL", "CPU_AND_GPU", "CPU_ONLY", "CPU_AND_NE")
 
 
 def convert(
@@ -47,17 +46,22 @@ def convert(
     ] = None,
     latent_w: Annotated[int | None, typer.Option(help="Width of the latents, likewise.")] = None,
     quantize_nbits: Annotated[
-        int | None, typer.Option(help="Palettize text encoder and U-Net to 1, 2, 4, 6 or 8 bits a weight.")
+        int | None,
+        typer.Option(help="Compress text encoder and U-Net to 1, 2, 4, 6 or 8 bits a weight; 16 if left out."),
     ] = None,
     quantize_to_db: Annotated[
         float | None,
-        typer.Option(help="Palettize each layer to the fewest bits that keep its weights this near, in dB."),
+        typer.Option(help="Instead: for each layer the fewest bits that keep its weights this near, in dB."),
     ] = None,
     quantize_recipe: Annotated[
-        Path | None, typer.Option(help="A JSON file with the bits of each weight by its name.")
+        Path | None, typer.Option(help="Instead: a JSON file with the bits of each weight by its name.")
     ] = None,
     chunk_unet: Annotated[bool, typer.Option("--chunk-unet", help="Cut the U-Net in two, for iOS and iPadOS.")] = False,
-    chunks: Annotated[int | None, typer.Option(help="Cut the U-Net into this many.")] = None,
+    chunks: Annotated[int | None, typer.Option(help="Cut the U-Net into this many instead, 1 to 8.")] = None,
+    merge_chunks: Annotated[
+        bool,
+        typer.Option("--merge-chunks-in-pipeline-model", help="Put the chunks into one package that runs them all."),
+    ] = False,
     bundle: Annotated[
         bool,
         typer.Option(
@@ -68,9 +72,11 @@ def convert(
     text_encoder: Annotated[
         bool, typer.Option("--convert-text-encoder", help="Convert only the parts named so; all if none is.")
     ] = False,
-    unet: Annotated[bool, typer.Option("--convert-unet")] = False,
-    vae_decoder: Annotated[bool, typer.Option("--convert-vae-decoder")] = False,
-    vae_encoder: Annotated[bool, typer.Option("--convert-vae-encoder")] = False,
+    unet: Annotated[bool, typer.Option("--convert-unet", help="Likewise.")] = False,
+    vae_decoder: Annotated[bool, typer.Option("--convert-vae-decoder", help="Likewise.")] = False,
+    vae_encoder: Annotated[
+        bool, typer.Option("--convert-vae-encoder", help="Likewise; only image-to-image needs it.")
+    ] = False,
     min_deployment_target: Annotated[
         str, typer.Option(help="The oldest system to run on: macOS13, macOS14, …, iOS16, iOS17, ….")
     ] = "macOS13",
@@ -85,20 +91,27 @@ def convert(
         bool,
         typer.Option("--check-output-correctness/--no-verify", help="Prove what was converted against the checkpoint."),
     ] = True,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep finished packages of the same conversion.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on where it was interrupted: keep the packages that are whole."),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace packages that are there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
 ) -> None:
     """Convert a checkpoint to Core ML on any system, and prove the result. Prints the folder it is in."""
-    _check_unit(compute_unit)
+    if compute_unit is not None:
+        from sfumato.coreml.backends import parse_compute_unit
+
+        parse_compute_unit(compute_unit)
     from sfumato.checkpoints.builtin import BUILT_IN
     from sfumato.cli.coreml_verify import report, table
     from sfumato.cli.terminal import Terminal, print_json
     from sfumato.coreml import conversion
     from sfumato.coreml.layout import REQUIRED
     from sfumato.coreml.palettize import read_recipe
-    from sfumato.coreml.source import PARTS, open_source
+    from sfumato.coreml.roles import PARTS
+    from sfumato.coreml.source import open_source
 
     if checkpoint is not None and model_version is not None and checkpoint != model_version:
         raise UsageError("the checkpoint is named twice; leave out --model-version")
@@ -115,15 +128,19 @@ def convert(
         bits=quantize_nbits,
         target_db=quantize_to_db,
         recipe=None if quantize_recipe is None else read_recipe(quantize_recipe),
-        chunks=chunks or (2 if chunk_unet else 1),
+        chunks=chunks if chunks is not None else 2 if chunk_unet else 1,
+        merged=merge_chunks,
         batch=1 if unet_batch_one else 2,
     )
-    source = open_source(checkpoint or model_version or BUILT_IN, variant=variant)
+    name = next((one for one in (checkpoint, model_version) if one is not None), BUILT_IN)
+    source = open_source(name, variant=variant)
     folder, resources = _places(source, options, output)
+    if bundle:
+        check_writable(resources)
     made = _convert(terminal, source, folder, options, resume=resume, overwrite=overwrite)
     folders = [folder]
     if bundle:
-        folders.append(_bundle(terminal, source, folder, resources))
+        folders.append(_bundle(terminal, source, options.parts, folder, resources))
     whole = set(REQUIRED) <= set(options.parts)
     proofs = [
         report(terminal, place, source, options.parts, picture=whole and place == folder) for place in folders if verify
@@ -137,13 +154,6 @@ def convert(
             typer.echo(place)
     if not all(proof.passed for proof in proofs):
         raise typer.Exit(1)
-
-
-def _check_unit(unit: str | None) -> None:
-    if unit is not None and unit.upper() not in COMPUTE_UNITS:
-        raise UsageError(
-            f"there is no compute unit {unit!r}{suggest(unit.upper(), COMPUTE_UNITS)}; use {', '.join(COMPUTE_UNITS)}"
-        )
 
 
 def _places(source: Source, options: ConversionOptions, output: Path | None) -> tuple[Path, Path]:
@@ -171,12 +181,12 @@ def _convert(
     return made
 
 
-def _bundle(terminal: Terminal, source: Source, packages: Path, place: Path) -> Path:
+def _bundle(terminal: Terminal, source: Source, parts: tuple[str, ...], packages: Path, place: Path) -> Path:
     from sfumato.coreml.layout import find_models
     from sfumato.coreml.resources import resources
 
     with terminal.working("compiling"):
-        return resources(place, find_models(packages), source.tokenizer)
+        return resources(place, find_models(packages, kind="packages", required=parts), source.tokenizer)
 
 
 def _summary(made: Conversion, folders: list[Path]) -> dict[str, Any]:

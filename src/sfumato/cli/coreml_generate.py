@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,8 @@ Examples:
   sfumato coreml generate "a fox" -i models/coreml-stable-diffusion-v1-4_original_packages --compute-unit CPU_ONLY
   sfumato coreml generate --prompt "a fox" -i packages -o pictures --seed 93 --rng numpy
   sfumato coreml generate "a watercolour of it" --resource-path Resources --image photo.jpg --strength 0.6"""
+
+log = logging.getLogger("sfumato")
 
 # What Apple's runners can be told and this one cannot do, and why.
 REFUSED = {
@@ -51,12 +54,13 @@ def generate(
         ),
     ] = None,
     compute_unit: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--compute-unit", "--compute-units",
-            help="ALL, CPU_AND_GPU, CPU_ONLY or CPU_AND_NE. Without Core ML, the first three draw on the CPU.",
+            help="ALL, CPU_AND_GPU, CPU_ONLY or CPU_AND_NE; all there are if left out. Without Core ML, the first "
+            "three draw on the CPU.",
         ),
-    ] = "ALL",
+    ] = None,
     model_version: Annotated[
         str | None,
         typer.Option(
@@ -180,7 +184,7 @@ def load_models(terminal: Terminal, folder: Path, **options: Any) -> CoreMLPipel
 
 
 def replay_models(terminal: Terminal, name: str, told: dict[str, Any]) -> CoreMLPipeline:
-    """The models that a recipe names, with what it tells of them; on their compute unit, where this system has it."""
+    """The models that a recipe names, with what it tells of them; on the CPU where this system lacks their unit."""
     from sfumato.coreml.backends import engine_for
 
     options: dict[str, Any] = {"portable": told["engine"] == "portable", "kind": str(told["kind"])}
@@ -189,8 +193,9 @@ def replay_models(terminal: Terminal, name: str, told: dict[str, Any]) -> CoreML
     unit = str(told["compute_unit"])
     try:
         engine_for(unit, portable=options["portable"])
-    except UsageError:
-        unit = "ALL"
+    except UsageError as error:
+        log.warning("the recipe's compute unit became CPU_ONLY: %s", error)
+        unit = "CPU_ONLY"
     return load_models(terminal, Path(name), compute_unit=unit, **options)
 
 

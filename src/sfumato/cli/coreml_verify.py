@@ -30,7 +30,7 @@ def verify(
     picture: Annotated[
         bool, typer.Option("--picture/--no-picture", help="Also draw a picture with both and compare them.")
     ] = True,
-    steps: Annotated[int | None, typer.Option(help="Steps of that picture.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of that picture; the checkpoint's own number, or 4.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
 ) -> None:

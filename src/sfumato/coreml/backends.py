@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -16,10 +16,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sfumato.coreml.program import Feature, Model
+    from sfumato.coreml.runtime import Precision
 
 __all__ = ["COMPUTE_UNITS", "AppleModel", "Backend", "Chain", "Engine", "Link", "engine_for", "parse_compute_unit"]
-
-Precision = Literal["float32", "typed"]
 
 COMPUTE_UNITS = ("ALL", "CPU_AND_GPU", "CPU_ONLY", "CPU_AND_NE")
 # How Apple's two runners spell them, without case and underscores.
@@ -85,16 +84,21 @@ class Engine:
         from sfumato.coreml.runtime import Predictor
 
         # Fused operations round once, at their end; hardware rounds in between.
-        return Predictor(model, precision=self.precision, fuse=self.precision == "float32")
+        try:
+            return Predictor(model, precision=self.precision, fuse=self.precision == "float32")
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from error
 
 
-def engine_for(compute_unit: str, *, portable: bool = False, precision: Precision = "float32") -> Engine:
-    """The engine for a compute unit: Apple's framework on macOS, unless the portable runtime is asked for.
+def engine_for(compute_unit: str | None, *, portable: bool = False, precision: Precision = "float32") -> Engine:
+    """The engine for a compute unit, or for all there are: Apple's framework on macOS, else the portable runtime.
+
+    portable: the portable runtime on macOS too.
 
     Raises `UsageError` for a unit that does not exist, or that the engine does not have.
     """
-    unit = parse_compute_unit(compute_unit)
     apple = sys.platform == "darwin" and not portable
+    unit = parse_compute_unit(compute_unit or ("ALL" if apple else "CPU_ONLY"))
     if unit == "CPU_AND_NE" and not apple:
         raise UsageError(
             "only Core ML reaches a Neural Engine, and it is on macOS; with compute unit CPU_ONLY the portable runtime "

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,11 +25,9 @@ from sfumato.coreml.program import (
     Value,
     byte_count,
     constant,
+    renamed,
 )
 from sfumato.errors import ConfigError, UsageError
-
-if TYPE_CHECKING:
-    from sfumato.coreml.program import Argument
 
 __all__ = ["MAX_CHUNKS", "chunk", "cut", "join"]
 
@@ -292,7 +289,7 @@ def _piece(model: Model, graph: _Graph, passages: Mapping[str, _Passage], begin:
     operations = (
         *(operation for one in arriving for operation in one.arrive()),
         *(operation for name, operation in graph.constants.items() if name in still),
-        *(_renamed(operation, inner) for operation in steps),
+        *(renamed(operation, inner) for operation in steps),
         *(operation for one in leaving for operation in one.leave()),
     )
     function = Function(
@@ -310,18 +307,3 @@ def _piece(model: Model, graph: _Graph, passages: Mapping[str, _Passage], begin:
         model.interface.outputs if last else tuple(Feature(one.name, one.type) for one in outputs),
     )
     return replace(model, interface=interface, interfaces={}, body=Program({model.default_function: function}))
-
-
-def _renamed(operation: Operation, names: Mapping[str, str]) -> Operation:
-    """The operation with other names for some of its values."""
-    if not names.keys() & {*operation.names, *(output.name for output in operation.outputs)}:
-        return operation
-
-    def argument(entries: Argument) -> Argument:
-        return tuple(names.get(entry, entry) if isinstance(entry, str) else entry for entry in entries)
-
-    return replace(
-        operation,
-        inputs={name: argument(entries) for name, entries in operation.inputs.items()},
-        outputs=tuple(replace(output, name=names.get(output.name, output.name)) for output in operation.outputs),
-    )

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from sfumato import __version__
 from sfumato.coreml import layout
-from sfumato.coreml.chunk import chunk
-from sfumato.coreml.converter import attention_named, target_named, text_encoder, unet, vae_decoder, vae_encoder
-from sfumato.coreml.formats import read_model, write_package
+from sfumato.coreml.chunk import MAX_CHUNKS, chunk, join
+from sfumato.coreml.converter import (
+    DEFAULT_TARGET,
+    attention_named,
+    target_named,
+    text_encoder,
+    unet,
+    vae_decoder,
+    vae_encoder,
+)
+from sfumato.coreml.formats import is_model, read_model, write_package
 from sfumato.coreml.palettize import BITS, palettize, recipe_for, weights_of
-from sfumato.coreml.source import NETWORK_OF, PARTS
+from sfumato.coreml.roles import PARTS, look
+from sfumato.coreml.source import NETWORK_OF
 from sfumato.errors import ConfigError, MemoryPlanError, OutputError, SfumatoError, UsageError, suggest
 from sfumato.files import check_writable, output_folder
 from sfumato.runtime.facts import read_facts
@@ -27,15 +38,14 @@ if TYPE_CHECKING:
     from sfumato.coreml.program import Model
     from sfumato.coreml.source import Source
 
-__all__ = ["Conversion", "ConversionOptions", "Converted", "build", "convert", "memory_needed"]
+__all__ = ["Conversion", "ConversionOptions", "Converted", "build", "convert", "memory_needed", "metadata_for"]
 
 log = logging.getLogger("sfumato")
 
 # Where palettes are used, as in Apple's converter: the autoencoder's weights are few and its errors are seen.
 PALETTIZED = ("text_encoder", "unet")
-GIB = 2**30
 # What a process with torch holds before it converts anything, measured (docs/performance.md).
-BASE_BYTES = 0.6 * GIB
+BASE_BYTES = 0.6 * 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +59,8 @@ class ConversionOptions:
     bits       of each weight of text encoder and U-Net: 1, 2, 4, 6 or 8; 16 bits without palettes if None
     target_db  in place of bits: the fewest for each layer whose weights keep this signal-to-noise ratio
     recipe     in place of both: bits by the name of each weight
-    chunks     how many packages the U-Net is cut into
+    chunks     how many pieces the U-Net is cut into, each in a package of its own
+    merged     whether those pieces are put into one package, which runs them in a row
     batch      prompts that the U-Net reads at once: 2 for guidance in one call, or 1
     """
 
@@ -57,14 +68,17 @@ class ConversionOptions:
     attention: str = "split_einsum"
     height: int | None = None
     width: int | None = None
-    target: str = "macOS13"
+    target: str = DEFAULT_TARGET
     bits: int | None = None
     target_db: float | None = None
     recipe: Mapping[str, int] | None = None
     chunks: int = 1
+    merged: bool = False
     batch: int = 2
 
     def __post_init__(self) -> None:
+        if not self.parts:
+            raise UsageError(f"there is nothing to convert; parts are {', '.join(PARTS)}")
         for part in self.parts:
             if part not in PARTS:
                 raise UsageError(f"there is no part {part!r}{suggest(part, PARTS)}; parts are {', '.join(PARTS)}")
@@ -72,14 +86,18 @@ class ConversionOptions:
         target_named(self.target)
         if self.bits is not None and self.bits not in BITS:
             raise UsageError(f"weights can have 1, 2, 4, 6 or 8 bits, not {self.bits}; 16 is without palettes")
+        if self.target_db is not None and not 0 < self.target_db < math.inf:
+            raise UsageError(f"the target of palettes must be a positive number of dB, not {self.target_db}")
         if sum(value is not None for value in (self.bits, self.target_db, self.recipe)) > 1:
             raise UsageError("bits, a target in dB and a recipe exclude each other; give one of them")
         for name in ("height", "width"):
             side = getattr(self, name)
             if side is not None and side < 1:
                 raise UsageError(f"the latents' {name} must be at least 1, not {side}")
-        if not 1 <= self.chunks <= layout.MAX_CHUNKS:
-            raise UsageError(f"the U-Net can be cut into 1 to {layout.MAX_CHUNKS} chunks, not {self.chunks}")
+        if not 1 <= self.chunks <= MAX_CHUNKS:
+            raise UsageError(f"the U-Net can be cut into 1 to {MAX_CHUNKS} chunks, not {self.chunks}")
+        if self.merged and self.chunks == 1:
+            raise UsageError("there are no chunks to merge; cut the U-Net too (--chunk-unet)")
         if self.batch not in (1, 2):
             raise UsageError(f"the U-Net can read 1 or 2 prompts at once, not {self.batch}")
 
@@ -126,8 +144,7 @@ def convert(
     """
     options = options or ConversionOptions()
     paths = {part: _paths(folder, source.label, part, options) for part in options.parts}
-    taken = [path for part in paths for path in (*paths[part], *_other_forms(folder, source.label, part, paths[part]))]
-    _check_place(folder, taken, free=resume or overwrite)
+    _check_place(source, folder, paths, free=resume or overwrite)
     _check_room(source, folder, options)
     made = []
     for part in options.parts:
@@ -138,7 +155,7 @@ def convert(
         kept = resume and all(_is_made_by(path, recipe) for path in paths[part])
         if not kept:
             _write(source, part, options, recipe, paths[part])
-        _remove(_other_forms(folder, source.label, part, paths[part]))
+        layout.remove_stale(_stale(folder, source.label, part, paths[part]))
         size = sum(layout.folder_bytes(path) for path in paths[part])
         made.append(Converted(part, paths[part], size, time.perf_counter() - began, kept))
     _write_tokenizer(source, folder)
@@ -183,8 +200,10 @@ def _write(source: Source, part: str, options: ConversionOptions, recipe: str, p
     model = build(source, part, options)
     if part in PALETTIZED and options.compressed:
         model = palettize(model, _bits(model, options))
-    models = [model] if len(paths) == 1 else chunk(model, len(paths))
-    shared = _metadata(source, part, options) | {"sfumato.recipe": recipe}
+    models = chunk(model, options.chunks) if part == "unet" and options.chunks > 1 else [model]
+    if options.merged and len(models) > 1:
+        models = [replace(join(models), description=model.description)]
+    shared = metadata_for(source, part, options) | {"sfumato.recipe": recipe}
     for number, (one, path) in enumerate(zip(models, paths, strict=True), start=1):
         own = {} if len(paths) == 1 else {"sfumato.chunk": f"{number} of {len(paths)}"}
         about = one.description or part
@@ -223,8 +242,8 @@ def _latent_size(source: Source, options: ConversionOptions) -> tuple[int, int]:
     return options.height or height, options.width or width
 
 
-def _metadata(source: Source, part: str, options: ConversionOptions) -> dict[str, str]:
-    """What a runner needs to know, so that it need not guess."""
+def metadata_for(source: Source, part: str, options: ConversionOptions) -> dict[str, str]:
+    """What a part's models say of themselves, under "sfumato.…": what a runner needs, so that it need not guess."""
     vae = source.sizes.vae_config
     values: dict[str, Any] = {
         "part": part,
@@ -265,29 +284,19 @@ def _recipe(source: Source, part: str, options: ConversionOptions) -> str:
         values["latents"] = _latent_size(source, options)
     if part == "unet":
         values |= {"attention": options.attention, "batch": options.batch, "chunks": options.chunks}
+        values |= {"merged": options.merged}
     if part in PALETTIZED and options.compressed:
         values |= {"bits": options.bits, "target_db": options.target_db, "recipe": dict(options.recipe or {})}
     return json.dumps(values, sort_keys=True)
 
 
 def _paths(folder: Path, name: str, part: str, options: ConversionOptions) -> tuple[Path, ...]:
-    chunks = options.chunks if part == "unet" else 1
+    chunks = options.chunks if part == "unet" and not options.merged else 1
     return tuple(folder / name for name in layout.package_names(name, part, chunks))
 
 
-def _other_forms(folder: Path, name: str, part: str, paths: Sequence[Path]) -> list[Path]:
-    """Packages of an earlier conversion, cut otherwise, that runners would take in place of the new ones."""
-    counts = range(1, layout.MAX_CHUNKS + 1) if part == "unet" else ()
-    names = [other for count in counts for other in layout.package_names(name, part, count)]
-    return [
-        folder / other for other in dict.fromkeys(names) if folder / other not in paths and (folder / other).is_dir()
-    ]
-
-
-def _remove(paths: Sequence[Path]) -> None:
-    for path in paths:
-        log.warning("%s, of an earlier conversion, is removed", path)
-        shutil.rmtree(path)
+def _stale(folder: Path, name: str, part: str, paths: Sequence[Path]) -> list[Path]:
+    return layout.stale(folder, {path.name for path in paths}, partial(layout.package_names, name, part))
 
 
 def _is_made_by(path: Path, recipe: str) -> bool:
@@ -300,11 +309,23 @@ def _is_made_by(path: Path, recipe: str) -> bool:
         return False
 
 
-def _check_place(folder: Path, paths: Sequence[Path], *, free: bool) -> None:
+def _check_place(source: Source, folder: Path, paths: Mapping[str, Sequence[Path]], *, free: bool) -> None:
+    """Raise unless all packages can go into the folder, and make one set with those that are there and stay."""
     check_writable(folder)
-    present = [path for path in paths if path.exists()]
+    try:
+        if folder.suffix in layout.KINDS.values() or is_model(folder):
+            raise UsageError(f"{folder} is the name of one model; name a folder that all packages go into: -o packages")
+        stale = [path for part in paths for path in _stale(folder, source.label, part, paths[part])]
+        ours = [path for part in paths.values() for path in part]
+        present = [path for path in (*ours, *stale) if path.exists()]
+        others = [path for path in sorted(folder.glob("*.mlpackage")) if path not in present]
+    except OSError as error:
+        raise OutputError(f"packages cannot be written into {folder} ({error.strerror}); choose another") from error
     if present and not free:
         raise UsageError(f"{present[0]} is already there; say --resume to keep what is finished, or --overwrite")
+    for other in map(look, others):
+        if other.part in paths or other.source_hash not in ("", source.hash):
+            raise UsageError(f"{other.path} is of another conversion than this one will be; choose another folder: -o")
 
 
 def _check_room(source: Source, folder: Path, options: ConversionOptions) -> None:
@@ -316,14 +337,14 @@ def _check_room(source: Source, folder: Path, options: ConversionOptions) -> Non
     free_disk = shutil.disk_usage(nearest).free
     if free_disk < size:
         raise OutputError(
-            f"the packages take up to {size / GIB:.1f} GiB and {nearest} has {free_disk / GIB:.1f} GiB free; "
+            f"the packages take up to {size / 1e6:,.0f} MB and {nearest} has {free_disk / 1e6:,.0f} MB free; "
             "free some, or choose another place with -o"
         )
     needed, free = memory_needed(source, options), read_facts("cpu").memory_free
     if free < needed:
         raise MemoryPlanError(
-            f"this conversion takes {needed / GIB:.1f} GiB of memory and {free / GIB:.1f} GiB are free; close other "
-            "programs, or convert one part at a time (--convert-unet, …)",
+            f"this conversion takes {needed / 1e6:,.0f} MB of memory and {free / 1e6:,.0f} MB are free; close other "
+            f"programs{', or convert without palettes' if options.compressed else ''}",
             needed=needed,
             free=free,
         )

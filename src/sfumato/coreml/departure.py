@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from sfumato.coreml.measure import decibels
-from sfumato.coreml.program import Model, Program
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-    from sfumato.coreml.program import Operation
+    from sfumato.coreml.program import Model, Operation
     from sfumato.coreml.runtime import Predictor
 
 __all__ = ["departure"]
+
+# Differences above this are rounding of float32, and say nothing.
+CEILING = 140.0
 
 
 class _Computed(NamedTuple):
@@ -51,13 +53,18 @@ def departure(suspect: Predictor, reference: Predictor, probe: Mapping[str, Tens
     before = math.inf
     unfit = ""
     for ours in _computed(suspect, probe):
+        # Both runs go to their ends whatever is found, so that their threads end, too.
         if unfit or ours.name not in shared:
             continue
         other = next((one for one in theirs if one.name == ours.name), None)
         if other is None:
-            break
+            continue
         if not all(bool(torch.isfinite(value).all()) for value in ours.values if value.is_floating_point()):
             unfit = f"the first result that is not finite is that of {ours}"
+            continue
+        if [value.shape for value in ours.values] != [value.shape for value in other.values]:
+            shapes = " and ".join(str(tuple(one.values[0].shape)) for one in (ours, other))
+            unfit = f"{ours} gives another shape than the source's ({shapes}), so it is of another kind of checkpoint"
             continue
         agreement = min(decibels(a, b) for a, b in zip(ours.values, other.values, strict=True))
         lost = min(before, CEILING) - min(agreement, CEILING)
@@ -65,18 +72,12 @@ def departure(suspect: Predictor, reference: Predictor, probe: Mapping[str, Tens
             steepest = (lost, f"most is lost in {ours}: {_db(before)} before it, {_db(agreement)} after")
         before = min(before, agreement)
     for _ in theirs:
-        pass  # to its end, so that its thread ends
+        pass
     return unfit or steepest[1] or "no single operation stands out"
 
 
-# Differences above this are rounding of float32, and say nothing.
-CEILING = 140.0
-
-
 def _names(model: Model) -> set[str]:
-    parts = [model.body] if isinstance(model.body, Program) else [one.program for _, one in model.body]
-    functions = [function for part in parts for function in part.functions.values()]
-    return {output.name for function in functions for operation in function.operations for output in operation.outputs}
+    return {output.name for function in model.functions for one in function.operations for output in one.outputs}
 
 
 def _computed(predictor: Predictor, probe: Mapping[str, Tensor]) -> Iterator[_Computed]:

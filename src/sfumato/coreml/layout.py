@@ -8,7 +8,8 @@ a model is known by the inputs and outputs it has, and chunks by which needs wha
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,14 +21,14 @@ from sfumato.errors import CheckpointError, UsageError
 
 __all__ = [
     "KINDS",
-    "MAX_CHUNKS",
-    "PARTS",
     "REQUIRED",
     "Models",
     "compiled_names",
     "find_models",
     "folder_bytes",
     "package_names",
+    "remove_stale",
+    "stale",
     "tokenizer_folder",
     "tree",
 ]
@@ -115,6 +116,22 @@ def _numbered(stem: str, word: str, suffix: str, chunks: int) -> tuple[str, ...]
     return tuple(f"{stem}{word}{number}{suffix}" for number in range(1, chunks + 1))
 
 
+def stale(folder: Path, kept: Collection[str], names: Callable[[int], Iterable[str]]) -> list[Path]:
+    """Models of an earlier conversion that runners would take in place of those that are kept.
+
+    They are of the same part in another number of chunks; `names` says what its models are called in a number of them.
+    """
+    others = dict.fromkeys(name for count in range(1, MAX_CHUNKS + 1) for name in names(count))
+    return [folder / name for name in others if name not in kept and (folder / name).is_dir()]
+
+
+def remove_stale(paths: Iterable[Path]) -> None:
+    """Remove such models, and say so."""
+    for path in paths:
+        log.warning("%s, of an earlier conversion, is removed", path)
+        shutil.rmtree(path)
+
+
 def tree(root: Path, name: str, attention: str, kind: str) -> Path:
     """Where repositories on the hub have models: `<root>/<name>/<attention>/<kind>`; nothing is made."""
     if kind not in KINDS:
@@ -163,7 +180,7 @@ def find_models(folder: Path, *, kind: str | None = None, required: Collection[s
         hint = (
             "name one of these folders"
             if len({one.folder for one in whole}) > 1
-            else "keep each in a folder of its own"
+            else "keep each in a folder of its own, or say --model-sources packages to draw with those"
         )
         raise UsageError(f"{folder} holds several sets of models: {places}; {hint}")
     if not whole:
@@ -222,6 +239,7 @@ def _nothing(folder: Path, kind: str | None) -> str:
 
 def _incomplete(found: _Set, required: Collection[str]) -> str:
     missing = " and no ".join(_WORDS[part] for part in PARTS if part in (required or PARTS) and part not in found.parts)
+    if trouble := next((one.trouble for one in found.candidates if one.trouble), ""):
+        return f"{found.folder} has no {missing} that can be read: {trouble}"
     present = ", ".join(one.path.name for one in found.candidates)
-    trouble = next((one.trouble for one in found.candidates if one.trouble), "")
-    return f"{found.folder} has no {missing}, only {present}; {trouble or 'convert or download all parts'}"
+    return f"{found.folder} has no {missing}, only {present}; convert or download all parts"

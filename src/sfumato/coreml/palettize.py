@@ -19,18 +19,18 @@ import numpy as np
 
 from sfumato.coreml.formats.bits import pack, unpack
 from sfumato.coreml.kmeans import cluster
-from sfumato.coreml.program import LazyArray, Operation, Output, Program, TensorType, Value, constant
+from sfumato.coreml.program import LazyArray, Operation, Output, TensorType, Value, constant
 from sfumato.coreml.runtime.call import Call
 from sfumato.coreml.runtime.constexpr import CONSTEXPR
 from sfumato.errors import CheckpointError, ConfigError, UsageError, suggest
-from sfumato.files import read_json, write_json
+from sfumato.files import read_json
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from sfumato.coreml.program import Function, Model
 
-__all__ = ["BITS", "UNCHANGED", "decompress", "palettize", "read_recipe", "recipe_for", "weights_of", "write_recipe"]
+__all__ = ["BITS", "UNCHANGED", "decompress", "palettize", "read_recipe", "recipe_for", "weights_of"]
 
 log = logging.getLogger("sfumato")
 
@@ -66,7 +66,7 @@ def palettize(model: Model, bits: int | Mapping[str, int]) -> Model:
     if not chosen:
         log.warning("no weight of the model was given a palette")
         return model
-    return _with_palettes(model, chosen)
+    return model.with_functions(partial(_with_palettes, bits=chosen))
 
 
 def recipe_for(model: Model, target_db: float) -> dict[str, int]:
@@ -84,10 +84,7 @@ def recipe_for(model: Model, target_db: float) -> dict[str, int]:
 
 def decompress(model: Model) -> Model:
     """The model with plain constants, of the same names, for all compressed ones; each is unpacked when it is read."""
-    if not isinstance(model.body, Program):
-        return replace(model, body=tuple((name, decompress(part)) for name, part in model.body))
-    functions = {name: _decompressed(function) for name, function in model.body.functions.items()}
-    return replace(model, body=Program(functions))
+    return model.with_functions(_decompressed)
 
 
 def _decompressed(function: Function) -> Function:
@@ -114,6 +111,8 @@ def _unpacked(unpack_all: Callable[[Call], tuple[np.ndarray, ...]], call: Call, 
 
 def read_recipe(path: Path) -> dict[str, int]:
     """Bits by the name of each weight, from a JSON object. Raises `CheckpointError` or `UsageError` naming the file."""
+    if not path.is_file():
+        raise UsageError(f"there is no recipe {path}; name a JSON file with the bits of each weight by its name")
     recipe = read_json(path)
     for name, bits in recipe.items():
         if isinstance(bits, bool) or bits not in (*BITS, UNCHANGED):
@@ -121,15 +120,10 @@ def read_recipe(path: Path) -> dict[str, int]:
     return recipe
 
 
-def write_recipe(path: Path, recipe: Mapping[str, int]) -> None:
-    """Write a recipe as JSON. Raises `OutputError` if it cannot be written."""
-    write_json(path, dict(recipe))
-
-
 def weights_of(model: Model) -> dict[str, Value]:
     """The constants that palettes can be given to, by name: of all functions, and of all models of a pipeline."""
     found: dict[str, Value] = {}
-    for function in _functions(model):
+    for function in model.functions:
         apart = {
             name
             for operation in function.operations
@@ -143,14 +137,6 @@ def weights_of(model: Model) -> dict[str, Value]:
     return found
 
 
-def _functions(model: Model) -> Iterator[Function]:
-    if isinstance(model.body, Program):
-        yield from model.body.functions.values()
-    else:
-        for _, part in model.body:
-            yield from _functions(part)
-
-
 def _is_weight(value: Value) -> bool:
     return value.type.dtype in ("fp16", "fp32") and prod(side or 0 for side in value.type.shape) > SMALL
 
@@ -161,17 +147,10 @@ def _check_bits(numbers: set[int]) -> None:
             raise UsageError(f"palettes have 1, 2, 4, 6 or 8 bits, not {bits}; 16 leaves a weight as it is")
 
 
-def _with_palettes(model: Model, bits: Mapping[str, int]) -> Model:
-    if not isinstance(model.body, Program):
-        return replace(model, body=tuple((name, _with_palettes(part, bits)) for name, part in model.body))
-    functions = {}
-    for name, function in model.body.functions.items():
-        if function.opset in _NO_PALETTES:
-            raise ConfigError(f"programs for {function.opset} have no palettes; convert for macOS13 / iOS16 or newer")
-        functions[name] = replace(
-            function, operations=tuple(_with_palette(one, bits, function.opset) for one in function.operations)
-        )
-    return replace(model, body=Program(functions))
+def _with_palettes(function: Function, bits: Mapping[str, int]) -> Function:
+    if function.opset in _NO_PALETTES:
+        raise ConfigError(f"programs for {function.opset} have no palettes; convert for macOS13 / iOS16 or newer")
+    return replace(function, operations=tuple(_with_palette(one, bits, function.opset) for one in function.operations))
 
 
 def _with_palette(operation: Operation, bits: Mapping[str, int], opset: str) -> Operation:

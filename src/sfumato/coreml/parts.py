@@ -21,6 +21,7 @@ from sfumato.coreml.backends import Chain, Link
 from sfumato.coreml.formats import read_model
 from sfumato.coreml.layout import find_models
 from sfumato.coreml.networks import ConvertedAutoencoder, ConvertedTextEncoder, ConvertedUNet, sides
+from sfumato.coreml.roles import INPUTS
 from sfumato.errors import CheckpointError, ConfigError
 from sfumato.files import read_json
 from sfumato.schedulers.names import NAMES
@@ -44,7 +45,6 @@ log = logging.getLogger("sfumato")
 # What Apple's runner takes models to be that do not say it.
 DEFAULT_VERSION = "CompVis/stable-diffusion-v1-4"
 
-UNET_INPUTS = {"sample", "timestep", "encoder_hidden_states"}
 SMALL_FILES = (
     "scheduler/scheduler_config.json",
     "text_encoder/config.json",
@@ -104,7 +104,7 @@ class ConvertedParts:
         config = self._config(UNet2DConditionConfig, "unet", paths[-1])
         network = ConvertedUNet(config, self._chain(*paths))
         names = {feature.name for feature in network.chain.interface.inputs}
-        if surplus := sorted(names - UNET_INPUTS):
+        if surplus := sorted(names - INPUTS["unet"]):
             kind = "Stable Diffusion XL" if {"time_ids", "text_embeds"} & names else "ControlNet or another kind"
             raise ConfigError(
                 f"{paths[0].name} also reads {', '.join(surplus)}, as models of {kind} do; what can be drawn with are "

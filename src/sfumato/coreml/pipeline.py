@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sfumato.coreml.backends import Precision
+    from sfumato.coreml.runtime import Precision
     from sfumato.pipelines.pipeline import DiffusionPipeline
     from sfumato.pipelines.result import Result, Step
     from sfumato.runtime.plan import Plan
@@ -39,7 +39,7 @@ OPTIONS = ("compute_unit", "model_version", "kind", "reduce_memory", "portable",
 def load_pipeline(
     folder: str | PathLike[str],
     *,
-    compute_unit: str = "ALL",
+    compute_unit: str | None = None,
     model_version: str | None = None,
     kind: str | None = None,
     reduce_memory: bool = False,
@@ -48,12 +48,12 @@ def load_pipeline(
 ) -> CoreMLPipeline:
     """Make a folder of converted models, or one around it, ready to draw.
 
-    compute_unit: "ALL", "CPU_AND_GPU", "CPU_ONLY" or "CPU_AND_NE"; without Core ML, the portable runtime computes on
-    the CPU. model_version: the checkpoint that the models are of, a folder or a hub id, where they do not say it
-    themselves. kind: "packages" or "compiled", where there are both. reduce_memory: each model is loaded for its own
-    stage and let go after it. portable: use the portable runtime on macOS too. precision: of the portable runtime;
-    "typed" rounds to half precision wherever the models do. Raises `CheckpointError` for models that are missing or do
-    not fit, `UsageError` for a unit that is not there.
+    compute_unit: "ALL", "CPU_AND_GPU", "CPU_ONLY" or "CPU_AND_NE", all there are if None; without Core ML, the portable
+    runtime computes on the CPU. model_version: the checkpoint that the models are of, a folder or a hub id, where they
+    do not say it themselves. kind: "packages" or "compiled", where there are both. reduce_memory: each model is
+    loaded for its own stage and let go after it. portable: use the portable runtime on macOS too. precision: of the
+    portable runtime; "typed" rounds to half precision wherever the models do. Raises `CheckpointError` for models that
+    are missing or do not fit, `UsageError` for a unit that is not there.
     """
     engine = engine_for(compute_unit, portable=portable, precision=precision)
     parts = open_parts(Path(folder).expanduser(), engine, model_version, kind=kind)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sfumato.coreml.roles import INPUTS
 from sfumato.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from sfumato.coreml.source import Source
     from sfumato.models.base import Model
 
-__all__ = ["Probe", "answer", "embeddings", "probes", "rounded_to_float16"]
+__all__ = ["PROMPT", "Probe", "answer", "embeddings", "probes", "rounded_to_float16"]
 
 Probe = dict[str, torch.Tensor]
 
@@ -98,13 +99,8 @@ def _picture(shape: tuple[int, int, int, int]) -> Tensor:
 
 def _probes(part: str, interface: Interface, source: Source) -> list[Probe]:
     sides = {feature.name: feature.type.shape for feature in interface.inputs}
-    wanted = {
-        "text_encoder": {"input_ids"},
-        "unet": {"sample", "timestep", "encoder_hidden_states"},
-        "vae_decoder": {"z"},
-        "vae_encoder": {"x"},
-    }[part]
-    if set(sides) != wanted or any(side is None for shape in sides.values() for side in shape):
+    wanted = INPUTS[part]
+    if sides.keys() != wanted or any(side is None for shape in sides.values() for side in shape):
         raise CheckpointError(
             f"the {part} asks for {', '.join(sorted(sides))}; what can be verified asks for {', '.join(sorted(wanted))}"
         )

@@ -2,12 +2,12 @@
 
 A `Model` is what a package or a compiled folder holds: an interface and either one `Program` or, for a pipeline, a
 chain of models. A `Program` is functions of operations in static single assignment, as in Core ML's model intermediate
-language (MIL). Nothing here knows how any of it is stored (`formats/`), made (`convert/`) or computed (`runtime/`).
+language (MIL). Nothing here knows how any of it is stored (`formats/`), made (`converter/`) or computed (`runtime/`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Protocol
@@ -33,6 +33,7 @@ __all__ = [
     "Weight",
     "byte_count",
     "constant",
+    "renamed",
 ]
 
 MAIN = "main"
@@ -216,15 +217,45 @@ class Model:
             raise TypeError("a pipeline is no single program")
         return self.body
 
+    @property
+    def functions(self) -> Iterator[Function]:
+        """Every function; of a pipeline those of its models, one after another."""
+        if isinstance(self.body, Program):
+            yield from self.body.functions.values()
+        else:
+            for _, model in self.body:
+                yield from model.functions
+
     def with_function(self, function: Function) -> Model:
-        """The same model with another main function."""
+        """The same model with another default function."""
         return replace(self, body=Program({**self.program.functions, self.default_function: function}))
+
+    def with_functions(self, change: Callable[[Function], Function]) -> Model:
+        """The same model with every function changed; of a pipeline those of its models."""
+        if isinstance(self.body, Program):
+            return replace(self, body=Program({name: change(one) for name, one in self.body.functions.items()}))
+        return replace(self, body=tuple((name, model.with_functions(change)) for name, model in self.body))
 
 
 def constant(name: str, value: Value) -> Operation:
     """The `const` operation that gives a value its name."""
     text = Value(TensorType("string"), name)
     return Operation("const", {}, (Output(name, value.type),), {"name": text, "val": value})
+
+
+def renamed(operation: Operation, names: Mapping[str, str]) -> Operation:
+    """The operation with other names for some of the values that it reads and computes, and for itself with them."""
+    outputs = tuple(Output(names.get(one.name, one.name), one.type) for one in operation.outputs)
+    if outputs == operation.outputs and not names.keys() & {*operation.names}:
+        return operation
+    inputs = {
+        role: tuple(names.get(entry, entry) if isinstance(entry, str) else entry for entry in argument)
+        for role, argument in operation.inputs.items()
+    }
+    attributes = dict(operation.attributes)
+    if outputs and "name" in attributes:
+        attributes["name"] = Value(TensorType("string"), outputs[0].name)
+    return Operation(operation.type, inputs, outputs, attributes)
 
 
 def byte_count(type_: TensorType) -> int:

@@ -10,13 +10,15 @@ import json
 import logging
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from sfumato.coreml.formats import read_model, write_compiled
 from sfumato.coreml.formats.folders import replacing_folder
-from sfumato.coreml.layout import MAX_CHUNKS, PARTS, Models, compiled_names
+from sfumato.coreml.layout import Models, compiled_names, remove_stale, stale
+from sfumato.coreml.roles import PARTS
 from sfumato.errors import CheckpointError, OutputError, UsageError
 from sfumato.files import output_folder, read_json, replacing
 
@@ -46,10 +48,11 @@ def resources(folder: Path, models: Models, tokenizer: CLIPTokenizer) -> Path:
         )
     for part in PARTS:
         paths = models.paths(part)
-        names = compiled_names(part, len(paths)) if paths else ()
-        for package, name in zip(paths, names, strict=True):
-            compile_package(package, folder / name)
-    _remove_other_forms(folder, len(models.paths("unet")))
+        if paths:
+            names = compiled_names(part, len(paths))
+            for package, name in zip(paths, names, strict=True):
+                compile_package(package, folder / name)
+            remove_stale(stale(folder, names, partial(compiled_names, part)))
     tokenizer.save_pretrained(folder)
     _write_bpe(folder)
     return folder
@@ -69,16 +72,6 @@ def compile_package(package: Path, path: Path) -> None:
             raise OutputError(f"Apple's compiler did not compile {package} ({said}); look at what Xcode says of it")
         with replacing_folder(path) as new:
             shutil.copytree(made, new, dirs_exist_ok=True)
-
-
-def _remove_other_forms(folder: Path, chunks: int) -> None:
-    """Chunks of an earlier compilation beside a whole U-Net, or the other way round, would be taken in its place."""
-    kept = compiled_names("unet", chunks) if chunks else ()
-    for count in range(1, MAX_CHUNKS + 1) if chunks else ():
-        for name in compiled_names("unet", count):
-            if name not in kept and (folder / name).is_dir():
-                log.warning("%s, of an earlier compilation, is removed", folder / name)
-                shutil.rmtree(folder / name)
 
 
 def _has_compiler() -> bool:

@@ -11,11 +11,18 @@ from sfumato.coreml.formats import read_model
 from sfumato.coreml.program import Feature
 from sfumato.errors import CheckpointError, SfumatoError
 
-__all__ = ["PARTS", "Candidate", "look", "sorted_out"]
+__all__ = ["INPUTS", "PARTS", "Candidate", "look", "sorted_out"]
 
 log = logging.getLogger("sfumato")
 
-PARTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+# What Core ML has models of, in the order in which a picture asks them, and what each reads when it is whole.
+INPUTS = {
+    "text_encoder": frozenset({"input_ids"}),
+    "unet": frozenset({"sample", "timestep", "encoder_hidden_states"}),
+    "vae_decoder": frozenset({"z"}),
+    "vae_encoder": frozenset({"x"}),
+}
+PARTS = tuple(INPUTS)
 
 Sides = tuple[int | None, ...]
 
@@ -149,6 +156,8 @@ _FITTING = (
     ("text_encoder", "prompts of length", "input_ids", 1, "encoder_hidden_states", 3),
     ("vae_decoder", "latents of height", "z", 2, "sample", 2),
     ("vae_decoder", "latents of width", "z", 3, "sample", 3),
+    ("vae_encoder", "latents of height", "latent", 2, "sample", 2),
+    ("vae_encoder", "latents of width", "latent", 3, "sample", 3),
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,16 +28,10 @@ if TYPE_CHECKING:
     from sfumato.models.base import Model
     from sfumato.runtime.choices import Sizes
 
-__all__ = ["NETWORK_OF", "PARTS", "Source", "open_source"]
+__all__ = ["NETWORK_OF", "Source", "open_source"]
 
-# What Core ML has models of, in the order in which they are converted, and the network each is part of.
-NETWORK_OF = {
-    "text_encoder": "text_encoder",
-    "vae_decoder": "vae",
-    "vae_encoder": "vae",
-    "unet": "unet",
-}
-PARTS = tuple(NETWORK_OF)
+# The network that each part is made from.
+NETWORK_OF = {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae", "vae_encoder": "vae"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +46,7 @@ class Source:
     @property
     def label(self) -> str:
         """What files are named after: the hub id, or the name of the folder without the way to it."""
-        return self.folder.name if Path(self.name).expanduser().is_dir() else self.name
+        return Path(os.path.abspath(self.folder)).name if Path(self.name).expanduser().is_dir() else self.name
 
     def load(self, part: str, dtype: torch.dtype | None = None) -> Model:
         """The network that a part of Core ML is made from, on the CPU; mapped from its file in the stored precision.
@@ -103,7 +98,8 @@ class Source:
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """A hash for each network, the same in every precision (pipelines/recipe.py)."""
-        return {network: fingerprint(self.load(network_part)) for network, network_part in _ONE_PART_OF.items()}
+        one_part_of = {network: part for part, network in NETWORK_OF.items()}
+        return {network: fingerprint(self.load(part)) for network, part in one_part_of.items()}
 
     @cached_property
     def hash(self) -> str:
@@ -115,9 +111,6 @@ class Source:
     @cached_property
     def _index(self) -> dict[str, Any]:
         return read_json(self.folder / INDEX)
-
-
-_ONE_PART_OF = {"text_encoder": "text_encoder", "unet": "unet", "vae": "vae_decoder"}
 
 
 def open_source(

@@ -26,10 +26,10 @@ from sfumato.coreml.formats import read_model
 from sfumato.coreml.layout import REQUIRED, find_models
 from sfumato.coreml.measure import decibels
 from sfumato.coreml.palettize import decompress
-from sfumato.coreml.probes import answer, probes, rounded_to_float16
-from sfumato.coreml.program import Model, Program, TensorType, Value, constant
+from sfumato.coreml.probes import PROMPT, answer, probes, rounded_to_float16
+from sfumato.coreml.program import Model, TensorType, Value, constant
 from sfumato.coreml.runtime import Predictor
-from sfumato.coreml.source import PARTS, open_source
+from sfumato.coreml.source import open_source
 from sfumato.errors import CheckpointError, DownloadError, UsageError
 from sfumato.images import psnr
 from sfumato.request import GenerateRequest
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from sfumato.coreml.layout import Models
     from sfumato.coreml.probes import Probe
+    from sfumato.coreml.program import Operation
     from sfumato.coreml.source import Source
 
 __all__ = ["Check", "Verification", "prove", "verify"]
@@ -56,7 +57,6 @@ SHIPPED_DB = 55.0
 # Graphs of other converters have their constants in float16 too, such as the scale of attention.
 FOREIGN_GRAPH_DB = 60.0
 PICTURE_DB = 30.0
-PROMPT = "a red apple, 3d"
 PICTURE_SEED = 7
 # Steps of the picture that is compared, where the checkpoint asks for none: enough to show a fault, few enough to wait.
 PICTURE_STEPS = 4
@@ -120,6 +120,8 @@ def verify(
     `on_part` is told each part before its work. Raises `CheckpointError` if models are damaged or none of this
     checkpoint, `UsageError` if they name no source and none is given.
     """
+    if steps is not None:
+        GenerateRequest(prompt=PROMPT, steps=steps)  # refused here, and not after all other proofs
     models = find_models(folder, required=parts or ())
     for path, trouble in models.unread.items():
         raise CheckpointError(f"{path.name} cannot be verified: {trouble}")
@@ -131,11 +133,14 @@ def verify(
     checks: list[Check] = []
     for part in parts or models.parts:
         _tell(on_part, part)
-        checks += prove(part, [read_model(path) for path in models.paths(part)], source)
+        try:
+            checks += prove(part, [read_model(path) for path in models.paths(part)], source)
+        except CheckpointError as error:
+            raise CheckpointError(f"{models.folder}, {part}: {error}") from error
         gc.collect()  # a network's modules hold each other, and the next one needs their room
     if picture:
         _tell(on_part, "picture")
-        palettes = any(_has_palettes(read_model(path)) for part in PARTS for path in models.paths(part))
+        palettes = any(_has_palettes(read_model(path)) for paths in models.parts.values() for path in paths)
         checks.append(_compare_pictures(folder, source, steps, needed=None if palettes else PICTURE_DB))
     return Verification(folder, source.name, tuple(checks))
 
@@ -184,6 +189,12 @@ def _compare(
         missing = answers.keys() - outputs.keys()
         if missing:
             raise CheckpointError(f"the {part} has no output {missing.pop()!r}; it gives {', '.join(outputs)}")
+        for name, wanted in answers.items():
+            if outputs[name].numel() != wanted.numel():
+                raise CheckpointError(
+                    f"the {part} gives {name!r} in the shape {tuple(outputs[name].shape)} and the checkpoint in "
+                    f"{tuple(wanted.shape)}; name the one that it was made from: --against <folder or id>"
+                )
         agreement = min(decibels(outputs[name].reshape(wanted.shape), wanted) for name, wanted in answers.items())
         worst = min(worst, (agreement, probe), key=lambda pair: pair[0])
     return Check(part, what, worst[0], needed), worst[1]
@@ -214,7 +225,9 @@ def _compare_pictures(folder: Path, source: Source, steps: int | None, needed: f
     from sfumato.coreml.pipeline import load_pipeline
     from sfumato.pipelines import DiffusionPipeline
 
-    converted = load_pipeline(folder, compute_unit="CPU_ONLY", portable=True, precision="typed")
+    # What the models do not say of themselves, the checkpoint does.
+    about = str(source.folder)
+    converted = load_pipeline(folder, compute_unit="CPU_ONLY", model_version=about, portable=True, precision="typed")
     settings: dict[str, Any] = {"steps": PICTURE_STEPS} | source.settings | ({} if steps is None else {"steps": steps})
     width, height = converted.size_of(GenerateRequest(prompt=PROMPT))
     request = GenerateRequest(prompt=PROMPT, seed=PICTURE_SEED, width=width, height=height, **settings)
@@ -255,27 +268,26 @@ def _whole(chunks: list[Model]) -> Model:
 
 
 def _has_palettes(model: Model) -> bool:
-    bodies = [model.body] if isinstance(model.body, Program) else [one.program for _, one in model.body]
-    operations = (op for body in bodies for function in body.functions.values() for op in function.operations)
-    return any(op.type.startswith("constexpr_") for op in operations)
+    return any(one.type.startswith("constexpr_") for function in model.functions for one in function.operations)
 
 
 def _with_weights(model: Model, weights: Mapping[str, Tensor]) -> Model:
     """The model with the source's own weights, in float16, where it has palettes."""
-    function = model.program.functions[model.default_function]
-    operations = []
-    for operation in function.operations:
-        name = operation.outputs[0].name
-        if operation.type.startswith("constexpr_"):
-            if name not in weights:
-                raise CheckpointError(
-                    f"the compressed weight {name!r} is none of the source's; is it another checkpoint?"
-                )
-            type_ = TensorType("fp16", operation.outputs[0].type.shape)
-            shape = [side or 0 for side in type_.shape]
-            operation = constant(name, Value(type_, weights[name].half().reshape(shape).numpy()))
-        operations.append(operation)
-    return model.with_function(dataclasses.replace(function, operations=tuple(operations)))
+    return model.with_functions(
+        lambda function: dataclasses.replace(
+            function, operations=tuple(_with_weight(operation, weights) for operation in function.operations)
+        )
+    )
+
+
+def _with_weight(operation: Operation, weights: Mapping[str, Tensor]) -> Operation:
+    if not operation.type.startswith("constexpr_"):
+        return operation
+    name, sides = operation.outputs[0].name, operation.outputs[0].type.shape
+    if name not in weights:
+        raise CheckpointError(f"the compressed weight {name!r} is none of the source's; is it another checkpoint?")
+    numbers = weights[name].half().reshape([side or 0 for side in sides]).numpy()
+    return constant(name, Value(TensorType("fp16", sides), numbers))
 
 
 def _tell(on_part: Callable[[str], None] | None, part: str) -> None:

@@ -31,10 +31,12 @@ __all__ = [
     "PackedLinear",
     "PackedPointwise",
     "PackedUpsample2D",
+    "convolve",
     "is_packed",
     "kernel_attention",
     "pack",
     "packable",
+    "packed_filter",
     "unpack",
 ]
 
@@ -166,12 +168,12 @@ class PackedConv2d(Packed):
         self.channels = (layer.in_channels, layer.out_channels)
         self.kernel_size, self.padding, self.stride = layer.kernel_size, layer.padding, layer.stride
         self.bias, self.trainable = layer.bias, layer.weight.requires_grad
-        self.packed = _packed_filter(layer.weight.detach(), layer.padding, layer.stride)
+        self.packed = packed_filter(layer.weight.detach(), layer.padding, layer.stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
         x = x.contiguous(memory_format=torch.channels_last)
-        return _convolve(x, self.packed, self.bias, self.padding, self.stride)
+        return convolve(x, self.packed, self.bias, self.padding, self.stride)
 
     def unpacked(self) -> nn.Conv2d:
         """The plain layer."""
@@ -214,7 +216,7 @@ class PackedUpsample2D(Packed):
         self.plain = PackedConv2d(layer.conv)
         weight = layer.conv.weight.detach().float()
         self.phases = [
-            _packed_filter(_merged(weight, top, left).to(layer.conv.weight.dtype), (1, 1), (1, 1))
+            packed_filter(_merged(weight, top, left).to(layer.conv.weight.dtype), (1, 1), (1, 1))
             for top in (0, 1)
             for left in (0, 1)
         ]
@@ -230,7 +232,7 @@ class PackedUpsample2D(Packed):
         for index, phase in enumerate(self.phases):
             top, left = divmod(index, 2)
             # Padding is the same on all sides, so each phase leaves out the row and column that belong to another.
-            part = _convolve(x, phase, self.plain.bias, (1, 1), (1, 1))
+            part = convolve(x, phase, self.plain.bias, (1, 1), (1, 1))
             out[:, :, top::2, left::2] = part[:, :, top : top + height, left : left + width]
         return out
 
@@ -294,12 +296,14 @@ class PackedGEGLU(Packed):
         return self.layer
 
 
-def _packed_filter(weight: Tensor, padding: Any, stride: Any) -> Tensor:
+def packed_filter(weight: Tensor, padding: Any, stride: Any) -> Tensor:
+    """The weights (C', C, h, w) of a convolution with this padding and stride, as `convolve` takes them."""
     weight = weight.contiguous(memory_format=torch.channels_last)
     return torch.ops.mkldnn._reorder_convolution_weight(weight, list(padding), list(stride), [1, 1], 1)
 
 
-def _convolve(x: Tensor, packed: Tensor, bias: Tensor | None, padding: Any, stride: Any) -> Tensor:
+def convolve(x: Tensor, packed: Tensor, bias: Tensor | None, padding: Any, stride: Any) -> Tensor:
+    """A convolution of x (B, C, H, W), channels last in memory, with packed weights."""
     return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, padding, stride, (1, 1), 1, "none", [], "")
 
 

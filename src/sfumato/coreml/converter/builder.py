@@ -71,23 +71,27 @@ class Builder(Emitter):
     # One number at a time
 
     def add(self, x: Handle, y: Handle | float | np.ndarray) -> Handle:
-        """X + y, broadcast."""
+        """The sum x + y, broadcast."""
         return self._binary("add", x, y)
 
     def sub(self, x: Handle, y: Handle | float | np.ndarray) -> Handle:
-        """X - y, broadcast."""
+        """The difference x - y, broadcast."""
         return self._binary("sub", x, y)
 
     def mul(self, x: Handle, y: Handle | float | np.ndarray) -> Handle:
-        """X y, broadcast."""
+        """The product x y, broadcast."""
         return self._binary("mul", x, y)
 
     def real_div(self, x: Handle, y: Handle | float | np.ndarray) -> Handle:
-        """X / y, broadcast."""
+        """The quotient x / y, broadcast."""
         return self._binary("real_div", x, y)
 
+    def maximum(self, x: Handle, y: Handle | float | np.ndarray) -> Handle:
+        """The larger of x and y, broadcast."""
+        return self._binary("maximum", x, y)
+
     def scaled(self, x: Handle, factor: float) -> Handle:
-        """X times a positive number, which need not be one of float16: see `two_factors`."""
+        """The values times a positive number, which need not be one of float16: see `two_factors`."""
         first, second = two_factors(factor, x.dtype)
         x = self.mul(x, first)
         return x if second == 1 else self.mul(x, second)
@@ -98,7 +102,7 @@ class Builder(Emitter):
         return self.emit("equal", TensorType("bool", np.broadcast_shapes(x.shape, y.shape)), {"x": x, "y": y})[0]
 
     def unary(self, kind: str, x: Handle) -> Handle:
-        """An operation without settings: silu, sigmoid, relu, softplus, tanh, square, sqrt, sin, cos."""
+        """An operation without settings: silu, sigmoid, relu, softplus, tanh, square, sqrt, abs, sin, cos."""
         return self.emit(kind, x.type, {"x": x})[0]
 
     def gelu(self, x: Handle) -> Handle:
@@ -120,10 +124,10 @@ class Builder(Emitter):
         shape = tuple(1 if i in axes else side for i, side in enumerate(x.shape))
         return self.emit("reduce_mean", TensorType(x.dtype, shape), {"x": x, "axes": axes, "keep_dims": True})[0]
 
-    def reduce_max(self, x: Handle, axis: int) -> Handle:
-        """The largest along an axis, which stays with a side of 1."""
-        shape = tuple(1 if i == axis else side for i, side in enumerate(x.shape))
-        return self.emit("reduce_max", TensorType(x.dtype, shape), {"x": x, "axes": [axis], "keep_dims": True})[0]
+    def reduce_max(self, x: Handle, axes: Sequence[int]) -> Handle:
+        """The largest over some axes, which stay with a side of 1."""
+        shape = tuple(1 if i in axes else side for i, side in enumerate(x.shape))
+        return self.emit("reduce_max", TensorType(x.dtype, shape), {"x": x, "axes": axes, "keep_dims": True})[0]
 
     def reduce_argmax(self, x: Handle, axis: int) -> Handle:
         """Where the largest is along an axis, which goes away; among equals it is any one of them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from sfumato.coreml.program import (
     TensorType,
     Value,
     constant,
+    renamed,
 )
 from sfumato.errors import UsageError
 
@@ -125,7 +126,8 @@ class Emitter:
         base = name or (f"{self._scope}_{kind}" if self._scope else f"{kind}_0")
         types = (types,) if isinstance(types, TensorType) else types
         outputs = tuple(Output(self._unique(base), type_) for type_ in types)
-        self._operations.append(_named(Operation(kind, arguments, outputs)))
+        attributes = {"name": Value(TensorType("string"), outputs[0].name)}
+        self._operations.append(Operation(kind, arguments, outputs, attributes))
         return tuple(Handle(output.name, output.type.dtype, _sides(output.type)) for output in outputs)
 
     def result(self, x: Handle, name: str, description: str) -> None:
@@ -138,12 +140,11 @@ class Emitter:
 
     def model(self, description: str) -> Model:
         """The model, with one function and no metadata yet."""
-        names = self._renamed
-        operations = tuple(_rename(operation, names) for operation in self._operations) if names else self._operations
+        operations = tuple(renamed(operation, self._renamed) for operation in self._operations)
         function = Function(
             tuple(Output(feature.name, feature.type) for feature in self._inputs),
             tuple(feature.name for feature in self._outputs),
-            tuple(operations),
+            operations,
             self.target.opset,
         )
         interface = Interface(tuple(self._inputs), tuple(self._outputs))
@@ -186,18 +187,3 @@ def _value(array: np.ndarray) -> Value:
 
 def _sides(type_: TensorType) -> tuple[int, ...]:
     return tuple(side for side in type_.shape if side is not None)
-
-
-def _rename(operation: Operation, names: Mapping[str, str]) -> Operation:
-    inputs = {
-        role: tuple(names.get(entry, entry) if isinstance(entry, str) else entry for entry in argument)
-        for role, argument in operation.inputs.items()
-    }
-    outputs = tuple(Output(names.get(output.name, output.name), output.type) for output in operation.outputs)
-    return _named(Operation(operation.type, inputs, outputs, operation.attributes))
-
-
-def _named(operation: Operation) -> Operation:
-    """With its name among its attributes, where Core ML's tools look for it."""
-    name = Value(TensorType("string"), operation.outputs[0].name)
-    return replace(operation, attributes={**operation.attributes, "name": name})

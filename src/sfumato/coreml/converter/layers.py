@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sfumato.coreml.converter.attention import AttentionForm
 from sfumato.coreml.converter.builder import Builder
 from sfumato.coreml.converter.emitter import Handle, identifier
+from sfumato.coreml.program import ARRAY_DTYPES
 from sfumato.errors import CheckpointError, ConfigError, UsageError
 from sfumato.models.attention import SelfOrCrossAttention
 from sfumato.models.base import Model
@@ -27,6 +28,12 @@ __all__ = ["EPSILON", "Layers", "check_sizes", "parts"]
 # The affine part of a group normalization is written as a batch normalization. That asks for an epsilon; with
 # variances of 1 - epsilon the two make 1, and both are exact in float16.
 EPSILON = 2.0**-11
+
+# The axes of a group's values, (B, G, C / G, H, W).
+IN_GROUP = (2, 3, 4)
+# Values up to this have squares in the middle of float16's range; groups of smaller ones are not scaled beyond that.
+SQUARABLE = 2.0**7
+SMALLEST_SCALE = 2.0**-8
 
 _TORCH_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 _ACTIVATIONS: dict[type[nn.Module], Callable[[Builder, Handle], Handle]] = {
@@ -40,16 +47,19 @@ _ACTIVATIONS: dict[type[nn.Module], Callable[[Builder, Handle], Handle]] = {
 class Layers:
     """Emits the layers of one model; values are named after the modules, weights after the parameters.
 
+    far: whether pictures may lie so far from their mean that float16 cannot say the square, as an autoencoder's do.
     Raises `UsageError` for a model whose weights are packed for the CPU.
     """
 
-    def __init__(self, builder: Builder, model: Model, attention: AttentionForm) -> None:
+    def __init__(self, builder: Builder, model: Model, attention: AttentionForm, *, far: bool = False) -> None:
         if is_packed(model):
             raise UsageError(
                 f"this {type(model).__name__} is packed for the CPU; load it anew, or unpack it, to convert it"
             )
         self.builder = builder
         self._attention = attention
+        self._far = far
+        self._model = type(model).__name__
         self._paths = {module: path for path, module in model.named_modules()}
 
     def path(self, module: nn.Module) -> str:
@@ -60,7 +70,8 @@ class Layers:
         """A parameter of a module, in the program's precision and in another shape if one is given."""
         tensor: Tensor = getattr(module, name)
         full, shape = f"{self.path(module)}.{name}", tuple(tensor.shape) if shape is None else shape
-        return self.builder.weight(full, shape, partial(_read, full, tensor, self.builder.dtype, shape))
+        named = f"{full} of the {self._model}"
+        return self.builder.weight(full, shape, partial(_read, named, tensor, self.builder.dtype, shape))
 
     def conv(self, module: nn.Linear | nn.Conv2d, x: Handle) -> Handle:
         """A convolution, or a linear layer over the channels, which is one of 1 × 1: x (B, C, H, W)."""
@@ -78,9 +89,9 @@ class Layers:
         b, (batch, channels, height, width) = self.builder, x.shape
         with b.scope(self.path(module)):
             grouped = b.reshape(x, (batch, module.num_groups, channels // module.num_groups, height, width))
-            centred = b.sub(grouped, b.reduce_mean(grouped, (2, 3, 4)))
-            variance = b.reduce_mean(b.unary("square", centred), (2, 3, 4))
-            deviation = b.unary("sqrt", b.add(variance, module.eps))
+            centred = b.sub(grouped, b.reduce_mean(grouped, IN_GROUP))
+            far = self._far and b.dtype == "fp16"
+            deviation = _far_deviation(b, centred, module.eps) if far else _deviation(b, centred, module.eps)
             normal = b.reshape(b.real_div(centred, deviation), x.shape)
             moments = {"mean": np.zeros(channels), "variance": np.full(channels, 1 - EPSILON)}
             gamma, beta = self.weight(module, "weight"), self.weight(module, "bias")
@@ -161,6 +172,22 @@ def parts(modules: nn.Module | None) -> list[Any]:
     return [] if modules is None else list(modules.children())
 
 
+def _deviation(b: Builder, centred: Handle, epsilon: float) -> Handle:
+    """The root of the variance of each group of values around 0: (B, G, C / G, H, W) -> (B, G, 1, 1, 1)."""
+    variance = b.reduce_mean(b.unary("square", centred), IN_GROUP)
+    return b.unary("sqrt", b.add(variance, epsilon))
+
+
+def _far_deviation(b: Builder, centred: Handle, epsilon: float) -> Handle:
+    """The same by way of values that are at most `SQUARABLE`, and so is its epsilon: neither overflows nor vanishes."""
+    largest = b.reduce_max(b.unary("abs", centred), IN_GROUP)
+    scale = b.maximum(b.mul(largest, 1 / SQUARABLE), SMALLEST_SCALE)
+    variance = b.reduce_mean(b.unary("square", b.real_div(centred, scale)), IN_GROUP)
+    root = b.constant("root", np.asarray(epsilon**0.5, ARRAY_DTYPES[b.dtype]))
+    scaled_epsilon = b.unary("square", b.real_div(root, scale))
+    return b.mul(scale, b.unary("sqrt", b.add(variance, scaled_epsilon)))
+
+
 def check_sizes(**sizes: Any) -> None:
     """Raise `UsageError` unless all of these are whole numbers from 1 up."""
     for name, size in sizes.items():
@@ -176,6 +203,9 @@ def _read(name: str, tensor: Tensor, dtype: str, shape: tuple[int, ...]) -> np.n
     numbers = source.to(_TORCH_DTYPES[dtype]).reshape(shape)
     if not bool(numbers.isfinite().all()):
         if bool(source.isfinite().all()):
-            raise CheckpointError(f"the weight {name} has numbers beyond the range of {dtype}; convert in fp32")
+            raise CheckpointError(
+                f"the weight {name} has numbers up to {source.abs().max():.3g}, and float16, in which Core ML packages "
+                "hold them, ends at 65504; use another checkpoint"
+            )
         raise CheckpointError(f"the weight {name} has NaN or infinite numbers; download the checkpoint again")
     return numbers.numpy()

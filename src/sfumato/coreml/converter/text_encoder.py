@@ -52,7 +52,7 @@ def _embed(layers: Layers, model: CLIPTextModel, ids: Handle) -> Handle:
 
 
 def _layer(layers: Layers, layer: CLIPLayer, x: Handle, mask: np.ndarray) -> Handle:
-    """X (1, C, 1, S) -> the same shape."""
+    """Tokens (1, C, 1, S) -> the same shape."""
     b, attention = layers.builder, layer.self_attn
     with b.scope(layers.path(layer)):
         h = layers.layer_norm(layer.layer_norm1, x)
@@ -79,6 +79,6 @@ def _end_of_text(b: Builder, model: CLIPTextModel, ids: Handle) -> Handle:
     """
     eos = model.config.eos_token_id
     # Configs written before the token ids were corrected say 2; there, end-of-text is the largest id.
-    ends = b.equal(ids, b.reduce_max(ids, 1) if eos in (None, 2) else eos)
+    ends = b.equal(ids, b.reduce_max(ids, (1,)) if eos in (None, 2) else eos)
     weights = np.arange(ids.shape[1], 0, -1, dtype=np.int32)[None]
     return b.reduce_argmax(b.mul(b.cast(ends, "int32"), weights), 1)

@@ -140,7 +140,7 @@ def _up(layers: Layers, block: UpBlock, x: Handle, time: Handle, context: Handle
 
 
 def _transformer(layers: Layers, module: Transformer2DModel, x: Handle, context: Handle) -> Handle:
-    """X (B, C, H, W) and the prompt -> the same shape; between, its pixels are tokens (B, C, 1, H W)."""
+    """Pixels (B, C, H, W) and the prompt -> the same shape; between, they are tokens (B, C, 1, H W)."""
     b, (batch, channels, height, width) = layers.builder, x.shape
     with b.scope(layers.path(module)):
         h = layers.conv(module.proj_in, layers.group_norm(module.norm, x))

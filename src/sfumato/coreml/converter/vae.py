@@ -79,7 +79,7 @@ def _layers(
         )
     check_sizes(height=height, width=width)
     # A single head over few pixels: splitting it would only add operations.
-    return Layers(Builder(target_named(target), dtype), model, attention_named("original")), model
+    return Layers(Builder(target_named(target), dtype), model, attention_named("original"), far=True), model
 
 
 def _middle(layers: Layers, block: VAEMidBlock, x: Handle) -> Handle:

@@ -17,8 +17,13 @@ _AT_ONCE = 2**14
 
 
 def unpack(data: np.ndarray, dtype: str, count: int) -> np.ndarray:
-    """The first `count` numbers of the type (a word of `SUBBYTE_BITS`) in uint8 `data`, as one whole (u)int8 each."""
+    """The first `count` numbers of the type (a word of `SUBBYTE_BITS`) in uint8 `data`, as one whole (u)int8 each.
+
+    Raises `ValueError` if there are fewer.
+    """
     bits = SUBBYTE_BITS[dtype]
+    if data.size * 8 < count * bits:
+        raise ValueError(f"{data.size} bytes do not hold {count} numbers of type {dtype}")
     shifts = np.arange(0, _GROUP_BITS, bits, dtype=np.uint32)
     groups = _groups(data[: -(-count * bits // 8)].reshape(-1), _GROUP_BYTES)
     numbers = np.empty((-(-count // shifts.size), shifts.size), np.uint8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
 
     from sfumato.coreml.program import Value
 
-__all__ = ["BlobWriter"]
+__all__ = ["BlobWriter", "StoreWeight"]
+
+# Writes a constant's numbers into a weight file, and says where: the file's name in the program, and the byte.
+StoreWeight = Callable[["Value"], tuple[str, int]]
 
 _NUMBERS = {dtype: number for number, dtype in BLOB_TYPES.items()}
 

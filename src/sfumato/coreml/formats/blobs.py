@@ -7,6 +7,7 @@ Programs refer to where a record begins. Source: StorageFormat.hpp of Core ML's 
 
 from __future__ import annotations
 
+import mmap
 import struct
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,21 +17,34 @@ import numpy as np
 
 from sfumato.coreml.formats.pointers import check_pointer
 from sfumato.coreml.formats.values import BLOB_TYPES, array_from_bytes
-from sfumato.coreml.program import byte_count
+from sfumato.coreml.program import Value, byte_count
 from sfumato.errors import CheckpointError, ConfigError
+from sfumato.files import inside
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from sfumato.coreml.program import TensorType
 
-__all__ = ["ALIGNMENT", "HEADER", "RECORD", "SENTINEL", "VERSION", "BlobFile", "BlobWeight"]
+__all__ = [
+    "ALIGNMENT",
+    "HEADER",
+    "MODEL_PATH",
+    "RECORD",
+    "SENTINEL",
+    "VERSION",
+    "BlobFile",
+    "BlobWeight",
+    "WeightFiles",
+]
 
 ALIGNMENT = 64
 SENTINEL = 0xDEADBEEF
 VERSION = 2
 HEADER = struct.Struct("<II56x")
 RECORD = struct.Struct("<IIQQQ32x")
+# What programs call the folder that they are in.
+MODEL_PATH = "@model_path/"
 
 
 class BlobFile:
@@ -47,7 +61,7 @@ class BlobFile:
         Raises `CheckpointError` if it is missing, a Git LFS pointer, or no weight file of version 2.
         """
         try:
-            data = np.memmap(self.path, np.uint8, mode="c")
+            data = np.frombuffer(self._mapping, np.uint8)
         except FileNotFoundError as error:
             raise CheckpointError(f"{self.path} is missing; copy or download the model again") from error
         except (OSError, ValueError) as error:
@@ -58,7 +72,21 @@ class BlobFile:
         _, version = HEADER.unpack(data[: HEADER.size].tobytes())
         if version != VERSION:
             raise CheckpointError(f"{self.path} is no weight file of version {VERSION}; copy or download it again")
-        return data.view(np.ndarray)
+        return data
+
+    @cached_property
+    def _mapping(self) -> mmap.mmap:
+        with self.path.open("rb") as stream:
+            return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def let_go(self, start: int, length: int) -> None:
+        """Give back the memory of some bytes, which are read from the file again when they are asked for again.
+
+        What was written into them meanwhile is lost. Nothing happens on systems that cannot (Windows).
+        """
+        first = start - start % mmap.PAGESIZE
+        if hasattr(self._mapping, "madvise"):
+            self._mapping.madvise(mmap.MADV_DONTNEED, first, start + length - first)
 
     def weight(self, offset: int, type_: TensorType) -> BlobWeight:
         """The weight whose record begins at a byte; the same object each time.
@@ -105,3 +133,21 @@ class BlobWeight:
         shape = tuple(side or 0 for side in self.type.shape)
         data = self.file.data[self.start : self.start + byte_count(self.type)]
         return array_from_bytes(data, self.type.dtype, shape)
+
+    def let_go(self) -> None:
+        """Give back the memory that reading has taken; whoever holds a view may go on reading it."""
+        self.file.let_go(self.start, byte_count(self.type))
+
+
+class WeightFiles:
+    """The weight files beside a program, by the names that the program has for them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files: dict[str, BlobFile] = {}
+
+    def value(self, type_: TensorType, name: str, offset: int) -> Value:
+        """A constant whose numbers are in a weight file, at a record. Raises as `BlobFile.weight` does."""
+        if name not in self._files:
+            self._files[name] = BlobFile(inside(self._folder, name.removeprefix(MODEL_PATH)))
+        return Value(type_, self._files[name].weight(offset, type_))

@@ -17,6 +17,7 @@ from pathlib import Path
 from google.protobuf.message import DecodeError
 
 from sfumato.coreml.formats.blob_writer import BlobWriter
+from sfumato.coreml.formats.blobs import MODEL_PATH
 from sfumato.coreml.formats.check import flaw
 from sfumato.coreml.formats.folders import replacing_folder
 from sfumato.coreml.formats.interface_proto import description_fields, fill_description
@@ -95,7 +96,7 @@ def write_compiled(model: Model, path: Path | str) -> None:
             BlobWriter(folder / _WEIGHTS) as blobs,
             (folder / _PROGRAM).open("w", encoding="utf-8", newline="\n") as file,
         ):
-            name = f"@model_path/{_WEIGHTS}"
+            name = f"{MODEL_PATH}{_WEIGHTS}"
             for line in mil_lines(program, model.spec_version, lambda value: (name, blobs.add(value)), _build(model)):
                 file.write(line + "\n")
                 digest.update(line.encode())

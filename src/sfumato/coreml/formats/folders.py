@@ -37,7 +37,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         with replacing(path):  # which says in one sentence what went wrong
             raise error
     finally:
-        if old.exists() and not path.exists():
+        if os.path.exists(old) and not os.path.exists(path):  # a name too long is absent to them, and an error to Path
             with suppress(OSError):
                 old.rename(path)
         for left in (new, old):

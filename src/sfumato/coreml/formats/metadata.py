@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from math import log2
 from typing import Any
 
-from sfumato.coreml.formats.proto_writer import is_literal, is_weight
+from sfumato.coreml.formats.values import is_literal, is_weight
 from sfumato.coreml.formats.versions import SYSTEMS
 from sfumato.coreml.program import Feature, Function, Model, Operation, Value
 

@@ -17,9 +17,9 @@ from math import prod
 from pathlib import Path
 from string import whitespace
 
+from sfumato.coreml.formats.blobs import WeightFiles
 from sfumato.coreml.formats.mil_numbers import numbers_of, text_of
 from sfumato.coreml.formats.pointers import read_bytes
-from sfumato.coreml.formats.proto_reader import WeightFiles
 from sfumato.coreml.formats.versions import opset_of
 from sfumato.coreml.program import ARRAY_DTYPES, Argument, Function, Operation, Output, Program, TensorType, Value
 from sfumato.errors import CheckpointError, ConfigError

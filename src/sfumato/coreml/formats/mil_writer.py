@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
+from sfumato.coreml.formats.blob_writer import StoreWeight
 from sfumato.coreml.formats.mil_numbers import quoted, written_array
-from sfumato.coreml.formats.proto_writer import StoreWeight, is_literal, is_weight
-from sfumato.coreml.formats.values import checked
+from sfumato.coreml.formats.values import checked, is_literal, is_weight
 from sfumato.coreml.formats.versions import FIRST_1_3, text_opset
 from sfumato.coreml.program import Argument, Function, Operation, Output, Program, TensorType, Value
 

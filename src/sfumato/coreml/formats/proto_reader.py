@@ -9,7 +9,7 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from sfumato.coreml.formats.blobs import BlobFile
+from sfumato.coreml.formats.blobs import WeightFiles
 from sfumato.coreml.formats.check import flaw
 from sfumato.coreml.formats.interface_proto import description_fields, model_names
 from sfumato.coreml.formats.pointers import read_bytes
@@ -29,25 +29,8 @@ from sfumato.coreml.program import (
     byte_count,
 )
 from sfumato.errors import CheckpointError, ConfigError
-from sfumato.files import inside
 
-__all__ = ["WeightFiles", "read_mlmodel"]
-
-_MODEL_PATH = "@model_path/"
-
-
-class WeightFiles:
-    """The weight files beside a program, by the names that the program has for them."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._files: dict[str, BlobFile] = {}
-
-    def value(self, type_: TensorType, name: str, offset: int) -> Value:
-        """A constant whose numbers are in a weight file, at a record. Raises as `BlobFile.weight` does."""
-        if name not in self._files:
-            self._files[name] = BlobFile(inside(self._folder, name.removeprefix(_MODEL_PATH)))
-        return Value(type_, self._files[name].weight(offset, type_))
+__all__ = ["read_mlmodel"]
 
 
 def read_mlmodel(path: Path) -> Model:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sfumato.coreml.formats.blob_writer import BlobWriter
+from sfumato.coreml.formats.blob_writer import BlobWriter, StoreWeight
+from sfumato.coreml.formats.blobs import MODEL_PATH
 from sfumato.coreml.formats.interface_proto import fill_description, model_names
 from sfumato.coreml.formats.schema import message
-from sfumato.coreml.formats.values import DATA_TYPES, bytes_from_array, checked, member_of, stored_in_file
+from sfumato.coreml.formats.values import DATA_TYPES, bytes_from_array, checked, is_literal, is_weight, member_of
 from sfumato.coreml.program import Function, Model, Operation, Program, TensorType, Value
 
-__all__ = ["StoreWeight", "is_literal", "is_weight", "write_mlmodel"]
-
-# Writes a constant's numbers into a weight file, and says where: the file's name in the program, and the byte.
-StoreWeight = Callable[[Value], tuple[str, int]]
+__all__ = ["write_mlmodel"]
 
 _NUMBERS = {dtype: number for number, dtype in DATA_TYPES.items()}
 _FOLDER = "weights"
@@ -47,21 +43,10 @@ def _fill_model(spec: Any, model: Model, folder: Path, prefix: str) -> None:
         return
     spec.mlProgram.version = 1
     with BlobWriter(folder / _FOLDER / f"{prefix}weight.bin") as blobs:
-        name = f"@model_path/{_FOLDER}/{blobs.path.name}"
+        name = f"{MODEL_PATH}{_FOLDER}/{blobs.path.name}"
         writer = _ProgramWriter(lambda value: (name, blobs.add(value)), model.spec_version)
         for key, function in model.body.functions.items():
             writer.function(spec.mlProgram.functions[key], function)
-
-
-def is_literal(operation: Operation) -> bool:
-    """Whether constants in an operation are its arguments; those of `const` and `constexpr_…` are numbers to keep."""
-    return operation.type != "const" and not operation.type.startswith("constexpr_")
-
-
-def is_weight(value: Value, spec_version: int, literal: bool) -> bool:
-    """Whether a constant belongs into the weight file; one that is an operation's `literal` does so only if stored."""
-    count = prod(side or 0 for side in value.type.shape)
-    return (value.stored or not literal) and stored_in_file(value.type.dtype, count, spec_version, value.stored)
 
 
 class _ProgramWriter:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sfumato.coreml.formats.bits import pack, unpack
-from sfumato.coreml.program import ARRAY_DTYPES, SUBBYTE_BITS, Value
+from sfumato.coreml.program import ARRAY_DTYPES, SUBBYTE_BITS, Operation, Value
 from sfumato.errors import UsageError
 
 __all__ = [
@@ -19,8 +19,9 @@ __all__ = [
     "array_from_numbers",
     "bytes_from_array",
     "checked",
+    "is_literal",
+    "is_weight",
     "member_of",
-    "stored_in_file",
 ]
 
 # MILSpec.DataType. The two 8-bit floating point types are known by name only.
@@ -108,14 +109,21 @@ def member_of(dtype: str) -> str:
     return _MEMBERS.get(dtype, "bytes")
 
 
-def stored_in_file(dtype: str, count: int, spec_version: int, wished: bool) -> bool:
-    """Whether that many numbers of a type belong into the weight file rather than into the program.
+def is_literal(operation: Operation) -> bool:
+    """Whether constants in an operation are its arguments; those of `const` and `constexpr_…` are numbers to keep."""
+    return operation.type != "const" and not operation.type.startswith("constexpr_")
 
-    They do if `wished`, or if there are at least ten, as in what coremltools writes; but only types that the weight
-    files of the specification version can hold.
+
+def is_weight(value: Value, spec_version: int, literal: bool) -> bool:
+    """Whether a constant belongs into the weight file rather than into the program.
+
+    It does if it is stored in one already or, unless it is an operation's `literal`, if it has at least ten numbers, as
+    in what coremltools writes; but only in types that the weight files of the specification version can hold.
     """
     known = tuple(BLOB_TYPES.values()) if spec_version >= _ALL_BLOBS_FROM else _OLD_BLOBS
-    return dtype in known and count > 0 and (wished or count >= _LEAST_STORED)
+    count = prod(side or 0 for side in value.type.shape)
+    wished = value.stored or (not literal and count >= _LEAST_STORED)
+    return wished and count > 0 and value.type.dtype in known
 
 
 def array_from_bytes(data: Any, dtype: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,11 +28,13 @@ class Bound(NamedTuple):
 
     moves: the result has the very numbers of its inputs, so that rounding them again would be in vain; it may share
         their memory.
+    ready: by place in `reads`, what to make of a constant once where it is kept; `run` takes that in its stead.
     """
 
     run: Callable[..., Any]
     reads: tuple[str | Value, ...]
     moves: bool = False
+    ready: Mapping[int, Callable[[Any], Any]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,10 +22,19 @@ SMALL = 4096
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """One known value: its type, and a function that reads, decompresses or computes it anew each time."""
+    """One known value: its type, and a function that reads, decompresses or computes it anew each time.
+
+    let_go: gives back the memory of what was read, once it was copied.
+    """
 
     type: TensorType
     read: Callable[[], _Numbers | torch.Tensor]
+    let_go: Callable[[], None] | None = None
+
+    @classmethod
+    def of(cls, value: Value) -> Constant:
+        """A value that stands in a program or in a weight file."""
+        return cls(value.type, value.read, getattr(value.data, "let_go", None))
 
     @property
     def count(self) -> int:
@@ -45,7 +54,13 @@ class Constant:
     def tensor(self) -> torch.Tensor:
         """Its numbers as a tensor, in the type that holds them."""
         found = self.read()
-        return found if isinstance(found, torch.Tensor) else tensor_of(np.asarray(found), self.type.dtype)
+        if isinstance(found, torch.Tensor):
+            return found
+        numbers = np.asarray(found)
+        tensor = tensor_of(numbers, self.type.dtype)
+        if self.let_go is not None and tensor.data_ptr() != numbers.ctypes.data:
+            self.let_go()
+        return tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +73,7 @@ class Constants:
         return isinstance(entry, Value) or entry in self.by_name
 
     def __getitem__(self, entry: str | Value) -> Constant:
-        return Constant(entry.type, entry.read) if isinstance(entry, Value) else self.by_name[entry]
+        return Constant.of(entry) if isinstance(entry, Value) else self.by_name[entry]
 
     def numbers_of(self, name: str) -> _Numbers | None:
         """The numbers or text of a name, or None if it is not known before the program runs."""

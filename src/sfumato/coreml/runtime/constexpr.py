@@ -11,19 +11,12 @@ from math import prod
 
 import numpy as np
 
+from sfumato.coreml.formats.bits import unpack
 from sfumato.coreml.runtime.call import Call
 
 __all__ = ["CONSTEXPR"]
 
 _Arrays = tuple[np.ndarray, ...]
-
-
-def _unpacked(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """The first `count` numbers of so many bits each from bytes that they were packed into, lowest bits first."""
-    if bits == 8:
-        return packed[:count]
-    singles = np.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits)
-    return np.packbits(singles, axis=1, bitorder="little")[:, 0]
 
 
 def _blocks(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -40,8 +33,9 @@ def _lut_to_dense(call: Call) -> _Arrays:
         axis = call.integer("vector_axis", 0)
         return (_looked_up(indices, table, axis),)
     shape = call.ints("shape")
-    bits = int(table.size).bit_length() - 1
-    return (table[_unpacked(indices, bits, prod(shape))].reshape(shape),)
+    bits, count = int(table.size).bit_length() - 1, prod(shape)
+    places = indices[:count] if bits == 8 else unpack(indices, f"uint{bits}", count)
+    return (table[places].reshape(shape),)
 
 
 def _looked_up(indices: np.ndarray, table: np.ndarray, axis: int) -> np.ndarray:
@@ -93,7 +87,7 @@ def _sparse_to_dense(call: Call) -> _Arrays:
     nonzero, mask = call.known("nonzero_data"), call.known("mask")
     if call.given("shape"):
         shape = call.ints("shape")
-        mask = np.unpackbits(mask, count=prod(shape), bitorder="little").reshape(shape)
+        mask = unpack(mask, "uint1", prod(shape)).reshape(shape)
     return (_dense(nonzero, mask),)
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sfumato.coreml.program import Function, Operation, Value
-from sfumato.coreml.runtime.constants import SMALL, Constants
+from sfumato.coreml.runtime.constants import SMALL, Constant, Constants
 from sfumato.coreml.runtime.kinds import HELD, half_rounded
 from sfumato.coreml.runtime.planner import place_of, planned
 from sfumato.errors import CheckpointError
@@ -54,8 +54,10 @@ class Executable:
         drafts: list[_Step] = []
         for index, operation, bound in steps:
             reads = []
-            for entry in bound.reads:
-                if entry in large:
+            for place, entry in enumerate(bound.reads):
+                if entry in constants and entry not in large and place in bound.ready:
+                    reads.append(self._ready_slot(constants[entry], bound.ready[place]))
+                elif entry in large:
                     reads.append(self._new_slot())
                     drafts.append(_Step(constants[entry].tensor, (), (reads[-1],), (), index))
                 else:
@@ -81,6 +83,12 @@ class Executable:
         slot = self._slot(entry)
         if entry in constants and slot not in self._kept:
             self._kept[slot] = constants[entry].tensor
+        return slot
+
+    def _ready_slot(self, constant: Constant, make: Callable[[Any], Any]) -> int:
+        """A slot of its own for what one operation makes of a constant that is kept."""
+        slot = self._new_slot()
+        self._kept[slot] = lambda: make(constant.tensor())
         return slot
 
     def _with_frees(self, drafts: Sequence[_Step]) -> list[_Step]:

@@ -19,10 +19,16 @@ _WORDS = {"fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
 def check_names(interface: Interface, given: Mapping[str, Any]) -> None:
     """Raise `UsageError` if an input is missing or one is given that the model does not have."""
+    if not isinstance(given, Mapping):
+        raise UsageError(
+            f"inputs must be a dictionary of arrays by name, not a {type(given).__name__}; the model takes "
+            f"{_listed(interface)}"
+        )
     names = [feature.name for feature in interface.inputs]
     for name in given:
         if name not in names:
-            raise UsageError(f"the model has no input {name!r}{suggest(name, names)}; it takes {_listed(interface)}")
+            near = suggest(str(name), names)
+            raise UsageError(f"the model has no input {name!r}{near}; it takes {_listed(interface)}")
     for feature in interface.inputs:
         if feature.name not in given:
             raise UsageError(f"the input {feature.name!r} is missing; it must be {_described(feature)}")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 
 from sfumato.coreml.program import Function, Operation, TensorType
 from sfumato.coreml.runtime.call import Bound, Call, Late
-from sfumato.coreml.runtime.constants import Constant, Constants
+from sfumato.coreml.runtime.constants import SMALL, Constant, Constants
 from sfumato.coreml.runtime.constexpr import CONSTEXPR
 from sfumato.coreml.runtime.fuse import FUSED
 from sfumato.coreml.runtime.kinds import half_rounded
@@ -97,7 +98,7 @@ def _add_const(known: dict[str, Constant], operation: Operation, index: int, fun
     value = operation.attributes.get("val")
     if value is None:
         raise CheckpointError(f"{place_of(operation, index, function)} has no value")
-    known[operation.outputs[0].name] = Constant(value.type, value.read)
+    known[operation.outputs[0].name] = Constant.of(value)
 
 
 def _add_constexpr(known: dict[str, Constant], call: Call, where: str) -> None:
@@ -114,7 +115,13 @@ def _fold(known: dict[str, Constant], operation: Operation, bound: Bound, consta
 
 
 def _add(known: dict[str, Constant], operation: Operation, results: Callable[[], Any], where: str) -> None:
-    """Make the outputs of an operation known; a failure when they are asked for names it."""
+    """Make the outputs of an operation known; a failure when they are asked for names it.
+
+    Few numbers are computed once and kept, as long chains of them, such as shapes, ask for one another.
+    """
+    shapes = [one.type.shape for one in operation.outputs]
+    if all(None not in shape and prod(side or 0 for side in shape) <= SMALL for shape in shapes):
+        results = cache(results)
 
     def result(place: int) -> Any:
         try:

@@ -30,6 +30,6 @@ def fused(function: Function) -> Function:
         fuse_group_norms(graph)
         fuse_cores(graph)
         join_attentions(graph)
-    except LookupError:
+    except (LookupError, ValueError):
         return function
     return graph.function()

@@ -7,6 +7,7 @@ groups, then scale and shift each channel ("Group Normalization", arXiv 1803.084
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,13 +38,15 @@ def fuse_group_norms(graph: Graph) -> None:
 
 def _normalized(graph: Graph, joined: Operation) -> tuple[Entry, int, float] | None:
     """What is normalized, in how many groups and with what epsilon, if the chain ends in this reshape."""
-    found = _divided(graph, joined.inputs["x"][0])
+    found = _divided(graph, joined.inputs["x"][0]) or _divided_by_scaled(graph, joined.inputs["x"][0])
     if found is None:
         return None
-    centred, variance, epsilon = found
+    centred, variance, epsilon, squared_value, readers = found
     squared = graph.inner(variance.inputs["x"][0], "square")
     subtracted = graph.maker(centred, "sub")
-    if squared is None or subtracted is None or squared.inputs["x"][0] != centred or graph.readers(centred) != 2:
+    if squared is None or subtracted is None or squared.inputs["x"][0] != squared_value:
+        return None
+    if graph.readers(centred) != readers:
         return None
     grouped = subtracted.inputs["x"][0]
     mean = graph.inner(subtracted.inputs["y"][0], "reduce_mean")
@@ -62,8 +65,18 @@ def _normalized(graph: Graph, joined: Operation) -> tuple[Entry, int, float] | N
     return x, inside[1], epsilon
 
 
-def _divided(graph: Graph, entry: Entry) -> tuple[str, Operation, float] | None:
-    """The centred values, the mean of their squares, and epsilon, if a value is the one over the root of the other."""
+class _Division(NamedTuple):
+    """Centred values over the root of the mean of squares: what is squared, and how often the centred ones are read."""
+
+    centred: str
+    variance: Operation
+    epsilon: float
+    squared: str
+    readers: int
+
+
+def _divided(graph: Graph, entry: Entry) -> _Division | None:
+    """Centred values over their deviation, if that is what a value is."""
     if (division := graph.inner(entry, "real_div")) is not None:
         centred, root = division.inputs["x"][0], graph.inner(division.inputs["y"][0], "sqrt")
         inverse = 0.0
@@ -84,7 +97,37 @@ def _divided(graph: Graph, entry: Entry) -> tuple[str, Operation, float] | None:
             return None
         epsilon += more
     variance = graph.inner(below, "reduce_mean")
-    return None if variance is None else (centred, variance, epsilon)
+    return None if variance is None else _Division(centred, variance, epsilon, centred, 2)
+
+
+def _divided_by_scaled(graph: Graph, entry: Entry) -> _Division | None:
+    """The same where the deviation is that of values divided by a scale of each group, times that scale.
+
+    So values are squared whose squares float16 could not say (converter/layers.py). Whatever the scale is, it cancels
+    out, as long as it is positive.
+    """
+    division = graph.inner(entry, "real_div")
+    times = None if division is None else graph.inner(division.inputs["y"][0], "mul")
+    if division is None or times is None:
+        return None
+    centred, (scale,), (under,) = division.inputs["x"][0], times.inputs["x"], times.inputs["y"]
+    root = graph.inner(under, "sqrt")
+    added = None if root is None else graph.inner(root.inputs["x"][0], "add")
+    least = graph.maker(scale, "maximum")
+    if added is None or least is None or not isinstance(centred, str) or (graph.scalar(least.inputs["y"][0]) or 0) <= 0:
+        return None
+    variance, squared = graph.inner(added.inputs["x"][0], "reduce_mean"), graph.inner(added.inputs["y"][0], "square")
+    if variance is None or squared is None or graph.shape(scale) != graph.shape(variance.outputs[0].name):
+        return None
+    epsilon_root = graph.inner(squared.inputs["x"][0], "real_div")
+    squares = graph.inner(variance.inputs["x"][0], "square")
+    unit = None if squares is None else graph.inner(squares.inputs["x"][0], "real_div")
+    if epsilon_root is None or unit is None or unit.inputs["x"][0] != centred:
+        return None
+    number = graph.scalar(epsilon_root.inputs["x"][0])
+    if number is None or unit.inputs["y"][0] != scale or epsilon_root.inputs["y"][0] != scale:
+        return None
+    return _Division(centred, variance, number**2, unit.outputs[0].name, 3)
 
 
 def _with_scalar(graph: Graph, operation: Operation) -> tuple[Entry, float | None]:

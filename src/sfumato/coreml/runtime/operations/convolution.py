@@ -1,4 +1,4 @@
-"""Convolutions, and what slides windows over images like them: pooling and resizing."""
+"""Convolutions, and the padding that they and pooling have in common."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sfumato.coreml.runtime.call import Binder, Bound, Call
+from sfumato.models.packed import convolve, packable, packed_filter
 
 __all__ = ["CONVOLUTION", "padded", "padding"]
 
@@ -43,8 +44,11 @@ def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A convolution of 1 × 1, which is a product of matrices: in the layout that its kind of values comes in.
 
     Values of transformers, (B, C, 1, S), come out with the channels together in memory, as normalization over them and
-    attention read them; pictures come out plane by plane.
+    attention read them; pictures come out plane by plane, or with packed weights channels last.
     """
+    if weight.is_mkldnn:
+        pixels = x.permute(0, 2, 3, 1).contiguous()
+        return torch.ops.mkldnn._linear_pointwise(pixels, weight, bias, "none", [], "").permute(0, 3, 1, 2)
     weight = weight.flatten(1)
     if x.shape[2] == 1:
         return F.linear(x.squeeze(2).transpose(1, 2), weight, bias).transpose(1, 2).unsqueeze(2)
@@ -55,35 +59,65 @@ def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y.unflatten(2, x.shape[2:])
 
 
+def _packed_pointwise(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1))
+
+
 def _conv(call: Call) -> Bound:
+    """Weights that are kept are put once into the order in which oneDNN multiplies (models/packed.py)."""
+    bound = _plain_conv(call)
+    flat = call.rank() == 4 and call.integer("groups", 1) == 1 and {*call.ints("dilations", (1, 1))} == {1}
+    if not flat or not packable(torch.float32) or bound.reads[1] != call.entries("weight")[0]:
+        return bound
+    strides = call.ints("strides", (1, 1))
+    pairs = _fixed_padding(call, 2, strides)
+    if pairs is None:
+        return bound
+    if {*call.type("weight").shape[2:], *strides} == {1} and not any(pairs):
+        return bound._replace(ready={1: _packed_pointwise})
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not weight.is_mkldnn:
+            return bound.run(x, weight, bias)
+        return convolve(x.contiguous(memory_format=torch.channels_last), weight, bias, pairs, strides)
+
+    return bound._replace(run=run, ready={1: lambda weight: packed_filter(weight, pairs, strides)})
+
+
+def _fixed_padding(call: Call, spatial: int, strides: Sequence[int]) -> tuple[int, ...] | None:
+    """The padding of each side, where it is the same before and after and does not follow from sizes."""
+    if call.text("pad_type", "valid").lower() not in ("valid", "custom"):
+        return None
+    pairs = padding(call, (0,) * spatial, strides, (1,) * spatial, ())
+    return tuple(before for before, _ in pairs) if all(before == after for before, after in pairs) else None
+
+
+def _plain_conv(call: Call) -> Bound:
     spatial = call.rank() - 2
-    convolve = _CONV[spatial]
+    convolution = _CONV[spatial]
     strides = call.ints("strides", (1,) * spatial)
     dilations = call.ints("dilations", (1,) * spatial)
     groups = call.integer("groups", 1)
     names = ("x", "weight", *call.given("bias"))
-    kind = call.text("pad_type", "valid").lower()
-    if kind in ("valid", "custom"):
-        pairs = padding(call, (0,) * spatial, strides, dilations, ())
-        if all(before == after for before, after in pairs):
-            symmetric = tuple(before for before, _ in pairs)
-            sides = call.type("weight").shape
-            if spatial == 2 and {*sides[2:], *strides, groups} == {1} and not any(symmetric):
-                return call.bind(_pointwise, *names)
-            return call.bind(
-                lambda x, weight, bias=None: convolve(x, weight, bias, strides, symmetric, dilations, groups), *names
-            )
+    symmetric = _fixed_padding(call, spatial, strides)
+    if symmetric is not None:
+        sides = call.type("weight").shape
+        if spatial == 2 and {*sides[2:], *strides, groups} == {1} and not any(symmetric):
+            return call.bind(_pointwise, *names)
+        return call.bind(
+            lambda x, weight, bias=None: convolution(x, weight, bias, strides, symmetric, dilations, groups), *names
+        )
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         around = padding(call, weight.shape[2:], strides, dilations, x.shape[2:])
-        return convolve(padded(x, around), weight, bias, strides, 0, dilations, groups)
+        return convolution(padded(x, around), weight, bias, strides, 0, dilations, groups)
 
     return call.bind(run, *names)
 
 
 def _conv_transpose(call: Call) -> Bound:
     spatial = call.rank() - 2
-    convolve = _CONV_TRANSPOSE[spatial]
+    transposed = _CONV_TRANSPOSE[spatial]
     strides = call.ints("strides", (1,) * spatial)
     dilations = call.ints("dilations", (1,) * spatial)
     groups = call.integer("groups", 1)
@@ -92,7 +126,7 @@ def _conv_transpose(call: Call) -> Bound:
     pad = call.ints("pad", (0,) * 2 * spatial) if kind == "custom" else (0,) * 2 * spatial
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        whole = convolve(x, weight, bias, strides, 0, 0, groups, dilations)
+        whole = transposed(x, weight, bias, strides, 0, 0, groups, dilations)
         for axis, (side, stride, size) in enumerate(zip(x.shape[2:], strides, whole.shape[2:], strict=True)):
             if shape is not None:
                 wanted = shape[2 + axis]

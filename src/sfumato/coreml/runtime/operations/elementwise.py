@@ -168,6 +168,6 @@ ELEMENTWISE: Mapping[str, Binder] = {
     "sigmoid_hard": _with_parameters(lambda x, alpha, beta: (alpha * x + beta).clamp(0, 1), "alpha", "beta"),
     "softmax": _softmax,
     "softplus_parametric": _per_channel(_softplus_parametric, "alpha", "beta"),
-    "threshold": _with_parameters(lambda x, alpha: x.clamp(min=alpha), "alpha"),
+    "threshold": _with_parameters(lambda x, alpha: x.clamp(min=alpha).to(x.dtype), "alpha"),
     "thresholded_relu": _with_parameters(lambda x, alpha: torch.where(x >= alpha, x, 0.0), "alpha"),
 }

@@ -119,12 +119,11 @@ def _resize_nearest(call: Call) -> Bound:
 def _upsample_bilinear(call: Call) -> Bound:
     down, across = call.number("scale_factor_height", 1), call.number("scale_factor_width", 1)
     aligned = call.flag("align_corners", True)
-
-    def run(x: Tensor) -> Tensor:
-        size = (int(x.shape[-2] * down), int(x.shape[-1] * across))
-        return _as_images(lambda image: F.interpolate(image, size, mode="bilinear", align_corners=aligned), x)
-
-    return call.bind(run, "x")
+    centred = call.flag("half_pixel_centers", not aligned)
+    if aligned and centred:
+        raise CheckpointError("align_corners and half_pixel_centers exclude each other, and both are set")
+    mode = "STRICT_ALIGN_CORNERS" if aligned else "UNALIGN_CORNERS" if centred else "DEFAULT"
+    return call.bind(lambda x: _bilinear(x, (int(x.shape[-2] * down), int(x.shape[-1] * across)), mode), "x")
 
 
 def _grid(mode: str, side: int, wanted: int) -> Tensor:
@@ -155,13 +154,14 @@ def _resampled(x: Tensor, axis: int, grid: Tensor) -> Tensor:
 def _resize_bilinear(call: Call) -> Bound:
     size = (call.integer("target_size_height", 1), call.integer("target_size_width", 1))
     mode = call.text("sampling_mode", "DEFAULT")
+    return call.bind(lambda x: _bilinear(x, size, mode), "x")
 
-    def run(x: Tensor) -> Tensor:
-        for axis, wanted in zip((-2, -1), size, strict=True):
-            x = _resampled(x, axis, _grid(mode, x.shape[axis], wanted))
-        return x
 
-    return call.bind(run, "x")
+def _bilinear(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    """The last two sides resized, one after the other."""
+    for axis, wanted in zip((-2, -1), size, strict=True):
+        x = _resampled(x, axis, _grid(mode, x.shape[axis], wanted))
+    return x
 
 
 def _crop(call: Call) -> Bound:

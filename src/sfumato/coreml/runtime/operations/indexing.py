@@ -109,7 +109,7 @@ def _scatter(call: Call) -> Bound:
 
     def run(data: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
         flat = _places(data).index_select(axis, _wrapped(indices, data.shape[axis]).reshape(-1))
-        return _scattered(data, flat.expand(flat.shape), updates, mode)
+        return _scattered(data, flat, updates, mode)
 
     return call.bind(run, "data", "indices", "updates")
 

@@ -33,7 +33,7 @@ def _matmul(call: Call) -> Bound:
 
 
 def _einsum(call: Call) -> Bound:
-    equation = call.text("equation", "")
+    equation = str(call.known("equation"))
     return call.bind(lambda *values: torch.einsum(equation, *values), "values")
 
 

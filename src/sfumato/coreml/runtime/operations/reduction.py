@@ -63,10 +63,11 @@ def _place(function: Callable[[Tensor, int, bool], Tensor]) -> Binder:
 def _topk(call: Call) -> Bound:
     count, axis = call.integer("k", 1), call.integer("axis", -1)
     largest, ordered = not call.flag("ascending"), call.flag("sort", True)
+    alone = not call.flag("return_indices", True)
 
-    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+    def run(x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         values, places = torch.topk(x, x.shape[axis] if count == -1 else count, axis, largest, ordered)
-        return values, places.to(torch.int32)
+        return values if alone else (values, places.to(torch.int32))
 
     return call.bind(run, "x")
 

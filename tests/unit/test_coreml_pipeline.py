@@ -157,7 +157,7 @@ def test_one_size(stubs):
         pipe(PROMPT, latents=torch.randn(1, 4, 6, 12))
 
 
-def test_what_a_converted_network_cannot_do(stubs):
+def test_what_a_converted_network_cannot_do(stubs, tmp_path):
     pipe = stubs().pipeline(encoder=False)
     with pytest.raises(UsageError, match="clip_skip reads inner layers"):
         pipe.generate(request(clip_skip=1))
@@ -169,8 +169,11 @@ def test_what_a_converted_network_cannot_do(stubs):
     for refused in (pipe.enable_attention_slicing, lambda: pipe.unet.set_attention_slice("max")):
         with pytest.raises(UsageError, match="was fixed by its conversion"):
             refused()
+    with pytest.raises(UsageError, match="cannot be saved as a checkpoint"):
+        pipe.save_pretrained(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
     with pytest.raises(UsageError, match="no weights to save"):
-        pipe.save_pretrained("nowhere")
+        pipe.unet.save_pretrained(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="leave tiling off"):
         pipe.vae.enable_tiling()
     x, states = torch.randn(1, 4, 8, 8), torch.randn(1, 20, 24)

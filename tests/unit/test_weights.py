@@ -299,3 +299,12 @@ def test_unet_and_text_encoder_are_as_strict(tmp_path):
         save_file(state, file)
         with pytest.raises(CheckpointError, match=key):
             type(model).from_pretrained(target)
+
+
+def test_a_folder_of_variants_only_says_which(tmp_path):
+    from sfumato.checkpoints.weights import find_weights
+
+    (tmp_path / "model.fp16.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"has no model\.safetensors, but its variant 'fp16'; .*--variant fp16"):
+        find_weights(tmp_path, "model")
+    assert find_weights(tmp_path, "model", variant="fp16") == [tmp_path / "model.fp16.safetensors"]

@@ -108,6 +108,11 @@ def find_weights(
                 f"{folder} has only pickled weights ({pickled[0]}), which can run code when opened; "
                 "get a safetensors version, or say use_safetensors=False if you trust its source"
             )
+        if others := _variants(names, weights_name):
+            raise CheckpointError(
+                f"{folder} has no {wanted}, but its variant {others[0]!r}; ask for that (--variant {others[0]}, in "
+                f"Python variant={others[0]!r})"
+            )
         raise CheckpointError(f"{folder} has no {wanted}; the download or copy is incomplete")
     if not picked.endswith(".json"):
         return [folder / picked]
@@ -119,6 +124,12 @@ def find_weights(
         if not file.is_file():
             raise CheckpointError(f"{file} is missing, though {picked} lists it; the download or copy is incomplete")
     return files
+
+
+def _variants(names: Collection[str], weights_name: str) -> list[str]:
+    """The variants whose safetensors a folder with these files has."""
+    pattern = re.compile(re.escape(weights_name) + r"\.(\w+)(-\d+-of-\d+)?\.safetensors")
+    return sorted({match[1] for name in names if (match := pattern.fullmatch(name))})
 
 
 def load_into(

@@ -101,6 +101,10 @@ class CoreMLPipeline(StableDiffusionPipeline):
         """Refused: where converted models compute is chosen when they are loaded."""
         raise UsageError("converted models cannot be moved or cast; choose a compute unit when loading them")
 
+    def save_pretrained(self, *arguments: Any, **options: Any) -> None:
+        """Refused: what the models were converted from can be saved."""
+        raise UsageError("converted models cannot be saved as a checkpoint; save the one they were made from")
+
     def read_picture(self, image: Any, size: tuple[int, int] | None) -> Tensor:
         """A picture to start from, cut to the shape of the models' size around its middle and resized to it.
 

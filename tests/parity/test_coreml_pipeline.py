@@ -65,14 +65,19 @@ def test_image_to_image(ours, converted, tmp_path, scheduler):
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("changes", [{}, {"guidance_scale": 1.0}, {"negative_prompt": "red", "rng": "numpy"}])
 def test_batches_and_a_picture_of_one_alone(ours, converted, batch, changes):
-    """The models' fixed batch takes any number of pictures, and each is the same bytes alone as among others."""
+    """The models' fixed batch takes any number of pictures, and each is the same alone as among others.
+
+    With guidance to the byte, as a picture's two halves are computed together. Without it, two pictures share a call,
+    and which of its rows a picture is in may change the last bit of a sum.
+    """
     pipe = load(converted(batch=batch))
     asked = request(prompt=("a photo", "the cat", "red heart"), **changes)
     together = pipe.generate(asked)
     assert likeness(together, ours().generate(asked)) >= FLOAT32
     for index, recipe in enumerate(together.recipes):
         alone = pipe.generate(GenerateRequest.from_dict(recipe["request"]))
-        assert alone.images[0].tobytes() == together.images[index].tobytes()
+        a, b = (np.asarray(image, np.int16) for image in (alone.images[0], together.images[index]))
+        assert np.abs(a - b).max() <= (1 if changes.get("guidance_scale") == 1.0 else 0)
 
 
 @pytest.mark.parametrize("chunks", [2, 3])

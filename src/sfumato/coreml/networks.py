@@ -190,14 +190,19 @@ class ConvertedUNet(ConvertedNetwork, UNet2DConditionModel):
             context = Context(context, attention_mask, encoder_attention_mask)
         if context.mask is not None or context.states_mask is not None:
             raise UsageError("a converted U-Net takes no attention masks; leave them out")
-        sample = context.widen(sample)
+        pictures, sample = sample.shape[0], context.widen(sample)
         count, states = sample.shape[0], context.states.transpose(1, 2).unsqueeze(2)
         times = time.activated[:, 0].expand(count) if time.activated.shape[0] == 1 else time.activated[:, 0]
+        # The halves of guidance of one picture go together, so that it is computed the same way alone and among others.
+        order = [half * pictures + picture for picture in range(pictures) for half in range(count // pictures)]
         parts = []
-        for rows, real in _rows(count, sides(self.chain, "sample")[0]):
+        for places, real in _rows(count, sides(self.chain, "sample")[0]):
+            rows = [order[place] for place in places]
             inputs = {"sample": sample[rows], "timestep": times[rows], "encoder_hidden_states": states[rows]}
             parts.append(_ask(self.chain, **inputs)[:real])
-        x = torch.cat(parts)
+        together = torch.cat(parts)
+        x = torch.empty_like(together)
+        x[order] = together
         return UNet2DConditionOutput(x) if return_dict else (x,)
 
     def read(self, context: Context) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,9 @@ from PIL import Image
 import sfumato
 from sfumato import GenerateRequest
 from sfumato.errors import ConfigError
-from sfumato.images import psnr, read_recipe
+from sfumato.images import psnr
+from sfumato.metadata.carriers import read_recipe
+from support.processes import MAIN
 
 PROMPTS = ("a red apple, 3d", "a blue heart, flat style", "a rocket, line art", "a sunflower, gradient")
 
@@ -43,17 +43,44 @@ def test_it_is_what_load_loads(pipe):
 
 def test_pictures_are_pictures_of_what_was_asked_for(drawn):
     assert drawn.notes == ()
-    assert [image.size for image in drawn.images] == [(64, 64)] * 4
+    assert [image.size for image in drawn.images] == [(128, 128)] * 4
     apple, heart, rocket, sunflower = map(pixels, drawn.images)
     for picture in (apple, heart, rocket, sunflower):
         assert picture.std() > 30
-        assert picture[0, 0].min() > 200  # a thing on white
+        assert np.median(picture[:4], axis=(0, 1)).min() > 180  # a thing on white or on a pale tint
     red, blue = (int((p[..., 0] - p[..., 2]).sum()) for p in (apple, heart))
     assert red > 0 > blue
     colour = [np.ptp(p, axis=2).mean() for p in (apple, rocket)]
     assert colour[0] > 4 * colour[1]  # line art is black on white
-    middle = sunflower[16:40, 16:48].reshape(-1, 3).mean(0)
-    assert middle[2] < 0.8 * middle[0]  # yellow and brown
+    vivid = sunflower[np.ptp(sunflower, axis=2) > 100].mean(0)
+    assert vivid[2] < 0.5 * vivid[0]  # yellow and brown
+
+
+def test_a_scene_has_the_background_and_the_things_that_were_asked_for(pipe):
+    request = GenerateRequest(prompt="two red apples on a blue background, flat style", seed=11, **pipe.suggested)
+    (picture,) = map(pixels, pipe.generate(request).images)
+    corners = picture[[2, 2, -3, -3], [2, -3, 2, -3]].mean(0)
+    assert corners[2] > 1.5 * corners[0]
+    red = (picture[..., 0] > picture[..., 2] + 80) & (picture[..., 0] > picture[..., 1] + 80)
+    left, right = red[:, :64].sum(), red[:, 64:].sum()
+    assert min(left, right) > 300
+
+
+def test_other_seeds_give_other_pictures(pipe):
+    request = GenerateRequest(prompt=("a red apple, 3d",) * 4, seed=1, **pipe.suggested)
+    a, b, c, d = map(pixels, pipe.generate(request).images)
+    apart = [float(np.sqrt(((x - y) ** 2.0).mean())) for x, y in ((a, b), (b, c), (c, d), (d, a))]
+    assert min(apart) > 25  # the model before this one: 4
+
+
+def test_the_negative_prompt_and_guidance_count(pipe):
+    base = GenerateRequest(prompt="a heart, flat style", seed=3, **pipe.suggested)
+    plain, other, strong = (
+        pixels(pipe.generate(request).images[0])
+        for request in (base, base.replace(negative_prompt="a red heart"), base.replace(guidance_scale=6.0))
+    )
+    assert np.abs(plain - other).mean() > 2
+    assert np.abs(plain - strong).mean() > 1
 
 
 def test_a_picture_of_a_batch_is_the_picture_alone(pipe, drawn):
@@ -95,14 +122,13 @@ def test_a_suggestion_that_cannot_be_made_is_refused(checkpoints, tmp_path):
         sfumato.load(copy, device="cpu")
 
 
-def test_the_command_line_draws_with_it(tmp_path):
+def test_the_command_line_draws_with_it(server, tmp_path):
     words = ["generate", "a zebu", "--count", "4", "--grid", "-o", "x.png"]
-    command = [Path(sys.executable).with_name("sfumato"), *words]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines()[0].startswith("note: the small model does not know 'a zebu'")
+    done = server.run(MAIN, words, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert done.err.splitlines()[0].startswith("note: the small model does not know 'a zebu'")
     with Image.open(tmp_path / "x.png") as image:
-        assert image.size == (128, 128)
+        assert image.size == (256, 256)
     told = read_recipe(tmp_path / "x.png")
     assert told["model"]["name"] == "built-in"
     own = json.loads((Path(sfumato.__file__).parent / "mini" / "sfumato.json").read_text())

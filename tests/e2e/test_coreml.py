@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import shutil
 from itertools import product
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from sfumato.coreml.formats import read_model
 from sfumato.coreml.layout import find_models
 from sfumato.coreml.resources import resources
 from sfumato.images import psnr
+from support.processes import MAIN
 
 ATTENTIONS = ("original", "split_einsum", "split_einsum_v2")
 KINDS = {
@@ -25,6 +25,15 @@ KINDS = {
     "6-bit": {"bits": 6},
     "chunked and 6-bit": {"chunks": 2, "bits": 6},
 }
+
+
+def pairs(*quick: tuple[str, str]) -> list:
+    """Every attention with every kind; all but a few, which have each of both and chunks with palettes, are long."""
+    every = product(ATTENTIONS, KINDS)
+    return [pytest.param(*pair, marks=[] if pair in quick else pytest.mark.long) for pair in every]
+
+
+MIXED = ("original", "chunked and 6-bit"), ("split_einsum", "6-bit"), ("split_einsum_v2", "chunked")
 # How near a picture comes to torch's in float32: what issue and README promise.
 NEEDED = {None: 40.0, 6: 25.0}
 SOURCE = open_source()
@@ -32,16 +41,12 @@ REQUEST = sfumato.GenerateRequest(prompt="a red apple, 3d", seed=7, steps=20, gu
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory):
+def converted(once):
     """A function that gives the packages of an attention and a kind, converted once."""
-    made = {}
 
     def packages(attention: str, kind: str) -> Path:
-        if (attention, kind) not in made:
-            folder = tmp_path_factory.mktemp("coreml") / attention / "packages"
-            convert(SOURCE, folder, ConversionOptions(attention=attention, **KINDS[kind]))
-            made[attention, kind] = folder
-        return made[attention, kind]
+        options = ConversionOptions(attention=attention, **KINDS[kind])
+        return once(f"{kind}/{attention}/packages", lambda folder: convert(SOURCE, folder, options))
 
     return packages
 
@@ -54,7 +59,7 @@ def original():
     return sfumato.load(dtype=torch.float32).generate(REQUEST).images[0]
 
 
-@pytest.mark.parametrize(("attention", "kind"), list(product(ATTENTIONS, KINDS)))
+@pytest.mark.parametrize(("attention", "kind"), pairs(*product(ATTENTIONS, ["plain"]), *MIXED))
 def test_packages_are_proved_right(attention, kind, converted, original):
     folder = converted(attention, kind)
     proof = verify(folder)
@@ -62,13 +67,13 @@ def test_packages_are_proved_right(attention, kind, converted, original):
     parts = {check.part for check in proof.checks}
     assert parts == {"text_encoder", "unet", "vae_decoder", "vae_encoder", "picture"}
     bits = KINDS[kind].get("bits")
-    # With palettes each of the two networks that have them is compared once more.
-    assert len(proof.checks) == (9 if bits is None else 11)
+    # Each of the two networks with palettes has two more: its palettes, and what it is without them.
+    assert len(proof.checks) == (13 if bits is None else 17)
     drawn = load_pipeline(folder).generate(REQUEST).images[0]
     assert psnr(original, drawn) >= NEEDED[bits]
 
 
-@pytest.mark.parametrize(("attention", "kind"), list(product(ATTENTIONS, KINDS)))
+@pytest.mark.parametrize(("attention", "kind"), pairs(("original", "plain"), *MIXED))
 def test_compiled_models_are_proved_right(attention, kind, converted, original, tmp_path):
     packages = converted(attention, kind)
     folder = resources(tmp_path / "Resources", find_models(packages), SOURCE.tokenizer)
@@ -91,7 +96,7 @@ def test_a_wrong_weight_is_found_and_named(converted, tmp_path):
     """One tensor negated, as a faulty converter might."""
     path = next(converted("original", "plain").glob("*_vae_decoder.mlpackage"))
     broken = tmp_path / "broken"
-    subprocess.run(["cp", "-r", str(path.parent), str(broken)], check=True)
+    shutil.copytree(path.parent, broken)
     model = read_model(broken / path.name)
     operation = next(
         op for op in model.program.functions["main"].operations if op.outputs[0].name.endswith("conv2_weight")
@@ -104,20 +109,21 @@ def test_a_wrong_weight_is_found_and_named(converted, tmp_path):
     file.write_bytes(content[:place] + (-values).tobytes() + content[place + values.nbytes :])
     proof = verify(broken, SOURCE, parts=("vae_decoder",), picture=False)
     assert not proof.passed
-    graph = proof.checks[0]
-    assert graph.what == "graph in float32"
+    weights, graph = proof.checks[:2]
+    assert (weights.what, graph.what) == ("weights", "graph in float32")
+    assert operation.outputs[0].name in weights.hint
     assert graph.db < 60
     assert operation.outputs[0].name.removesuffix("_weight") in graph.hint
 
 
-def test_the_command_line_from_checkpoint_to_picture(tmp_path):
+@pytest.mark.long  # the guide to Core ML, whose blocks are run, is a shorter way
+def test_the_command_line_from_checkpoint_to_picture(server, tmp_path):
     """`sfumato coreml convert`, `verify` and `generate`, as a newcomer types them."""
 
     def run(*words: str) -> str:
-        command = [Path(sys.executable).with_name("sfumato"), "coreml", *words]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        done = server.run(MAIN, ["coreml", *words], cwd=tmp_path)
+        assert done.code == 0, done.out + done.err
+        return done.out
 
     out = run("convert", "--chunk-unet", "--quantize-nbits", "6", "--bundle-resources-for-swift-cli")
     packages, compiled = (tmp_path / line for line in out.splitlines()[-2:])

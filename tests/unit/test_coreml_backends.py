@@ -82,7 +82,7 @@ def test_elsewhere_the_portable_runtime_computes_and_says_so(monkeypatch, system
         engine = engine_for(unit, portable=portable)
         assert (engine.apple, engine.name, engine.precision) == (False, "portable", "float32")
         assert f"{unit} became CPU_ONLY" in str(engine.note)
-    with pytest.raises(UsageError, match="with compute unit CPU_ONLY the portable runtime draws with the same models"):
+    with pytest.raises(UsageError, match="with compute unit CPU_ONLY, the portable runtime runs the same models"):
         engine_for("CPU_AND_NE", portable=portable)
 
 
@@ -147,5 +147,5 @@ def test_a_replay_without_the_recipes_unit_is_on_the_cpu_and_says_so(monkeypatch
     monkeypatch.setattr(coreml_generate, "load_models", lambda terminal, folder, **options: asked.update(options))
     told = {"engine": "core ml", "kind": "packages", "compute_unit": "CPU_AND_NE"}
     coreml_generate.replay_models(None, "models", told)
-    assert asked == {"portable": False, "kind": "packages", "compute_unit": "CPU_ONLY"}
-    assert "only Core ML reaches a Neural Engine" in caplog.text
+    assert asked == {"portable": False, "kind": "packages", "compute_unit": "CPU_ONLY", "local_files_only": True}
+    assert "the Neural Engine can only be used through Core ML" in caplog.text

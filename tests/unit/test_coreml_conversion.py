@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -68,7 +69,7 @@ def test_velocity_is_told(checkpoints, tmp_path):
 
 def test_what_is_there_is_an_error_before_anything_is_done(source, whole):
     before = stamps(whole.folder)
-    with pytest.raises(UsageError, match=r"is already there; say --resume .* or --overwrite"):
+    with pytest.raises(UsageError, match=r"already exists; use --resume .* or --overwrite"):
         convert(source, whole.folder)
     assert stamps(whole.folder) == before
 
@@ -98,13 +99,13 @@ def test_resuming_makes_a_damaged_package_anew(source, whole, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="sfumato"):
         again = convert(source, folder, resume=True)
     assert [part.part for part in again.parts if not part.kept] == ["vae_decoder"]
-    assert "will be made again" in caplog.text
+    assert "is converted again" in caplog.text
 
 
 def test_chunks_of_an_earlier_conversion_do_not_stay(source, tmp_path):
     only = ("unet",)
     convert(source, tmp_path, ConversionOptions(parts=only, chunks=2))
-    with pytest.raises(UsageError, match=r"_unet_chunk1\.mlpackage is already there"):
+    with pytest.raises(UsageError, match=r"_unet_chunk1\.mlpackage already exists"):
         convert(source, tmp_path, ConversionOptions(parts=only))
     convert(source, tmp_path, ConversionOptions(parts=only), overwrite=True)
     assert [path.name[-13:] for path in tmp_path.glob("*.mlpackage")] == ["unet.mlpackage"[-13:]]
@@ -149,7 +150,7 @@ def test_a_recipe_sets_the_bits_of_each_weight(source, tmp_path):
     made = convert(source, tmp_path / "b", ConversionOptions(parts=("unet",), recipe={name: 4}))
     operations = read_model(made.parts[0].paths[0]).program.functions["main"].operations
     assert [op.outputs[0].name for op in operations if op.type == "constexpr_lut_to_dense"] == [name]
-    with pytest.raises(UsageError, match="the recipe names 'nothing', which is no weight"):
+    with pytest.raises(UsageError, match="the recipe names 'nothing', which is not a weight"):
         convert(source, tmp_path / "c", ConversionOptions(parts=("unet",), recipe={"nothing": 4}))
     assert not (tmp_path / "c").exists()
 
@@ -169,10 +170,16 @@ def test_a_target_in_decibels_gives_more_bits_where_it_must(source, tmp_path):
         ({"attention": "flash"}, "there is no attention 'flash'"),
         ({"target": "macOS12"}, "macOS12"),
         ({"bits": 3}, "1, 2, 4, 6 or 8 bits, not 3"),
-        ({"bits": 6, "target_db": 40}, "exclude each other"),
+        ({"bits": 6, "target_db": 40}, "cannot be combined"),
         ({"chunks": 9}, "1 to 8 chunks, not 9"),
         ({"batch": 4}, "1 or 2 prompts"),
-        ({"height": 0}, "height must be at least 1"),
+        ({"height": 0}, "height must be 1 to 512, not 0"),
+        ({"width": 10**9}, "width must be 1 to 512, not 1000000000"),
+        ({"height": "8"}, "height must be a whole number, not '8'"),
+        ({"width": 8.5}, "width must be a whole number, not 8.5"),
+        ({"bits": True}, "bits must be a whole number, not True"),
+        ({"chunks": None}, "chunks must be a whole number, not None"),
+        ({"target_db": "40"}, "a positive number of dB, not '40'"),
         ({"parts": ("unett",)}, "did you mean 'unet'"),
     ],
 )
@@ -186,6 +193,41 @@ def test_latents_too_small_for_the_network(source, tmp_path):
         convert(source, tmp_path, ConversionOptions(width=4))
 
 
+def test_latents_that_cannot_be_halved(source, checkpoints, tmp_path):
+    """With padding an odd side comes back exactly, so any will do; without it, none may be odd on the way down."""
+    assert convert(source, tmp_path / "odd", ConversionOptions(parts=("unet",), height=13)).parts
+    folder = tmp_path / "unpadded"
+    shutil.copytree(checkpoints("sd15"), folder)
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps(config | {"downsample_padding": 0}))
+    with pytest.raises(UsageError, match=r"height 12 cannot be halved 3 times, .*choose a multiple of 8"):
+        convert(open_source(folder), tmp_path / "out", ConversionOptions(height=12))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("again", ["resume", "overwrite"])
+def test_what_killed_conversions_left_is_swept(source, tmp_path, again):
+    options = ConversionOptions(parts=("vae_decoder",))
+    (path,) = convert(source, tmp_path, options).parts[0].paths
+    dead, living = 2**22 + 1, os.getppid()
+    left = [tmp_path / f".{path.name}.{dead}.0123abcd.{end}" for end in ("new", "old")]
+    kept = [tmp_path / f".{path.name}.{living}.4567cdef.new", tmp_path / f".notes.{dead}.new", tmp_path / ".cache"]
+    for place in (*left, *kept):
+        (place / "Data").mkdir(parents=True)
+    convert(source, tmp_path, options, **{again: True})
+    assert [place for place in left if place.exists()] == []
+    assert all(place.exists() for place in kept)
+
+
+def test_an_old_model_whose_new_one_never_came_is_put_back(source, tmp_path):
+    """Killed between the two renames."""
+    options = ConversionOptions(parts=("vae_decoder",))
+    (path,) = convert(source, tmp_path, options).parts[0].paths
+    path.rename(tmp_path / f".{path.name}.{2**22 + 1}.0123abcd.old")
+    assert convert(source, tmp_path, options, resume=True).parts[0].kept
+    assert read_model(path).metadata["sfumato.part"] == "vae_decoder"
+
+
 def test_a_full_disk_and_too_little_memory_are_said_before_anything_is_written(source, tmp_path, monkeypatch):
     folder = tmp_path / "new"
     with monkeypatch.context() as patch:
@@ -193,7 +235,7 @@ def test_a_full_disk_and_too_little_memory_are_said_before_anything_is_written(s
         with pytest.raises(OutputError, match=r"MB free; free some"):
             convert(source, folder)
     monkeypatch.setattr(conversion, "read_facts", lambda device: SimpleNamespace(memory_free=2**20))
-    with pytest.raises(MemoryPlanError, match=r"takes [\d,]+ MB of memory and 1 MB are free") as caught:
+    with pytest.raises(MemoryPlanError, match=r"needs [\d,]+ MB of memory, but only 1 MB are free") as caught:
         convert(source, folder)
     assert caught.value.needed == memory_needed(source, ConversionOptions())
     assert not folder.exists()
@@ -208,7 +250,7 @@ def test_checkpoints_without_a_core_ml_form(checkpoints, tmp_path):
         convert(open_source(folder), tmp_path / "out")
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", "AutoencoderTiny"]}))
-    with pytest.raises(ConfigError, match="AutoencoderTiny, which has no Core ML form"):
+    with pytest.raises(ConfigError, match="AutoencoderTiny, which cannot be converted to Core ML"):
         open_source(folder)
     with pytest.raises(CheckpointError, match="there is no folder"):
         open_source(tmp_path / "nothing" / "here")

@@ -201,7 +201,7 @@ def test_a_target_shows_in_the_model(networks):
 
 
 def test_unknown_names_are_refused_with_the_nearest(networks):
-    with pytest.raises(UsageError, match=r"'macos14' is no deployment target \(did you mean 'macOS14'\?\)"):
+    with pytest.raises(UsageError, match=r"'macos14' is not a deployment target \(did you mean 'macOS14'\?\)"):
         target_named("macos14")
     with pytest.raises(UsageError, match=r"no attention 'split-einsum' \(did you mean 'split_einsum'\?\)"):
         attention_named("split-einsum")
@@ -421,6 +421,14 @@ def test_among_equals_no_choice_is_left_to_argmax(networks):
         ("num_class_embeds", {"num_class_embeds": 5}),
         ("time_cond_proj_dim", {"time_cond_proj_dim": 8}),
         ("cross_attention_dim", {"cross_attention_dim": [24, 24, 16, 24]}),
+        (
+            "addition_embed_type",
+            {
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 8,
+                "projection_class_embeddings_input_dim": 72,
+            },
+        ),
     ],
 )
 def test_unets_that_need_more_inputs_are_refused_by_their_key(key, changes):
@@ -437,7 +445,7 @@ def test_odd_sizes_without_padding_are_refused():
 
 def test_the_small_autoencoder_is_refused():
     for make in (vae_decoder, vae_encoder):
-        with pytest.raises(ConfigError, match="AutoencoderTiny has no Core ML form here"):
+        with pytest.raises(ConfigError, match="AutoencoderTiny cannot be converted to Core ML"):
             make(sfumato.AutoencoderTiny(), **SIZE)
 
 

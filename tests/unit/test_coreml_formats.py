@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import struct
 import tempfile
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sfumato import folders
 from sfumato.coreml.formats import is_model, read_model, write_compiled, write_package
 from sfumato.coreml.formats.schema import message
 from sfumato.coreml.program import (
@@ -274,6 +276,32 @@ def test_shapes_that_vary(tmp_path, flexibility):
     assert plain(read_model(tmp_path / "a.mlpackage")) == plain(model)
 
 
+SIZES = Flexibility((1, 3, 8, 8), shapes=((1, 3, 8, 8), (1, 3, 16, 12)))
+FEATURES = [
+    Feature("x", TensorType("fp16", (1, 4)), optional=True, default=0.5),
+    Feature("x", TensorType("int32", (1, 4)), optional=True, default=-3),
+    Feature("x", TensorType("fp32", (1, 3, 16, 12)), image="RGB"),
+    Feature("x", TensorType("fp32", (1, 3, 16, 12)), image="BGR", description="a photo"),
+    Feature("x", TensorType("fp32", (1, 1, 16, 12)), image="GRAYSCALE"),
+    Feature("x", TensorType("fp16", (1, 1, 16, 12)), image="GRAYSCALE_FLOAT16"),
+    Feature("x", TensorType("fp32", (1, 3, None, None)), flexibility=SIZES, image="RGB"),
+    Feature(
+        "x", TensorType("fp32", (1, 1, None, 8)), image="GRAYSCALE",
+        flexibility=Flexibility((1, 1, 16, 8), ranges=((1, 1), (1, 1), (8, None), (8, 8))),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("feature", FEATURES, ids=lambda one: f"{one.image or 'default'} {one.type}")
+def test_images_and_default_values(tmp_path, feature):
+    model = example()
+    model = replace(model, interface=replace(model.interface, inputs=(feature,)))
+    write_package(model, tmp_path / "a.mlpackage")
+    assert plain(read_model(tmp_path / "a.mlpackage")) == plain(model)
+    with pytest.raises(ConfigError, match="is unknown; write a package instead"):
+        write_compiled(model, tmp_path / "a.mlmodelc")
+
+
 # What can be wrong with a package.
 
 
@@ -327,7 +355,7 @@ def change_weights(package: Path, at: int, data: bytes) -> None:
     [
         (4, struct.pack("<I", 3), "version 2"),
         (64, b"\0", "mark"),
-        (68, struct.pack("<I", 2), "holds fp32"),
+        (68, struct.pack("<I", 2), "contains fp32"),
         (68, struct.pack("<I", 99), "type 99"),
         (72, struct.pack("<Q", 30), "30 bytes"),
         (80, struct.pack("<Q", 2**60), "cut off"),
@@ -397,8 +425,8 @@ def other_opset(spec, operations) -> None:
     ("change", "says"),
     [
         (weight_elsewhere, "out of the folder"),
-        (no_such_record, "cannot be"),
-        (far_record, "cannot be"),
+        (no_such_record, "is impossible"),
+        (far_record, "is impossible"),
         (too_few_numbers, r"'axis'.* 0 ints"),
         (wrong_rank, "rank 3"),
         (other_opset, "CoreML5"),
@@ -429,7 +457,11 @@ def with_state(spec, operations) -> None:
 
 
 def with_image(spec, operations) -> None:
-    spec.description.input[0].type.imageType = b""
+    spec.description.input[0].type.imageType.colorSpace = 77
+
+
+def with_dictionary(spec, operations) -> None:
+    spec.description.input[0].type.dictionaryType = b""
 
 
 def any_rank(spec, operations) -> None:
@@ -440,10 +472,6 @@ def unknown_type(spec, operations) -> None:
     operations[-1].outputs[0].type.tensorType.dataType = 77
 
 
-def with_default(spec, operations) -> None:
-    spec.description.input[0].type.multiArrayType.floatDefaultValue = 0
-
-
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -451,10 +479,10 @@ def with_default(spec, operations) -> None:
         (with_blocks, "blocks"),
         (with_list, "a list"),
         (with_state, "state 'cache'"),
-        (with_image, "'x' is an image"),
+        (with_image, "'x' has the unknown color space 77"),
+        (with_dictionary, "'x' is a dictionary, but only arrays and images"),
         (any_rank, "unknown rank"),
         (unknown_type, "type 77"),
-        (with_default, "default"),
     ],
 )
 def test_programs_that_are_not_supported(package, change, says):
@@ -557,11 +585,44 @@ def test_fields_that_are_not_known_are_passed_over(package):
 def test_folders_that_hold_no_model(tmp_path, package):
     with pytest.raises(CheckpointError, match=r"did you mean .*a.mlpackage"):
         read_model(tmp_path)
-    with pytest.raises(CheckpointError, match="not there"):
+    with pytest.raises(CheckpointError, match="does not exist"):
         read_model(tmp_path / "nothing.mlpackage")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="neither"):
         read_model(tmp_path / "empty")
+
+
+PACKAGED = ("Manifest.json", f"{INNER}/model.mlmodel", f"{INNER}/weights/weight.bin")
+COMPILED = ("coremldata.bin", "model.mil", "weights/weight.bin")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
+@pytest.mark.parametrize("name", [*PACKAGED, *COMPILED])
+def test_only_regular_files_are_read(tmp_path, name, kind):
+    """Reading a pipe would wait for ever, and /dev/zero would fill the memory."""
+    place = tmp_path / ("a.mlpackage" if name in PACKAGED else "a.mlmodelc")
+    (write_package if name in PACKAGED else write_compiled)(example(), place)
+    file = place / name
+    file.unlink()
+    {"pipe": os.mkfifo, "device": lambda path: path.symlink_to("/dev/zero"), "folder": Path.mkdir}[kind](file)
+    with pytest.raises(CheckpointError, match=rf"{file.name} is not a regular file|neither a package's"):
+        plain(read_model(place))
+
+
+def test_files_larger_than_such_files_are(tmp_path):
+    write_compiled(example(), tmp_path / "a.mlmodelc")
+    for name in ("coremldata.bin", "model.mil"):
+        with (tmp_path / "a.mlmodelc" / name).open("r+b") as file:
+            file.truncate(2**30 + 1)  # a hole, which takes no room
+    with pytest.raises(CheckpointError, match=r"coremldata.bin has 1,074 MB, which is more than such files have"):
+        read_model(tmp_path / "a.mlmodelc")
+    (tmp_path / "a.mlmodelc" / "coremldata.bin").unlink()
+    write_package(example(), tmp_path / "a.mlpackage")
+    with (tmp_path / "a.mlpackage" / INNER / "model.mlmodel").open("r+b") as file:
+        file.truncate(2**30 + 1)
+    with pytest.raises(CheckpointError, match=r"model.mlmodel has 1,074 MB"):
+        read_model(tmp_path / "a.mlpackage")
 
 
 # What can be wrong with writing.
@@ -598,13 +659,10 @@ def test_a_broken_write_leaves_the_old_model_and_nothing_else(tmp_path, monkeypa
 
 
 def test_a_last_step_that_fails_puts_the_old_model_back(tmp_path, monkeypatch, package):
-    rename = Path.rename
-
     def fail(self: Path, target: Path) -> Path:
-        if self.name.endswith(".new"):
-            raise OSError(errno.EACCES, "no")
-        return rename(self, target)
+        raise OSError(errno.EACCES, "no")
 
+    monkeypatch.setattr(folders, "_exchanged", lambda one, other: False)
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(OutputError, match="no permission"):
         write_package(example(9), package)
@@ -619,7 +677,7 @@ def test_names_and_places_that_are_refused(tmp_path):
         mine = tmp_path / f"mine{suffix}"
         mine.mkdir()
         (mine / "letter.txt").write_text("dear")
-        with pytest.raises(OutputError, match="is there and is no"):
+        with pytest.raises(OutputError, match="exists and is not a"):
             write(example(), mine)
         assert (mine / "letter.txt").read_text() == "dear"
         with pytest.raises(OutputError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -243,6 +244,20 @@ def model_of(*operations: Operation, spec_version: int = 7) -> Model:
     x = TensorType("fp16", (1, 4))
     function = Function((Output("x", x),), ("x",), operations, f"CoreML{spec_version - 1}")
     return Model(Interface((Feature("x", x),), (Feature("x", x),)), Program({"main": function}), spec_version)
+
+
+def test_inputs_are_listed_by_name(tmp_path):
+    """In whatever order a program has them, as Apple's compiler does it."""
+    x = TensorType("fp16", (1, 4))
+    inputs, total = [Output(name, x) for name in ("z", "a", "b2", "b10")], Output("y", x)
+    function = Function(tuple(inputs), ("y",), (Operation("add", {"x": ("z",), "y": ("a",)}, (total,)),), "CoreML6")
+    features = tuple(Feature(one.name, one.type) for one in inputs)
+    made = Model(Interface(features, (Feature("y", x),)), Program({"main": function}), 7)
+    write_compiled(made, tmp_path / "model.mlmodelc")
+    text = (tmp_path / "model.mlmodelc" / "model.mil").read_text(encoding="utf-8")
+    assert re.findall(r"tensor<fp16, \[1, 4\]> (\w+)[,)]", text) == ["a", "b10", "b2", "z"]
+    again = read_model(tmp_path / "model.mlmodelc")
+    assert [feature.name for feature in again.interface.inputs] == ["z", "a", "b2", "b10"]
 
 
 def metadata(folder: Path, model: Model) -> dict:

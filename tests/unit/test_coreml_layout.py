@@ -154,7 +154,7 @@ def test_several_sets_are_listed(tmp_path):
         find_models(tmp_path / "original")
     assert find_models(tmp_path / "original", kind="compiled").folder == compiled
     write(one, complete(), "compiled")
-    with pytest.raises(UsageError, match=r"\(compiled\) and .*\(packages\); keep each in a folder of its own"):
+    with pytest.raises(UsageError, match=r"\(compiled\) and .*\(packages\); put each set in its own folder"):
         find_models(one)
     assert find_models(one, kind="packages").kind == "packages"
     with pytest.raises(UsageError, match="not 'package'"):
@@ -182,12 +182,12 @@ def test_our_own_chunks(tmp_path):
     # This program's inputs are read by nothing; the real one's first chunk reads them.
     first = replace(numbered[0], interface=Interface(unet().interface.inputs, numbered[0].interface.outputs))
     function = first.program.functions["main"]
-    first = first.with_function(replace(function, inputs=unet().program.functions["main"].inputs))
+    first = first.with_functions(lambda _: replace(function, inputs=unet().program.functions["main"].inputs))
     models = dict(zip("cab", [first, *numbered[1:]], strict=True))
     write(tmp_path, models | {"t": text_encoder(), "v": vae_decoder()})
     assert [path.stem for path in find_models(tmp_path).unet] == ["c", "a", "b"]
     shutil.rmtree(tmp_path / "b.mlpackage")
-    with pytest.raises(CheckpointError, match=r"a\.mlpackage is a chunk of a U-Net, and the one that goes on"):
+    with pytest.raises(CheckpointError, match=r"a\.mlpackage is a chunk of a U-Net, but the next chunk"):
         find_models(tmp_path)
 
 
@@ -266,7 +266,7 @@ def test_what_has_no_part_is_left_alone(tmp_path, caplog):
     (broken / "Data/com.apple.CoreML/model.mlmodel").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     found = find_models(tmp_path)
     assert found.unet == (tmp_path / "m2.mlpackage",)
-    assert "m6.mlpackage is left alone" in caplog.text
+    assert "m6.mlpackage is ignored" in caplog.text
 
 
 def test_a_model_that_cannot_be_read_says_why_a_part_is_missing(tmp_path):
@@ -292,7 +292,7 @@ def test_missing_parts_are_named(tmp_path):
     assert found.unet == (tmp_path / "m.mlpackage",)
     with pytest.raises(CheckpointError, match="no text encoder"):
         _ = found.text_encoder
-    with pytest.raises(UsageError, match="is one model; give the folder"):
+    with pytest.raises(UsageError, match="is a single model; give the folder"):
         find_models(tmp_path / "m.mlpackage")
 
 

@@ -35,7 +35,18 @@ def value(array: np.ndarray) -> Value:
     return Value(TensorType(WORDS[array.dtype], array.shape), array)
 
 
-def model(weights: dict[str, np.ndarray], opset: str = "CoreML6", readers: tuple[Operation, ...] = ()) -> Model:
+def reader(kind: str, role: str, name: str) -> Operation:
+    """An operation that reads a constant."""
+    inputs = {"x": ("x",)} | {role: (name,)}
+    return Operation(kind, inputs, (Output(f"{name}_{kind}", Y.type),))
+
+
+def model(
+    weights: dict[str, np.ndarray], opset: str = "CoreML6", readers: tuple[Operation, ...] | None = None
+) -> Model:
+    """A program with constants, and operations that read them: products, if no others are given."""
+    if readers is None:
+        readers = tuple(reader("linear", "weight", name) for name in weights)
     operations = [constant(name, value(array)) for name, array in weights.items()]
     operations += [*readers, Operation("identity", {"x": ("x",)}, (Y,))]
     function = Function((X,), ("y",), tuple(operations), opset)
@@ -126,6 +137,7 @@ def test_few_different_numbers_are_kept_exactly(opset):
 
 
 def test_what_gets_no_palette():
+    """Only what products multiply with is a weight: no mask, no table, no statistics, at any size."""
     gather = Operation("gather", {"x": ("table",), "indices": ("ids",)}, (Output("g", TensorType("fp16", (1,))),))
     weights = {
         "small": normal(2048),
@@ -133,8 +145,26 @@ def test_what_gets_no_palette():
         "table": normal(100, 30),
         "ids": np.zeros(1, np.int32),
         "whole": np.zeros(5000, np.int32),
+        "mask": np.triu(np.full((77, 77), -1e4, np.float16), 1),
+        "mean": np.zeros(2560, np.float16),
+        "bias": normal(10240),
+        "scale": normal(2560),
+        "tied": normal(100, 30),
+        "returned": normal(100, 30),
+        "unread": normal(100, 30),
     }
-    before = model(weights, readers=(gather,))
+    readers = (
+        gather,
+        *(reader("linear", "weight", name) for name in ("small", "large", "whole", "tied", "returned")),
+        reader("gather", "x", "tied"),
+        reader("add", "y", "mask"),
+        reader("batch_norm", "mean", "mean"),
+        reader("conv", "bias", "bias"),
+        reader("layer_norm", "gamma", "scale"),
+    )
+    before = model(weights, readers=readers)
+    function = before.program.functions["main"]
+    before = before.with_functions(lambda _: dataclasses.replace(function, outputs=("y", "returned")))
     assert list(weights_of(before)) == ["large"]
     after = operations(palettize(before, 4))
     assert {name for name, one in after.items() if one.type.startswith("constexpr")} == {"large"}
@@ -142,10 +172,15 @@ def test_what_gets_no_palette():
         assert name == "large" or after[name] is one
 
 
+@pytest.mark.parametrize(("kind", "role"), [("conv", "weight"), ("conv_transpose", "weight"), ("linear", "weight"), ("matmul", "x"), ("matmul", "y"), ("einsum", "values")])  # fmt: skip
+def test_what_products_multiply_with_gets_one(kind, role):
+    assert list(weights_of(model({"w": normal(2049)}, readers=(reader(kind, role, "w"),)))) == ["w"]
+
+
 def test_a_palettized_model_stays_as_it_is(caplog):
     once = palettize(model({"w": normal(9, 300)}, "CoreML8"), 4)
     assert palettize(once, 2) is once
-    assert "no weight of the model was given a palette" in caplog.text
+    assert "no weight of the model was compressed" in caplog.text
 
 
 def test_same_weights_same_palettes():
@@ -167,9 +202,9 @@ def test_one_weight_is_read_at_a_time_and_none_kept():
             return normal(3000)
 
     parts = [constant(name, Value(TensorType("fp16", (3000,)), Watched(name))) for name in "abc"]
-    one = model({})
+    one = model({}, readers=tuple(reader("linear", "weight", name) for name in "abc"))
     function = one.program.functions["main"]
-    one = one.with_function(dataclasses.replace(function, operations=(*parts, *function.operations)))
+    one = one.with_functions(lambda _: dataclasses.replace(function, operations=(*parts, *function.operations)))
     packed = palettize(one, 4)
     assert events == ["a", "b", "c"]
     plain(packed, "a")
@@ -206,7 +241,7 @@ def test_recipes(tmp_path):
     after = operations(palettize(one, read_recipe(path)))
     assert [after[name].type for name in "abc"] == ["constexpr_lut_to_dense", "const", "const"]
     assert after["a"].attributes["lut"].type.shape == (4,)
-    with pytest.raises(UsageError, match=r"'aa', which is no weight of this model \(did you mean 'a'\?\)"):
+    with pytest.raises(UsageError, match=r"'aa', which is not a weight of this model \(did you mean 'a'\?\)"):
         palettize(model({"a": normal(50, 50)}), {"aa": 2})
     for wrong in ('{"a": 3}', '{"a": "4"}', '{"a": true}', '{"a": null}', '{"a": [4]}'):
         path.write_text(wrong)
@@ -261,5 +296,5 @@ def test_compressed_constants_that_are_made_from_constants():
     indices = Value(TensorType("uint1", (2, 3)), LazyArray(lambda: np.array([[0, 1, 1], [1, 0, 0]], np.uint8)))
     output = Output("w", TensorType("fp16", (2, 3)))
     operation = Operation("constexpr_lut_to_dense", {"indices": (indices,), "lut": ("table",)}, (output,))
-    one = model({"table": table}, "CoreML8", readers=(operation,))
+    one = model({"table": table}, "CoreML8", (operation,))
     assert plain(one, "w").tolist() == [[1, 5, 5], [5, 1, 1]]

@@ -53,7 +53,7 @@ def test_the_folder_alone_is_enough_where_the_models_say_what_they_are(converted
     assert parts.text_encoder.config.eos_token_id == source.text_encoder.config.eos_token_id
     assert parts.tokenizer.model_max_length == 20
     words = ["a photo", "the cat!", "!"]
-    assert parts.tokenizer(words).input_ids.tolist() == source.tokenizer(words).input_ids.tolist()
+    assert parts.tokenizer.fitted(words).input_ids.tolist() == source.tokenizer.fitted(words).input_ids.tolist()
     assert parts.suggested == {}
     assert parts.details == {
         "engine": "portable", "kind": "packages", "attention": "original", "compute_unit": "CPU_ONLY",
@@ -75,13 +75,13 @@ def test_models_that_say_nothing_are_of_the_checkpoint_that_is_named(converted, 
     assert parts.scheduler.config.prediction_type == "v_prediction"
     assert parts.vae.config.scaling_factor == ours("sd21").vae.config.scaling_factor
     assert (
-        parts.tokenizer("!").input_ids.tolist() != ours("sd21").tokenizer("!").input_ids.tolist()
+        parts.tokenizer.fitted("!").input_ids.tolist() != ours("sd21").tokenizer.fitted("!").input_ids.tolist()
     )  # nobody said how to pad
     assert parts.details["model_version"] == str(version)
     assert caplog.records == []
     bare = converted("sd21", described=False, tokenizer=False)
     tokenizer = open_parts(bare, ENGINE, str(version)).tokenizer
-    assert tokenizer("!").input_ids.tolist() == ours("sd21").tokenizer("!").input_ids.tolist()
+    assert tokenizer.fitted("!").input_ids.tolist() == ours("sd21").tokenizer.fitted("!").input_ids.tolist()
 
 
 def test_nothing_named_means_what_apples_runner_means(converted, checkpoints, tmp_path, monkeypatch, caplog):
@@ -95,7 +95,7 @@ def test_nothing_named_means_what_apples_runner_means(converted, checkpoints, tm
         assert parts.unet.config.in_channels == 4
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 1
-    assert f"taken to be {DEFAULT_VERSION}" in told[0]
+    assert f"assuming {DEFAULT_VERSION}" in told[0]
     assert "--model-version" in told[0]
     fetched = [names for what, _, names in hub.asked if what == "download"]
     assert len(fetched) == 1
@@ -103,6 +103,34 @@ def test_nothing_named_means_what_apples_runner_means(converted, checkpoints, tm
     # From then on it is in the cache.
     open_parts(converted(described=False), ENGINE, DEFAULT_VERSION).scheduler  # noqa: B018
     assert [what for what, *_ in hub.asked].count("download") == 1
+
+
+def test_nothing_is_fetched_because_a_model_says_so(checkpoints, tmp_path, monkeypatch):
+    import huggingface_hub.constants
+
+    hub = FakeHub(monkeypatch, tmp_path / "hub", {"nobody/nothing": checkpoints()})
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    models = write_converted(
+        checkpoints(), tmp_path / "models", described=False, changes={"sfumato.source": "nobody/nothing"}
+    )
+    with pytest.raises(CheckpointError, match=r"is not on this machine; .*--model-version nobody/nothing"):
+        open_parts(models, ENGINE).scheduler  # noqa: B018
+    with pytest.raises(DownloadError, match="not completely in the local cache"):
+        open_parts(models, ENGINE, "nobody/nothing", local_files_only=True).scheduler  # noqa: B018
+    assert hub.asked == []
+    # Who names it asks for it, and from then on it is here.
+    assert open_parts(models, ENGINE, "nobody/nothing").scheduler.config.to_dict()
+    assert open_parts(models, ENGINE).scheduler.config.to_dict()
+    assert [what for what, *_ in hub.asked].count("download") == 1
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "[]"])
+def test_metadata_that_is_no_json(checkpoints, tmp_path, text):
+    models = write_converted(checkpoints(), tmp_path / "models", changes={"sfumato.scheduler": text})
+    with pytest.raises(
+        CheckpointError, match=r"its metadata 'sfumato.scheduler' (is invalid JSON|must be a JSON object)"
+    ):
+        open_parts(models, ENGINE).scheduler  # noqa: B018
 
 
 def test_a_checkpoint_that_cannot_be_had(converted, tmp_path, monkeypatch):
@@ -122,11 +150,13 @@ def test_a_wrong_checkpoint_does_not_fit(converted, checkpoints, tmp_path):
     config = version / "unet" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"cross_attention_dim": 32}))
     parts = open_parts(converted(described=False), ENGINE, str(version))
-    with pytest.raises(CheckpointError, match=r"has 24 numbers a token, and .* are 32; .*--model-version"):
+    with pytest.raises(
+        CheckpointError, match=r"has 24 numbers a token, but its checkpoint.s config says 32; .*--model-version"
+    ):
         parts.unet  # noqa: B018
     config = version / "vae" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"latent_channels": 8}))
-    with pytest.raises(CheckpointError, match=r"has 4 latent channels, and .* are 8"):
+    with pytest.raises(CheckpointError, match=r"has 4 latent channels, but its checkpoint.s config says 8"):
         parts.vae  # noqa: B018
 
 
@@ -137,7 +167,7 @@ def test_damaged_metadata(checkpoints, tmp_path):
             getattr(open_parts(folder, ENGINE), part)
         return caught.value
 
-    assert "'sfumato.config' is no JSON" in str(broken("config", "{", "unet"))
+    assert "'sfumato.config' is invalid JSON" in str(broken("config", "{", "unet"))
     assert "must be a JSON object" in str(broken("scheduler", "[1]", "scheduler"))
     assert "there is no scheduler 'Nonsense'" in str(broken("scheduler", '{"_class_name": "Nonsense"}', "scheduler"))
     assert isinstance(broken("scheduler", "{}", "scheduler"), ConfigError)
@@ -146,7 +176,7 @@ def test_damaged_metadata(checkpoints, tmp_path):
 
 def test_fingerprints_tell_weights_apart(converted, checkpoints, tmp_path):
     def hashed(folder: Path, **options) -> str:
-        return weights_hash(load_pipeline(folder, compute_unit="CPU_ONLY", portable=True, **options))
+        return weights_hash(load_pipeline(folder, compute_unit="CPU_ONLY", portable=True, **options).parts)
 
     described = hashed(converted())
     assert hashed(converted(kind="compiled")) == described
@@ -180,11 +210,11 @@ def test_what_is_more_than_stable_diffusion_1_or_2(converted, tmp_path):
     interface = Interface((*model.interface.inputs, Feature("time_ids", kind)), model.interface.outputs)
     main = model.program.functions["main"]
     program = dataclasses.replace(main, inputs=(*main.inputs, Output("time_ids", kind)))
-    changed = dataclasses.replace(model, interface=interface).with_function(program)
+    changed = dataclasses.replace(model, interface=interface).with_functions(lambda _: program)
     write_package(changed, tmp_path / "xl.mlpackage")
     shutil.rmtree(path)
     (tmp_path / "xl.mlpackage").rename(path)
-    with pytest.raises(ConfigError, match=r"also reads time_ids, as models of Stable Diffusion XL do"):
+    with pytest.raises(ConfigError, match=r"also reads time_ids, like models of Stable Diffusion XL"):
         open_parts(folder, ENGINE).unet  # noqa: B018
 
 
@@ -194,12 +224,12 @@ def test_sizes_that_differ(converted, checkpoints, tmp_path):
 
     from sfumato.coreml.converter import vae_encoder
     from sfumato.coreml.formats import read_model, write_package
-    from sfumato.coreml.source import Source
+    from sfumato.coreml.source import open_source
 
     folder = shutil.copytree(converted(), tmp_path / "models")
     path = next(folder.glob("*vae_encoder*"))
     metadata = read_model(path).metadata
-    other = vae_encoder(Source("tiny", checkpoints()).load("vae_encoder"), height=4, width=8)
+    other = vae_encoder(open_source(checkpoints()).load("vae_encoder"), height=4, width=8)
     shutil.rmtree(path)
     write_package(dataclasses.replace(other, metadata=metadata), path)
     with pytest.raises(CheckpointError, match=r"vae_encoder.mlpackage has latents of height 4 and .* 8"):

@@ -84,7 +84,7 @@ def test_a_picture_of_another_shape_is_cut_and_resized(stubs, tmp_path, caplog):
     ]
     assert drawn[0] == drawn[1]
     told = [record.getMessage() for record in caplog.records]
-    assert told == ["the picture is 48 × 32 and the models' are 16 × 16: what is beyond that shape was cut off"]
+    assert told == ["the input image is 48 × 32, but the models need 16 × 16; it was cropped to that shape"]
 
 
 def test_the_ecosystems_call_and_previews(stubs, ours):
@@ -151,15 +151,15 @@ def test_one_size(stubs):
     assert pipe.size_of(request()) == (40, 24)
     assert pipe.generate(request(width=40, height=24)).images[0].size == (40, 24)
     for changes in ({"width": 24}, {"height": 40}, {"width": 400, "height": 240}):
-        with pytest.raises(UsageError, match="draw pictures of 40 × 24 and of no other size"):
+        with pytest.raises(UsageError, match="only generate images of 40 × 24"):
             pipe.generate(request(**changes))
-    with pytest.raises(UsageError, match="of no other size, so not of 48 × 24"):
+    with pytest.raises(UsageError, match="only generate images of 40 × 24, not 48 × 24"):
         pipe(PROMPT, latents=torch.randn(1, 4, 6, 12))
 
 
 def test_what_a_converted_network_cannot_do(stubs, tmp_path):
     pipe = stubs().pipeline(encoder=False)
-    with pytest.raises(UsageError, match="clip_skip reads inner layers"):
+    with pytest.raises(UsageError, match="clip_skip needs inner layers"):
         pipe.generate(request(clip_skip=1))
     with pytest.raises(UsageError, match="choose a compute unit when loading them"):
         pipe.to("cpu")
@@ -174,7 +174,7 @@ def test_what_a_converted_network_cannot_do(stubs, tmp_path):
     assert not (tmp_path / "nowhere").exists()
     with pytest.raises(UsageError, match="no weights to save"):
         pipe.unet.save_pretrained(tmp_path / "nowhere")
-    with pytest.raises(UsageError, match="leave tiling off"):
+    with pytest.raises(UsageError, match="do not enable tiling"):
         pipe.vae.enable_tiling()
     x, states = torch.randn(1, 4, 8, 8), torch.randn(1, 20, 24)
     with pytest.raises(UsageError, match="no attention masks"):
@@ -189,7 +189,7 @@ def test_what_a_converted_network_cannot_do(stubs, tmp_path):
 
 def test_no_encoder(stubs, tmp_path):
     Image.linear_gradient("L").resize((16, 16)).save(tmp_path / "start.png")
-    with pytest.raises(UsageError, match=r"no VAE encoder among these models.*--convert-vae-encoder"):
+    with pytest.raises(UsageError, match=r"image-to-image needs a VAE encoder.*--convert-vae-encoder"):
         stubs().pipeline(encoder=False).generate(request(image=str(tmp_path / "start.png")))
 
 

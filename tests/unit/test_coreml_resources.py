@@ -65,7 +65,7 @@ def test_what_swift_apps_look_for(packages, tokenizer, tmp_path, caplog):
     found = find_models(tmp_path / "out")
     assert found.kind == "compiled"
     assert found.tokenizer == folder
-    assert CLIPTokenizer.from_folder(folder)("a red apple").input_ids.tolist() == tokenizer("a red apple").input_ids.tolist()  # fmt: skip
+    assert CLIPTokenizer.from_folder(folder).fitted("a red apple").input_ids.tolist() == tokenizer.fitted("a red apple").input_ids.tolist()  # fmt: skip
     for part in ("text_encoder", "unet", "vae_decoder"):
         (package,), (compiled,) = packages.paths(part), found.paths(part)
         x = {one.name: np.full((1, 4, 8, 8), 0.5, np.float32) for one in read_model(package).interface.inputs}
@@ -83,7 +83,7 @@ def test_again_is_anew_and_other_forms_of_the_unet_go(packages, tokenizer, tmp_p
     resources(folder, packages, tokenizer)
     assert not (folder / "UnetChunk1.mlmodelc").exists()
     assert not (folder / "UnetChunk2.mlmodelc").exists()
-    assert "UnetChunk2.mlmodelc, of an earlier conversion, is removed" in caplog.text
+    assert "UnetChunk2.mlmodelc, from an earlier conversion, is removed" in caplog.text
     assert (folder / "mine.txt").read_text() == "kept"
     assert find_models(folder).unet == (folder / "Unet.mlmodelc",)
 
@@ -91,7 +91,7 @@ def test_again_is_anew_and_other_forms_of_the_unet_go(packages, tokenizer, tmp_p
 @pytest.mark.usefixtures("no_compiler")
 def test_compiled_models_are_not_compiled(packages, tokenizer, tmp_path):
     resources(tmp_path / "once", packages, tokenizer)
-    with pytest.raises(UsageError, match="compiled already; give the folder of their packages"):
+    with pytest.raises(UsageError, match="already compiled; give the folder with their packages"):
         resources(tmp_path / "twice", find_models(tmp_path / "once"), tokenizer)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from sfumato.coreml.program import (
     Feature,
+    Flexibility,
     Function,
     Interface,
     LazyArray,
@@ -83,7 +84,7 @@ class TestInputs:
             ({"x": np.ones((3, 2))}, ["'x'", "(2, 3)", "(3, 2)"]),
             ({"x": np.ones(3)}, ["'x'", "(2, 3)", "(3,)"]),
             ({"x": np.array([["a", "b", "c"]] * 2)}, ["'x'", "float16", "<U1"]),
-            ({"x": [[1, 2], [3]]}, ["'x'", "no array"]),
+            ({"x": [[1, 2], [3]]}, ["'x'", "not an array"]),
             ({"x": np.ones((2, 3), complex)}, ["'x'", "complex"]),
         ],
     )
@@ -116,6 +117,67 @@ class TestInputs:
             assert Predictor(made).predict({"x": np.ones((side, 3))})["y"].shape == (side, 3)
         with pytest.raises(UsageError, match=r"\(any, 3\)"):
             Predictor(made).predict({"x": np.ones((2, 4))})
+
+    @pytest.mark.parametrize(
+        ("flexibility", "right", "wrong", "words"),
+        [
+            (
+                Flexibility((1, 8, 8), shapes=((1, 8, 8), (1, 16, 12))),
+                [(1, 8, 8), (1, 16, 12)],
+                [(1, 5, 5), (1, 8, 12), (1, 16, 8), (2, 8, 8)],
+                "in the shape (1, 8, 8) or (1, 16, 12); its shape is ",
+            ),
+            (
+                Flexibility((1, 8, 8), ranges=((1, 1), (4, 16), (4, None))),
+                [(1, 4, 4), (1, 16, 99)],
+                [(1, 3, 8), (1, 17, 8), (1, 8, 3), (2, 8, 8), (1, 8, 8, 1)],
+                "in the shape (1, 4 to 16, 4 or more); its shape is ",
+            ),
+        ],
+    )
+    def test_shapes_that_core_ml_refuses_are_refused(self, flexibility, right, wrong, words):
+        type_ = TensorType("fp32", (1, None, None))
+        made = model({"x": type_}, {"y": type_}, operation("square", {"y": type_}, x=("x",)))
+        feature = replace(made.interface.inputs[0], flexibility=flexibility)
+        made = Predictor(replace(made, interface=replace(made.interface, inputs=(feature,))))
+        for shape in right:
+            assert made.predict({"x": np.ones(shape)})["y"].shape == shape
+        for shape in wrong:
+            for ask, give in ((made.predict, np.ones), (made.run, torch.ones)):
+                with pytest.raises(UsageError) as error:
+                    ask({"x": give(shape)})
+                assert f"{words}{shape}" in str(error.value)
+
+    @pytest.mark.parametrize("default", [0.5, 0.0])
+    def test_an_input_with_a_default_may_be_left_out(self, default):
+        made = model({"x": HALF, "y": HALF}, {"z": HALF}, operation("add", {"z": HALF}, x=("x",), y=("y",)))
+        inputs = made.interface.inputs
+        optional = replace(inputs[1], optional=True, default=default)
+        made = Predictor(replace(made, interface=replace(made.interface, inputs=(inputs[0], optional))))
+        x = np.ones((2, 3), np.float16)
+        assert np.array_equal(made.predict({"x": x})["z"], x + np.float16(default))
+        assert np.array_equal(made.run({"x": torch.ones(2, 3)})["z"], x + np.float32(default))
+        assert np.array_equal(made.predict({"x": x, "y": 2 * x})["z"], 3 * x)
+        with pytest.raises(UsageError, match="'x' is missing"):
+            made.predict({"y": x})
+
+    @pytest.mark.parametrize("color", ["RGB", "BGR", "GRAYSCALE"])
+    def test_pictures_as_people_have_them(self, color):
+        from PIL import Image
+
+        channels = 1 if color == "GRAYSCALE" else 3
+        type_ = TensorType("fp32", (1, channels, 4, 6))
+        made = model({"x": type_}, {"y": type_}, operation("mul", {"y": type_}, x=("x",), y=np.float32(2)))
+        feature = replace(made.interface.inputs[0], image=color)
+        made = Predictor(replace(made, interface=replace(made.interface, inputs=(feature,))))
+        pixels = np.random.default_rng(0).integers(0, 256, (4, 6, channels), np.uint8)
+        pixels = pixels[..., 0] if channels == 1 else pixels
+        planes = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+        planes = (planes[::-1] if color == "BGR" else planes)[None].astype(np.float32)
+        for picture in (Image.fromarray(pixels), pixels, planes):
+            assert np.array_equal(made.predict({"x": picture})["y"], 2 * planes)
+        with pytest.raises(UsageError, match=r"must be an array of float32 in the shape \(1, ., 4, 6\)"):
+            made.predict({"x": pixels[:3]})
 
 
 class TestPrecision:

@@ -8,9 +8,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sfumato.coreml.measure import decibels
 from sfumato.coreml.program import Feature, Function, Interface, Model, Operation, Program, TensorType
 from sfumato.coreml.runtime import Predictor
 from sfumato.coreml.runtime.fuse import fused
@@ -141,6 +143,21 @@ def test_group_norm(batch, groups, each, sides, form, affine):
     assert not {"reduce_mean", "sub", "reshape", "batch_norm", "mul", "add"} & {*found}
     # The variance of a group of one number is what rounding leaves of nothing.
     check(made, atol=2e-4 if each * int(np.prod(sides)) < 3 else 2e-5)
+
+
+@pytest.mark.parametrize("affine", ["mul and add", "none"])
+def test_group_norm_of_a_large_picture_with_channels_last_is_precise(affine):
+    """As precise as it would be plane by plane, so that a right graph is not taken for a wrong one (100 dB)."""
+    made, _ = group_norm((1, 8, 512, 512), 4, affine=affine)
+    x = torch.randn((1, 8, 512, 512), generator=torch.Generator().manual_seed(0)) + 3
+    x = x.contiguous(memory_format=torch.channels_last)
+    (got,) = Predictor(made, precision="float32").run({"x": x}).values()
+    wanted = torch.nn.functional.group_norm(x.double(), 4, eps=1e-3)
+    constants = [one.inputs["y"][0] for one in made.program.functions["main"].operations if one.type == "mul"]
+    shift = [one.inputs["x"][0] for one in made.program.functions["main"].operations if one.type == "add"][-1:]
+    if affine != "none":
+        wanted = wanted * torch.from_numpy(constants[0].read()) + torch.from_numpy(shift[0].read())
+    assert decibels(got, wanted) > 130
 
 
 @pytest.mark.parametrize("form", ["real_div", "rsqrt"])

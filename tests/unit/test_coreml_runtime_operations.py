@@ -125,6 +125,38 @@ def test_activations_with_parameters(kind):
     check(kind, {"x": x}, function(x, *(np.float32(each) for each in given_ones.values())), **given_ones)
 
 
+def test_the_changelog_counts_them_rightly():
+    text = (Path(__file__).parents[2] / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f" {len(OPERATIONS)} operations," in text
+
+
+ARITHMETIC = ("add", "floor_div", "maximum", "minimum", "mod", "mul", "real_div", "sub")
+REDUCTIONS = tuple(kind for kind in OPERATIONS if kind.startswith("reduce_") and "arg" not in kind)
+
+
+@pytest.mark.parametrize(
+    "kind", [*UNARY, *POSITIVE, *PARAMETERS, "log", "rsqrt", "inverse", "round", "gelu", "prelu", "softplus_parametric"]
+)
+def test_what_is_not_a_number_is_not_made_one(kind):
+    """A NaN that came out as a number would hide a fault from whoever looks at the end."""
+    x = np.float32([[[np.nan, 0.5], [0.5, 0.5]]])
+    vectors = {"prelu": ("alpha",), "softplus_parametric": ("alpha", "beta")}.get(kind, ())
+    given_ones = {name: np.float32([0.25, 0.75]) for name in vectors}
+    given_ones |= dict(zip(PARAMETERS[kind][1] if kind in PARAMETERS else (), (0.25, 0.75), strict=False))
+    found = answer(kind, {"x": x}, x, **given_ones)
+    assert np.array_equal(np.isnan(found), np.isnan(x))
+
+
+@pytest.mark.parametrize("kind", [*ARITHMETIC, *REDUCTIONS])
+def test_what_is_not_a_number_spreads(kind):
+    x, one = np.float32([[1, np.nan]]), np.float32([[1, 1]])
+    if kind in ARITHMETIC:
+        for pair in ({"x": x, "y": one}, {"x": one, "y": x}):
+            assert np.isnan(answer(kind, pair, x)).tolist() == [[False, True]]
+    else:
+        assert np.isnan(answer(kind, {"x": x}, one[:, :1], axes=np.int32([1]), keep_dims=True)).all()
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 4), (1, 3, 2, 2), (2, 3, 2, 1, 2)])
 def test_activations_with_a_number_for_each_channel(shape):
     x, alpha, beta = numbers(*shape), numbers(3, low=0.1), numbers(3, low=0.1)

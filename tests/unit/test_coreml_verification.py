@@ -14,12 +14,13 @@ from sfumato.coreml.conversion import ConversionOptions, build, convert
 from sfumato.coreml.departure import departure
 from sfumato.coreml.formats import read_model, write_package
 from sfumato.coreml.measure import decibels
-from sfumato.coreml.probes import TIMESTEPS, probes, rounded_to_float16
-from sfumato.coreml.program import Model, Value
+from sfumato.coreml.probes import TIMESTEPS, probes
+from sfumato.coreml.program import Model, TensorType, Value, renamed
 from sfumato.coreml.runtime import Predictor
 from sfumato.coreml.source import open_source
 from sfumato.coreml.verification import Check, Verification, prove, verify
 from sfumato.errors import CheckpointError, UsageError
+from support.coreml_programs import operation as step
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def changed(model: Model, name: str, change) -> Model:
             new = Value(value.type, change(np.array(value.read())))
             operation = replace(operation, attributes={**operation.attributes, "val": new})
         operations.append(operation)
-    return model.with_function(replace(function, operations=tuple(operations)))
+    return model.with_functions(lambda _: replace(function, operations=tuple(operations)))
 
 
 def test_decibels():
@@ -54,6 +55,7 @@ def test_decibels():
     assert decibels(x * 1000, x * 1000 + 3) == pytest.approx(60.0, abs=0.1)
     assert decibels(torch.tensor([math.nan, 1, 1]), x) == -math.inf
     assert decibels(torch.tensor([math.inf, 1, 1]), x) == -math.inf
+    assert decibels(x, torch.tensor([math.nan, 1, 1])) == -math.inf
 
 
 def test_every_part_is_compared_as_the_page_says(folder, source):
@@ -63,7 +65,7 @@ def test_every_part_is_compared_as_the_page_says(folder, source):
     assert sorted(compared) == sorted(
         (part, what, needed)
         for part in ("text_encoder", "unet", "vae_decoder", "vae_encoder")
-        for what, needed in (("graph in float32", 100.0), ("as shipped", 55.0))
+        for what, needed in (("weights", math.inf), ("graph in float32", 100.0), ("as shipped", 55.0))
     )
 
 
@@ -106,6 +108,31 @@ def test_an_overflow_of_half_precision_is_named(source):
     assert first.outputs[0].name in said
 
 
+def hiding_nan(model: Model) -> Model:
+    """The model with NaN computed beside its result, and left out of it."""
+    function = model.program.functions["main"]
+    (name,), type_ = function.outputs, model.interface.outputs[0].type
+    steps = (
+        step("mul", {"nothing": type_}, x=("plain",), y=np.float32(0)),
+        step("sub", {"negative": type_}, x=("nothing",), y=np.float32(1)),
+        step("sqrt", {"lost": type_}, x=("negative",)),
+        step("greater", {"never": TensorType("bool", type_.shape)}, x=("negative",), y=np.float32(0)),
+        step("select", {name: type_}, cond=("never",), a=("lost",), b=("plain",)),
+    )
+    own = (renamed(one, {name: "plain"}) for one in function.operations)
+    return model.with_functions(lambda _: replace(function, operations=(*own, *steps)))
+
+
+def test_nan_that_later_operations_hide_is_no_proof(source):
+    model = hiding_nan(build(source, "vae_decoder", ConversionOptions()))
+    weights, graph, shipped = prove("vae_decoder", [replace(model, metadata={"sfumato.part": "vae_decoder"})], source)
+    assert weights.passed
+    assert graph.passed
+    assert shipped.verdict == "WRONG"
+    assert shipped.db == -math.inf
+    assert "'sqrt' (lost) gives NaN, which later ones hide" in shipped.hint
+
+
 def test_two_runs_that_agree_have_no_operation_at_fault(source):
     model = build(source, "vae_decoder", ConversionOptions())
     probe = probes("vae_decoder", model.interface, source)[0]
@@ -125,9 +152,9 @@ def test_models_without_a_source(folder, tmp_path, source):
     foreign.mkdir()
     path = next(folder.glob("*_vae_decoder.mlpackage"))
     write_package(replace(read_model(path), metadata={}), foreign / path.name)
-    with pytest.raises(UsageError, match="name the checkpoint: --against"):
+    with pytest.raises(UsageError, match="give it with --against"):
         verify(foreign, picture=False)
-    # What others converted is held to what float16 constants allow.
+    # What others converted is held to what float16 constants allow, and its weights have other names.
     proof = verify(foreign, source, picture=False)
     assert [check.needed for check in proof.checks] == [60.0, 55.0]
 
@@ -136,7 +163,7 @@ def test_a_source_that_is_gone_or_changed(folder, tmp_path):
     path = next(folder.glob("*_vae_decoder.mlpackage"))
     model = read_model(path)
     for value, error, message in (
-        ("./gone", UsageError, "which is not here"),
+        ("./gone", UsageError, "which was not found"),
         ("built-in", CheckpointError, "has other weights"),
     ):
         place = tmp_path / value.strip("./")
@@ -150,27 +177,33 @@ def test_a_picture_needs_all_parts(folder, source, tmp_path, caplog):
     path = next(folder.glob("*_vae_decoder.mlpackage"))
     shutil.copytree(path, tmp_path / path.name)
     proof = verify(tmp_path, source)
-    assert [check.part for check in proof.checks] == ["vae_decoder"] * 2
-    assert "no picture is compared" in caplog.text
+    assert [check.part for check in proof.checks] == ["vae_decoder"] * 3
+    assert "no image is compared" in caplog.text
 
 
 def test_probes_are_the_same_at_every_call_and_exact_in_half_precision(source):
     for part in ("text_encoder", "unet", "vae_decoder", "vae_encoder"):
         interface = build(source, part, ConversionOptions()).interface
         first, second = probes(part, interface, source), probes(part, interface, source)
-        assert len(first) == (len(TIMESTEPS) if part == "unet" else 2 if part == "text_encoder" else 1)
+        assert len(first) == (1 if part.startswith("vae") else 2)
         for a, b in zip(first, second, strict=True):
             assert {feature.name: feature.type.shape for feature in interface.inputs} == {
                 name: tuple(tensor.shape) for name, tensor in a.items()
             }
             assert all(torch.equal(a[name], b[name]) for name in a)
-            assert all(torch.equal(tensor, tensor.half().float()) for tensor in a.values())
+            exact = [tensor for name, tensor in a.items() if name != "input_ids"]
+            assert all(torch.equal(tensor, tensor.half().float()) for tensor in exact)
 
 
-def test_rounding_to_float16_says_whether_anything_changed(source):
-    network = source.load("vae_decoder", torch.float32)
-    assert rounded_to_float16(network)
-    assert not rounded_to_float16(network)
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_every_timestep_is_tried_whatever_the_batch(batch, source):
+    interface = build(source, "unet", ConversionOptions()).interface
+    inputs = tuple(
+        replace(one, type=TensorType(one.type.dtype, (batch, *one.type.shape[1:]))) for one in interface.inputs
+    )
+    tried = probes("unet", replace(interface, inputs=inputs), source)
+    assert {float(time) for probe in tried for time in probe["timestep"]} == set(TIMESTEPS)
+    assert all(len({*probe["timestep"].tolist()}) == batch for probe in tried)
 
 
 def test_infinity_is_written_so_that_json_can_say_it(tmp_path):

@@ -101,8 +101,8 @@ def engine_for(compute_unit: str | None, *, portable: bool = False, precision: P
     unit = parse_compute_unit(compute_unit or ("ALL" if apple else "CPU_ONLY"))
     if unit == "CPU_AND_NE" and not apple:
         raise UsageError(
-            "only Core ML reaches a Neural Engine, and it is on macOS; with compute unit CPU_ONLY the portable runtime "
-            "draws with the same models"
+            "the Neural Engine can only be used through Core ML on macOS; with compute unit CPU_ONLY, the portable "
+            "runtime runs the same models"
         )
     return Engine(unit, apple=apple, precision=precision)
 
@@ -148,7 +148,7 @@ def _coremltools() -> Any:
     try:
         import coremltools
     except ImportError as error:
-        raise MissingExtra("Apple's framework is reached through coremltools: pip install 'sfumato[coreml]'") from error
+        raise MissingExtra("Apple's framework needs coremltools: pip install 'sfumato[coreml]'") from error
     return coremltools
 
 

@@ -56,10 +56,10 @@ def chunk(model: Model, parts: int = 2) -> list[Model]:
     all outputs. Raises `UsageError` for a number of parts that cannot be, `ConfigError` for a model that cannot be cut.
     """
     if not 2 <= parts <= MAX_CHUNKS:
-        raise UsageError(f"a model can be cut into 2 to {MAX_CHUNKS} chunks, not {parts}")
+        raise UsageError(f"a model can be split into 2 to {MAX_CHUNKS} chunks, not {parts}")
     graph = _Graph.of(_function(model))
     if len(graph.steps) < parts:
-        raise UsageError(f"a model of {len(graph.steps)} operations cannot be cut into {parts} chunks")
+        raise UsageError(f"a model of {len(graph.steps)} operations cannot be split into {parts} chunks")
     return _pieces(model, graph, _best_positions(graph, parts))
 
 
@@ -100,9 +100,11 @@ def join(models: Sequence[Model]) -> Model:
 
 def _function(model: Model) -> Function:
     if not isinstance(model.body, Program):
-        raise ConfigError("a pipeline is in pieces already; cut one of its models")
+        raise ConfigError("a pipeline is already split; split one of its models")
     if len(model.body.functions) != 1:
-        raise ConfigError(f"only a model with one function can be cut; this has {', '.join(model.body.functions)}")
+        raise ConfigError(
+            f"only a model with one function can be split; this one has {', '.join(model.body.functions)}"
+        )
     return model.body.functions[model.default_function]
 
 
@@ -161,7 +163,10 @@ def _best_positions(graph: _Graph, parts: int) -> list[int]:
         places = np.arange(positions[-1] + 1, count - (parts - number) + 1)
         places = places[np.isfinite(travelling[places])]
         if not len(places):
-            raise ConfigError("the model cannot be cut: everywhere a value would travel that no feature can hold")
+            raise ConfigError(
+                "the model cannot be split: everywhere, a value would have to be passed on that Core ML features do "
+                "not support"
+            )
         away = np.abs(before[places] - number * share)
         near = away <= max(TOLERANCE * share, away.min())
         order = np.lexsort((away[near], travelling[places[near]]))
@@ -202,7 +207,10 @@ def _bytes_travelling(graph: _Graph) -> np.ndarray:
 
 def _carried(type_: TensorType) -> TensorType:
     if type_.dtype not in CARRIED_AS or None in type_.shape:
-        raise ConfigError(f"the model cannot be cut here: a value of type {type_} would travel, which no feature holds")
+        raise ConfigError(
+            f"the model cannot be split here: a value of type {type_} would have to be passed on, which Core ML "
+            "features do not support"
+        )
     return TensorType(CARRIED_AS[type_.dtype], type_.shape)
 
 

@@ -9,6 +9,7 @@ import shutil
 import time
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from sfumato import __version__
@@ -29,6 +30,7 @@ from sfumato.coreml.roles import PARTS, look
 from sfumato.coreml.source import NETWORK_OF
 from sfumato.errors import ConfigError, MemoryPlanError, OutputError, SfumatoError, UsageError, suggest
 from sfumato.files import check_writable, output_folder
+from sfumato.leftovers import sweep
 from sfumato.runtime.facts import read_facts
 
 if TYPE_CHECKING:
@@ -44,24 +46,26 @@ log = logging.getLogger("sfumato")
 
 # Where palettes are used, as in Apple's converter: the autoencoder's weights are few and its errors are seen.
 PALETTIZED = ("text_encoder", "unet")
+# Latents of this side are images of 4,096 pixels, whose attention no device holds.
+MAX_SIDE = 512
 # What a process with torch holds before it converts anything, measured (docs/performance.md).
 BASE_BYTES = 0.6 * 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionOptions:
-    """What to make of a checkpoint.
+    """How to convert a checkpoint.
 
     parts      of `PARTS`
     attention  "original" (CPU and GPU), "split_einsum" or "split_einsum_v2" (Neural Engine)
     height, width   of the latents; the checkpoint's own if None
-    target     the oldest system to run on, in Apple's words: "macOS13", "iOS17", …
+    target     the oldest system to support, in Apple's notation: "macOS13", "iOS17", …
     bits       of each weight of text encoder and U-Net: 1, 2, 4, 6 or 8; 16 bits without palettes if None
-    target_db  in place of bits: the fewest for each layer whose weights keep this signal-to-noise ratio
-    recipe     in place of both: bits by the name of each weight
-    chunks     how many pieces the U-Net is cut into, each in a package of its own
-    merged     whether those pieces are put into one package, which runs them in a row
-    batch      prompts that the U-Net reads at once: 2 for guidance in one call, or 1
+    target_db  instead of bits: for each layer, the fewest that keep this signal-to-noise ratio of its weights
+    recipe     instead of both: bits by the name of each weight
+    chunks     the number of packages that the U-Net is split into
+    merged     whether to also write one package that runs them one after the other
+    batch      the U-Net's batch size: 2 for guidance in one call, or 1
     """
 
     parts: tuple[str, ...] = PARTS
@@ -77,6 +81,13 @@ class ConversionOptions:
     batch: int = 2
 
     def __post_init__(self) -> None:
+        for name in ("height", "width", "bits", "chunks", "batch"):
+            number = getattr(self, name)
+            given = number is not None or name in ("chunks", "batch")
+            if given and (isinstance(number, bool) or not isinstance(number, int)):
+                raise UsageError(f"{name} must be a whole number, not {number!r}")
+        if isinstance(self.target_db, (bool, str)):
+            raise UsageError(f"the target accuracy must be a positive number of dB, not {self.target_db!r}")
         if not self.parts:
             raise UsageError(f"there is nothing to convert; parts are {', '.join(PARTS)}")
         for part in self.parts:
@@ -85,19 +96,19 @@ class ConversionOptions:
         attention_named(self.attention)
         target_named(self.target)
         if self.bits is not None and self.bits not in BITS:
-            raise UsageError(f"weights can have 1, 2, 4, 6 or 8 bits, not {self.bits}; 16 is without palettes")
+            raise UsageError(f"weights can have 1, 2, 4, 6 or 8 bits, not {self.bits}; 16 means no palettes")
         if self.target_db is not None and not 0 < self.target_db < math.inf:
-            raise UsageError(f"the target of palettes must be a positive number of dB, not {self.target_db}")
+            raise UsageError(f"the target accuracy must be a positive number of dB, not {self.target_db}")
         if sum(value is not None for value in (self.bits, self.target_db, self.recipe)) > 1:
-            raise UsageError("bits, a target in dB and a recipe exclude each other; give one of them")
+            raise UsageError("bits, a target in dB and a recipe cannot be combined; pass one of them")
         for name in ("height", "width"):
             side = getattr(self, name)
-            if side is not None and side < 1:
-                raise UsageError(f"the latents' {name} must be at least 1, not {side}")
+            if side is not None and not 1 <= side <= MAX_SIDE:
+                raise UsageError(f"the latents' {name} must be 1 to {MAX_SIDE}, not {side}")
         if not 1 <= self.chunks <= MAX_CHUNKS:
-            raise UsageError(f"the U-Net can be cut into 1 to {MAX_CHUNKS} chunks, not {self.chunks}")
+            raise UsageError(f"the U-Net can be split into 1 to {MAX_CHUNKS} chunks, not {self.chunks}")
         if self.merged and self.chunks == 1:
-            raise UsageError("there are no chunks to merge; cut the U-Net too (--chunk-unet)")
+            raise UsageError("there are no chunks to merge; split the U-Net too (--chunk-unet)")
         if self.batch not in (1, 2):
             raise UsageError(f"the U-Net can read 1 or 2 prompts at once, not {self.batch}")
 
@@ -135,17 +146,19 @@ def convert(
     overwrite: bool = False,
     on_part: Callable[[str], None] | None = None,
 ) -> Conversion:
-    """Write packages of a checkpoint into a folder, under the names that Apple's runners read.
+    """Write a checkpoint as packages into a folder, under the names that Apple's runners expect.
 
-    resume: packages that are there and are as they would be made are kept, others replaced; overwrite: all are
-    replaced; with neither, one that is there is an error before anything is done. `on_part` is told each part before
-    its work. Raises `ConfigError` for a checkpoint that has no Core ML form, `OutputError` for a disk too full,
-    `UsageError` for options that do not fit it; each package is whole or absent.
+    resume: keep existing packages that match the options, and replace others; overwrite: replace all; without either,
+    an existing package raises an error before any work starts. `on_part` is called with each part before its
+    conversion. Raises `ConfigError` for a checkpoint that cannot be converted, `OutputError` if the disk is too full,
+    `UsageError` for options that do not fit it. Each package is complete or absent.
     """
     options = options or ConversionOptions()
     paths = {part: _paths(folder, source.label, part, options) for part in options.parts}
     _check_place(source, folder, paths, free=resume or overwrite)
     _check_room(source, folder, options)
+    for path in chain.from_iterable(paths.values()):
+        sweep(path)
     made = []
     for part in options.parts:
         if on_part is not None:
@@ -233,12 +246,13 @@ def _check_recipe(source: Source, options: ConversionOptions) -> None:
     known = {name for part in PALETTIZED if part in options.parts for name in weights_of(build(source, part, options))}
     for name in options.recipe:
         if name not in known:
-            raise UsageError(f"the recipe names {name!r}, which is no weight of these networks{suggest(name, known)}")
+            raise UsageError(
+                f"the recipe names {name!r}, which is not a weight of these networks{suggest(name, known)}"
+            )
 
 
 def _latent_size(source: Source, options: ConversionOptions) -> tuple[int, int]:
-    own = source.sizes.unet_config.sample_size or 64
-    height, width = (own, own) if isinstance(own, int) else own
+    height, width = source.sizes.unet_config.latent_size
     return options.height or height, options.width or width
 
 
@@ -305,7 +319,7 @@ def _is_made_by(path: Path, recipe: str) -> bool:
     try:
         return read_model(path).metadata.get("sfumato.recipe") == recipe
     except SfumatoError as error:
-        log.warning("%s will be made again: %s", path.name, error)
+        log.warning("%s is converted again: %s", path.name, error)
         return False
 
 
@@ -314,7 +328,9 @@ def _check_place(source: Source, folder: Path, paths: Mapping[str, Sequence[Path
     check_writable(folder)
     try:
         if folder.suffix in layout.KINDS.values() or is_model(folder):
-            raise UsageError(f"{folder} is the name of one model; name a folder that all packages go into: -o packages")
+            raise UsageError(
+                f"{folder} is the name of a single model; give a folder for all packages, such as -o packages"
+            )
         stale = [path for part in paths for path in _stale(folder, source.label, part, paths[part])]
         ours = [path for part in paths.values() for path in part]
         present = [path for path in (*ours, *stale) if path.exists()]
@@ -322,10 +338,10 @@ def _check_place(source: Source, folder: Path, paths: Mapping[str, Sequence[Path
     except OSError as error:
         raise OutputError(f"packages cannot be written into {folder} ({error.strerror}); choose another") from error
     if present and not free:
-        raise UsageError(f"{present[0]} is already there; say --resume to keep what is finished, or --overwrite")
+        raise UsageError(f"{present[0]} already exists; use --resume to keep finished packages, or --overwrite")
     for other in map(look, others):
         if other.part in paths or other.source_hash not in ("", source.hash):
-            raise UsageError(f"{other.path} is of another conversion than this one will be; choose another folder: -o")
+            raise UsageError(f"{other.path} is from a conversion with other options; choose another folder with -o")
 
 
 def _check_room(source: Source, folder: Path, options: ConversionOptions) -> None:
@@ -337,14 +353,14 @@ def _check_room(source: Source, folder: Path, options: ConversionOptions) -> Non
     free_disk = shutil.disk_usage(nearest).free
     if free_disk < size:
         raise OutputError(
-            f"the packages take up to {size / 1e6:,.0f} MB and {nearest} has {free_disk / 1e6:,.0f} MB free; "
-            "free some, or choose another place with -o"
+            f"the packages need up to {size / 1e6:,.0f} MB and {nearest} has {free_disk / 1e6:,.0f} MB free; "
+            "free some space, or choose another folder with -o"
         )
     needed, free = memory_needed(source, options), read_facts("cpu").memory_free
     if free < needed:
         raise MemoryPlanError(
-            f"this conversion takes {needed / 1e6:,.0f} MB of memory and {free / 1e6:,.0f} MB are free; close other "
-            f"programs{', or convert without palettes' if options.compressed else ''}",
+            f"this conversion needs {needed / 1e6:,.0f} MB of memory, but only {free / 1e6:,.0f} MB are free; close "
+            f"other programs{', or convert without palettes' if options.compressed else ''}",
             needed=needed,
             free=free,
         )
@@ -360,7 +376,12 @@ def _check_latents(source: Source, options: ConversionOptions) -> None:
     smallest = 2 ** (len(unet_config.block_out_channels) - 1)
     for name, side in zip(("height", "width"), _latent_size(source, options), strict=True):
         if side < smallest:
-            raise UsageError(f"latents of {name} {side} are too small for this U-Net, which halves them to nothing")
+            raise UsageError(f"latents of {name} {side} are too small for this U-Net, which halves them down to zero")
+        if unet_config.downsample_padding == 0 and side % smallest:
+            raise UsageError(
+                f"latents of {name} {side} cannot be halved {len(unet_config.block_out_channels) - 1} times, as this "
+                f"U-Net does without padding; choose a multiple of {smallest}"
+            )
 
 
 def _write_tokenizer(source: Source, folder: Path) -> None:

@@ -42,7 +42,7 @@ class _Computed(NamedTuple):
 
 
 def departure(suspect: Predictor, reference: Predictor, probe: Mapping[str, Tensor]) -> str:
-    """A sentence naming the first operation whose result is not finite or, if all are, the one where most is lost.
+    """A sentence naming the first operation that wrongly gives what is not finite or, if none does, where most is lost.
 
     Both run side by side, each one operation ahead of the comparison at most, and are matched by the names of their
     values; what only one of them computes is passed over.
@@ -59,14 +59,16 @@ def departure(suspect: Predictor, reference: Predictor, probe: Mapping[str, Tens
         other = next((one for one in theirs if one.name == ours.name), None)
         if other is None:
             continue
-        if not all(bool(torch.isfinite(value).all()) for value in ours.values if value.is_floating_point()):
-            unfit = f"the first result that is not finite is that of {ours}"
-            continue
         if [value.shape for value in ours.values] != [value.shape for value in other.values]:
             shapes = " and ".join(str(tuple(one.values[0].shape)) for one in (ours, other))
             unfit = f"{ours} gives another shape than the source's ({shapes}), so it is of another kind of checkpoint"
             continue
-        agreement = min(decibels(a, b) for a, b in zip(ours.values, other.values, strict=True))
+        pairs = list(zip(ours.values, other.values, strict=True))
+        # Where the other run has infinities, such as in masks, they are meant.
+        if any(bool((~torch.isfinite(a) & torch.isfinite(b)).any()) for a, b in pairs):
+            unfit = f"the first result that is not finite is that of {ours}"
+            continue
+        agreement = min(_agreement(a, b) for a, b in pairs)
         lost = min(before, CEILING) - min(agreement, CEILING)
         if lost > steepest[0]:
             steepest = (lost, f"most is lost in {ours}: {_db(before)} before it, {_db(agreement)} after")
@@ -74,6 +76,12 @@ def departure(suspect: Predictor, reference: Predictor, probe: Mapping[str, Tens
     for _ in theirs:
         pass
     return unfit or steepest[1] or "no single operation stands out"
+
+
+def _agreement(value: Tensor, reference: Tensor) -> float:
+    """In dB, where the reference is finite."""
+    meant = torch.isfinite(reference)
+    return decibels(value[meant], reference[meant]) if bool(meant.any()) else math.inf
 
 
 def _names(model: Model) -> set[str]:

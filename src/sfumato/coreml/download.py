@@ -14,6 +14,7 @@ from sfumato.checkpoints.locate import HubOptions, locate_folder
 from sfumato.checkpoints.locate import download as fetch
 from sfumato.coreml.layout import KINDS, find_models
 from sfumato.errors import DownloadError, SfumatoError, suggest
+from sfumato.files import expanded
 from sfumato.text.tokenizer import FILES
 
 __all__ = ["PREFERRED", "download", "variants"]
@@ -33,14 +34,14 @@ def download(repo: str, variant: str | None = None, *, output: Path | None = Non
     the only one. Files that are there already do not travel again. Raises `DownloadError` in one sentence.
     """
     chosen = _Choice(repo, variant)
-    place = None if output is None else output.expanduser()
+    place = None if output is None else expanded(output)
     try:
         folder = fetch(repo, chosen.select, HubOptions(revision=revision), local_dir=place)
     except DownloadError:
         cached = None if place is not None or variant is None else _cached(repo, variant, revision)
         if cached is None:
             raise
-        log.warning("the hub cannot be reached; using the files of %r that are in the cache", repo)
+        log.warning("the hub cannot be reached; using the cached files of %r", repo)
         return cached
     return folder / chosen.found
 
@@ -88,7 +89,7 @@ class _Choice:
     def _choose(self, present: Sequence[str]) -> str:
         if not present:
             raise DownloadError(
-                f"{self.repo!r} holds no Core ML models; for a checkpoint: sfumato coreml convert {self.repo}"
+                f"{self.repo!r} contains no Core ML models; for a checkpoint: sfumato coreml convert {self.repo}"
             )
         listed = ", ".join("the repository itself (.)" if one == "." else one for one in present)
         if self.variant is not None:

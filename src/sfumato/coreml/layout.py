@@ -8,6 +8,7 @@ a model is known by the inputs and outputs it has, and chunks by which needs wha
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from sfumato.coreml.formats import is_model
 from sfumato.coreml.formats.package import MANIFEST
 from sfumato.coreml.roles import PARTS, Candidate, look, sorted_out
 from sfumato.errors import CheckpointError, UsageError
+from sfumato.files import expanded
 
 __all__ = [
     "KINDS",
@@ -34,7 +36,7 @@ __all__ = [
 ]
 
 KINDS = {"packages": ".mlpackage", "compiled": ".mlmodelc"}
-# What a picture cannot be drawn without.
+# What an image cannot be drawn without.
 REQUIRED = ("text_encoder", "unet", "vae_decoder")
 
 log = logging.getLogger("sfumato")
@@ -128,7 +130,7 @@ def stale(folder: Path, kept: Collection[str], names: Callable[[int], Iterable[s
 def remove_stale(paths: Iterable[Path]) -> None:
     """Remove such models, and say so."""
     for path in paths:
-        log.warning("%s, of an earlier conversion, is removed", path)
+        log.warning("%s, from an earlier conversion, is removed", path)
         shutil.rmtree(path)
 
 
@@ -162,13 +164,13 @@ def find_models(folder: Path, *, kind: str | None = None, required: Collection[s
     `UsageError` where several folders could be meant, and `CheckpointError` where parts are missing, do not belong
     together, or cannot be read. Both a whole U-Net and its chunks: the chunks are taken, as by Apple's runners.
     """
-    folder = folder.expanduser()
+    folder = expanded(folder)
     if kind is not None and kind not in KINDS:
         raise UsageError(f"models are 'packages' or 'compiled', not {kind!r}")
     if is_model(folder):
-        raise UsageError(f"{folder} is one model; give the folder that it lies in together with the others")
-    if not folder.is_dir():
-        raise CheckpointError(f"there is no folder {folder}; give the one that holds the converted models")
+        raise UsageError(f"{folder} is a single model; give the folder that contains all of them")
+    if not os.path.isdir(folder):
+        raise CheckpointError(f"there is no folder {folder}; give the one that contains the converted models")
     sets = [one for one in _sets(folder) if kind in (None, one.kind)]
     if not sets:
         raise CheckpointError(_nothing(folder, kind))
@@ -180,15 +182,15 @@ def find_models(folder: Path, *, kind: str | None = None, required: Collection[s
         hint = (
             "name one of these folders"
             if len({one.folder for one in whole}) > 1
-            else "keep each in a folder of its own, or say --model-sources packages to draw with those"
+            else "put each set in its own folder, or select one with --model-sources packages"
         )
-        raise UsageError(f"{folder} holds several sets of models: {places}; {hint}")
+        raise UsageError(f"{folder} contains several sets of models: {places}; {hint}")
     if not whole:
         raise CheckpointError(_incomplete(max(sets, key=lambda one: len(one.parts)), required))
     chosen = whole[0]
     unread = {one.path: one.trouble for one in chosen.candidates if one.trouble}
     for path, trouble in unread.items():
-        log.warning("%s is left alone: %s", path.name, trouble)
+        log.warning("%s is ignored: %s", path.name, trouble)
     parts = sorted_out(chosen.folder, chosen.candidates)
     return Models(chosen.folder, chosen.kind, parts, tokenizer_folder(chosen.folder, folder), unread)
 

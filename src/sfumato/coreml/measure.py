@@ -16,10 +16,10 @@ __all__ = ["decibels"]
 def decibels(value: Tensor, reference: Tensor) -> float:
     """Peak signal-to-noise ratio of a tensor against a reference: 20 log10(max |reference| / root mean square error).
 
-    Infinite if they are equal, minus infinite if the value is not finite.
+    Infinite if they are equal, minus infinite if one of them is not finite.
     """
     value, reference = value.double(), reference.double()
-    if not bool(torch.isfinite(value).all()):
+    if not bool(torch.isfinite(value).all() and torch.isfinite(reference).all()):
         return -math.inf
     error = float((value - reference).square().mean().sqrt())
     peak = float(reference.abs().max())

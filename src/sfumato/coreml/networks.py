@@ -24,7 +24,7 @@ from sfumato.models.unet import UNet2DConditionOutput
 from sfumato.models.vae import AutoencoderKLOutput, DecoderOutput, DiagonalGaussianDistribution
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from sfumato.coreml.backends import Chain
     from sfumato.coreml.program import Feature
@@ -73,7 +73,7 @@ class ConvertedNetwork(Model):
     """What the stand-ins share: no weights to move, to cast, to save or to attend with."""
 
     remedy = (
-        "a converted model computes in half precision, whose range ends at 65504; draw with --compute-unit CPU_ONLY, "
+        "a converted model computes in half precision, whose range ends at 65504; use --compute-unit CPU_ONLY, "
         "or with the checkpoint itself (sfumato generate)"
     )
 
@@ -104,7 +104,7 @@ class ConvertedNetwork(Model):
 
     def save_pretrained(self, *arguments: Any, **options: Any) -> None:
         """Refused: what it was converted from can be saved."""
-        raise UsageError("a converted network has no weights to save; save the checkpoint that it was made from")
+        raise UsageError("a converted network has no weights to save; save its checkpoint instead")
 
     def set_attention(self, attention: AttentionFunction) -> None:
         """Refused: how it attends was chosen when it was converted."""
@@ -137,12 +137,15 @@ class ConvertedTextEncoder(ConvertedNetwork, CLIPTextModel):
         *,
         output_hidden_states: bool = False,
         return_dict: bool = True,
+        more: Tensor | None = None,
     ) -> CLIPTextOutput | tuple[Any, ...]:
         """As `CLIPTextModel`; masks and inner layers (clip_skip), which it does not have, raise `UsageError`."""
         if output_hidden_states:
-            raise UsageError("clip_skip reads inner layers, which a converted text encoder does not give; leave it out")
+            raise UsageError("clip_skip needs inner layers, which a converted text encoder does not return; omit it")
+        if more is not None:
+            raise UsageError("a converted text encoder supports only the tokens it was converted with; omit embeddings")
         if attention_mask is not None:
-            raise UsageError("a converted text encoder takes no attention_mask; leave it out")
+            raise UsageError("a converted text encoder takes no attention_mask; omit it")
         parts = []
         for rows, real in _rows(input_ids.shape[0], sides(self.chain, "input_ids")[0]):
             parts.append(_ask(self.chain, input_ids=input_ids[rows])[:real])
@@ -180,20 +183,27 @@ class ConvertedUNet(ConvertedNetwork, UNet2DConditionModel):
         attention_mask: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         *,
+        added_cond_kwargs: Mapping[str, Tensor] | None = None,
         return_dict: bool = True,
+        **residuals: Any,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
-        """As `UNet2DConditionModel`, in the one size of the model; class labels and masks raise `UsageError`."""
+        """As `UNet2DConditionModel`, in the one size of the model.
+
+        Class labels, masks and residuals of networks beside it raise `UsageError`.
+        """
+        if any(one is not None and len(one) for one in residuals.values()):
+            raise UsageError("a converted U-Net takes no control; use the checkpoint it was converted from")
         time, context = timestep, encoder_hidden_states
         if not isinstance(time, Moment):
-            time = self.moment(sample, time, class_labels, timestep_cond)
+            time = self.moment(sample, time, class_labels, timestep_cond, added_cond_kwargs)
         if not isinstance(context, Context):
             context = Context(context, attention_mask, encoder_attention_mask)
         if context.mask is not None or context.states_mask is not None:
-            raise UsageError("a converted U-Net takes no attention masks; leave them out")
+            raise UsageError("a converted U-Net takes no attention masks; omit them")
         pictures, sample = sample.shape[0], context.widen(sample)
         count, states = sample.shape[0], context.states.transpose(1, 2).unsqueeze(2)
         times = time.activated[:, 0].expand(count) if time.activated.shape[0] == 1 else time.activated[:, 0]
-        # The halves of guidance of one picture go together, so that it is computed the same way alone and among others.
+        # The halves of guidance of one image go together, so that it is computed the same way alone and among others.
         order = [half * pictures + picture for picture in range(pictures) for half in range(count // pictures)]
         parts = []
         for places, real in _rows(count, sides(self.chain, "sample")[0]):
@@ -206,7 +216,7 @@ class ConvertedUNet(ConvertedNetwork, UNet2DConditionModel):
         return UNet2DConditionOutput(x) if return_dict else (x,)
 
     def read(self, context: Context) -> None:
-        """Nothing: a converted model reads the prompt anew in every call."""
+        """Nothing: a converted model reads the prompt again in every call."""
 
     def moment(
         self,
@@ -214,10 +224,13 @@ class ConvertedUNet(ConvertedNetwork, UNet2DConditionModel):
         timestep: Tensor | float,
         class_labels: Tensor | None = None,
         timestep_cond: Tensor | None = None,
+        added_cond_kwargs: Mapping[str, Tensor] | None = None,
     ) -> Moment:
         """The timestep itself, (B, 1) or (1, 1): what is made of it is made in the model."""
-        if class_labels is not None or timestep_cond is not None:
-            raise UsageError("a converted U-Net takes no class_labels and no timestep_cond; leave them out")
+        if class_labels is not None or timestep_cond is not None or added_cond_kwargs:
+            raise UsageError(
+                "a converted U-Net takes no class_labels, no timestep_cond and no added_cond_kwargs; omit them"
+            )
         times = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1, 1)
         self._tell_of_rounding(times)
         return Moment(times)
@@ -254,22 +267,20 @@ class ConvertedAutoencoder(ConvertedNetwork, AutoencoderKL):
 
     def enable_tiling(self) -> None:
         """Refused: a converted model has one size."""
-        raise UsageError("a converted autoencoder handles pictures of its one size whole; leave tiling off")
+        raise UsageError("a converted VAE has a fixed image size; do not enable tiling")
 
-    def encode(
-        self, x: Tensor, *, return_dict: bool = True
-    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """As `AutoencoderKL`; raises `UsageError` where there is no converted encoder."""
         if self.encoding is None:
             raise UsageError(
-                "there is no VAE encoder among these models, and a picture to start from needs one; convert it too "
+                "image-to-image needs a VAE encoder, which these models lack; convert it too "
                 "(sfumato coreml convert --convert-vae-encoder)"
             )
         posterior = DiagonalGaussianDistribution(self._through(self.encoding, "x", x))
         return AutoencoderKLOutput(posterior) if return_dict else (posterior,)
 
     def decode(
-        self, z: Tensor, *, return_dict: bool = True, generator: torch.Generator | None = None
+        self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
         """As `AutoencoderKL`."""
         sample = self._through(self.decoding, "z", z)

@@ -39,6 +39,14 @@ BITS = (1, 2, 4, 6, 8)
 UNCHANGED = 16
 # Constants of no more numbers than this stay as they are, as in Apple's tools: their palette would weigh too much.
 SMALL = 2048
+# What operations multiply with, by the names of their inputs.
+_FACTORS = {
+    "conv": ("weight",),
+    "conv_transpose": ("weight",),
+    "einsum": ("values",),
+    "linear": ("weight",),
+    "matmul": ("x", "y"),
+}
 
 _NO_PALETTES = ("CoreML3", "CoreML4", "CoreML5")
 _VECTORS = ("CoreML6", "CoreML7")
@@ -50,9 +58,8 @@ _ALL_CODES = 2**16
 def palettize(model: Model, bits: int | Mapping[str, int]) -> Model:
     """The model with palettes of 1, 2, 4, 6 or 8 bits for its weights, or of as many as a recipe says for each.
 
-    A weight is a constant of more than `SMALL` floating-point numbers; those that `gather` reads (embeddings) stay as
-    they are, as in Apple's converter, and so do weights that a recipe does not name or gives 16 bits. One weight is
-    read at a time and only its packed indices are kept. The parts of a pipeline are palettized each. Raises
+    What a weight is, `weights_of` says; weights that a recipe does not name or gives 16 bits stay as they are. One
+    weight is read at a time and only its packed indices are kept. The parts of a pipeline are palettized each. Raises
     `UsageError` for bits that are none of these and for names that are no weights, `CheckpointError` naming a weight
     with NaN or infinity, `ConfigError` for a program older than iOS 16.
     """
@@ -61,10 +68,10 @@ def palettize(model: Model, bits: int | Mapping[str, int]) -> Model:
     recipe = dict.fromkeys(known, bits) if isinstance(bits, int) else bits
     for name in recipe:
         if name not in known:
-            raise UsageError(f"the recipe names {name!r}, which is no weight of this model{suggest(name, known)}")
+            raise UsageError(f"the recipe names {name!r}, which is not a weight of this model{suggest(name, known)}")
     chosen = {name: number for name, number in recipe.items() if number != UNCHANGED}
     if not chosen:
-        log.warning("no weight of the model was given a palette")
+        log.warning("no weight of the model was compressed")
         return model
     return model.with_functions(partial(_with_palettes, bits=chosen))
 
@@ -112,39 +119,52 @@ def _unpacked(unpack_all: Callable[[Call], tuple[np.ndarray, ...]], call: Call, 
 def read_recipe(path: Path) -> dict[str, int]:
     """Bits by the name of each weight, from a JSON object. Raises `CheckpointError` or `UsageError` naming the file."""
     if not path.is_file():
-        raise UsageError(f"there is no recipe {path}; name a JSON file with the bits of each weight by its name")
+        raise UsageError(f"there is no recipe {path}; give a JSON file with the bits of each weight by its name")
     recipe = read_json(path)
     for name, bits in recipe.items():
         if isinstance(bits, bool) or bits not in (*BITS, UNCHANGED):
-            raise UsageError(f"{path}: {name!r} has {bits!r} bits; give 1, 2, 4, 6, 8, or 16 to leave the weight alone")
+            raise UsageError(
+                f"{path}: {name!r} has {bits!r} bits; use 1, 2, 4, 6, 8, or 16 to leave the weight unchanged"
+            )
     return recipe
 
 
 def weights_of(model: Model) -> dict[str, Value]:
-    """The constants that palettes can be given to, by name: of all functions, and of all models of a pipeline."""
+    """The constants that palettes can be given to, by name: of all functions, and of all models of a pipeline.
+
+    They are those of more than `SMALL` floating-point numbers that convolutions and matrix products multiply with, and
+    nothing else reads. Masks, tables that are looked up, biases and the factors of normalizations are none, however
+    many numbers they have: they are no weights, or too few to be worth an error.
+    """
     found: dict[str, Value] = {}
     for function in model.functions:
-        apart = {
-            name
-            for operation in function.operations
-            if operation.type == "gather" or operation.type.startswith("constexpr_")
-            for name in operation.names
-        }
+        multiplied, other = _read(function)
         for operation in function.operations:
             name = operation.outputs[0].name if operation.outputs else ""
-            if operation.type == "const" and name not in apart and _is_weight(operation.attributes["val"]):
+            if operation.type == "const" and name in multiplied - other and _is_large(operation.attributes["val"]):
                 found[name] = operation.attributes["val"]
     return found
 
 
-def _is_weight(value: Value) -> bool:
+def _read(function: Function) -> tuple[set[str], set[str]]:
+    """The values that products multiply with, and those that are read in any other way or returned."""
+    multiplied: set[str] = set()
+    other: set[str] = set(function.outputs)
+    for operation in function.operations:
+        for role, argument in operation.inputs.items():
+            names = multiplied if role in _FACTORS.get(operation.type, ()) else other
+            names |= {entry for entry in argument if isinstance(entry, str)}
+    return multiplied, other
+
+
+def _is_large(value: Value) -> bool:
     return value.type.dtype in ("fp16", "fp32") and prod(side or 0 for side in value.type.shape) > SMALL
 
 
 def _check_bits(numbers: set[int]) -> None:
     for bits in numbers:
         if bits not in (*BITS, UNCHANGED):
-            raise UsageError(f"palettes have 1, 2, 4, 6 or 8 bits, not {bits}; 16 leaves a weight as it is")
+            raise UsageError(f"palettes have 1, 2, 4, 6 or 8 bits, not {bits}; 16 leaves a weight unchanged")
 
 
 def _with_palettes(function: Function, bits: Mapping[str, int]) -> Function:
@@ -155,7 +175,7 @@ def _with_palettes(function: Function, bits: Mapping[str, int]) -> Function:
 
 def _with_palette(operation: Operation, bits: Mapping[str, int], opset: str) -> Operation:
     name = operation.outputs[0].name if operation.outputs else ""
-    if operation.type != "const" or name not in bits or not _is_weight(operation.attributes["val"]):
+    if operation.type != "const" or name not in bits:
         return operation
     value = operation.attributes["val"]
     histogram = _Histogram.of(name, value)

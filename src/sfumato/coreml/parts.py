@@ -22,13 +22,13 @@ from sfumato.coreml.formats import read_model
 from sfumato.coreml.layout import find_models
 from sfumato.coreml.networks import ConvertedAutoencoder, ConvertedTextEncoder, ConvertedUNet, sides
 from sfumato.coreml.roles import INPUTS
-from sfumato.errors import CheckpointError, ConfigError
+from sfumato.errors import CheckpointError, ConfigError, DownloadError
 from sfumato.files import read_json
 from sfumato.schedulers.names import NAMES
 from sfumato.text.tokenizer import CLIPTokenizer, select_tokenizer_files
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from sfumato.checkpoints.locate import Select
@@ -56,14 +56,21 @@ BLOCKS, BLOCK_BYTES = 64, 4096
 
 
 def open_parts(
-    folder: Path, engine: Engine, model_version: str | None = None, *, kind: str | None = None
+    folder: Path,
+    engine: Engine,
+    model_version: str | None = None,
+    *,
+    kind: str | None = None,
+    local_files_only: bool = False,
 ) -> ConvertedParts:
     """Find the models in a folder, or below it, and read what they say; nothing is loaded yet.
 
     model_version: the checkpoint they were made from, where they do not say it; a folder or a hub id. kind: "packages"
-    or "compiled", where there are both. Raises `CheckpointError`, `ConfigError` or `UsageError` in one sentence.
+    or "compiled", where there are both. local_files_only: never ask the hub for the small files of that checkpoint; for
+    one that only the models name it is never asked. Raises `CheckpointError`, `ConfigError` or `UsageError` in one
+    sentence.
     """
-    return ConvertedParts(find_models(folder, kind=kind), engine, model_version)
+    return ConvertedParts(find_models(folder, kind=kind), engine, model_version, local_files_only)
 
 
 def small_files(name: str) -> Select:
@@ -72,7 +79,9 @@ def small_files(name: str) -> Select:
     def select(names: Sequence[str], strict: bool) -> list[str]:
         missing = [file for file in SMALL_FILES if file not in names]
         if missing:
-            raise CheckpointError(f"{name} has no {missing[0]}, so it is no Stable Diffusion checkpoint; name another")
+            raise CheckpointError(
+                f"{name} has no {missing[0]}, so it is not a Stable Diffusion checkpoint; give another"
+            )
         return [*SMALL_FILES, *select_tokenizer_files(names, "tokenizer")]
 
     return select
@@ -85,6 +94,7 @@ class ConvertedParts:
     found: Models
     engine: Engine
     model_version: str | None = None
+    local_files_only: bool = False
 
     @cached_property
     def text_encoder(self) -> ConvertedTextEncoder:
@@ -107,8 +117,8 @@ class ConvertedParts:
         if surplus := sorted(names - INPUTS["unet"]):
             kind = "Stable Diffusion XL" if {"time_ids", "text_embeds"} & names else "ControlNet or another kind"
             raise ConfigError(
-                f"{paths[0].name} also reads {', '.join(surplus)}, as models of {kind} do; what can be drawn with are "
-                "Stable Diffusion 1.x and 2.x"
+                f"{paths[0].name} also reads {', '.join(surplus)}, like models of {kind}; only Stable "
+                "Diffusion 1.x and 2.x are supported"
             )
         self._check_fit(paths[0], "latent channels", sides(network.chain, "sample")[1], config.in_channels)
         read = config.per_block("cross_attention_dim")[0]
@@ -155,7 +165,7 @@ class ConvertedParts:
             config, where = read_json(file), str(file)
         name = config.get("_class_name")
         if name not in {alias.class_name for alias in NAMES.values()}:
-            raise ConfigError(f"{where}: there is no scheduler {name!r}; 'sfumato schedulers' lists those there are")
+            raise ConfigError(f"{where}: there is no scheduler {name!r}; 'sfumato schedulers' lists all of them")
         return getattr(schedulers, name).from_config(config)
 
     @cached_property
@@ -210,8 +220,10 @@ class ConvertedParts:
             return None
         try:
             value = json.loads(text)
-        except ValueError as error:
-            raise CheckpointError(f"{path}: its metadata {key!r} is no JSON ({error}); convert it again") from error
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(
+                f"{path}: its metadata {key!r} is invalid JSON ({error}); convert it again"
+            ) from error
         if not isinstance(value, dict):
             raise CheckpointError(f"{path}: its metadata {key!r} must be a JSON object; convert it again")
         return value
@@ -219,20 +231,30 @@ class ConvertedParts:
     @cached_property
     def _checkpoint(self) -> Path:
         """The folder of the checkpoint that the models are of: asked for only where they do not say enough."""
-        said: Mapping[str, str] = self._read[self.found.unet[-1]].metadata
-        name = self.model_version or said.get("sfumato.source") or DEFAULT_VERSION
-        if self.model_version is None and "sfumato.source" not in said:
+        told = self._read[self.found.unet[-1]].metadata.get("sfumato.source")
+        name = self.model_version or told or DEFAULT_VERSION
+        if self.model_version is None and told is None:
             log.warning(
-                "these models do not say which checkpoint they are of, so they are taken to be %s, as Apple's runner "
-                "does; name another with --model-version",
+                "these models do not name their checkpoint; assuming %s, like Apple's runner; "
+                "give another with --model-version",
                 name,
             )
-        return locate_folder(name, small_files(name))
+        # Nothing is fetched because a file says so.
+        only_told = self.model_version is None and told is not None
+        try:
+            return locate_folder(name, small_files(name), local_files_only=self.local_files_only or only_told)
+        except (CheckpointError, DownloadError) as error:
+            if not only_told:
+                raise
+            raise CheckpointError(
+                f"these models were made from {name}, which is not on this machine; to download it, "
+                f"name it: --model-version {name}"
+            ) from error
 
     def _check_fit(self, path: Path, what: str, has: int, wanted: int) -> None:
         if has != wanted:
             raise CheckpointError(
-                f"{path.name} has {has} {what}, and by its checkpoint's config they are {wanted}; name the checkpoint "
+                f"{path.name} has {has} {what}, but its checkpoint's config says {wanted}; give the checkpoint "
                 "it was made from with --model-version"
             )
 
@@ -245,7 +267,7 @@ class ConvertedParts:
             return digest.hexdigest()[:32]
         for path in paths:
             for file in sorted(path.rglob("*.bin")):
-                if file.parent.name == "weights":
+                if file.parent.name == "weights" and file.is_file():
                     _sample(file, digest)
         return digest.hexdigest()[:32]
 

@@ -1,10 +1,9 @@
-"""Drawing with converted models: the one loop, the same schedulers and seeds, other networks."""
+"""Generating with converted models: the same loop, schedulers and seeds, with other networks."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from PIL import Image
@@ -13,19 +12,20 @@ from sfumato.coreml.backends import engine_for
 from sfumato.coreml.networks import ConvertedNetwork, ConvertedUNet, sides
 from sfumato.coreml.parts import open_parts
 from sfumato.errors import UnknownArgument, UsageError, suggest
+from sfumato.files import expanded
 from sfumato.images import fitted
-from sfumato.pipelines.pipeline import StableDiffusionPipeline
 from sfumato.pipelines.place import Place
+from sfumato.pipelines.public.stable_diffusion import StableDiffusionPipeline
 from sfumato.request import GenerateRequest
+from sfumato.runtime.device import reused_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Generator, Sequence
     from os import PathLike
 
-    from torch import Tensor
-
+    from sfumato.adapters.outfit import Worn
     from sfumato.coreml.runtime import Precision
-    from sfumato.pipelines.pipeline import DiffusionPipeline
+    from sfumato.pipelines.parts import Parts
     from sfumato.pipelines.result import Result, Step
     from sfumato.runtime.plan import Plan
 
@@ -33,7 +33,7 @@ __all__ = ["CoreMLPipeline", "FixedPlace", "load_pipeline"]
 
 log = logging.getLogger("sfumato")
 
-OPTIONS = ("compute_unit", "model_version", "kind", "reduce_memory", "portable", "precision")
+OPTIONS = ("compute_unit", "model_version", "kind", "reduce_memory", "portable", "precision", "local_files_only")
 
 
 def load_pipeline(
@@ -45,18 +45,20 @@ def load_pipeline(
     reduce_memory: bool = False,
     portable: bool = False,
     precision: Precision = "float32",
+    local_files_only: bool = False,
 ) -> CoreMLPipeline:
-    """Make a folder of converted models, or one around it, ready to draw.
+    """Load a folder of converted models, or a folder that contains one, as a pipeline.
 
-    compute_unit: "ALL", "CPU_AND_GPU", "CPU_ONLY" or "CPU_AND_NE", all there are if None; without Core ML, the portable
-    runtime computes on the CPU. model_version: the checkpoint that the models are of, a folder or a hub id, where they
-    do not say it themselves. kind: "packages" or "compiled", where there are both. reduce_memory: each model is
-    loaded for its own stage and let go after it. portable: use the portable runtime on macOS too. precision: of the
-    portable runtime; "typed" rounds to half precision wherever the models do. Raises `CheckpointError` for models that
-    are missing or do not fit, `UsageError` for a unit that is not there.
+    compute_unit: "ALL", "CPU_AND_GPU", "CPU_ONLY" or "CPU_AND_NE"; "ALL" if None. Without Core ML, the portable runtime
+    uses the CPU. model_version: the checkpoint the models were made from, a folder or a hub id, if they do not name it.
+    kind: "packages" or "compiled", if there are both. reduce_memory: keep each model in memory only for its own stage.
+    portable: use the portable runtime on macOS too. precision: of the portable runtime; "typed" rounds to half
+    precision wherever the models do. local_files_only: never download the small files of that checkpoint. Raises
+    `CheckpointError` for models that are missing or do not fit, and `UsageError` for a compute unit that is not
+    available.
     """
     engine = engine_for(compute_unit, portable=portable, precision=precision)
-    parts = open_parts(Path(folder).expanduser(), engine, model_version, kind=kind)
+    parts = open_parts(expanded(folder), engine, model_version, kind=kind, local_files_only=local_files_only)
     pipeline = CoreMLPipeline(
         text_encoder=parts.text_encoder,
         unet=parts.unet,
@@ -73,22 +75,21 @@ def load_pipeline(
 
 
 class CoreMLPipeline(StableDiffusionPipeline):
-    """Stable Diffusion whose networks are converted models. Made by `load_pipeline`.
+    """Stable Diffusion with converted models as networks. Created by `load_pipeline`.
 
-    Requests, calls, schedulers, seeds and recipes are those of every pipeline; the size of the pictures is the models'
-    own. `details` is what recipes say of the models.
+    Requests, calls, schedulers, seeds and recipes work as in every pipeline; the image size is the models' own.
+    `details` is what recipes say about the models.
     """
 
     details: dict[str, Any]
 
-    def __init__(self, **parts: Any) -> None:
-        super().__init__(**parts)
-        self.place = FixedPlace()
+    def _begin(self, parts: Parts, place: Place | None = None) -> None:
+        super()._begin(parts, place or FixedPlace())
         self.details = {}
 
     @classmethod
     def from_pretrained(cls, name: str | PathLike[str], **keywords: Any) -> CoreMLPipeline:
-        """As `load_pipeline`, whose options are the keywords. Raises `UnknownArgument` for another one."""
+        """Like `load_pipeline`, with its options as keywords. Raises `UnknownArgument` for any other."""
         for keyword in keywords:
             if keyword not in OPTIONS:
                 raise UnknownArgument(
@@ -98,38 +99,17 @@ class CoreMLPipeline(StableDiffusionPipeline):
         return load_pipeline(name, **keywords)
 
     def to(self, *places: Any, **named: Any) -> Self:
-        """Refused: where converted models compute is chosen when they are loaded."""
+        """Refused: the compute unit is chosen when converted models are loaded."""
         raise UsageError("converted models cannot be moved or cast; choose a compute unit when loading them")
 
     def save_pretrained(self, *arguments: Any, **options: Any) -> None:
-        """Refused: what the models were converted from can be saved."""
+        """Refused: save the checkpoint that the models were converted from."""
         raise UsageError("converted models cannot be saved as a checkpoint; save the one they were made from")
 
-    def read_picture(self, image: Any, size: tuple[int, int] | None) -> Tensor:
-        """A picture to start from, cut to the shape of the models' size around its middle and resized to it.
-
-        Arrays and tensors must have that size.
-        """
-        return super().read_picture(self._fitted(image), size)
-
-    def _fitted(self, image: Any) -> Any:
-        if isinstance(image, (list, tuple)):
-            return [self._fitted(one) for one in image]
-        if not isinstance(image, Image.Image):
-            return image
-        width, height = self.size_of(GenerateRequest())
-        if image.width * height != image.height * width:
-            log.warning(
-                "the picture is %d × %d and the models' are %d × %d: what is beyond that shape was cut off",
-                *image.size,
-                width,
-                height,
-            )
-        return fitted(image, (width, height))
-
     def stream(self, request: GenerateRequest) -> Generator[Step, None, Result]:
-        """As every pipeline's; the recipes also say which models drew, and by what."""
-        result = yield from super().stream(request)
+        """Like every pipeline's; the recipes also name the models and the backend."""
+        with reused_memory():
+            result = yield from super().stream(request)
         recipes = [recipe | {"coreml": self.details} for recipe in result.recipes]
         return dataclasses.replace(result, recipes=recipes)
 
@@ -144,29 +124,51 @@ class FixedPlace(Place):
         super().__init__()
         self.note, self.reduce_memory = note, reduce_memory
 
-    def plan(self, pipeline: DiffusionPipeline, request: GenerateRequest) -> Plan | None:
+    def fitted(self, parts: Parts, image: Any) -> Any:
+        """An image to start from, cut to the shape of the models' size around its middle and resized to it.
+
+        Arrays and tensors must have that size.
+        """
+        if isinstance(image, (list, tuple)):
+            return [self.fitted(parts, one) for one in image]
+        if not isinstance(image, Image.Image):
+            return image
+        width, height = parts.size_of(GenerateRequest())
+        if image.width * height != image.height * width:
+            log.warning(
+                "the input image is %d × %d, but the models need %d × %d; it was cropped to that shape",
+                *image.size,
+                width,
+                height,
+            )
+        return fitted(image, (width, height))
+
+    def plan(self, parts: Parts, request: GenerateRequest, worn: Sequence[Worn] = ()) -> Plan | None:
         """None: there is nothing to decide. Raises `UsageError` for a size that the models do not have."""
-        width, height = pipeline.size_of(GenerateRequest())
+        width, height = parts.size_of(GenerateRequest())
+        for name in ("freeu", "seamless", "hires"):
+            if getattr(request, name) is not None:
+                raise UsageError(f"converted models do not support {name}; drop it, or use the checkpoint itself")
         if (request.width, request.height) != (width, height):
             raise UsageError(
-                f"these models draw pictures of {width} × {height} and of no other size, so not of {request.width} × "
-                f"{request.height}; leave width and height out, or convert the checkpoint for that size"
+                f"these models only generate images of {width} × {height}, not {request.width} × "
+                f"{request.height}; omit width and height, or convert the checkpoint for that size"
             )
         return None
 
-    def largest_batch(self, pipeline: DiffusionPipeline, request: GenerateRequest) -> int:
-        """How many pictures one call of the U-Net draws at."""
-        unet = pipeline.unet
+    def largest_batch(self, parts: Parts, request: GenerateRequest) -> int:
+        """How many images one call of the U-Net draws at."""
+        unet = parts.unet
         rows = sides(unet.chain, "sample")[0] if isinstance(unet, ConvertedUNet) else 1
-        return max(1, rows // (2 if request.guidance_scale > 1 else 1))
+        return max(1, rows // (2 if request.chosen_scale > 1 else 1))
 
-    def bring(self, pipeline: DiffusionPipeline, part: str, plan: Plan | None, notes: list[str]) -> None:
+    def bring(self, parts: Parts, part: str, plan: Plan | None, notes: list[str], worn: Sequence[Worn] = ()) -> None:
         """Nothing but the note: a model that is not there is loaded when it is asked."""
         if self.note is not None and self.note not in notes:
             self._say(self.note, notes)
 
-    def leave(self, pipeline: DiffusionPipeline, part: str, plan: Plan | None) -> None:
+    def leave(self, parts: Parts, part: str, plan: Plan | None) -> None:
         """Let go of a network's models, where memory is to be spared."""
-        network = getattr(pipeline, part)
-        if self.reduce_memory and isinstance(network, ConvertedNetwork):
-            network.release()
+        for network in parts.stage(part).values():
+            if self.reduce_memory and isinstance(network, ConvertedNetwork):
+                network.release()

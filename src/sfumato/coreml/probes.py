@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil, prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,32 +19,37 @@ if TYPE_CHECKING:
     from sfumato.coreml.source import Source
     from sfumato.models.base import Model
 
-__all__ = ["PROMPT", "Probe", "answer", "embeddings", "probes", "rounded_to_float16"]
+__all__ = ["PROMPT", "Probe", "answer", "embeddings", "probes"]
 
 Probe = dict[str, torch.Tensor]
 
 PROMPT = "a red apple, 3d"
-# Early, middle and late in a run of a model trained on 1000 timesteps: where the sines differ most between precisions.
-TIMESTEPS = (981.0, 481.0, 1.0)
+# From early to late in a run of a model trained on 1000 timesteps: where the sines differ most between precisions.
+# Those of one batch differ, so that rows that are taken for one another show.
+TIMESTEPS = (981.0, 1.0, 481.0, 721.0)
 SEED = 0
 
 
 def probes(part: str, interface: Interface, source: Source) -> list[Probe]:
-    """Inputs for one part, named and shaped as its interface says; float32 on the CPU, the same at every call.
+    """Inputs for one part, named and shaped as its interface says; on the CPU, the same at every call.
 
-    All are numbers that float16 can say too, so that rounding them is no part of what is compared.
-    Raises `CheckpointError` where the interface is none that such a part has.
+    Floating-point numbers are those that float16 can say too, so that rounding them is no part of what is compared;
+    token ids are whole numbers and stay as they are. Raises `CheckpointError` where the interface is none that such a
+    part has.
     """
-    return [{name: x.half().float() for name, x in probe.items()} for probe in _probes(part, interface, source)]
+    return [
+        {name: x.half().float() if x.is_floating_point() else x for name, x in probe.items()}
+        for probe in _probes(part, interface, source)
+    ]
 
 
 @torch.no_grad()
 def answer(part: str, network: Model, probe: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a network of the source makes of a probe, under the names of Core ML's outputs."""
     net: Any = network
-    probe = {name: tensor if name == "input_ids" else tensor.to(network.dtype) for name, tensor in probe.items()}
+    probe = {name: x.to(network.dtype) if x.is_floating_point() else x for name, x in probe.items()}
     if part == "text_encoder":
-        last, pooled = net(probe["input_ids"].long(), return_dict=False)
+        last, pooled = net(probe["input_ids"], return_dict=False)
         return {"last_hidden_state": last, "pooled_outputs": pooled}
     if part == "unet":
         states = probe["encoder_hidden_states"].squeeze(2).transpose(1, 2)
@@ -53,28 +59,16 @@ def answer(part: str, network: Model, probe: Mapping[str, Tensor]) -> dict[str, 
     return {"latent": net.encode(probe["x"], return_dict=False)[0].parameters}
 
 
-def rounded_to_float16(network: Model) -> bool:
-    """Round a network's float32 weights to what float16 can say, in place; whether any of them changed."""
-    changed = False
-    with torch.no_grad():
-        for weight in network.parameters():
-            rounded = weight.half().float()
-            if not torch.equal(rounded, weight):
-                weight.copy_(rounded)
-                changed = True
-    return changed
-
-
 def embeddings(texts: tuple[str, ...], length: int, source: Source) -> Tensor:
     """What the source's own text encoder makes of texts: (B, length, C) in float32."""
     encoder = source.load("text_encoder", torch.float32)
-    ids = source.tokenizer(texts, max_length=length).input_ids
+    ids = source.tokenizer.fitted(texts, length).input_ids
     return answer("text_encoder", encoder, {"input_ids": ids})["last_hidden_state"]
 
 
 def _tokens(text: str, shape: tuple[int, int], source: Source) -> Tensor:
-    ids = source.tokenizer([text], max_length=shape[1]).input_ids
-    return ids.float()
+    """Token ids (1, S), as whole numbers."""
+    return source.tokenizer.fitted([text], shape[1]).input_ids
 
 
 def _states(shape: tuple[int, int, int, int], source: Source) -> Tensor:
@@ -83,13 +77,13 @@ def _states(shape: tuple[int, int, int, int], source: Source) -> Tensor:
     own = source.sizes.text_encoder_config.hidden_size
     if width != own:
         raise CheckpointError(
-            f"the U-Net reads embeddings of {width} numbers and {source.name} makes {own}; name the right checkpoint"
+            f"the U-Net needs embeddings with {width} values, but {source.name} gives {own}; use the right checkpoint"
         )
-    return embeddings(("", PROMPT)[-batch:], length, source).transpose(1, 2)[:, :, None]
+    return embeddings((("", PROMPT) * batch)[-batch:], length, source).transpose(1, 2)[:, :, None]
 
 
 def _picture(shape: tuple[int, int, int, int]) -> Tensor:
-    """A smooth picture in [-1, 1] with an edge in it, as photographs have both."""
+    """A smooth image in [-1, 1] with an edge in it, as photographs have both."""
     height, width = shape[2:]
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
     disc = torch.where(x**2 + y**2 < 0.5, 0.5, -0.5)
@@ -110,9 +104,14 @@ def _probes(part: str, interface: Interface, source: Source) -> list[Probe]:
         return [{"input_ids": _tokens(text, shapes["input_ids"], source)} for text in (PROMPT, "")]
     if part == "unet":
         states = _states(shapes["encoder_hidden_states"], source)
-        sample = torch.randn(shapes["sample"], generator=generator)
-        times = [torch.full(shapes["timestep"], timestep) for timestep in TIMESTEPS]
-        return [{"sample": sample, "timestep": time, "encoder_hidden_states": states} for time in times]
+        rows = prod(shapes["timestep"])
+        count = ceil(len(TIMESTEPS) / rows)
+        times = torch.tensor(TIMESTEPS * rows)[: count * rows].reshape(count, *shapes["timestep"])
+        samples = torch.randn((count, *shapes["sample"]), generator=generator)
+        return [
+            {"sample": sample, "timestep": time, "encoder_hidden_states": states}
+            for sample, time in zip(samples, times, strict=True)
+        ]
     if part == "vae_decoder":
         scale = source.sizes.vae_config.scaling_factor
         return [{"z": torch.randn(shapes["z"], generator=generator) / scale}]

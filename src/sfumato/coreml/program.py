@@ -16,6 +16,7 @@ import numpy as np
 
 __all__ = [
     "ARRAY_DTYPES",
+    "COLORS",
     "MAIN",
     "SUBBYTE_BITS",
     "Argument",
@@ -40,6 +41,9 @@ MAIN = "main"
 
 # Bits of the types that share bytes, packed from the lowest bit up; each is held here as a whole (u)int8.
 SUBBYTE_BITS = {"uint1": 1, "uint2": 2, "uint3": 3, "uint4": 4, "uint6": 6, "int4": 4}
+
+# How the channels of images can be ordered, and how many there are.
+COLORS: Mapping[str, int] = {"RGB": 3, "BGR": 3, "GRAYSCALE": 1, "GRAYSCALE_FLOAT16": 1}
 
 # The words of model.mil for types, and the arrays that hold their values. bfloat16 is widened when it is read.
 ARRAY_DTYPES: Mapping[str, np.dtype] = {
@@ -172,7 +176,9 @@ class Flexibility:
 class Feature:
     """An input or output as callers see it: an array of "fp16", "fp32", "fp64", "int8" or "int32".
 
-    A side that may vary is None in the type; `flexibility` says how.
+    A side that may vary is None in the type; `flexibility` says how. default: what an input that is not given is filled
+    with. image: a word of `COLORS` for an image, an array (1, C, H, W) of numbers from 0 to 255; scaling them is part
+    of the program.
     """
 
     name: str
@@ -180,6 +186,8 @@ class Feature:
     optional: bool = False
     description: str = ""
     flexibility: Flexibility | None = None
+    default: float | None = None
+    image: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +222,7 @@ class Model:
     def program(self) -> Program:
         """The program; a pipeline has several, so asking it is a mistake of the caller."""
         if not isinstance(self.body, Program):
-            raise TypeError("a pipeline is no single program")
+            raise TypeError("a pipeline is not a single program")
         return self.body
 
     @property
@@ -225,10 +233,6 @@ class Model:
         else:
             for _, model in self.body:
                 yield from model.functions
-
-    def with_function(self, function: Function) -> Model:
-        """The same model with another default function."""
-        return replace(self, body=Program({**self.program.functions, self.default_function: function}))
 
     def with_functions(self, change: Callable[[Function], Function]) -> Model:
         """The same model with every function changed; of a pipeline those of its models."""

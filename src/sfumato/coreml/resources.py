@@ -11,18 +11,19 @@ import logging
 import shutil
 import subprocess
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from sfumato.coreml.formats import read_model, write_compiled
-from sfumato.coreml.formats.folders import replacing_folder
 from sfumato.coreml.layout import Models, compiled_names, remove_stale, stale
 from sfumato.coreml.roles import PARTS
 from sfumato.errors import CheckpointError, OutputError, UsageError
 from sfumato.files import output_folder, read_json, replacing
+from sfumato.folders import replacing_folder
+from sfumato.leftovers import beside
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sfumato.text.tokenizer import CLIPTokenizer
 
 __all__ = ["compile_package", "resources"]
@@ -39,11 +40,11 @@ def resources(folder: Path, models: Models, tokenizer: CLIPTokenizer) -> Path:
     are compiled already, `OutputError` if Apple's compiler fails or nothing can be written.
     """
     if models.kind != "packages":
-        raise UsageError(f"the models in {models.folder} are compiled already; give the folder of their packages")
+        raise UsageError(f"the models in {models.folder} are already compiled; give the folder with their packages")
     folder = output_folder(folder)
     if not _has_compiler():
         log.warning(
-            "Apple's compiler is not here (it comes with Xcode), so the compiled form is Sfumato's own, which is "
+            "Apple's compiler (part of Xcode) was not found, so the compiled form is Sfumato's own, which is "
             "experimental; apps can compile the packages themselves"
         )
     for part in PARTS:
@@ -63,13 +64,13 @@ def compile_package(package: Path, path: Path) -> None:
     if not _has_compiler():
         write_compiled(read_model(package), path)
         return
-    with TemporaryDirectory(dir=path.parent, prefix=".compiling-") as place:
-        command = [*_COMPILER, "compile", str(package), place]
+    with beside(path, folder=True) as place:
+        command = [*_COMPILER, "compile", str(package), str(place)]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-        made = Path(place) / f"{package.stem}.mlmodelc"
+        made = place / f"{package.stem}.mlmodelc"
         if done.returncode != 0 or not made.is_dir():
             said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
-            raise OutputError(f"Apple's compiler did not compile {package} ({said}); look at what Xcode says of it")
+            raise OutputError(f"Apple's compiler did not compile {package} ({said}); see Xcode's message")
         with replacing_folder(path) as new:
             shutil.copytree(made, new, dirs_exist_ok=True)
 
@@ -93,9 +94,7 @@ def _write_bpe(folder: Path) -> None:
         or not isinstance(model.get("vocab"), dict)
         or not isinstance(model.get("merges"), list)
     ):
-        raise CheckpointError(
-            f"{where} holds no byte-pair encoding, which Swift apps need; use a checkpoint that has it"
-        )
+        raise CheckpointError(f"{where} has no byte-pair encoding, which Swift apps need; use another checkpoint")
     merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
     with replacing(folder / "vocab.json") as temporary:
         temporary.write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")

@@ -15,7 +15,7 @@ __all__ = ["INPUTS", "PARTS", "Candidate", "look", "sorted_out"]
 
 log = logging.getLogger("sfumato")
 
-# What Core ML has models of, in the order in which a picture asks them, and what each reads when it is whole.
+# What Core ML has models of, in the order in which an image asks them, and what each reads when it is whole.
 INPUTS = {
     "text_encoder": frozenset({"input_ids"}),
     "unet": frozenset({"sample", "timestep", "encoder_hidden_states"}),
@@ -93,7 +93,7 @@ def _twice(folder: Path, found: Sequence[Candidate]) -> str:
     hint = "keep the models of one checkpoint in a folder of their own"
     if all("input_ids" in one.inputs for one in found):
         hint += "; those of Stable Diffusion XL and 3, which have several text encoders, are not supported"
-    return f"{folder} holds {names}, which are for the same part; {hint}"
+    return f"{folder} contains {names}, which are for the same part; {hint}"
 
 
 def _unet(heads: list[Candidate], others: list[Candidate]) -> list[Candidate]:
@@ -105,7 +105,7 @@ def _unet(heads: list[Candidate], others: list[Candidate]) -> list[Candidate]:
         if len(some) > 1:
             raise CheckpointError(_twice(some[0][0].path.parent, [chain[0] for chain in some]))
     if cut and whole:
-        log.warning("the U-Net is there whole and in chunks; the chunks are used, as Apple's runners do")
+        log.warning("the U-Net exists both whole and in chunks; the chunks are used, as Apple's runners do")
     return next(iter(cut or whole), [])
 
 
@@ -123,7 +123,7 @@ def _chain(head: Candidate, others: list[Candidate]) -> list[Candidate]:
     if len(chain[-1].outputs) != 1 or (count.isdecimal() and len(chain) != int(count)):
         trouble = next((one.trouble for one in others if one.trouble), "")
         raise CheckpointError(
-            f"{chain[-1].path} is a chunk of a U-Net, and the one that goes on with it is not beside it; "
+            f"{chain[-1].path} is a chunk of a U-Net, but the next chunk is missing; "
             + (trouble or "convert or download all chunks")
         )
     return chain

@@ -10,23 +10,29 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sfumato.adapters.outfit import wear
 from sfumato.checkpoints.builtin import BUILT_IN
-from sfumato.checkpoints.locate import locate_folder
-from sfumato.checkpoints.suggested import suggested_settings
+from sfumato.checkpoints.locate import full_name
 from sfumato.errors import ConfigError
-from sfumato.files import read_json
-from sfumato.pipelines.components import INDEX, ComponentFiles, component_class
-from sfumato.pipelines.recipe import fingerprint
+from sfumato.files import expanded
+from sfumato.pipelines.additions import read_adapters
+from sfumato.pipelines.components import ComponentFiles
+from sfumato.pipelines.fingerprint import fingerprint
+from sfumato.pipelines.recipe import joined_hash
 from sfumato.pipelines.sizes import read_sizes
-from sfumato.text.tokenizer import CLIPTokenizer
+from sfumato.pipelines.source import Source as Checkpoint
+from sfumato.pipelines.source import open_source as open_checkpoint
 
 if TYPE_CHECKING:
     from os import PathLike
 
     import torch
 
+    from sfumato.adapters.outfit import Worn
     from sfumato.models.base import Model
+    from sfumato.request import AdapterFile
     from sfumato.runtime.choices import Sizes
+    from sfumato.text.tokenizer import CLIPTokenizer
 
 __all__ = ["NETWORK_OF", "Source", "open_source"]
 
@@ -36,81 +42,85 @@ NETWORK_OF = {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "va
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint's folder, and how its weights are to be read."""
+    """A checkpoint in a folder or a file, seen as what Core ML models are made from."""
 
     name: str
-    folder: Path
-    variant: str | None = None
-    use_safetensors: bool | None = None
+    checkpoint: Checkpoint
+    adapters: tuple[AdapterFile, ...] = ()  # whose changes are baked into the weights
 
     @property
     def label(self) -> str:
-        """What files are named after: the hub id, or the name of the folder without the way to it."""
-        return Path(os.path.abspath(self.folder)).name if Path(self.name).expanduser().is_dir() else self.name
+        """What files are named after: the hub id, or the name of the folder or file without the way to it."""
+        if not os.path.exists(expanded(self.name)):
+            return self.name
+        return Path(os.path.abspath(self.checkpoint.path)).name.removesuffix(".safetensors")
 
     def load(self, part: str, dtype: torch.dtype | None = None) -> Model:
         """The network that a part of Core ML is made from, on the CPU; mapped from its file in the stored precision.
 
         Raises `CheckpointError` or `ConfigError` naming file and key.
         """
-        network = NETWORK_OF[part]
-        cls = component_class(self.folder, self._index, network)
-        return cls.from_folder(
-            self.folder / network, dtype=dtype, variant=self.variant, use_safetensors=self.use_safetensors
-        )
+        model = self.checkpoint.load(NETWORK_OF[part], dtype)
+        if self.adapters and NETWORK_OF[part] != "vae":
+            wear(model, NETWORK_OF[part], self._worn, fused=True)
+        return model
 
     def config(self, network: str) -> dict[str, Any]:
-        """The config of a network, as its file has it."""
-        return read_json(self.folder / network / "config.json")
+        """The config of a network, as a JSON file has it."""
+        return json.loads(json.dumps(self.checkpoint.config(network).to_dict()))
 
     def check(self) -> None:
         """Raise what would be raised later, before any work: each network's class, config and weight files."""
-        for network in dict.fromkeys(NETWORK_OF.values()):
-            component_class(self.folder, self._index, network)
-        if component_class(self.folder, self._index, "vae").__name__ != "AutoencoderKL":
+        found = {network: self.checkpoint.class_of(network) for network in NETWORK_OF.values()}
+        if None in found.values() or self.checkpoint.class_of("text_encoder_2") is not None:
             raise ConfigError(
-                f"{self.folder / INDEX}: the vae is an AutoencoderTiny, which has no Core ML form here; "
+                f"{self.checkpoint.where}: only checkpoints with one text encoder can be converted, as in Stable "
+                "Diffusion 1.x and 2.x; give such a checkpoint"
+            )
+        if found["vae"].__name__ != "AutoencoderKL":
+            raise ConfigError(
+                f"{self.checkpoint.where}: the vae is an AutoencoderTiny, which cannot be converted to Core ML; "
                 "convert the checkpoint with its full autoencoder"
             )
 
     @cached_property
     def sizes(self) -> Sizes:
         """Parameters and bytes of each network, from the headers."""
-        return read_sizes(self.folder, self.variant, use_safetensors=self.use_safetensors)
+        return read_sizes(self.checkpoint)
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
         """The tokenizer."""
-        return CLIPTokenizer.from_folder(self.folder / "tokenizer")
+        return self.checkpoint.load("tokenizer")
 
     @cached_property
     def scheduler(self) -> dict[str, Any]:
         """The config of the checkpoint's own scheduler, its class among the keys."""
-        cls = component_class(self.folder, self._index, "scheduler")
-        config = cls.from_pretrained(self.folder, subfolder="scheduler").config.to_dict()
-        return json.loads(json.dumps(config)) | {"_class_name": cls.__name__}
+        scheduler = self.checkpoint.load("scheduler")
+        return json.loads(json.dumps(scheduler.config.to_dict())) | {"_class_name": type(scheduler).__name__}
 
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Steps and guidance scale that the checkpoint asks for, if it does."""
-        return suggested_settings(self.folder)
+        return dict(self.checkpoint.suggested)
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """A hash for each network, the same in every precision (pipelines/recipe.py)."""
+        """A hash for each network, the same in every precision (pipelines/fingerprint.py)."""
         one_part_of = {network: part for part, network in NETWORK_OF.items()}
         return {network: fingerprint(self.load(part)) for network, part in one_part_of.items()}
 
     @cached_property
     def hash(self) -> str:
-        """The hash of the whole checkpoint, as recipes of pictures carry it."""
-        prints = self.fingerprints
-        joined = "".join(prints[network] for network in ("text_encoder", "unet", "vae"))
-        return hashlib.sha256(joined.encode()).hexdigest()[:32]
+        """The hash of the whole checkpoint, as recipes of images carry it; with adapters, also of these."""
+        own = joined_hash(self.fingerprints)
+        if not self.adapters:
+            return own
+        return hashlib.sha256(repr((own, [one.key for one in self._worn])).encode()).hexdigest()[:32]
 
     @cached_property
-    def _index(self) -> dict[str, Any]:
-        return read_json(self.folder / INDEX)
+    def _worn(self) -> tuple[Worn, ...]:
+        return read_adapters(self.adapters, {part: self.checkpoint.load(part) for part in ("unet", "text_encoder")})
 
 
 def open_source(
@@ -118,14 +128,15 @@ def open_source(
     *,
     variant: str | None = None,
     use_safetensors: bool | None = None,
+    adapters: tuple[AdapterFile, ...] = (),
     **hub: Any,
 ) -> Source:
-    """A checkpoint by folder, hub id or "built-in"; downloaded if it is not here. Loads no weights.
+    """A checkpoint by folder, file, hub id or "built-in"; downloaded if necessary. Loads no weights.
 
-    Hub keywords: cache_dir, revision, token, local_files_only, force_download. Raises `CheckpointError` in a sentence.
+    adapters: files whose changes are baked into the weights.
+
+    Hub keywords: cache_dir, revision, token, local_files_only, force_download. Raises `CheckpointError`.
     """
-    files = ComponentFiles(variant, use_safetensors)
-    folder = locate_folder(name, files.select, **hub)
-    source = Source(str(name), folder, variant, use_safetensors)
+    source = Source(full_name(name), open_checkpoint(name, ComponentFiles(variant, use_safetensors), hub), adapters)
     source.check()
     return source

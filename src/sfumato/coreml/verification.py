@@ -1,11 +1,11 @@
-"""Proving converted models right: against the checkpoint they were made from, on any machine.
+"""Verifying converted models against the checkpoint they were made from, on any machine.
 
-Core ML computes on Apple's devices only, but what a package says is an exact program, so the portable runtime can be
-asked. Three things are proved of each network: that its graph is the source's, by running it in float32 on the weights
-it ships (100 dB leave no room for a wrong operation); that the precision it ships suffices; and, where weights have
-palettes, that looking them up gives the very numbers of plain weights. Then a picture is drawn by both.
+Core ML only runs on Apple's devices, but a package is an exact program, which the portable runtime can run. Three
+things are verified for each network: its weights are the source's, value by value, rounded to float16 or as near as
+their palettes allow; its graph is the source's, by running it in float32 on the source's own weights (100 dB leave no
+room for a wrong operation); and its precision is sufficient. Then both generate an image.
 
-What this cannot show is how an Apple device rounds: the Neural Engine and GPUs add up in their own order.
+Rounding on an Apple device cannot be checked here: the Neural Engine and GPUs add up in their own order.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import gc
 import logging
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,15 +25,16 @@ from sfumato.coreml.conversion import ConversionOptions, build
 from sfumato.coreml.departure import departure
 from sfumato.coreml.formats import read_model
 from sfumato.coreml.layout import REQUIRED, find_models
+from sfumato.coreml.matching import FREQUENCIES, Weights, is_compressed
 from sfumato.coreml.measure import decibels
-from sfumato.coreml.palettize import decompress
-from sfumato.coreml.probes import PROMPT, answer, probes, rounded_to_float16
-from sfumato.coreml.program import Model, TensorType, Value, constant
+from sfumato.coreml.probes import PROMPT, answer, probes
+from sfumato.coreml.program import Model
 from sfumato.coreml.runtime import Predictor
 from sfumato.coreml.source import open_source
 from sfumato.errors import CheckpointError, DownloadError, UsageError
 from sfumato.images import psnr
 from sfumato.request import GenerateRequest
+from sfumato.runtime.device import release_memory, reused_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from sfumato.coreml.layout import Models
+    from sfumato.coreml.matching import Matches
     from sfumato.coreml.probes import Probe
     from sfumato.coreml.program import Operation
     from sfumato.coreml.source import Source
@@ -58,15 +60,19 @@ SHIPPED_DB = 55.0
 FOREIGN_GRAPH_DB = 60.0
 PICTURE_DB = 30.0
 PICTURE_SEED = 7
-# Steps of the picture that is compared, where the checkpoint asks for none: enough to show a fault, few enough to wait.
+# Steps of the image that is compared, where the checkpoint asks for none: enough to show a fault, few enough to wait.
 PICTURE_STEPS = 4
+# Sines of a timestep: in float16, as other converters have them, their angles are up to a third of a radian uncertain.
+WAVES = ("sin", "cos")
 
 
 @dataclass(frozen=True)
 class Check:
     """One comparison: the part, what was compared, the agreement in dB (infinite if equal), and what is needed.
 
-    needed is None where the number is only reported; `hint` says where the two part, for a check that failed.
+    needed is None where the number is only reported, though it must be finite; `hint` says where the two part, for a
+    check that failed. undecided: a failure does not show that the model is wrong, as there was something in it that
+    could not be compared with the source.
     """
 
     part: str
@@ -74,11 +80,19 @@ class Check:
     db: float
     needed: float | None
     hint: str = ""
+    undecided: bool = False
 
     @property
     def passed(self) -> bool:
         """Whether it is as good as needed."""
-        return self.needed is None or self.db >= self.needed
+        return self.db > -math.inf and (self.needed is None or self.db >= self.needed)
+
+    @property
+    def verdict(self) -> str:
+        """In a word: "ok", "reported", "WRONG" or "not proved"."""
+        if self.passed:
+            return "reported" if self.needed is None else "ok"
+        return "not proved" if self.undecided else "WRONG"
 
 
 @dataclass(frozen=True)
@@ -94,15 +108,22 @@ class Verification:
         """Whether every one is as good as needed."""
         return all(check.passed for check in self.checks)
 
+    @property
+    def wrong(self) -> bool:
+        """Whether one shows that the models are not the checkpoint's."""
+        return any(check.verdict == "WRONG" for check in self.checks)
+
     def to_dict(self) -> dict[str, Any]:
         """For programs: as JSON has no infinity, the agreement of equal numbers is None."""
         checks = [
             dataclasses.asdict(check)
-            | {"passed": check.passed, "equal": check.db == math.inf}
+            | {"passed": check.passed, "equal": check.db == math.inf, "verdict": check.verdict}
             | {key: None if math.isinf(getattr(check, key) or 0) else getattr(check, key) for key in ("db", "needed")}
             for check in self.checks
         ]
-        return {"folder": str(self.folder), "against": self.source, "passed": self.passed, "checks": checks}
+        verdict = "ok" if self.passed else "WRONG" if self.wrong else "not proved"
+        told = {"folder": str(self.folder), "against": self.source, "passed": self.passed, "verdict": verdict}
+        return told | {"checks": checks}
 
 
 def verify(
@@ -114,64 +135,96 @@ def verify(
     steps: int | None = None,
     on_part: Callable[[str], None] | None = None,
 ) -> Verification:
-    """Prove the models in a folder against a checkpoint: the one given, or the one they name as their source.
+    """Verify the models in a folder against a checkpoint: the given one, or the one they name as their source.
 
-    parts: those to look at, all that are there if None; picture: whether to draw one with both, in `steps` steps.
-    `on_part` is told each part before its work. Raises `CheckpointError` if models are damaged or none of this
-    checkpoint, `UsageError` if they name no source and none is given.
+    parts: those to verify, all if None; picture: whether to generate an image with both, in `steps` steps. `on_part` is
+    called with each part before its verification. Raises `CheckpointError` if models are damaged or belong to another
+    checkpoint, and `UsageError` if they name no source and none is given.
     """
     if steps is not None:
         GenerateRequest(prompt=PROMPT, steps=steps)  # refused here, and not after all other proofs
     models = find_models(folder, required=parts or ())
     for path, trouble in models.unread.items():
         raise CheckpointError(f"{path.name} cannot be verified: {trouble}")
-    source = against or _named_source(models)
+    read = {part: [read_model(path) for path in paths] for part, paths in models.parts.items()}
+    source = against or _named_source(next(iter(read.values()))[0])
     missing = [part for part in REQUIRED if not models.paths(part)]
     if picture and missing:
-        log.warning("no picture is compared, as %s has no %s", models.folder, " and no ".join(missing))
+        log.warning("no image is compared, because %s has no %s", models.folder, " and no ".join(missing))
         picture = False
     checks: list[Check] = []
-    for part in parts or models.parts:
-        _tell(on_part, part)
-        try:
-            checks += prove(part, [read_model(path) for path in models.paths(part)], source)
-        except CheckpointError as error:
-            raise CheckpointError(f"{models.folder}, {part}: {error}") from error
-        gc.collect()  # a network's modules hold each other, and the next one needs their room
-    if picture:
-        _tell(on_part, "picture")
-        palettes = any(_has_palettes(read_model(path)) for paths in models.parts.values() for path in paths)
-        checks.append(_compare_pictures(folder, source, steps, needed=None if palettes else PICTURE_DB))
+    with reused_memory():
+        for part in parts or models.parts:
+            _tell(on_part, part)
+            try:
+                checks += prove(part, read[part], source)
+            except CheckpointError as error:
+                raise CheckpointError(f"{models.folder}, {part}: {error}") from error
+        if picture:
+            _tell(on_part, "picture")
+            compressed = any(_is_compressed(one) for chunks in read.values() for one in chunks)
+            checks.append(_compare_pictures(folder, source, steps, needed=None if compressed else PICTURE_DB))
     return Verification(folder, source.name, tuple(checks))
 
 
 def prove(part: str, chunks: list[Model], source: Source) -> Iterator[Check]:
     """The comparisons of one part, whole or in chunks."""
     ours = all("sfumato.part" in one.metadata for one in chunks)
-    palettes = any(_has_palettes(one) for one in chunks)
     shipped = _whole(chunks)
     tried = probes(part, shipped.interface, source)
-    network = source.load(part, torch.float32)
-    expected = [answer(part, network, probe) for probe in tried]
-    exact = [answer(part, network, probe) for probe in tried] if rounded_to_float16(network) else expected
-    weights = {name.replace(".", "_"): tensor for name, tensor in network.state_dict().items()} if palettes else {}
-    del network
-    if not palettes or ours:
-        plain = Predictor(_whole([_with_weights(one, weights) for one in chunks]), precision="float32")
-        needed = GRAPH_DB if ours else FOREIGN_GRAPH_DB
-        check, probe = _compare(part, "graph in float32", plain, tried, exact, needed)
-        yield check if check.passed else _located(check, plain, _rebuilt(part, chunks[0], source), probe)
-        del plain
-    del weights
+    expected = _answers(part, tried, source)
+    matches = Weights(partial(source.load, part)).find(chunks, named=ours)
+    yield from _weights(part, matches, ours=ours)
+    plain = Predictor(_whole([matches.put_into(one) for one in chunks]), precision="float32")
+    check, probe = _compare(part, "graph in float32", plain, tried, expected, GRAPH_DB if ours else FOREIGN_GRAPH_DB)
+    yield _judged(check, plain, lambda: _rebuilt(part, chunks[0], source), probe, matches)
+    del plain
+    yield from _precision(part, chunks, matches, tried, expected)
+
+
+def _precision(
+    part: str, chunks: list[Model], matches: Matches, tried: list[Probe], expected: list[dict[str, Tensor]]
+) -> Iterator[Check]:
+    """What is lost by rounding: to float16, and beside that what others round and what compression does."""
+    shipped = _whole(chunks)
+    apart = {"uncompressed": _is_compressed(shipped), "sines in float32": _rounds_waves(shipped)}
+    alone = not any(apart.values())
     # Every result rounded as the program says, so nothing fused: what overflows between two operations must show.
     typed = Predictor(shipped, fuse=False)
-    check, probe = _compare(part, "as shipped", typed, tried, expected, None if palettes else SHIPPED_DB)
-    yield check if check.passed else _located(check, typed, Predictor(shipped, precision="float32"), probe)
-    if palettes:
-        unpacked = Predictor(_whole([decompress(one) for one in chunks]), fuse=False)
-        same = [unpacked.run(probe) for probe in tried]
-        check, probe = _compare(part, "palettes, unpacked", typed, tried, same, math.inf)
-        yield check if check.passed else _located(check, typed, unpacked, probe)
+    count, needed = (len(tried), SHIPPED_DB) if alone else (1, None)
+    check, probe = _compare(part, "as shipped", typed, tried[:count], expected, needed, watch=True)
+    yield _judged(check, typed, lambda: Predictor(shipped, precision="float32"), probe)
+    if alone:
+        return
+    del typed
+    keys = None if apart["uncompressed"] else {FREQUENCIES}
+    rest = _whole([matches.put_into(one, "fp16", keys=keys) for one in chunks])
+    typed = Predictor(rest, fuse=False, unrounded=WAVES)
+    what = ", ".join(["as shipped", *(word for word, is_so in apart.items() if is_so)])
+    check, probe = _compare(part, what, typed, tried, expected, SHIPPED_DB, watch=True)
+    yield _judged(check, typed, lambda: Predictor(rest, precision="float32"), probe, matches)
+
+
+def _answers(part: str, tried: list[Probe], source: Source) -> list[dict[str, Tensor]]:
+    """What the source makes of all probes, in float32."""
+    network = source.load(part, torch.float32)
+    found = [answer(part, network, probe) for probe in tried]
+    del network
+    gc.collect()  # its modules hold each other, and its weights
+    release_memory(torch.device("cpu"))
+    return found
+
+
+def _weights(part: str, matches: Matches, *, ours: bool) -> Iterator[Check]:
+    """Whether the constants are the source's weights. Of others' programs only compressed ones have to be found."""
+    worst = matches.worst(compressed=False)
+    if ours and worst is not None:
+        hint = "" if worst.near else f"{worst.name!r} is not the checkpoint's {worst.key}, rounded"
+        yield Check(part, "weights", worst.db, math.inf, hint)
+    worst = matches.worst(compressed=True)
+    if worst is not None:
+        hint = f"of the checkpoint's weights {worst.key} is nearest to {worst.name!r}, and not near enough"
+        yield Check(part, "compressed weights", worst.db, worst.needed, "" if worst.near else hint)
 
 
 def _compare(
@@ -181,27 +234,67 @@ def _compare(
     tried: list[Probe],
     expected: list[dict[str, Tensor]],
     needed: float | None,
+    *,
+    watch: bool = False,
 ) -> tuple[Check, Probe]:
-    """The least agreement over all probes and outputs, and the probe that has it."""
+    """The least agreement over all probes and outputs, and the probe that has it.
+
+    watch: whether NaN in any operation is a failure, though later ones may hide it.
+    """
     worst = (math.inf, tried[0])
-    for probe, answers in zip(tried, expected, strict=True):
-        outputs = predictor.run(probe)
-        missing = answers.keys() - outputs.keys()
-        if missing:
-            raise CheckpointError(f"the {part} has no output {missing.pop()!r}; it gives {', '.join(outputs)}")
-        for name, wanted in answers.items():
-            if outputs[name].numel() != wanted.numel():
-                raise CheckpointError(
-                    f"the {part} gives {name!r} in the shape {tuple(outputs[name].shape)} and the checkpoint in "
-                    f"{tuple(wanted.shape)}; name the one that it was made from: --against <folder or id>"
-                )
-        agreement = min(decibels(outputs[name].reshape(wanted.shape), wanted) for name, wanted in answers.items())
+    lost = _Lost() if watch else None
+    for probe, wanted in zip(tried, expected, strict=False):
+        outputs = predictor.run(probe, lost)
+        _check_outputs(part, outputs, wanted)
+        agreement = min(decibels(outputs[name].reshape(one.shape), one) for name, one in wanted.items())
         worst = min(worst, (agreement, probe), key=lambda pair: pair[0])
+    if lost is not None and lost.where and worst[0] > -math.inf:
+        return Check(part, what, -math.inf, needed, lost.where), worst[1]
     return Check(part, what, worst[0], needed), worst[1]
 
 
-def _located(check: Check, suspect: Predictor, reference: Predictor | None, probe: Probe) -> Check:
-    return check if reference is None else dataclasses.replace(check, hint=departure(suspect, reference, probe))
+def _check_outputs(part: str, outputs: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    for name in wanted:
+        if name not in outputs:
+            raise CheckpointError(f"the {part} has no output {name!r}; it has {', '.join(outputs)}")
+        if outputs[name].numel() != wanted[name].numel():
+            raise CheckpointError(
+                f"the {part} gives {name!r} in the shape {tuple(outputs[name].shape)} and the checkpoint in "
+                f"{tuple(wanted[name].shape)}; give the one that it was made from: --against <folder or id>"
+            )
+
+
+class _Lost:
+    """Looks for the first operation that gives NaN."""
+
+    where = ""
+
+    def __call__(self, operation: Operation, place: int, values: tuple[Tensor, ...]) -> None:
+        if self.where:
+            return
+        for value in values:
+            # The sum tells cheaply that there is none; infinities of both signs make it look as if there were.
+            if value.is_floating_point() and bool(value.sum().isnan()) and bool(value.isnan().any()):
+                name = operation.outputs[0].name
+                self.where = f"operation {place} {operation.type!r} ({name}) gives NaN, which later ones hide"
+
+
+def _judged(
+    check: Check,
+    suspect: Predictor,
+    reference: Callable[[], Predictor | None],
+    probe: Probe,
+    matches: Matches | None = None,
+) -> Check:
+    """The check, if it failed with where and why it did; `reference` makes what the suspect is compared with."""
+    if check.passed or check.hint:
+        return check
+    if matches is not None and matches.unknown:
+        names = ", ".join(matches.unknown[:3])
+        hint = f"the checkpoint has no weights of the shape of {names}, so what they hold cannot be compared"
+        return dataclasses.replace(check, hint=hint, undecided=True)
+    other = reference()
+    return check if other is None else dataclasses.replace(check, hint=departure(suspect, other, probe))
 
 
 def _rebuilt(part: str, shipped: Model, source: Source) -> Predictor | None:
@@ -221,43 +314,38 @@ def _rebuilt(part: str, shipped: Model, source: Source) -> Predictor | None:
 
 
 def _compare_pictures(folder: Path, source: Source, steps: int | None, needed: float | None) -> Check:
-    """One picture by the source in float32, and one by the models as shipped."""
+    """One image by the source in float32, and one by the models as shipped."""
     from sfumato.coreml.pipeline import load_pipeline
     from sfumato.pipelines import DiffusionPipeline
 
     # What the models do not say of themselves, the checkpoint does.
-    about = str(source.folder)
+    about = str(source.checkpoint.path)
     converted = load_pipeline(folder, compute_unit="CPU_ONLY", model_version=about, portable=True, precision="typed")
     settings: dict[str, Any] = {"steps": PICTURE_STEPS} | source.settings | ({} if steps is None else {"steps": steps})
     width, height = converted.size_of(GenerateRequest(prompt=PROMPT))
     request = GenerateRequest(prompt=PROMPT, seed=PICTURE_SEED, width=width, height=height, **settings)
     got = converted.generate(request).images[0]
     del converted
-    original = DiffusionPipeline.from_pretrained(
-        source.folder, torch_dtype=torch.float32, variant=source.variant, use_safetensors=source.use_safetensors
-    )
-    return Check(
-        "picture", f"{request.steps} steps, as shipped", psnr(got, original.generate(request).images[0]), needed
-    )
+    original = DiffusionPipeline.from_source(source.checkpoint, torch.float32, {})
+    drawn = original.generate(request.replace(adapters=source.adapters))
+    return Check("picture", f"{request.steps} steps, as shipped", psnr(got, drawn.images[0]), needed)
 
 
-def _named_source(models: Models) -> Source:
-    """The checkpoint that the models say they were made from, if it is here."""
-    metadata = read_model(next(iter(models.parts.values()))[0]).metadata
+def _named_source(model: Model) -> Source:
+    """The checkpoint that a model says it was made from, if it is here."""
+    metadata = model.metadata
     name, expected = metadata.get("sfumato.source"), metadata.get("sfumato.source_hash")
     if name is None:
-        raise UsageError(
-            "these models do not say what they were made from; name the checkpoint: --against <folder or id>"
-        )
+        raise UsageError("these models do not name their checkpoint; give it with --against <folder or id>")
     try:
         source = open_source(name, local_files_only=True)
     except (CheckpointError, DownloadError) as error:
         raise UsageError(
-            f"these models were made from {name}, which is not here ({error}); name the checkpoint: --against <folder>"
+            f"these models were made from {name}, which was not found ({error}); give its path with --against <folder>"
         ) from error
     if source.hash != expected:
         raise CheckpointError(
-            f"{name} has other weights than the checkpoint that these models were made from; convert it again, or name "
+            f"{name} has other weights than the checkpoint these models were made from; convert it again, or give "
             "the right one: --against <folder>"
         )
     return source
@@ -267,27 +355,14 @@ def _whole(chunks: list[Model]) -> Model:
     return chunks[0] if len(chunks) == 1 else join(chunks)
 
 
-def _has_palettes(model: Model) -> bool:
-    return any(one.type.startswith("constexpr_") for function in model.functions for one in function.operations)
+def _is_compressed(model: Model) -> bool:
+    return any(is_compressed(one) for function in model.functions for one in function.operations)
 
 
-def _with_weights(model: Model, weights: Mapping[str, Tensor]) -> Model:
-    """The model with the source's own weights, in float16, where it has palettes."""
-    return model.with_functions(
-        lambda function: dataclasses.replace(
-            function, operations=tuple(_with_weight(operation, weights) for operation in function.operations)
-        )
-    )
-
-
-def _with_weight(operation: Operation, weights: Mapping[str, Tensor]) -> Operation:
-    if not operation.type.startswith("constexpr_"):
-        return operation
-    name, sides = operation.outputs[0].name, operation.outputs[0].type.shape
-    if name not in weights:
-        raise CheckpointError(f"the compressed weight {name!r} is none of the source's; is it another checkpoint?")
-    numbers = weights[name].half().reshape([side or 0 for side in sides]).numpy()
-    return constant(name, Value(TensorType("fp16", sides), numbers))
+def _rounds_waves(model: Model) -> bool:
+    """Whether it has sines in float16, as Apple's converter makes them of timesteps."""
+    every = (one for function in model.functions for one in function.operations)
+    return any(one.type in WAVES and one.outputs[0].type.dtype == "fp16" for one in every)
 
 
 def _tell(on_part: Callable[[str], None] | None, part: str) -> None:

@@ -57,7 +57,7 @@ ATTENTIONS: Mapping[str, AttentionForm] = {
 def attention_named(name: str) -> AttentionForm:
     """The form of this name. Raises `UsageError` for a name that is none."""
     if name not in ATTENTIONS:
-        raise UsageError(f"there is no attention {name!r}{suggest(name, ATTENTIONS)}; it is {', '.join(ATTENTIONS)}")
+        raise UsageError(f"there is no attention {name!r}{suggest(name, ATTENTIONS)}; use {', '.join(ATTENTIONS)}")
     return ATTENTIONS[name]
 
 

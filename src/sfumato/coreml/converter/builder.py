@@ -121,13 +121,11 @@ class Builder(Emitter):
 
     def reduce_mean(self, x: Handle, axes: Sequence[int]) -> Handle:
         """The mean over some axes, which stay with a side of 1."""
-        shape = tuple(1 if i in axes else side for i, side in enumerate(x.shape))
-        return self.emit("reduce_mean", TensorType(x.dtype, shape), {"x": x, "axes": axes, "keep_dims": True})[0]
+        return self._reduced("reduce_mean", x, axes)
 
     def reduce_max(self, x: Handle, axes: Sequence[int]) -> Handle:
         """The largest over some axes, which stay with a side of 1."""
-        shape = tuple(1 if i in axes else side for i, side in enumerate(x.shape))
-        return self.emit("reduce_max", TensorType(x.dtype, shape), {"x": x, "axes": axes, "keep_dims": True})[0]
+        return self._reduced("reduce_max", x, axes)
 
     def reduce_argmax(self, x: Handle, axis: int) -> Handle:
         """Where the largest is along an axis, which goes away; among equals it is any one of them."""
@@ -136,10 +134,8 @@ class Builder(Emitter):
 
     def layer_norm(self, x: Handle, gamma: Handle, beta: Handle, axes: Sequence[int], epsilon: float) -> Handle:
         """Layer normalization over some axes (arXiv 1607.06450)."""
-        small = _scalar(epsilon, x.dtype)
-        return self.emit("layer_norm", x.type, {"x": x, "axes": axes, "gamma": gamma, "beta": beta, "epsilon": small})[
-            0
-        ]
+        affine = {"gamma": gamma, "beta": beta, "epsilon": _scalar(epsilon, x.dtype)}
+        return self.emit("layer_norm", x.type, {"x": x, "axes": axes, **affine})[0]
 
     def batch_norm(
         self, x: Handle, *, mean: np.ndarray, variance: np.ndarray, gamma: Handle, beta: Handle, epsilon: float
@@ -238,6 +234,10 @@ class Builder(Emitter):
     def _binary(self, kind: str, x: Handle, y: Handle | float | np.ndarray) -> Handle:
         y = self._operand(x, y)
         return self.emit(kind, TensorType(x.dtype, np.broadcast_shapes(x.shape, y.shape)), {"x": x, "y": y})[0]
+
+    def _reduced(self, kind: str, x: Handle, axes: Sequence[int]) -> Handle:
+        shape = tuple(1 if i in axes else side for i, side in enumerate(x.shape))
+        return self.emit(kind, TensorType(x.dtype, shape), {"x": x, "axes": axes, "keep_dims": True})[0]
 
     def _operand(self, x: Handle, y: Handle | float | np.ndarray) -> Handle:
         return y if isinstance(y, Handle) else self.constant("y", np.asarray(y, ARRAY_DTYPES[x.dtype]))

@@ -19,7 +19,7 @@ def two_factors(value: float, dtype: str) -> tuple[float, float]:
     are the network's own. Raises `ValueError` for a value that is not positive.
     """
     if value <= 0:
-        raise ValueError(f"there are factors of positive numbers only, not of {value}")
+        raise ValueError(f"only positive numbers can be factorized, not {value}")
     if dtype != "fp16" or float(np.float16(value)) == value:
         return value, 1.0
     root = math.sqrt(value)

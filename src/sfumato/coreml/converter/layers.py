@@ -47,14 +47,14 @@ _ACTIVATIONS: dict[type[nn.Module], Callable[[Builder, Handle], Handle]] = {
 class Layers:
     """Emits the layers of one model; values are named after the modules, weights after the parameters.
 
-    far: whether pictures may lie so far from their mean that float16 cannot say the square, as an autoencoder's do.
+    far: whether images may lie so far from their mean that float16 cannot say the square, as an autoencoder's do.
     Raises `UsageError` for a model whose weights are packed for the CPU.
     """
 
     def __init__(self, builder: Builder, model: Model, attention: AttentionForm, *, far: bool = False) -> None:
         if is_packed(model):
             raise UsageError(
-                f"this {type(model).__name__} is packed for the CPU; load it anew, or unpack it, to convert it"
+                f"this {type(model).__name__} is packed for the CPU; load it again, or unpack it, to convert it"
             )
         self.builder = builder
         self._attention = attention
@@ -152,7 +152,7 @@ class Layers:
         return self.conv(module.conv, x)
 
     def upsample(self, module: Upsample2D, x: Handle, size: tuple[int, int] | None = None) -> Handle:
-        """Twice the height and width, or what a picture of odd size had before it was halved: x (B, C, H, W)."""
+        """Twice the height and width, or what an image of odd size had before it was halved: x (B, C, H, W)."""
         b = self.builder
         with b.scope(self.path(module)):
             x = b.upsample_nearest_neighbor(x)
@@ -207,5 +207,5 @@ def _read(name: str, tensor: Tensor, dtype: str, shape: tuple[int, ...]) -> np.n
                 f"the weight {name} has numbers up to {source.abs().max():.3g}, and float16, in which Core ML packages "
                 "hold them, ends at 65504; use another checkpoint"
             )
-        raise CheckpointError(f"the weight {name} has NaN or infinite numbers; download the checkpoint again")
+        raise CheckpointError(f"the weight {name} has NaN or infinite values; download the checkpoint again")
     return numbers.numpy()

@@ -49,5 +49,7 @@ TARGETS: Mapping[str, Target] = {
 def target_named(name: str) -> Target:
     """The target of this name. Raises `UsageError` for a name that is none."""
     if name not in TARGETS:
-        raise UsageError(f"{name!r} is no deployment target{suggest(name, TARGETS)}; there are {', '.join(TARGETS)}")
+        raise UsageError(
+            f"{name!r} is not a deployment target{suggest(name, TARGETS)}; use one of {', '.join(TARGETS)}"
+        )
     return TARGETS[name]

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from sfumato.configs import UNet2DConditionConfig
 from sfumato.coreml import program
 from sfumato.coreml.converter.attention import attention_named
 from sfumato.coreml.converter.builder import Builder
@@ -16,7 +17,7 @@ from sfumato.errors import ConfigError
 from sfumato.models.transformer import BasicTransformerBlock, Transformer2DModel
 from sfumato.models.unet import DownBlock, MidBlock, UNet2DConditionModel, UpBlock
 
-__all__ = ["unet"]
+__all__ = ["frequencies", "unet"]
 
 
 def unet(
@@ -57,8 +58,9 @@ def unet(
         x = _middle(layers, model.mid_block, x, time, context)
     for block in parts(model.up_blocks):
         x = _up(layers, block, x, time, context, skips)
-    with b.scope("conv_act"):
-        x = layers.activation(model.conv_act, layers.group_norm(model.conv_norm_out, x))
+    if model.conv_norm_out is not None:
+        with b.scope("conv_act"):
+            x = layers.activation(model.conv_act, layers.group_norm(model.conv_norm_out, x))
     b.result(layers.conv(model.conv_out, x), "noise_pred", "What the scheduler asks for: noise, velocity or the sample")
     return b.model("Stable Diffusion: predicts the noise in latents, guided by a prompt")
 
@@ -66,9 +68,11 @@ def unet(
 def _check(model: UNet2DConditionModel) -> None:
     """Refuse what takes inputs that the program does not have."""
     config, reason = model.config, "is not supported in Core ML: the program would need another input"
-    for key in ("class_embed_type", "num_class_embeds", "time_cond_proj_dim"):
+    for key in ("class_embed_type", "num_class_embeds", "time_cond_proj_dim", "addition_embed_type"):
         if config[key] is not None:
-            raise ConfigError(f"unet/config.json: {key} = {config[key]!r} {reason}; draw with torch instead")
+            raise ConfigError(f"unet/config.json: {key} = {config[key]!r} {reason}; use torch instead")
+    if config.is_k:
+        raise ConfigError("unet/config.json: k-diffusion blocks cannot be converted to Core ML; use torch instead")
 
 
 def _context_channels(model: UNet2DConditionModel) -> int:
@@ -79,20 +83,27 @@ def _context_channels(model: UNet2DConditionModel) -> int:
     return widths.pop()
 
 
+def frequencies(config: UNet2DConditionConfig) -> torch.Tensor:
+    """What timesteps are multiplied with to be the angles of their embedding: (C // 2,) in float32.
+
+    (arXiv 2006.11239, appendix B.)
+    """
+    half = config.block_out_channels[0] // 2
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32) / (half - config.freq_shift)
+    return torch.exp(exponent)
+
+
 def _time(layers: Layers, model: UNet2DConditionModel, step: Handle) -> Handle:
     """Timesteps (B,) -> the activated time embedding (B, T, 1, 1).
 
     The angles are in float32 in any program: at timestep 981 float16 would leave them a third of a radian uncertain.
     """
     b, config, embedding = layers.builder, model.config, model.time_embedding
-    channels = config.block_out_channels[0]
-    half = channels // 2
     with b.scope("time_proj"):
-        exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32) / (half - config.freq_shift)
-        angles = b.mul(b.expand_dims(b.cast(step, "fp32"), (1,)), torch.exp(exponent)[None].numpy())
+        angles = b.mul(b.expand_dims(b.cast(step, "fp32"), (1,)), frequencies(config)[None].numpy())
         parts = [b.unary("cos", angles), b.unary("sin", angles)]
         waves = b.concat(parts if config.flip_sin_to_cos else parts[::-1], 1)
-        if channels % 2:
+        if config.block_out_channels[0] % 2:
             waves = b.pad(waves, ((0, 0), (0, 1)))
         x = b.expand_dims(b.cast(waves, b.dtype), (2, 3))
     x = layers.conv(embedding.linear_1, x)
@@ -117,11 +128,13 @@ def _down(layers: Layers, block: DownBlock, x: Handle, time: Handle, context: Ha
 
 
 def _middle(layers: Layers, block: MidBlock, x: Handle, time: Handle, context: Handle) -> Handle:
-    first, second = parts(block.resnets)
+    first, *rest = parts(block.resnets)
     x = layers.resnet(first, x, time)
     for transformer in parts(block.attentions):
         x = _transformer(layers, transformer, x, context)
-    return layers.resnet(second, x, time)
+    for resnet in rest:
+        x = layers.resnet(resnet, x, time)
+    return x
 
 
 def _up(layers: Layers, block: UpBlock, x: Handle, time: Handle, context: Handle, skips: list[Handle]) -> Handle:
@@ -133,7 +146,7 @@ def _up(layers: Layers, block: UpBlock, x: Handle, time: Handle, context: Handle
         x = layers.resnet(resnet, x, time)
         x = _transformer(layers, transformers[i], x, context) if transformers else x
     for upsampler in parts(block.upsamplers):
-        # The next level's skip says how large the picture was before it was halved: odd sizes come back exactly.
+        # The next level's skip says how large the image was before it was halved: odd sizes come back exactly.
         height, width = skips[-1].shape[2:]
         x = layers.upsample(upsampler, x, (height, width))
     return x

@@ -40,8 +40,8 @@ def vae_decoder(
     for level in parts(decoder.up_blocks):
         x = _level(layers, level, x)
     x = _out(layers, decoder, x)
-    b.result(x, "image", "The picture: red, green and blue from -1 to 1")
-    return b.model("Stable Diffusion: decodes latents to a picture")
+    b.result(x, "image", "The image: red, green and blue from -1 to 1")
+    return b.model("Stable Diffusion: decodes latents to an image")
 
 
 def vae_encoder(
@@ -52,7 +52,7 @@ def vae_encoder(
     target: str = DEFAULT_TARGET,
     dtype: str = "fp16",
 ) -> program.Model:
-    """The program that encodes pictures to latents of one size.
+    """The program that encodes images to latents of one size.
 
     In, in the program's precision: x (1, 3, f height, f width) in [-1, 1], f the config's scale factor; out: latent
     (1, 2 C, height, width) in float32, the means and then the logarithms of the variances. Raises as `vae_decoder`.
@@ -60,14 +60,14 @@ def vae_encoder(
     layers, vae = _layers(model, height, width, target, dtype)
     b, encoder, factor = layers.builder, vae.encoder, vae.config.scale_factor
     shape = (1, vae.config.in_channels, factor * height, factor * width)
-    x = layers.conv(encoder.conv_in, b.input("x", dtype, shape, "A picture: red, green and blue from -1 to 1"))
+    x = layers.conv(encoder.conv_in, b.input("x", dtype, shape, "An image: red, green and blue from -1 to 1"))
     for level in parts(encoder.down_blocks):
         x = _level(layers, level, x)
     x = _out(layers, encoder, _middle(layers, encoder.mid_block, x))
     if isinstance(vae.quant_conv, nn.Conv2d):
         x = layers.conv(vae.quant_conv, x)
     b.result(x, "latent", "Means and logarithms of variances of the latents, not yet scaled")
-    return b.model("Stable Diffusion: encodes a picture to latents")
+    return b.model("Stable Diffusion: encodes an image to latents")
 
 
 def _layers(
@@ -75,7 +75,7 @@ def _layers(
 ) -> tuple[Layers, AutoencoderKL]:
     if not isinstance(model, AutoencoderKL):
         raise ConfigError(
-            f"an {type(model).__name__} has no Core ML form here; convert a checkpoint whose vae is an AutoencoderKL"
+            f"an {type(model).__name__} cannot be converted to Core ML; use a checkpoint with an AutoencoderKL"
         )
     check_sizes(height=height, width=width)
     # A single head over few pixels: splitting it would only add operations.

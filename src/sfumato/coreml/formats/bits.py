@@ -38,7 +38,7 @@ def unpack(data: np.ndarray, dtype: str, count: int) -> np.ndarray:
 
 
 def pack(numbers: np.ndarray, dtype: str) -> np.ndarray:
-    """The bytes (uint8) of whole numbers; the last is filled up with zeros. Bits above the type's are left out."""
+    """The bytes (uint8) of whole numbers; the last is filled up with zeros. Bits above the type's are omitted."""
     bits = SUBBYTE_BITS[dtype]
     whole = np.ascontiguousarray(numbers).reshape(-1).view(np.uint8)
     shifts = np.arange(0, _GROUP_BITS, bits, dtype=np.uint32)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import mmap
 import struct
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sfumato.coreml.formats.pointers import check_pointer
+from sfumato.coreml.formats.pointers import check_pointer, check_regular
 from sfumato.coreml.formats.values import BLOB_TYPES, array_from_bytes
 from sfumato.coreml.program import Value, byte_count
 from sfumato.errors import CheckpointError, ConfigError
@@ -60,10 +61,9 @@ class BlobFile:
 
         Raises `CheckpointError` if it is missing, a Git LFS pointer, or no weight file of version 2.
         """
+        check_regular(self.path)
         try:
             data = np.frombuffer(self._mapping, np.uint8)
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{self.path} is missing; copy or download the model again") from error
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path} cannot be read ({error}); copy or download it again") from error
         check_pointer(self.path, data[:64].tobytes())
@@ -71,7 +71,7 @@ class BlobFile:
             raise CheckpointError(f"{self.path} ends after {data.size} bytes; copy or download it again")
         _, version = HEADER.unpack(data[: HEADER.size].tobytes())
         if version != VERSION:
-            raise CheckpointError(f"{self.path} is no weight file of version {VERSION}; copy or download it again")
+            raise CheckpointError(f"{self.path} is not a weight file of version {VERSION}; copy or download it again")
         return data
 
     @cached_property
@@ -85,7 +85,7 @@ class BlobFile:
         What was written into them meanwhile is lost. Nothing happens on systems that cannot (Windows).
         """
         first = start - start % mmap.PAGESIZE
-        if hasattr(self._mapping, "madvise"):
+        if sys.platform != "win32":
             self._mapping.madvise(mmap.MADV_DONTNEED, first, start + length - first)
 
     def weight(self, offset: int, type_: TensorType) -> BlobWeight:
@@ -104,17 +104,19 @@ class BlobFile:
         where = f"{self.path}: the record at byte {offset}"
         again = "copy or download the model again"
         if offset % ALIGNMENT or offset + RECORD.size > size:
-            raise CheckpointError(f"{where} cannot be: the file has {size} bytes; {again}")
+            raise CheckpointError(f"{where} is impossible: the file has {size} bytes; {again}")
         sentinel, number, length, start, _ = RECORD.unpack(self.data[offset : offset + RECORD.size].tobytes())
         if sentinel != SENTINEL:
-            raise CheckpointError(f"{where} does not begin with the mark of one; {again}")
+            raise CheckpointError(f"{where} does not start with the expected mark; {again}")
         dtype = BLOB_TYPES.get(number, f"type {number}")
         if dtype != type_.dtype:
-            raise CheckpointError(f"{where} holds {dtype}, where the program expects {type_}; {again}")
+            raise CheckpointError(f"{where} contains {dtype}, where the program expects {type_}; {again}")
         if dtype.startswith("fp8"):
-            raise ConfigError(f"{where} holds {dtype}, which is not supported; convert the model with float16 weights")
+            raise ConfigError(
+                f"{where} contains {dtype}, which is not supported; convert the model with float16 weights"
+            )
         if None in type_.shape or length != byte_count(type_):
-            raise CheckpointError(f"{where} holds {length} bytes, where the program expects {type_}; {again}")
+            raise CheckpointError(f"{where} contains {length} bytes, where the program expects {type_}; {again}")
         if start < offset + RECORD.size or start + length > size:
             raise CheckpointError(f"{where} ends at byte {start + length} of {size}: the file is cut off; {again}")
         return start

@@ -19,16 +19,16 @@ from google.protobuf.message import DecodeError
 from sfumato.coreml.formats.blob_writer import BlobWriter
 from sfumato.coreml.formats.blobs import MODEL_PATH
 from sfumato.coreml.formats.check import flaw
-from sfumato.coreml.formats.folders import replacing_folder
 from sfumato.coreml.formats.interface_proto import description_fields, fill_description
 from sfumato.coreml.formats.metadata import metadata_json
 from sfumato.coreml.formats.mil_reader import read_mil
 from sfumato.coreml.formats.mil_writer import mil_lines
-from sfumato.coreml.formats.pointers import read_bytes
+from sfumato.coreml.formats.pointers import SMALL_FILE, read_bytes
 from sfumato.coreml.formats.schema import message
 from sfumato.coreml.formats.versions import SYSTEMS, check_spec_version
 from sfumato.coreml.program import Interface, Model, Program
 from sfumato.errors import CheckpointError, ConfigError, OutputError, UsageError
+from sfumato.folders import replacing_folder
 
 __all__ = ["INTERFACE", "coremldata", "read_compiled", "write_compiled"]
 
@@ -51,11 +51,11 @@ def read_compiled(path: Path) -> Model:
     """
     if not (path / _PROGRAM).exists():
         if any(path.glob("*.espresso.*")):
-            raise ConfigError(f"{path} is a compiled neural network; convert the model anew, as an ML Program")
+            raise ConfigError(f"{path} is a compiled neural network; convert the model again, as an ML Program")
         if (path / "model0").is_dir():
-            raise ConfigError(f"{path} is a compiled pipeline, which cannot be read; use the package of it")
+            raise ConfigError(f"{path} is a compiled pipeline, which cannot be read; use its package")
     where = path / INTERFACE
-    data = read_bytes(where)
+    data = read_bytes(where, SMALL_FILE)
     broken = CheckpointError(f"{where} is not what compiled ML Programs have, or damaged; copy or download it again")
     if len(data) < _HEAD.size + _TAIL.size:
         raise broken
@@ -79,17 +79,17 @@ def write_compiled(model: Model, path: Path | str) -> None:
     """Write a model as a compiled folder, whole or not at all. What is there is replaced if it is one itself.
 
     Weights are read and written one at a time. Raises `UsageError` if the name does not end in .mlmodelc or the model
-    is not whole, `ConfigError` for what has no known compiled form (pipelines, several functions, shapes that vary),
-    and `OutputError` if it cannot be written.
+    is not whole, `ConfigError` for what has no known compiled form (pipelines, several functions, shapes that vary,
+    images, default values), and `OutputError` if it cannot be written.
     """
     path = Path(path)
     if path.suffix != ".mlmodelc":
-        raise UsageError(f"{path} is no name for a compiled model; let it end in .mlmodelc")
+        raise UsageError(f"{path} is not a valid name for a compiled model; use one that ends in .mlmodelc")
     program = _checked(model)
     if wrong := flaw(model):
-        raise UsageError(f"the model is not whole: {wrong}")
+        raise UsageError(f"the model is incomplete: {wrong}")
     if path.exists() and not (path / INTERFACE).is_file():
-        raise OutputError(f"{path} is there and is no compiled model; choose another place, or remove it")
+        raise OutputError(f"{path} exists and is not a compiled model; choose another path, or delete it")
     with replacing_folder(path) as folder:
         digest = hashlib.sha256()
         with (
@@ -119,13 +119,15 @@ def _checked(model: Model) -> Program:
     """The model's program, if a compiled form of it is known."""
     advice = "write a package instead, and let Xcode compile it"
     if not isinstance(model.body, Program):
-        raise ConfigError(f"how a pipeline is compiled is not known; {advice}")
+        raise ConfigError(f"the compiled form of a pipeline is unknown; {advice}")
     if model.interfaces or len(model.body.functions) > 1:
-        raise ConfigError(f"how several functions are compiled is not known; {advice}")
+        raise ConfigError(f"the compiled form of several functions is unknown; {advice}")
     interface: Interface = model.interface
     for feature in (*interface.inputs, *interface.outputs):
-        if feature.flexibility is not None:
-            raise ConfigError(f"how {feature.name!r} of several shapes is compiled is not known; {advice}")
+        several = feature.flexibility is not None and "of several shapes"
+        what = several or (feature.image and "as an image") or (feature.default is not None and "with a default value")
+        if what:
+            raise ConfigError(f"the compiled form of {feature.name!r} {what} is unknown; {advice}")
     if model.spec_version not in SYSTEMS:
         raise ConfigError(f"version {model.spec_version} of the Core ML format has no compiled programs; {advice}")
     return model.body

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from sfumato.coreml.program import MAIN, Feature, Flexibility, Interface, Model, TensorType
+from sfumato.coreml.program import COLORS, MAIN, Feature, Flexibility, Interface, Model, TensorType
 from sfumato.errors import ConfigError, UsageError
 
 __all__ = ["description_fields", "fill_description", "model_names"]
@@ -13,8 +13,11 @@ __all__ = ["description_fields", "fill_description", "model_names"]
 # ArrayFeatureType.ArrayDataType.
 _ARRAY_TYPES = {65552: "fp16", 65568: "fp32", 65600: "fp64", 131080: "int8", 131104: "int32"}
 _ARRAY_NUMBERS = {dtype: number for number, dtype in _ARRAY_TYPES.items()}
+# ImageFeatureType.ColorSpace.
+_COLORS = {10: "GRAYSCALE", 20: "RGB", 30: "BGR", 40: "GRAYSCALE_FLOAT16"}
+_COLOR_NUMBERS = {word: number for number, word in _COLORS.items()}
+_DEFAULTS = {"int8": "intDefaultValue", "int32": "intDefaultValue", "fp64": "doubleDefaultValue"}
 _KINDS = {
-    "imageType": "an image",
     "dictionaryType": "a dictionary",
     "sequenceType": "a sequence",
     "stateType": "a state",
@@ -27,7 +30,7 @@ _KINDS = {
 def description_fields(description: Any, where: str) -> dict[str, Any]:
     """The fields of a `Model` that a `ModelDescription` tells. `where` begins the sentences of errors.
 
-    Raises `ConfigError` for features that are not arrays, and for state.
+    Raises `ConfigError` for features that are neither arrays nor images, and for state.
     """
     interfaces = {one.name: _interface(one, where) for one in description.functions}
     default = description.defaultFunctionName or MAIN
@@ -62,23 +65,48 @@ def _interface(description: Any, where: str) -> Interface:
 def _feature(feature: Any, where: str) -> Feature:
     where = f"{where} {feature.name!r}"
     kind = feature.type.WhichOneof("kind")
-    if kind != "multiArrayType":
+    if kind == "imageType":
+        dtype, flexibility, shape, more = _image(feature.type.imageType, where)
+    elif kind == "multiArrayType":
+        dtype, flexibility, shape, more = _array(feature.type.multiArrayType, where)
+    else:
         what = _KINDS.get(str(kind), "of no type")
-        raise ConfigError(f"{where} is {what}, but only arrays are supported; convert it as an array")
-    array = feature.type.multiArrayType
+        raise ConfigError(f"{where} is {what}, but only arrays and images are supported; convert it as an array")
+    sides = shape if flexibility is None else _varying(flexibility)
+    type_, optional = TensorType(dtype, sides), feature.type.isOptional
+    return Feature(feature.name, type_, optional, feature.shortDescription, flexibility, **more)
+
+
+_Read = tuple[str, Flexibility | None, tuple[int, ...], dict[str, Any]]
+
+
+def _array(array: Any, where: str) -> _Read:
+    """The type, how the shape may vary, the shape, and what else a `Feature` says of an array."""
     if array.dataType not in _ARRAY_TYPES:
         raise ConfigError(f"{where} has the unknown type {array.dataType}; convert it as float16, float32 or int32")
-    if array.WhichOneof("default") is not None:
-        raise ConfigError(f"{where} has a default value, which is not supported; convert it without one")
-    flexibility = _flexibility(array)
-    shape = tuple(array.shape) if flexibility is None else _varying(flexibility)
-    return Feature(
-        feature.name,
-        TensorType(_ARRAY_TYPES[array.dataType], shape),
-        feature.type.isOptional,
-        feature.shortDescription,
-        flexibility,
-    )
+    default = array.WhichOneof("default")
+    more = {} if default is None else {"default": getattr(array, default)}
+    return _ARRAY_TYPES[array.dataType], _flexibility(array), tuple(array.shape), more
+
+
+def _image(image: Any, where: str) -> _Read:
+    """The same for an image, as the array (1, C, H, W) that it becomes."""
+    if image.colorSpace not in _COLORS:
+        raise ConfigError(f"{where} has the unknown color space {image.colorSpace}; convert it as RGB or grayscale")
+    color = _COLORS[image.colorSpace]
+    channels, kind = COLORS[color], image.WhichOneof("kind")
+    shape, flexibility = (1, channels, image.height, image.width), None
+    if kind == "enumeratedSizes":
+        sizes = ((1, channels, one.height, one.width) for one in image.enumeratedSizes.sizes)
+        flexibility = Flexibility(shape, shapes=tuple(sizes))
+    elif kind == "imageSizeRange":
+        sizes = (_range(one) for one in (image.imageSizeRange.heightRange, image.imageSizeRange.widthRange))
+        flexibility = Flexibility(shape, ranges=((1, 1), (channels, channels), *sizes))
+    return "fp16" if color.endswith("FLOAT16") else "fp32", flexibility, shape, {"image": color}
+
+
+def _range(one: Any) -> tuple[int, int | None]:
+    return one.lowerBound, None if one.upperBound < 0 else one.upperBound
 
 
 def _flexibility(array: Any) -> Flexibility | None:
@@ -86,8 +114,7 @@ def _flexibility(array: Any) -> Flexibility | None:
     if kind == "enumeratedShapes":
         return Flexibility(default, shapes=tuple(tuple(one.shape) for one in array.enumeratedShapes.shapes))
     if kind == "shapeRange":
-        sides = ((one.lowerBound, one.upperBound) for one in array.shapeRange.sizeRanges)
-        return Flexibility(default, ranges=tuple((least, None if most < 0 else most) for least, most in sides))
+        return Flexibility(default, ranges=tuple(_range(one) for one in array.shapeRange.sizeRanges))
     return None
 
 
@@ -129,18 +156,35 @@ def _fill_features(messages: Any, features: Iterable[Feature]) -> None:
     for feature in features:
         made = messages.add(name=feature.name, shortDescription=feature.description)
         made.type.isOptional = feature.optional
-        array = made.type.multiArrayType
-        if feature.type.dtype not in _ARRAY_NUMBERS:
-            raise UsageError(f"{feature.name!r} is {feature.type}; allowed are {', '.join(_ARRAY_NUMBERS)}")
-        array.dataType = _ARRAY_NUMBERS[feature.type.dtype]
-        flexibility = feature.flexibility
-        if flexibility is None:
-            if None in feature.type.shape:
-                raise UsageError(f"{feature.name!r} is {feature.type}: say in `flexibility` how its sides may vary")
-            array.shape.extend(feature.type.shape)
-            continue
-        array.shape.extend(flexibility.default)
-        for shape in flexibility.shapes:
-            array.enumeratedShapes.shapes.add(shape=shape)
-        for least, most in flexibility.ranges:
-            array.shapeRange.sizeRanges.add(lowerBound=least, upperBound=-1 if most is None else most)
+        if feature.flexibility is None and None in feature.type.shape:
+            raise UsageError(f"{feature.name!r} is {feature.type}: say in `flexibility` how its sides may vary")
+        if feature.image is None:
+            _fill_array(made.type.multiArrayType, feature)
+        else:
+            _fill_image(made.type.imageType, feature)
+
+
+def _fill_array(array: Any, feature: Feature) -> None:
+    if feature.type.dtype not in _ARRAY_NUMBERS:
+        raise UsageError(f"{feature.name!r} is {feature.type}; allowed are {', '.join(_ARRAY_NUMBERS)}")
+    array.dataType = _ARRAY_NUMBERS[feature.type.dtype]
+    if feature.default is not None:
+        setattr(array, _DEFAULTS.get(feature.type.dtype, "floatDefaultValue"), feature.default)
+    flexibility = feature.flexibility
+    array.shape.extend(feature.type.shape if flexibility is None else flexibility.default)
+    for shape in () if flexibility is None else flexibility.shapes:
+        array.enumeratedShapes.shapes.add(shape=shape)
+    for least, most in () if flexibility is None else flexibility.ranges:
+        array.shapeRange.sizeRanges.add(lowerBound=least, upperBound=-1 if most is None else most)
+
+
+def _fill_image(image: Any, feature: Feature) -> None:
+    image.colorSpace = _COLOR_NUMBERS[str(feature.image)]
+    flexibility = feature.flexibility
+    _, _, image.height, image.width = feature.type.shape if flexibility is None else flexibility.default
+    for _, _, height, width in () if flexibility is None else flexibility.shapes:
+        image.enumeratedSizes.sizes.add(height=height, width=width)
+    sizes = image.imageSizeRange
+    ranges = () if flexibility is None or not flexibility.ranges else (sizes.heightRange, sizes.widthRange)
+    for one, (least, most) in zip(ranges, flexibility.ranges[2:] if flexibility else (), strict=True):
+        one.lowerBound, one.upperBound = least, -1 if most is None else most

@@ -18,7 +18,7 @@ __all__ = ["metadata_json"]
 _WORDS = {"fp16": "Float16", "fp32": "Float32", "fp64": "Double"}
 _COMPUTED = ("fp16", "fp32", "int32")
 
-# Operations are counted under the version of their definition, not of the program. These were defined anew for iOS 17
+# Operations are counted under the version of their definition, not of the program. These were defined again for iOS 17
 # and again for iOS 18, or are new there; most others were for iOS 16. Apple has no list: this is read off its files.
 _FROM_17 = """
     add batch_norm cast ceil clip concat conv conv_transpose equal expand_dims floor floor_div gather gather_along_axis
@@ -30,7 +30,7 @@ _FROM_18 = """
     constexpr_blockwise_shift_scale constexpr_lut_to_dense constexpr_lut_to_sparse
     constexpr_sparse_blockwise_shift_scale constexpr_sparse_to_dense scaled_dot_product_attention slice_update
 """
-# Not defined anew for iOS 16: counted without a version there, and so are those of them that nothing later changed.
+# Not defined again for iOS 16: counted without a version there, and so are those of them that nothing later changed.
 _ONLY_15 = """
     concat expand_dims fill identity non_zero one_hot pad range_1d select shape slice_by_index slice_by_size split
     squeeze stack tile transpose upsample_nearest_neighbor

@@ -65,7 +65,7 @@ def read_mil(path: Path) -> Program:
     try:
         text = read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is no text; copy or download the model again") from error
+        raise CheckpointError(f"{path} is not a text file; copy or download the model again") from error
     return _Reader(path, text).program()
 
 

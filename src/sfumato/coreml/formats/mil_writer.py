@@ -41,7 +41,8 @@ class _Writer:
         self._store = store
 
     def function(self, name: str, function: Function) -> Iterator[str]:
-        inputs = ", ".join(map(self._output, function.inputs))
+        # By name, as Apple's compiler has them.
+        inputs = ", ".join(self._output(one) for one in sorted(function.inputs, key=lambda one: one.name))
         yield f"{_FUNCTION_INDENT}func {name}<{text_opset(function.opset)}>({inputs}) {{"
         for operation in function.operations:
             yield _OPERATION_INDENT + self._operation(operation)

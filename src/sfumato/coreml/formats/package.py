@@ -8,13 +8,13 @@ from typing import Any
 from uuid import uuid4
 
 from sfumato.coreml.formats.check import flaw
-from sfumato.coreml.formats.folders import replacing_folder
-from sfumato.coreml.formats.pointers import check_pointer
+from sfumato.coreml.formats.pointers import SMALL_FILE, read_bytes
 from sfumato.coreml.formats.proto_reader import read_mlmodel
 from sfumato.coreml.formats.proto_writer import write_mlmodel
 from sfumato.coreml.program import Model
 from sfumato.errors import CheckpointError, OutputError, UsageError
 from sfumato.files import inside, read_json
+from sfumato.folders import replacing_folder
 
 __all__ = ["MANIFEST", "read_package", "write_package"]
 
@@ -28,7 +28,7 @@ def read_package(path: Path) -> Model:
     Raises `CheckpointError` if anything is missing or damaged, and `ConfigError` for what is not supported.
     """
     model = inside(path / "Data", _root(path))
-    if not model.is_file():
+    if not model.exists():
         raise CheckpointError(
             f"{model} is missing, to which {path / MANIFEST} points; copy or download the package again"
         )
@@ -38,9 +38,7 @@ def read_package(path: Path) -> Model:
 def _root(path: Path) -> str:
     """Where the manifest says the model is, within the package's folder "Data"."""
     where = path / MANIFEST
-    if where.is_file():
-        with where.open("rb") as file:
-            check_pointer(where, file.read(64))
+    read_bytes(where, SMALL_FILE)
     manifest = read_json(where)
     items, root = manifest.get("itemInfoEntries"), manifest.get("rootModelIdentifier")
     item = items.get(root) if isinstance(items, dict) and isinstance(root, str) else None
@@ -58,11 +56,11 @@ def write_package(model: Model, path: Path | str) -> None:
     """
     path = Path(path)
     if path.suffix != ".mlpackage":
-        raise UsageError(f"{path} is no name for a package; let it end in .mlpackage")
+        raise UsageError(f"{path} is not a valid name for a package; use one that ends in .mlpackage")
     if path.exists() and not (path / MANIFEST).is_file():
-        raise OutputError(f"{path} is there and is no package; choose another place, or remove it")
+        raise OutputError(f"{path} exists and is not a package; choose another path, or delete it")
     if wrong := flaw(model):
-        raise UsageError(f"the model is not whole: {wrong}")
+        raise UsageError(f"the model is incomplete: {wrong}")
     with replacing_folder(path) as folder:
         inner = folder / "Data" / _AUTHOR
         inner.mkdir(parents=True)

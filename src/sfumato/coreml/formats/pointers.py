@@ -1,7 +1,8 @@
-"""Telling files that are not there from those that are only a note of where they are."""
+"""What is checked of every file before it is read: that it is there, a file and not too large, and no mere pointer."""
 
 from __future__ import annotations
 
+import stat
 from typing import TYPE_CHECKING
 
 from sfumato.errors import CheckpointError
@@ -9,8 +10,10 @@ from sfumato.errors import CheckpointError
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["check_pointer", "read_bytes"]
+__all__ = ["SMALL_FILE", "check_pointer", "check_regular", "read_bytes"]
 
+# Bytes that manifests and interfaces may have, and programs.
+SMALL_FILE, LARGE_FILE = 2**26, 2**30
 _POINTER = b"version https://git-lfs"
 
 
@@ -22,12 +25,27 @@ def check_pointer(path: Path, start: bytes | memoryview) -> None:
         )
 
 
-def read_bytes(path: Path) -> bytes:
-    """All bytes of a file. Raises `CheckpointError` if it is missing, cannot be read, or is a pointer."""
+def check_regular(path: Path, most: int | None = None) -> None:
+    """Raise `CheckpointError` unless it is a file, and of no more bytes than said: no pipe, device or folder."""
     try:
-        data = path.read_bytes()
+        found = path.stat()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; copy or download the model again") from error
+    except (OSError, ValueError) as error:  # a name from a damaged file may have a NUL in it
+        raise CheckpointError(f"{path} cannot be read ({error}); copy or download it again") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{path} is not a regular file; copy or download the model again")
+    if most is not None and found.st_size > most:
+        raise CheckpointError(
+            f"{path} has {found.st_size / 1e6:,.0f} MB, which is more than such files have; copy or download it again"
+        )
+
+
+def read_bytes(path: Path, most: int = LARGE_FILE) -> bytes:
+    """All bytes of a file. Raises `CheckpointError` if it is missing, too large, cannot be read, or is a pointer."""
+    check_regular(path, most)
+    try:
+        data = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}); copy or download it again") from error
     check_pointer(path, data)

@@ -43,7 +43,7 @@ def read_mlmodel(path: Path) -> Model:
     try:
         spec.ParseFromString(read_bytes(path))
     except DecodeError as error:
-        raise CheckpointError(f"{path} is no Core ML model, or damaged; copy or download it again") from error
+        raise CheckpointError(f"{path} is not a Core ML model, or damaged; copy or download it again") from error
     model = _model(spec, path, str(path), WeightFiles(path.parent))
     if wrong := flaw(model):
         raise CheckpointError(f"{path} is damaged: {wrong}; copy or download it again")
@@ -53,7 +53,7 @@ def read_mlmodel(path: Path) -> Model:
 def _model(spec: Any, path: Path, where: str, weights: WeightFiles) -> Model:
     kind = spec.WhichOneof("kind")
     if kind is None and not spec.specificationVersion:
-        raise CheckpointError(f"{where} is no Core ML model, or damaged; copy or download it again")
+        raise CheckpointError(f"{where} is not a Core ML model, or damaged; copy or download it again")
     check_spec_version(path, spec.specificationVersion)
     if kind == "pipeline":
         inner, names = spec.pipeline.models, list(spec.pipeline.names)
@@ -69,7 +69,8 @@ def _model(spec: Any, path: Path, where: str, weights: WeightFiles) -> Model:
         )
     else:
         raise ConfigError(
-            f"{where} is a {kind or 'model of an unknown kind'}, not an ML Program; convert it anew for iOS 15 or later"
+            f"{where} is a {kind or 'model of an unknown kind'}, not an ML Program; convert it again for iOS 15 or "
+            "later"
         )
     return Model(body=body, spec_version=spec.specificationVersion, **description_fields(spec.description, where))
 

@@ -72,12 +72,17 @@ _MESSAGES = {
     ),
     "FeatureDescription": "name=1:string shortDescription=2:string type=3:FeatureType",
     "FeatureType": (
-        "int64Type=1:|bytes doubleType=2:|bytes stringType=3:|bytes imageType=4:|bytes "
+        "int64Type=1:|bytes doubleType=2:|bytes stringType=3:|bytes imageType=4:|ImageFeatureType "
         "multiArrayType=5:|ArrayFeatureType dictionaryType=6:|bytes sequenceType=7:|bytes stateType=8:|bytes "
         "isOptional=1000:bool"
     ),
     "ArrayFeatureType": "shape=1:int64* dataType=2:int32 enumeratedShapes=21:|EnumeratedShapes "
     "shapeRange=31:|ShapeRange intDefaultValue=41:?int32 floatDefaultValue=51:?float doubleDefaultValue=61:?double",
+    "ImageFeatureType": "width=1:int64 height=2:int64 colorSpace=3:int32 enumeratedSizes=21:|EnumeratedImageSizes "
+    "imageSizeRange=31:|ImageSizeRange",
+    "EnumeratedImageSizes": "sizes=1:ImageSize*",
+    "ImageSize": "width=1:uint64 height=2:uint64",
+    "ImageSizeRange": "widthRange=1:SizeRange heightRange=2:SizeRange",
     "EnumeratedShapes": "shapes=1:Shape*",
     "Shape": "shape=1:int64*",
     "ShapeRange": "sizeRanges=1:SizeRange*",

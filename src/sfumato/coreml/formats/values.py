@@ -101,7 +101,7 @@ def checked(value: Value) -> np.ndarray | tuple[str, ...]:
         if type_.dtype == "string" and len(texts) == prod(side or 0 for side in type_.shape):
             return texts
         found = f"{len(texts)} texts"
-    raise UsageError(f"a constant of type {type_} holds {found}; make both the same")
+    raise UsageError(f"a constant of type {type_} contains {found}; make both the same")
 
 
 def member_of(dtype: str) -> str:

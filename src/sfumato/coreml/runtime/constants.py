@@ -22,7 +22,7 @@ SMALL = 4096
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """One known value: its type, and a function that reads, decompresses or computes it anew each time.
+    """One known value: its type, and a function that reads, decompresses or computes it again each time.
 
     let_go: gives back the memory of what was read, once it was copied.
     """

@@ -32,14 +32,17 @@ class _Step(NamedTuple):
 class Executable:
     """A function made ready to run.
 
-    typed: whether values of type fp16 are rounded to fp16; else all floating point is float32.
+    typed: whether values of type fp16 are rounded to fp16; else all floating point is float32. unrounded: types of
+        operations whose results, and all that these are computed from, are not rounded even so.
     budget: bytes that its weights may take as the float32 tensors that operations read. If they fit they are all kept
         from the first run on; else each is widened (and decompressed) just before each use and forgotten after it.
     """
 
-    def __init__(self, function: Function, name: str, *, typed: bool, budget: int) -> None:
+    def __init__(
+        self, function: Function, name: str, *, typed: bool, budget: int, unrounded: tuple[str, ...] = ()
+    ) -> None:
         self.function, self.name, self.typed = function, name, typed
-        steps, constants = planned(function, name, typed=typed)
+        steps, constants = planned(function, name, typed=typed, unrounded=unrounded)
         large = {entry for _, _, bound in steps for entry in bound.reads if entry in constants}
         large = {entry for entry in large if constants[entry].count > SMALL}
         if sum(constants[entry].byte_count for entry in large) <= budget:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from sfumato.coreml.program import ARRAY_DTYPES, Feature, Interface
+from sfumato.coreml.program import ARRAY_DTYPES, COLORS, Feature, Flexibility, Interface
 from sfumato.coreml.runtime.kinds import HELD
 from sfumato.errors import UsageError, suggest
 
-__all__ = ["array_of", "check_names", "check_tensor", "tensor_from"]
+__all__ = ["array_of", "check_names", "check_tensor", "default_tensor", "tensor_from"]
 
 _WORDS = {"fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
 
 def check_names(interface: Interface, given: Mapping[str, Any]) -> None:
-    """Raise `UsageError` if an input is missing or one is given that the model does not have."""
+    """Raise `UsageError` if an input without a default is missing or one is given that the model does not have."""
     if not isinstance(given, Mapping):
         raise UsageError(
             f"inputs must be a dictionary of arrays by name, not a {type(given).__name__}; the model takes "
@@ -30,20 +30,30 @@ def check_names(interface: Interface, given: Mapping[str, Any]) -> None:
             near = suggest(str(name), names)
             raise UsageError(f"the model has no input {name!r}{near}; it takes {_listed(interface)}")
     for feature in interface.inputs:
-        if feature.name not in given:
+        if feature.name not in given and feature.default is None:
             raise UsageError(f"the input {feature.name!r} is missing; it must be {_described(feature)}")
+
+
+def default_tensor(feature: Feature) -> torch.Tensor:
+    """What stands for an input that is not given: its default everywhere."""
+    flexibility = feature.flexibility
+    shape = [side or 0 for side in (feature.type.shape if flexibility is None else flexibility.default)]
+    return torch.full(shape, feature.default or 0, dtype=HELD[feature.type.dtype])
 
 
 def tensor_from(feature: Feature, value: Any) -> torch.Tensor:
     """An array as the model takes it, cast to the type of its feature.
 
+    An image is an array in the model's own shape and order of channels, (1, C, H, W), or, as people have them, one of
+    Pillow's or an array (H, W, 3) of red, green and blue or (H, W) of gray, each from 0 to 255.
+
     Raises `UsageError` if it is not numeric, has another shape, or is not whole where the model takes integers.
     """
     try:
-        array = np.asarray(value)
+        array = np.asarray(value) if feature.image is None else _picture(feature.image, value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(
-            f"the input {feature.name!r} must be {_described(feature)}; it is no array: {error}"
+            f"the input {feature.name!r} must be {_described(feature)}; it is not an array: {error}"
         ) from error
     if array.dtype.kind not in "fiub":
         raise UsageError(f"the input {feature.name!r} must be {_described(feature)}, not an array of {array.dtype}")
@@ -69,17 +79,52 @@ def array_of(feature: Feature, value: torch.Tensor) -> np.ndarray:
         return value.numpy().astype(ARRAY_DTYPES[feature.type.dtype])
 
 
+def _picture(color: str, value: Any) -> np.ndarray:
+    """An image in the order of channels that a model takes, (1, C, H, W); an array of four sides is in it already."""
+    array = np.asarray(value.convert("RGB" if COLORS[color] == 3 else "L") if hasattr(value, "convert") else value)
+    if array.ndim == 2:
+        return array[None, None]
+    if array.ndim != 3 or array.shape[2] != 3:
+        return array
+    return (array[..., ::-1] if color == "BGR" else array).transpose(2, 0, 1)[None]
+
+
 def _check_shape(feature: Feature, shape: tuple[int, ...]) -> None:
     wanted = feature.type.shape
     fits = len(shape) == len(wanted) and all(b in (None, a) for a, b in zip(shape, wanted, strict=True))
-    if not fits:
+    if not fits or not _allowed(feature.flexibility, shape):
         raise UsageError(f"the input {feature.name!r} must be {_described(feature)}; its shape is {shape}")
 
 
+def _allowed(flexibility: Flexibility | None, shape: tuple[int, ...]) -> bool:
+    """Whether a shape is one of those listed, or within the ranges, which Core ML refuses to leave."""
+    if flexibility is None or not (flexibility.shapes or flexibility.ranges):
+        return True
+    if flexibility.shapes:
+        return shape in (flexibility.default, *flexibility.shapes)
+    return all(
+        least <= side and (most is None or side <= most)
+        for side, (least, most) in zip(shape, flexibility.ranges, strict=True)
+    )
+
+
 def _described(feature: Feature) -> str:
-    kind = feature.type.dtype
-    sides = ", ".join("any" if side is None else str(side) for side in feature.type.shape)
-    return f"an array of {_WORDS.get(kind, kind)} in the shape ({sides}{',' if len(feature.type.shape) == 1 else ''})"
+    kind, flexibility = feature.type.dtype, feature.flexibility
+    shapes = [_listing("any" if side is None else str(side) for side in feature.type.shape)]
+    if flexibility is not None and flexibility.shapes:
+        shapes = [_listing(map(str, shape)) for shape in dict.fromkeys((flexibility.default, *flexibility.shapes))]
+    elif flexibility is not None and flexibility.ranges:
+        shapes = [_listing(_range(*limits) for limits in flexibility.ranges)]
+    return f"an array of {_WORDS.get(kind, kind)} in the shape {' or '.join(shapes)}"
+
+
+def _listing(sides: Iterable[str]) -> str:
+    words = list(sides)
+    return f"({', '.join(words)}{',' if len(words) == 1 else ''})"
+
+
+def _range(least: int, most: int | None) -> str:
+    return str(least) if least == most else f"{least} or more" if most is None else f"{least} to {most}"
 
 
 def _listed(interface: Interface) -> str:

@@ -58,12 +58,24 @@ def needed(function: Function) -> list[bool]:
     return kept
 
 
-def planned(function: Function, name: str, *, typed: bool) -> Planned:
+def _sources(function: Function, kinds: tuple[str, ...]) -> set[str]:
+    """The values that operations of some types give, and all that these are computed from."""
+    found: set[str] = set()
+    for operation in reversed(function.operations):
+        if operation.type in kinds or any(output.name in found for output in operation.outputs):
+            found.update(output.name for output in operation.outputs)
+            found.update(operation.names)
+    return found
+
+
+def planned(function: Function, name: str, *, typed: bool, unrounded: tuple[str, ...] = ()) -> Planned:
     """Bind every operation that has to be computed. typed: results of type fp16 are rounded to it.
 
-    Raises `CheckpointError` naming an operation that is not supported, lacks a parameter, or reads what does not exist.
+    unrounded: types of operations whose results, and all that these are computed from, are not. Raises
+    `CheckpointError` naming an operation that is not supported, lacks a parameter, or reads what does not exist.
     """
     types = types_of(function)
+    wide = _sources(function, unrounded) if unrounded else set()
     known: dict[str, Constant] = {}
     constants = Constants(known)
     steps: list[tuple[int, Operation, Bound]] = []
@@ -81,7 +93,7 @@ def planned(function: Function, name: str, *, typed: bool) -> Planned:
             _add_constexpr(known, call, place_of(operation, index, name))
         else:
             bound = _bound(call, constants, index, name)
-            if typed:
+            if typed and operation.outputs[0].name not in wide:
                 bound = _rounding(operation, bound)
             if all(entry in constants for entry in bound.reads):
                 _fold(known, operation, bound, constants, place_of(operation, index, name))
@@ -171,7 +183,7 @@ def _rounding(operation: Operation, bound: Bound) -> Bound:
 
 
 def _late(call: Call, constants: Constants) -> Bound:
-    """An operation with a parameter that only the running program knows: it is bound anew in each run."""
+    """An operation with a parameter that only the running program knows: it is bound again in each run."""
     operation = call.operation
     names = tuple(dict.fromkeys(name for name in operation.names if name not in constants))
 

@@ -13,7 +13,7 @@ import torch
 
 from sfumato.coreml.program import Feature, Function, Interface, Model
 from sfumato.coreml.runtime.executor import Executable, Visit
-from sfumato.coreml.runtime.features import array_of, check_names, check_tensor, tensor_from
+from sfumato.coreml.runtime.features import array_of, check_names, check_tensor, default_tensor, tensor_from
 from sfumato.coreml.runtime.fuse import fused
 from sfumato.coreml.runtime.planner import types_of
 from sfumato.errors import CheckpointError, UsageError, suggest
@@ -40,6 +40,7 @@ class Predictor:
         within one operation being float32, as processors do it. "float32" takes all floating point to be float32, and
         shows what the graph computes without rounding.
     function: one of a program with several functions; the model's default function if it is not given.
+    unrounded: types of operations whose results, and all that they are computed from, are left in float32 even so.
     fuse: whether group normalization and attention, which programs spell out, are computed as single operations. That
         is faster; but a typed result is then rounded once at the end of the chain, and what would overflow fp16 within
         it does not.
@@ -53,14 +54,20 @@ class Predictor:
     """
 
     def __init__(
-        self, model: Model, *, precision: Precision = "typed", function: str | None = None, fuse: bool = True
+        self,
+        model: Model,
+        *,
+        precision: Precision = "typed",
+        function: str | None = None,
+        fuse: bool = True,
+        unrounded: tuple[str, ...] = (),
     ) -> None:
         if precision not in ("typed", "float32"):
             raise UsageError(f"precision must be 'typed' or 'float32', not {precision!r}")
-        self.model, self.precision, self.fuse = model, precision, fuse
+        self.model, self.precision, self.fuse, self._unrounded = model, precision, fuse, unrounded
         if isinstance(model.body, tuple):
             if function is not None:
-                raise UsageError(f"a pipeline has no functions to choose from, so leave out {function!r}")
+                raise UsageError(f"a pipeline has no functions; omit {function!r}")
             self.interface = model.interface
         else:
             self.interface = _interface(model, _function_name(model, function))
@@ -71,8 +78,11 @@ class Predictor:
     def _stage(self, model: Model, function: str | None, budget: int) -> _Stage:
         name = _function_name(model, function)
         chosen = model.program.functions[name]
-        made = Executable(fused(chosen) if self.fuse else chosen, name, typed=self._typed, budget=budget)
+        made = self._executable(fused(chosen) if self.fuse else chosen, name, budget)
         return _Stage(_interface(model, name), chosen, name, made)
+
+    def _executable(self, function: Function, name: str, budget: int) -> Executable:
+        return Executable(function, name, typed=self._typed, unrounded=self._unrounded, budget=budget)
 
     @property
     def _typed(self) -> bool:
@@ -86,17 +96,19 @@ class Predictor:
     def predict(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Outputs by name for inputs by name: arrays in the types of the interface.
 
-        Arrays of other number types are cast, as Core ML does. Raises `UsageError` naming the input if one is missing,
-        surplus, of another shape, or not numeric.
+        Arrays of other number types are cast, as Core ML does; images may be as people have them (`tensor_from`), and
+        inputs with a default value may be omitted. Raises `UsageError` naming the input if one is missing, surplus, of
+        a shape that the model does not take, or not numeric.
         """
         return self._arrays(self._compute(self._tensors(inputs)))
 
-    def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The same with tensors; those that come out are float32 for fp16 and fp32."""
+    def run(self, inputs: Mapping[str, torch.Tensor], visit: Visit | None = None) -> dict[str, torch.Tensor]:
+        """The same with tensors; those that come out are float32 for fp16 and fp32. visit: as for `observe`."""
         check_names(self.interface, inputs)
         for feature in self.interface.inputs:
-            check_tensor(feature, inputs[feature.name])
-        return self._compute(inputs)
+            if feature.name in inputs:
+                check_tensor(feature, inputs[feature.name])
+        return self._compute({**inputs, **self._defaults(inputs)}, visit)
 
     def observe(self, inputs: Mapping[str, Any], visit: Visit) -> dict[str, np.ndarray]:
         """`predict`, one operation after the other as the program has them, each shown to `visit` with its outputs.
@@ -109,7 +121,13 @@ class Predictor:
 
     def _tensors(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         check_names(self.interface, inputs)
-        return {feature.name: tensor_from(feature, inputs[feature.name]) for feature in self.interface.inputs}
+        given = [feature for feature in self.interface.inputs if feature.name in inputs]
+        return {one.name: tensor_from(one, inputs[one.name]) for one in given} | self._defaults(inputs)
+
+    def _defaults(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """What stands for inputs that are not given."""
+        missing = (feature for feature in self.interface.inputs if feature.name not in inputs)
+        return {feature.name: default_tensor(feature) for feature in missing}
 
     def _arrays(self, outputs: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
         return {feature.name: array_of(feature, outputs[feature.name]) for feature in self.interface.outputs}
@@ -122,11 +140,11 @@ class Predictor:
                 raise CheckpointError(f"function {stage.name!r} reads {missing[0]!r}, which the model does not give it")
             executable = stage.executable
             if visit is not None and self.fuse:
-                executable = Executable(stage.function, stage.name, typed=self._typed, budget=0)
+                executable = self._executable(stage.function, stage.name, 0)
             features.update(executable(features, visit))
         absent = [each.name for each in self.interface.outputs if each.name not in features]
         if absent:
-            raise CheckpointError(f"the model promises the output {absent[0]!r}, which it does not compute")
+            raise CheckpointError(f"the model declares the output {absent[0]!r}, which it does not compute")
         return {feature.name: features[feature.name] for feature in self.interface.outputs}
 
 
@@ -175,7 +193,7 @@ def _free_memory() -> int:
 def load(
     path: str | PathLike[str], *, precision: Precision = "typed", function: str | None = None, fuse: bool = True
 ) -> Predictor:
-    """A `Predictor` for a package, a compiled folder or a bare `.mlmodel`; see there."""
+    """A `Predictor` for a package, a compiled folder or a single `.mlmodel` file."""
     from sfumato.coreml.formats import read_model
 
     return Predictor(read_model(Path(path)), precision=precision, function=function, fuse=fuse)

@@ -19,6 +19,8 @@ from sfumato.coreml.runtime.fuse.graph import Entry, Graph
 
 __all__ = ["GROUP_NORM", "fuse_group_norms"]
 
+# Pixels from which on torch's group normalization of images with channels last is not precise.
+MANY = 2**14
 _NORM, _SCALE, _SHIFT = "fused group_norm", "fused scale", "fused shift"
 
 
@@ -208,9 +210,26 @@ def _bind_norm(call: Call) -> Bound:
 
     def run(x: Tensor, *affine: Tensor) -> Tensor:
         vectors = dict(zip(given, (each.reshape(-1) for each in affine), strict=True))
-        return torch.group_norm(x, groups, vectors.get("gamma"), vectors.get("beta"), epsilon)
+        gamma, beta = vectors.get("gamma"), vectors.get("beta")
+        if x.dim() == 4 and x.shape[2:].numel() >= MANY and not x.is_contiguous():
+            return _by_moments(x, groups, gamma, beta, epsilon)
+        return torch.group_norm(x, groups, gamma, beta, epsilon)
 
     return call.bind(run, "x", *given)
+
+
+def _by_moments(x: Tensor, groups: int, gamma: Tensor | None, beta: Tensor | None, epsilon: float) -> Tensor:
+    """Where channels are last in memory, torch's own adds up pixel by pixel in float32: 103 dB are left of 512² pixels.
+
+    The mean over pixels first, and over the channels of a group then, is precise and fast.
+    """
+    grouped = x.unflatten(1, (groups, -1))
+    mean = grouped.mean((3, 4), True).mean(2, True)
+    variance = (grouped - mean).square_().mean((3, 4), True).mean(2, True)
+    one = x.new_ones(x.shape[1])
+    scale = torch.rsqrt(variance + epsilon) * (one if gamma is None else gamma).reshape(1, groups, -1, 1, 1)
+    shift = (0 * one if beta is None else beta).reshape(1, groups, -1, 1, 1) - mean * scale
+    return torch.addcmul(shift.flatten(1, 2), x, scale.flatten(1, 2))
 
 
 def _bind_scale(call: Call) -> Bound:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from sfumato.coreml.runtime.call import Binder, Bound, Call
-from sfumato.models.packed import convolve, packable, packed_filter
+from sfumato.runtime.onednn import convolve, multiply_pixels, packable, packed_filter, packed_matrix
 
 __all__ = ["CONVOLUTION", "padded", "padding"]
 
@@ -44,11 +44,10 @@ def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A convolution of 1 × 1, which is a product of matrices: in the layout that its kind of values comes in.
 
     Values of transformers, (B, C, 1, S), come out with the channels together in memory, as normalization over them and
-    attention read them; pictures come out plane by plane, or with packed weights channels last.
+    attention read them; images come out plane by plane, or with packed weights channels last.
     """
     if weight.is_mkldnn:
-        pixels = x.permute(0, 2, 3, 1).contiguous()
-        return torch.ops.mkldnn._linear_pointwise(pixels, weight, bias, "none", [], "").permute(0, 3, 1, 2)
+        return multiply_pixels(x, weight, bias)
     weight = weight.flatten(1)
     if x.shape[2] == 1:
         return F.linear(x.squeeze(2).transpose(1, 2), weight, bias).transpose(1, 2).unsqueeze(2)
@@ -59,29 +58,43 @@ def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y.unflatten(2, x.shape[2:])
 
 
-def _packed_pointwise(weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1))
-
-
 def _conv(call: Call) -> Bound:
     """Weights that are kept are put once into the order in which oneDNN multiplies (models/packed.py)."""
-    bound = _plain_conv(call)
-    flat = call.rank() == 4 and call.integer("groups", 1) == 1 and {*call.ints("dilations", (1, 1))} == {1}
-    if not flat or not packable(torch.float32) or bound.reads[1] != call.entries("weight")[0]:
+    spatial, groups = call.rank() - 2, call.integer("groups", 1)
+    strides, dilations = call.ints("strides", (1,) * spatial), call.ints("dilations", (1,) * spatial)
+    names = ("x", "weight", *call.given("bias"))
+    pads = _fixed_padding(call, spatial, strides)
+    plain = _plain_conv(call, strides, dilations, groups, pads)
+    if pads is None or spatial != 2 or {*dilations, groups} != {1}:
+        return call.bind(plain, *names)
+    pointwise = {*call.type("weight").shape[2:], *strides} == {1} and not any(pads)
+    bound = call.bind(_pointwise if pointwise else plain, *names)
+    if not packable(torch.float32):
         return bound
-    strides = call.ints("strides", (1, 1))
-    pairs = _fixed_padding(call, 2, strides)
-    if pairs is None:
-        return bound
-    if {*call.type("weight").shape[2:], *strides} == {1} and not any(pairs):
-        return bound._replace(ready={1: _packed_pointwise})
+    if pointwise:
+        return bound._replace(ready={1: lambda weight: packed_matrix(weight.flatten(1))})
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if not weight.is_mkldnn:
-            return bound.run(x, weight, bias)
-        return convolve(x.contiguous(memory_format=torch.channels_last), weight, bias, pairs, strides)
+            return plain(x, weight, bias)
+        return convolve(x.contiguous(memory_format=torch.channels_last), weight, bias, pads, strides)
 
-    return bound._replace(run=run, ready={1: lambda weight: packed_filter(weight, pairs, strides)})
+    return bound._replace(run=run, ready={1: lambda weight: packed_filter(weight, pads, strides)})
+
+
+def _plain_conv(
+    call: Call, strides: Sequence[int], dilations: Sequence[int], groups: int, pads: Sequence[int] | None
+) -> Callable[..., Tensor]:
+    """Torch's own; where no padding is fixed (None), that follows from the sides."""
+    convolution = _CONV[call.rank() - 2]
+    if pads is not None:
+        return lambda x, weight, bias=None: convolution(x, weight, bias, strides, pads, dilations, groups)
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        around = padding(call, weight.shape[2:], strides, dilations, x.shape[2:])
+        return convolution(padded(x, around), weight, bias, strides, 0, dilations, groups)
+
+    return run
 
 
 def _fixed_padding(call: Call, spatial: int, strides: Sequence[int]) -> tuple[int, ...] | None:
@@ -90,29 +103,6 @@ def _fixed_padding(call: Call, spatial: int, strides: Sequence[int]) -> tuple[in
         return None
     pairs = padding(call, (0,) * spatial, strides, (1,) * spatial, ())
     return tuple(before for before, _ in pairs) if all(before == after for before, after in pairs) else None
-
-
-def _plain_conv(call: Call) -> Bound:
-    spatial = call.rank() - 2
-    convolution = _CONV[spatial]
-    strides = call.ints("strides", (1,) * spatial)
-    dilations = call.ints("dilations", (1,) * spatial)
-    groups = call.integer("groups", 1)
-    names = ("x", "weight", *call.given("bias"))
-    symmetric = _fixed_padding(call, spatial, strides)
-    if symmetric is not None:
-        sides = call.type("weight").shape
-        if spatial == 2 and {*sides[2:], *strides, groups} == {1} and not any(symmetric):
-            return call.bind(_pointwise, *names)
-        return call.bind(
-            lambda x, weight, bias=None: convolution(x, weight, bias, strides, symmetric, dilations, groups), *names
-        )
-
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        around = padding(call, weight.shape[2:], strides, dilations, x.shape[2:])
-        return convolution(padded(x, around), weight, bias, strides, 0, dilations, groups)
-
-    return call.bind(run, *names)
 
 
 def _conv_transpose(call: Call) -> Bound:

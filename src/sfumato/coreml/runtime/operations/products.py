@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sfumato.coreml.program import Value
 from sfumato.coreml.runtime.call import Binder, Bound, Call
 
 __all__ = ["PRODUCTS"]
@@ -33,8 +34,52 @@ def _matmul(call: Call) -> Bound:
 
 
 def _einsum(call: Call) -> Bound:
-    equation = str(call.known("equation"))
-    return call.bind(lambda *values: torch.einsum(equation, *values), "values")
+    equation = str(call.known("equation")).replace(" ", "")
+    words, _, result = equation.partition("->")
+    letters = words.split(",")
+    shapes = [
+        entry.type.shape if isinstance(entry, Value) else call.types[entry].shape for entry in call.entries("values")
+    ]
+    run = _batched(letters, result) if len(letters) == 2 and _agree(letters, shapes) else None
+    return call.bind(run or (lambda *values: torch.einsum(equation, *values)), "values")
+
+
+def _agree(words: Sequence[str], shapes: Sequence[tuple[int | None, ...]]) -> bool:
+    """Whether each letter has one side, so that nothing is broadcast."""
+    sides: dict[str, int | None] = {}
+    pairs = [pair for word, shape in zip(words, shapes, strict=True) for pair in zip(word, shape, strict=False)]
+    return all(side is not None and sides.setdefault(letter, side) == side for letter, side in pairs)
+
+
+def _batched(words: Sequence[str], result: str) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """A sum of products as a batched product of matrices, if it is one.
+
+    The letters that only the first value has come last in memory, where `einsum` has those of the second: of scores
+    they are the keys, which softmax sums over, and of what is mixed with them the channels, as projections read them.
+    """
+    first, second = words
+    batch = [letter for letter in first if letter in second and letter in result]
+    summed = [letter for letter in first if letter in second and letter not in result]
+    left = [letter for letter in first if letter not in second]
+    right = [letter for letter in second if letter not in first]
+    made = [*batch, *right, *left]
+    if sorted(made) != sorted(result) or any(len({*word}) < len(word) for word in words):
+        return None
+    of_first, of_second = (
+        [word.index(one) for one in order]
+        for word, order in ((first, [*batch, *summed, *left]), (second, [*batch, *right, *summed]))
+    )
+    back = [made.index(letter) for letter in result]
+    shared, after, own = len(batch), len(batch) + len(summed), len(batch) + len(right)
+
+    def run(x: Tensor, y: Tensor) -> Tensor:
+        x, y = x.permute(of_first), y.permute(of_second)
+        batches, sums, columns, rows = x.shape[:shared], x.shape[shared:after], x.shape[after:], y.shape[shared:own]
+        b, s, c, r = (sides.numel() for sides in (batches, sums, columns, rows))
+        product = torch.bmm(y.reshape(b, r, s), x.reshape(b, s, c))
+        return product.reshape(*batches, *rows, *columns).permute(back)
+
+    return run
 
 
 def _attention(call: Call) -> Bound:

@@ -26,7 +26,8 @@ def make(name, **options):
     extra = (
         QUIET if name == "DPMSolverSinglestepScheduler" else {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
     )
-    return getattr(schedulers, name)(**SD, **extra, **options)
+    trained = {} if name.startswith("EDM") else SD
+    return getattr(schedulers, name)(**trained, **extra, **options)
 
 
 def sample(scheduler, x, generators=None, start=0, model=torch.tanh):
@@ -46,10 +47,11 @@ def test_table_and_step_are_the_same_sampler(name):
     looped = sample(scheduler, x, torch.Generator().manual_seed(1))
     assert scheduler.step_index is None
     y, generator = x * scheduler.init_noise_sigma, torch.Generator().manual_seed(1)
+    extra = {"eta": 0.0} if name == "TCDScheduler" else {}  # its own default is 0.3, that of tables 0
     for t in scheduler.timesteps:
         out = torch.tanh(scheduler.scale_model_input(y, t))
         try:
-            y = scheduler.step(out, t, y, generator=generator).prev_sample
+            y = scheduler.step(out, t, y, generator=generator, **extra).prev_sample
         except TypeError:
             y = scheduler.step(out, t, y).prev_sample
     if name != "DDIMScheduler":
@@ -162,6 +164,64 @@ def test_a_custom_grid_is_taken_or_refused_by_name(name, key):
             scheduler.set_timesteps(**{key: values}, device="cpu")
 
 
+WRONG_SETTINGS = [
+    ({"beta_start": None}, "beta_start must be a number from 0 to 1"),
+    ({"beta_start": -1}, "beta_start"),
+    ({"beta_start": float("nan")}, "beta_start"),
+    ({"beta_end": 10**400}, "beta_end"),
+    ({"beta_start": 0, "beta_end": 0}, "beta_start, beta_end and beta_schedule"),
+    ({"beta_start": 1, "beta_end": 1}, "leave some image before the last"),
+    (
+        {"num_train_timesteps": 10**9, "beta_schedule": "squaredcos_cap_v2"},
+        "num_train_timesteps must be at most 100000",
+    ),
+    ({"num_train_timesteps": 0}, "num_train_timesteps"),
+    ({"num_train_timesteps": "1000"}, "num_train_timesteps"),
+    ({"trained_betas": [[0.1]]}, "trained_betas must be a list of"),
+    ({"trained_betas": []}, "trained_betas"),
+    ({"trained_betas": [0.1] * 10}, "trained_betas has 10 entries, not 1000"),
+    ({"beta_schedule": ["linear"]}, "beta_schedule"),
+    ({"prediction_type": 5}, "prediction_type"),
+]
+
+
+# EDM's schedulers have sigmas, and no betas.
+BETAS = [name for name in CLASSES if "trained_betas" in getattr(schedulers, name).config_class.__dataclass_fields__]
+
+
+@pytest.mark.parametrize("name", BETAS)
+@pytest.mark.parametrize(("settings", "says"), WRONG_SETTINGS)
+def test_a_setting_that_no_model_was_trained_with(name, settings, says):
+    with pytest.raises(ConfigError, match=says) as caught:
+        getattr(schedulers, name).from_config(SD | settings)
+    assert str(caught.value).startswith(f"{name}: ")
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_model_trained_on_one_timestep(name):
+    options = {"skip_prk_steps": True} if name == "PNDMScheduler" else {}
+    scheduler = getattr(schedulers, name)(num_train_timesteps=1, **options)
+    grid = {"original_inference_steps": 1} if name in ("LCMScheduler", "TCDScheduler") else {}
+    scheduler.set_timesteps(1, **grid)
+    assert len(scheduler.timesteps) == 1
+
+
+def test_a_sibling_s_setting_is_checked_too_where_it_is_read():
+    with pytest.raises(ConfigError, match="sigma_min must be"):
+        schedulers.LMSDiscreteScheduler.from_config(SD | {"use_karras_sigmas": True, "sigma_min": "x"})
+
+
+@pytest.mark.parametrize("config", [None, 5, "x", [1]])
+def test_what_is_no_config(config):
+    with pytest.raises(UsageError, match="takes a dict of settings"):
+        schedulers.DDIMScheduler.from_config(config)
+
+
+def test_too_many_steps_are_refused_before_they_are_counted_out():
+    with pytest.raises(UsageError, match="at most 10000"):
+        schedulers.EulerDiscreteScheduler().set_timesteps(10**9)
+
+
 def test_steps_run_out():
     scheduler = make("EulerDiscreteScheduler")
     scheduler.set_timesteps(1)
@@ -170,6 +230,51 @@ def test_steps_run_out():
     scheduler.step(x, t, x)
     with pytest.raises(UsageError, match="all steps are taken"):
         scheduler.step(x, t, x)
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "most", "options"),
+    [
+        ("DPMSolverMultistepScheduler", 1000, 999, {}),
+        ("DPMSolverMultistepScheduler", 999, 998, {"timestep_spacing": "leading", "steps_offset": 1}),
+        ("DPMSolverMultistepScheduler", 998, 997, {"timestep_spacing": "trailing"}),  # one step too many, at -1
+        ("DPMSolverSinglestepScheduler", 5000, 999, {}),
+        ("DEISMultistepScheduler", 1001, 1000, {"timestep_spacing": "trailing"}),
+        ("UniPCMultistepScheduler", 100, 99, {"num_train_timesteps": 100}),
+        ("LMSDiscreteScheduler", 1001, 1000, {"timestep_spacing": "leading"}),
+    ],
+)
+def test_a_timestep_that_stands_twice_says_how_many_steps_there_may_be(name, n, most, options):
+    scheduler, x = make(name, **options), torch.ones(1, 4, 2, 2)
+    scheduler.set_timesteps(n)
+    for walk in (scheduler.table, lambda: scheduler.step(x, scheduler.timesteps[0], x)):
+        with pytest.raises(UsageError, match=f"occurs twice; use at most {most} steps"):
+            walk()
+    scheduler.set_timesteps(most)
+    assert all(math.isfinite(weight) for row in scheduler.table().rows for weight in (row.x, *row.past))
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler"])
+def test_noise_predicted_from_pure_noise_names_both_settings(name):
+    for options in ({"rescale_betas_zero_snr": True}, {"trained_betas": [0.1, 0.2, 1.0], "num_train_timesteps": 3}):
+        scheduler = make(name, timestep_spacing="trailing", **options)
+        scheduler.set_timesteps(3)
+        with pytest.raises(UsageError, match=r"rescale_betas_zero_snr.*prediction_type to 'v_prediction'"):
+            scheduler.table()
+        other = type(scheduler).from_config(scheduler.config, prediction_type="v_prediction")
+        other.set_timesteps(3)
+        assert other.table().rows
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_null_stands_for_the_default_but_where_it_means_off(name):
+    nulls = dict.fromkeys(CONFIGS[name].keys() - {"beta_start", "beta_end"})  # without which there is no schedule
+    built = getattr(schedulers, name).from_config({"_class_name": "DPMSolverMultistepScheduler"} | nulls)
+    defaults = getattr(schedulers, name)().config
+    for key, default in ((key, CONFIGS[name][key]) for key in nulls):
+        assert built.config[key] is False if isinstance(default, bool) else built.config[key] == defaults[key]
+    built.set_timesteps(8)
+    assert built.table().rows
 
 
 def test_unknown_config_keys_are_kept_and_said_once(caplog):
@@ -190,6 +295,9 @@ def test_files(tmp_path):
         path.write_text(broken)
         with pytest.raises(CheckpointError):
             schedulers.DDIMScheduler.from_pretrained(tmp_path)
+    path.write_text('{"steps_offset": "x"}')
+    with pytest.raises(ConfigError, match=r"scheduler_config\.json: DDIMScheduler: steps_offset must be"):
+        schedulers.DDIMScheduler.from_pretrained(tmp_path)
     schedulers.DDIMScheduler(steps_offset=1).save_pretrained(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["scheduler_config.json"]
     assert json.loads(path.read_text())["steps_offset"] == 1
@@ -207,6 +315,46 @@ def test_names_resolve_and_build():
     assert resolve("DPM++-2M-Karras".lower().replace("dpm++-", "dpmpp_"))[0] == "DPMSolverMultistepScheduler"
     with pytest.raises(UnknownArgument, match="did you mean 'euler_a'"):
         resolve("eulera")
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        # AUTOMATIC1111, Forge and Civitai
+        ("Euler a", "euler_a"), ("Euler", "euler"), ("LMS Karras", "lms_karras"), ("Heun", "heun"), ("DPM2", "dpm2"),
+        ("DPM2 a Karras", "dpm2_a_karras"), ("DPM++ 2M", "dpmpp_2m"), ("DPM++ 2M Karras", "dpmpp_2m_karras"),
+        ("DPM++ 2M SDE Karras", "dpmpp_2m_sde_karras"), ("DPM++ 3M SDE", "dpmpp_3m_sde"), ("DPM++ SDE", "dpmpp_sde"),
+        ("DDIM", "ddim"), ("PLMS", "pndm"), ("UniPC", "unipc"), ("LCM", "lcm"), ("DPM++ 2M Automatic", "dpmpp_2m"),
+        # ComfyUI
+        ("euler_ancestral", "euler_a"), ("dpm_2", "dpm2"), ("dpm_2_ancestral", "dpm2_a"), ("uni_pc_bh2", "unipc"),
+        ("dpmpp_2m_sde_gpu", "dpmpp_2m_sde"),
+        # InvokeAI and the first scripts
+        ("k_euler_a", "euler_a"), ("k_dpmpp_2m", "dpmpp_2m"), ("dpmpp_2m_k", "dpmpp_2m_karras"),
+        # In short, or as Apple's Swift runner has it
+        ("dpm++", "dpmpp_2m"), ("dpmpp", "dpmpp_2m"), ("DPM++ Karras", "dpmpp_2m_karras"), ("dpm++2m", "dpmpp_2m"),
+    ],
+)  # fmt: skip
+def test_names_of_other_programs(theirs, ours):
+    assert resolve(theirs) == resolve(ours) == (NAMES[ours].class_name, NAMES[ours].preset)
+
+
+def test_names_of_classes_and_spacings():
+    assert resolve("EulerDiscrete") == resolve("EulerDiscreteScheduler") == ("EulerDiscreteScheduler", {})
+    for word in ("exponential", "beta"):
+        name, preset = resolve(f"DPM++ 2M {word.title()}")
+        assert name == "DPMSolverMultistepScheduler"
+        assert preset[f"use_{word}_sigmas"]
+        assert not preset["use_karras_sigmas"]
+        assert getattr(schedulers, name).from_config(SD, **preset).config[f"use_{word}_sigmas"]
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("DPM++ 2S a", "'dpmpp_2s'"), ("eulr", "'euler'"), ("ddim karras", "karras'"), ("?", "lists all")],
+)
+def test_unknown_names_get_near_ones(name, near):
+    with pytest.raises(UnknownArgument, match=f"there is no scheduler .*{near}"):
+        resolve(name)
 
 
 def test_names_import_no_torch():
@@ -236,3 +384,9 @@ def test_a_brownian_path_is_never_asked_outside_itself(options):
     for n in (5, 20, 50):
         scheduler.set_timesteps(n)
         assert sample(scheduler, torch.zeros(1, 4, 2, 2)).isfinite().all()
+
+
+@pytest.mark.parametrize("wrong", [5, [None], [object()], torch.zeros(2, 3), ["x"]])
+def test_timesteps_that_are_no_numbers(wrong):
+    with pytest.raises(UsageError, match="timesteps must be a list of numbers"):
+        schedulers.DDPMScheduler().set_timesteps(timesteps=wrong)

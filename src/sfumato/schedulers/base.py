@@ -7,34 +7,41 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Self, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sfumato.checkpoints.locate import HubOptions, by_patterns, locate_folder
-from sfumato.configs import parse
-from sfumato.errors import UnknownArgument, UsageError, suggest
-from sfumato.files import LAYOUT_VERSION, output_folder, read_json, write_json
-from sfumato.schedulers.configs import CONFIGS, SchedulerConfig, config_class, sibling_keys
+from sfumato.configs import Configured, parse
+from sfumato.errors import ConfigError, SfumatoError, UnknownArgument, UsageError, suggest
+from sfumato.files import LAYOUT_VERSION, expanded, output_folder, read_json, write_json
+from sfumato.outputs import Output
+from sfumato.request import MOST_STEPS
+from sfumato.runtime.device import as_device
+from sfumato.schedulers.configs import COMPATIBLE, CONFIGS, KINDS, SchedulerConfig, config_class, sibling_keys
 from sfumato.schedulers.grid import train_alphas_cumprod, train_betas
 from sfumato.schedulers.noise import GaussianNoise, Generators, noise_for
 from sfumato.schedulers.rows import Clip, Noise, Row, State, advance, folded, predict_original
+from sfumato.values import Within, check_argument, check_number, check_value, kinds_of, reason, shown
 
 __all__ = ["Scheduler", "SchedulerOutput", "Stepped", "Table", "Timestep"]
 
 CONFIG_NAME = "scheduler_config.json"
+UNSAVED = {"solver_p"}  # settings that are objects and no numbers
 HUB_KEYWORDS = {field.name for field in fields(HubOptions)}
 logger = logging.getLogger("sfumato")
 
 
-class SchedulerOutput(NamedTuple):
-    """The latents one step on, and the clean latents predicted on the way, where the scheduler gives them."""
+@dataclass(frozen=True, eq=False)
+class SchedulerOutput(Output):
+    """The next latents and, if the scheduler computes them, the predicted clean latents."""
 
     prev_sample: Tensor
     pred_original_sample: Tensor | None = None
@@ -46,28 +53,31 @@ Timestep = int | float | Tensor
 
 @dataclass(frozen=True)
 class Table:
-    """Everything a denoising loop needs: one row per model call, with its timestep, and how the latents start."""
+    """All that a denoising loop needs: a row and a timestep per model call, and the scale of the initial latents."""
 
     rows: tuple[Row, ...]
     timesteps: Tensor  # (len(rows),), as the model takes them
     init_noise_sigma: float  # standard deviation of pure-noise latents
-    start_weights: tuple[float, float]  # of image and noise, at the first row
+    weights: tuple[tuple[float, float], ...]  # of image and noise, at each row
 
-    def noised(self, original: Tensor, noise: Tensor) -> Tensor:
-        """Latents of an image brought to the first row's noise level (image-to-image), in the image's dtype."""
-        signal, spread = self.start_weights
+    def noised(self, original: Tensor, noise: Tensor, row: int = 0) -> Tensor:
+        """Latents of an image brought to the noise level of a row (image-to-image, masks), in the image's dtype."""
+        signal, spread = self.weights[row]
         return (original.float() * signal).add_(noise.to(original.device), alpha=spread).to(original.dtype)
 
 
-class Scheduler:
-    """Base of the fourteen: a frozen `config` and the current grid. `table` is pure; `step` runs the same rows."""
+class Scheduler(Configured):
+    """The base class: a frozen `config` and the current noise levels. `table` is pure; `step` runs the same rows."""
 
     order: ClassVar[int] = 1  # model calls per step
     gives_original: ClassVar[bool] = True
+    output: ClassVar[type[Any]] = SchedulerOutput  # what `step` returns
     custom_grids: ClassVar[tuple[str, ...]] = ()  # which of "timesteps" and "sigmas" can be given to set_timesteps
+    config_name: ClassVar[str] = CONFIG_NAME
+    needs_grid: ClassVar[bool] = True  # `step` is refused before `set_timesteps`; else it takes the training timesteps
     finite_snr: ClassVar[bool] = True  # works in sigma, so a zero terminal SNR is kept off infinity
     config_class: ClassVar[type[SchedulerConfig]]
-    init_noise_sigma: float = 1.0  # standard deviation of the latents a picture starts from
+    init_noise_sigma: float | Tensor = 1.0  # standard deviation of the latents an image starts from
     timesteps: Tensor
 
     def __init_subclass__(cls) -> None:
@@ -78,16 +88,50 @@ class Scheduler:
             cls.__signature__ = inspect.Signature([p for key, p in keys.items() if key != "extra"])
 
     def __init__(self, **options: Any) -> None:
-        known = set(self.config_class.__dataclass_fields__) - {"extra"}
+        known = kinds_of(self.config_class).keys() - {"extra"}
         for key in options.keys() - known:
             raise UnknownArgument(f"{type(self).__name__} has no option {key!r}{suggest(key, known)}")
         plain = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in options.items()}
         # Written down as the ecosystem does: a key left at its default lets a sibling use its own default.
-        self.config, _ = parse(self.config_class, plain | {"_use_default_values": sorted(known - options.keys())})
-        self.betas = train_betas(self.config)
-        self.alphas_cumprod = train_alphas_cumprod(self.config, self.betas, finite=self.finite_snr)
+        told: dict[str, Any] = {"_class_name": type(self).__name__, "_diffusers_version": LAYOUT_VERSION}
+        if defaults := sorted(known - options.keys() - UNSAVED):
+            told["_use_default_values"] = defaults
+        self.config, _ = parse(self.config_class, plain | told)
+        self._train()
         self.num_inference_steps: int | None = None
         self._reset()
+
+    def _train(self) -> None:
+        """Work out what training did: its betas, their products, and the grid of all its timesteps."""
+        self.betas = train_betas(self.config)
+        self.alphas_cumprod = train_alphas_cumprod(self.config, self.betas, finite=self.finite_snr)
+        self._check_noise()
+
+    def _check_noise(self) -> None:
+        """Raise `ConfigError` unless there is a little noise at the first timestep and a little image at the last."""
+        products, config = self.alphas_cumprod, self.config
+        wanted = config.num_train_timesteps
+        if len(products) != wanted:
+            raise ConfigError(f"{config.owner}: trained_betas has {len(products)} entries, not {wanted}")
+        # Only the last timestep may be pure noise (zero terminal SNR).
+        if not (products[0] < 1 and (products[:-1] > 0).all() and products.isfinite().all()):
+            raise ConfigError(
+                f"{config.owner}: beta_start, beta_end and beta_schedule (or trained_betas) must give some noise at "
+                "the first timestep and leave some image before the last; use the values from the model's training"
+            )
+
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """Where settings that are each possible give no schedule together, it is they that are named."""
+        try:
+            with np.errstate(divide="raise", invalid="raise", over="raise"):
+                yield
+        except (ArithmeticError, IndexError, ValueError) as error:
+            if isinstance(error, SfumatoError):
+                raise
+            raise ConfigError(
+                f"{type(self).__name__}: these settings allow no schedule of this length ({reason(error)}); change one"
+            ) from error
 
     def _reset(self) -> None:
         self.begin_index: int | None = None  # the entry of `timesteps` to begin at, where `set_begin_index` said so
@@ -96,47 +140,77 @@ class Scheduler:
         self._built: dict[Any, Sequence[Row]] = {}
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any] | SchedulerConfig, **overrides: Any) -> Self:
-        """Build from any scheduler's config. Siblings' keys travel along unused; keys nobody knows are logged once."""
-        mapping = dict(config.items())
-        for key in mapping.pop("_use_default_values", ()):
-            mapping.pop(key, None)
+    def from_config(cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **overrides: Any) -> Self:
+        """Build from any scheduler's config.
+
+        Keys of other schedulers are kept unused; unknown keys are logged once. With `return_unused_kwargs`, also
+        returns the unused keys. Raises `ConfigError` for an invalid value.
+        """
+        if not isinstance(config, Mapping):
+            raise UsageError(f"from_config takes a dict of settings, not {shown(config)}")
+        mapping = {key: value for key, value in config.items() if value is not None or key not in UNSAVED}
+        defaults = mapping.pop("_use_default_values", ())
+        for key in [key for key in mapping if isinstance(defaults, (list, tuple)) and key in defaults]:
+            del mapping[key]
         mapping |= overrides
-        known = mapping.keys() & (cls.config_class.__dataclass_fields__.keys() - {"extra"})
+        known = mapping.keys() & (kinds_of(cls.config_class).keys() - {"extra"})
+        for key in mapping.keys() & KINDS.keys() - known:  # some are read from a sibling, too
+            check_value(cls.__name__, key, mapping[key], KINDS[key] | None)
         scheduler = cls(**{key: mapping.pop(key) for key in known})
-        if "_class_name" in mapping:
-            mapping["_class_name"] = cls.__name__
+        mapping.pop("_class_name", None)
         scheduler.config = scheduler.config.replace(extra={**scheduler.config.extra, **mapping})
         if unknown := sorted(key for key in mapping if key not in sibling_keys() and not key.startswith("_")):
             logger.warning("%s: unknown config keys, kept but not used: %s", cls.__name__, ", ".join(unknown))
-        return scheduler
+        return cast("Any", (scheduler, mapping)) if return_unused_kwargs else scheduler
 
     @classmethod
-    def from_pretrained(cls, name: str | PathLike[str], subfolder: str | None = None, **keywords: Any) -> Self:
+    def _file(cls, name: str | PathLike[str], subfolder: str | None, keywords: dict[str, Any]) -> Path:
+        """Where `scheduler_config.json` is; takes the options of the hub out of `keywords`."""
+        check_argument("subfolder", subfolder, str | None)
+        hub = {key: keywords.pop(key) for key in HUB_KEYWORDS & keywords.keys()}
+        wanted = f"{subfolder}/{CONFIG_NAME}" if subfolder else CONFIG_NAME
+        return path if (path := expanded(name)).is_file() else locate_folder(name, by_patterns(wanted), **hub) / wanted
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | PathLike[str],
+        subfolder: str | None = None,
+        return_unused_kwargs: bool = False,
+        **keywords: Any,
+    ) -> Self:
         """Read `scheduler_config.json` from a folder, a file or a hub id; keywords are hub options or config overrides.
 
-        Raises `CheckpointError` where the file is missing or is not a JSON object.
+        Raises `CheckpointError` if the file is missing or is not a JSON object, `ConfigError` for an invalid value.
         """
-        hub = {key: keywords.pop(key) for key in HUB_KEYWORDS & keywords.keys()}
-        path = Path(name)
-        if not path.is_file():
-            wanted = f"{subfolder}/{CONFIG_NAME}" if subfolder else CONFIG_NAME
-            path = locate_folder(name, by_patterns(wanted), **hub) / wanted
-        return cls.from_config(read_json(path), **keywords)
+        path = cls._file(name, subfolder, keywords)
+        try:
+            return cls.from_config(read_json(path), return_unused_kwargs, **keywords)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    @classmethod
+    def load_config(
+        cls, name: str | PathLike[str], return_unused_kwargs: bool = False, **keywords: Any
+    ) -> dict[str, Any]:
+        """The contents of the file that `from_pretrained` reads, for `from_config`; same keywords."""
+        config = read_json(cls._file(name, keywords.pop("subfolder", None), keywords))
+        return cast("Any", (config, keywords)) if return_unused_kwargs else config
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """Write `scheduler_config.json` into a folder, all or nothing; raises `OutputError`."""
-        skipped = {"_use_default_values", "solver_p"}
-        keys = {key: value for key, value in self.config.to_dict().items() if key not in skipped}
-        keys |= {"_class_name": type(self).__name__, "_diffusers_version": LAYOUT_VERSION}
-        write_json(output_folder(folder) / CONFIG_NAME, keys)
+        """Write `scheduler_config.json` into a folder, atomically; raises `OutputError`."""
+        keys = {key: value for key, value in self.config.items() if key not in {"_use_default_values", *UNSAVED}}
+        write_json(output_folder(folder) / CONFIG_NAME, keys | {"_diffusers_version": LAYOUT_VERSION})
+
+    save_config = save_pretrained
 
     @property
     def compatibles(self) -> list[type[Scheduler]]:
-        """The classes that can be built from this scheduler's config, its own included."""
+        """The classes that can be built from this scheduler's config, including its own."""
         import sfumato.schedulers as package
 
-        return [getattr(package, name) for name in CONFIGS]
+        own = type(self).__name__
+        return [getattr(package, name) for name in (COMPATIBLE if own in COMPATIBLE[:14] else (own,))]
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -145,7 +219,8 @@ class Scheduler:
         return f"{type(self).__name__} {json.dumps(self.config.to_dict(), indent=2, default=str)}"
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Begin at an entry of `timesteps` (image-to-image) and not where the first timestep is found."""
+        """Start at this index of `timesteps` (image-to-image) instead of looking up the first timestep."""
+        check_argument("begin_index", begin_index, Annotated[int, Within(0, MOST_STEPS)])
         self.begin_index = begin_index
 
     def set_timesteps(
@@ -155,22 +230,34 @@ class Scheduler:
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> None:
-        """Choose the grid: of n steps, or a custom one of given timesteps or sigmas, and forget the run in progress.
+        """Choose the noise levels: n steps, or given timesteps or sigmas.
 
-        Raises `UsageError` for a custom grid that this sampler cannot take, and for fewer steps than one.
+        Resets the current run. Raises `UsageError` for a custom schedule that this scheduler does not support, and for
+        fewer than one step.
         """
-        custom = {"timesteps": timesteps, "sigmas": sigmas}
-        custom = {key: values for key, values in custom.items() if values is not None}
-        if refused := custom.keys() - self.custom_grids:
+        n, custom = self._counted(num_inference_steps, timesteps=timesteps, sigmas=sigmas)
+        with self._arithmetic():
+            self._choose(n, device, **custom)
+
+    def _counted(self, n: Any, **custom: Sequence[float] | None) -> tuple[int, dict[str, list[float]]]:
+        """The number of steps asked for, and the custom grid if there is one; raises as `set_timesteps` does."""
+        given: dict[str, Any] = {key: values for key, values in custom.items() if values is not None}
+        if refused := given.keys() - self.custom_grids:
             raise UsageError(
                 f"{type(self).__name__} takes no custom {' or '.join(sorted(refused))}; pass num_inference_steps"
             )
-        if (num_inference_steps is not None) + len(custom) != 1:
+        if (n is not None) + len(given) != 1:
             raise UsageError("set_timesteps: pass exactly one of num_inference_steps, timesteps and sigmas")
-        n = next(map(len, custom.values()), num_inference_steps)
-        if not isinstance(n, (int, np.integer)) or n < 1:
-            raise UsageError(f"set_timesteps: num_inference_steps = {n!r} must be a whole number, at least 1")
-        self._choose(int(n), device, **custom)
+        try:
+            given = {key: [float(value) for value in values] for key, values in given.items()}
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise UsageError(f"set_timesteps: {' and '.join(given)} must be a list of numbers") from error
+        n = next(map(len, given.values()), n)
+        if not isinstance(n, (int, np.integer)) or not 1 <= n <= MOST_STEPS:
+            raise UsageError(
+                f"set_timesteps: steps must be a whole number, at least 1 and at most {MOST_STEPS}, not {n!r}"
+            )
+        return int(n), given
 
     def _choose(self, n: int, device: Any, **custom: Any) -> None:
         """Work out the grid of n steps, or the custom one of n values, and `_install` it."""
@@ -178,7 +265,7 @@ class Scheduler:
 
     def _install(self, n: int, timesteps: np.ndarray, device: Any) -> None:
         """Make a grid the current one and forget the run in progress."""
-        if torch.device(device or "cpu").type == "mps" and timesteps.dtype == np.float64:
+        if as_device(device).type == "mps" and timesteps.dtype == np.float64:
             timesteps = timesteps.astype(np.float32)  # MPS has no float64
         self.num_inference_steps = n
         self.timesteps = torch.from_numpy(timesteps.copy()).to(device)
@@ -205,29 +292,32 @@ class Scheduler:
         """Signal and noise weights of training timesteps, (B,) each, for `add_noise`."""
         raise NotImplementedError
 
-    def _start_weights(self, start: int) -> tuple[float, float]:
-        """Signal and noise weights at entry `start` of `timesteps`."""
+    def _weights_at(self, entry: int) -> tuple[float, float]:
+        """Signal and noise weights at an entry of `timesteps`."""
         raise NotImplementedError
 
     def table(self, start: int = 0, *, eta: float = 0.0) -> Table:
-        """The steps from entry `start` of `timesteps` on, as numbers. Leaves the scheduler as it is.
+        """The steps from index `start` of `timesteps` on, as numbers. Does not change the scheduler.
 
-        `start` counts entries, so it is a multiple of `order`. `eta` is DDIM's; other schedulers have none.
+        `start` counts model calls, so it is a multiple of `order`. `eta` applies only to DDIM and TCD.
         Raises `UsageError` before `set_timesteps` and for a start outside it.
         """
         self._chosen_steps()
+        check_argument("start", start, int)
         if not 0 <= start < len(self.timesteps) or start % self.order:
             raise UsageError(f"start = {start} must be one of {len(self.timesteps)} entries, divisible by {self.order}")
         options = {"eta": eta} if "eta" in inspect.signature(self.step).parameters else {}
-        rows = tuple(map(folded, self._rows(start, **options)))
-        return Table(rows, self.timesteps[start:], self.init_noise_sigma, self._start_weights(start))
+        with self._arithmetic():
+            rows = tuple(map(folded, self._rows(start, **options)))
+        weights = tuple(map(self._weights_at, range(start, len(self.timesteps))))
+        return Table(rows, self.timesteps[start:], float(self.init_noise_sigma), weights)
 
     def noise_source(self, shape: Sequence[int], generators: Generators = None, device: Any = None) -> Noise:
-        """The noise of one run over `table`, float32 of this shape on this device."""
+        """The noise for one run over `table`: float32, of this shape, on this device."""
         return GaussianNoise(shape, generators, device)
 
     def index_for_timestep(self, timestep: Timestep, schedule_timesteps: Tensor | None = None) -> int:
-        """The entry a timestep stands at; the second where it stands twice, so that a late start skips no sigma."""
+        """The index of a timestep; the second one if it occurs twice, so that a late start skips no sigma."""
         entries = (self.timesteps if schedule_timesteps is None else schedule_timesteps) == timestep
         found = entries.nonzero().flatten().tolist()
         if not found:
@@ -236,7 +326,9 @@ class Scheduler:
 
     def _row(self, timestep: Timestep, **options: Any) -> Row:
         """The row of the next step; the first step of a run finds its place by timestep, unless told by index."""
-        self._chosen_steps()
+        check_number("timestep", timestep)
+        if self.needs_grid:
+            self._chosen_steps()
         if self.step_index is None:
             if isinstance(timestep, Tensor):
                 timestep = timestep.to(self.timesteps.device)
@@ -244,14 +336,15 @@ class Scheduler:
             self.step_index = self._first = self.index_for_timestep(timestep) if begin is None else begin
         key = tuple(options.items())
         if key not in self._built:
-            self._built[key] = [folded(row) for row in self._rows(self._first, **options)]
+            with self._arithmetic():
+                self._built[key] = [folded(row) for row in self._rows(self._first, **options)]
         rows, offset = self._built[key], self.step_index - self._first
         if offset >= len(rows):
             raise UsageError(f"{type(self).__name__}: all steps are taken; call set_timesteps to start again")
         return rows[offset]
 
     def scale_model_input(self, sample: Tensor, timestep: Timestep | None = None) -> Tensor:
-        """The latents as the model wants to see them at this timestep, (B, C, H, W)."""
+        """The latents (B, C, H, W) as model input for this timestep."""
         return sample
 
     def step(
@@ -264,25 +357,30 @@ class Scheduler:
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> Stepped:
-        """Take one step: model output and latents (B, C, H, W) at `timestep` in, the latents one step on out.
+        """Take one step: from model output and latents (B, C, H, W) at `timestep` to the next latents.
 
-        A sampler that adds noise draws it from one generator, one per image, or torch's default, unless
-        `variance_noise` is given. Keeps what the next step needs; `table` and `advance` do the same without that.
+        Added noise comes from one generator, one per image, or torch's default one, unless `variance_noise` is given.
+        Stores what the next step needs; `table` and `advance` do the same without state.
         """
         noise = noise_for(sample, generator, variance_noise)
         return self._step(self._row(timestep), model_output, sample, noise, return_dict)
 
     def _step(self, row: Row, model_output: Tensor, sample: Tensor, noise: Noise | None, return_dict: bool) -> Stepped:
         state = State(sample) if self._state is None else self._state.with_x(sample)
-        self._state = advance(row, state, model_output, noise)
+        z = None if row.noise is None or noise is None else noise(row)
+        self._state = advance(row, state, model_output, noise if z is None else lambda _: z)
         if self.step_index is not None:
             self.step_index += 1
         x = self._state.x
-        values = (x, predict_original(row, sample, model_output)) if self.gives_original else (x,)
-        return SchedulerOutput(*values) if return_dict else values
+        values = (x, self._second(row, sample, model_output, z)) if self.gives_original else (x,)
+        return self.output(*values) if return_dict else values
+
+    def _second(self, row: Row, sample: Tensor, model_output: Tensor, z: Tensor | None = None) -> Tensor:
+        """What `step` gives beside the latents one step on; z is the noise it drew."""
+        return predict_original(row, sample, model_output)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Bring clean latents (B, C, H, W) to the noise levels of timesteps (B,), or of the current step in a run."""
+        """Add noise to clean latents (B, C, H, W) for timesteps (B,), or for the current step during a run."""
         signal, spread = (
             weight.to(original_samples).view(-1, *(1,) * (original_samples.dim() - 1))
             for weight in self._weights(timesteps)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, make_dataclass
-from typing import Any, ClassVar
+from math import inf
+from typing import Annotated, Any, ClassVar, get_type_hints
 
 from sfumato.configs import Config, one_of
 from sfumato.errors import ConfigError
+from sfumato.values import Within
 
-__all__ = ["CONFIGS", "SchedulerConfig", "config_class", "sibling_keys"]
+__all__ = ["CONFIGS", "BetaConfig", "SchedulerConfig", "config_class", "sibling_keys"]
 
 # Groups of keys. `SPACED`: which training timesteps a step lands on (2305.08891, table 2). `RESPACED`: sigmas respaced
 # between their extremes. `THRESHOLDED`: Imagen's dynamic limit on x0 (2205.11487). `FLOW`: rectified-flow sigmas.
@@ -24,6 +26,15 @@ FLOW = {"use_flow_sigmas": False, "flow_shift": 1.0, "use_dynamic_shifting": Fal
 DPM = RESPACED | THRESHOLDED | FLOW | {
     "solver_order": 2, "algorithm_type": "dpmsolver++", "solver_type": "midpoint", "lower_order_final": False,
     "final_sigmas_type": "zero", "lambda_min_clipped": -float("inf"), "variance_type": None,
+}  # fmt: skip
+
+EDM = {
+    "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "sigma_schedule": "karras", "rho": 7.0,
+    "final_sigmas_type": "zero",
+}  # fmt: skip
+DISTILLED = ALPHA_RANGE | LEADING | CLIPPED | THRESHOLDED | ZERO_SNR | {
+    "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": True, "original_inference_steps": 50,
+    "timestep_scaling": 10.0,
 }  # fmt: skip
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -46,7 +57,48 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "UniPCMultistepScheduler": SPACED | RESPACED | THRESHOLDED | FLOW | ZERO_SNR | SIGMA_RANGE
     | {"solver_order": 2, "predict_x0": True, "solver_type": "bh2", "lower_order_final": True, "disable_corrector": (),
        "solver_p": None, "final_sigmas_type": "zero", "shift_terminal": None},
+    "EDMEulerScheduler": EDM,
+    "EDMDPMSolverMultistepScheduler": EDM | THRESHOLDED
+    | {"solver_order": 2, "algorithm_type": "dpmsolver++", "solver_type": "midpoint", "lower_order_final": True,
+       "euler_at_final": False},
+    "LCMScheduler": DISTILLED,
+    "TCDScheduler": DISTILLED,
 }  # fmt: skip
+# Those whose configs build each other, as far as the ecosystem says so; of the others each stands alone.
+COMPATIBLE = tuple(CONFIGS)[:15]
+
+_Share = Annotated[float, Within(0, 1)]
+_Positive = Annotated[float, Within(1e-9, 1e9)]
+_Step = Annotated[int, Within(0, 10**5)]
+_Seed = Annotated[int, Within(0, 2**64 - 1)]
+
+
+class _Kinds:
+    """The type and the bounds of keys whose default does not tell them."""
+
+    beta_end: _Share
+    beta_start: _Share
+    clip_sample_range: _Positive
+    disable_corrector: Annotated[tuple[_Step, ...], Within(0, 10**5)]
+    dynamic_thresholding_ratio: _Share
+    flow_shift: _Positive
+    lambda_min_clipped: Annotated[float, Within(-inf, 1e9)] | None
+    noise_sampler_seed: _Seed | tuple[_Seed, ...] | None
+    original_inference_steps: Annotated[int, Within(1, 10**5)]
+    rho: _Positive
+    sample_max_value: _Positive
+    shift_terminal: float | None
+    sigma_data: _Positive
+    sigma_max: _Positive | None
+    sigma_min: _Positive | None
+    solver_order: Annotated[int, Within(1, 10)]
+    solver_p: Any
+    steps_offset: _Step
+    timestep_scaling: _Positive
+    variance_type: str | None
+
+
+KINDS = get_type_hints(_Kinds, include_extras=True)
 
 # Supported values: of a key anywhere, then of a key in one scheduler.
 BETAS, FIXED = ("linear", "scaled_linear", "squaredcos_cap_v2"), ("fixed_small", "fixed_small_log", "fixed_large")
@@ -61,6 +113,7 @@ CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
         "beta_schedule": BETAS, "prediction_type": EPSILON_V, "timestep_spacing": ("linspace", "leading", "trailing"),
         "final_sigmas_type": ("zero", "sigma_min"), "interpolation_type": ("linear", "log_linear"),
         "timestep_type": ("discrete", "continuous"), "use_dynamic_shifting": (False,), "shift_terminal": (None,),
+        "sigma_schedule": ("karras", "exponential"),
     },
     "DDIMScheduler": {"prediction_type": NO_FLOW},
     "DDPMScheduler": {
@@ -74,6 +127,10 @@ CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
     "DPMSolverMultistepScheduler": DPM_CHOICES | {"algorithm_type": (*ODES, "sde-dpmsolver", "sde-dpmsolver++")},
     "DEISMultistepScheduler": DPM_CHOICES | {"algorithm_type": ("deis",), "solver_type": ("logrho",)},
     "UniPCMultistepScheduler": {"prediction_type": (*NO_FLOW, "flow_prediction"), "solver_type": ("bh1", "bh2")},
+    "EDMDPMSolverMultistepScheduler": DPM_CHOICES
+    | {"prediction_type": EPSILON_V, "algorithm_type": ("dpmsolver++", "sde-dpmsolver++")},
+    "LCMScheduler": {"prediction_type": NO_FLOW},
+    "TCDScheduler": {"prediction_type": NO_FLOW},
 }  # fmt: skip
 
 # Values only a sibling understands, and what they become here, so that any scheduler's config can build any other.
@@ -83,6 +140,7 @@ TRANSLATIONS = {
     "DPMSolverMultistepScheduler": DPM_TRANSLATIONS,
     "DEISMultistepScheduler": dict.fromkeys(ODES, "deis") | dict.fromkeys(("midpoint", "heun", "bh1", "bh2"), "logrho"),
     "UniPCMultistepScheduler": dict.fromkeys(("midpoint", "heun", "logrho"), "bh2"),
+    "EDMDPMSolverMultistepScheduler": DPM_TRANSLATIONS,
 }
 
 
@@ -91,22 +149,19 @@ class SchedulerConfig(Config):
     """The keys every scheduler has: how the model was trained. Subclasses come from `CONFIGS`."""
 
     owner: ClassVar[str] = ""
-    num_train_timesteps: int = 1000
-    beta_start: float = 0.0001
-    beta_end: float = 0.02
-    beta_schedule: str = "linear"
-    trained_betas: tuple[float, ...] | None = None
+    num_train_timesteps: Annotated[int, Within(1, 10**5)] = 1000
     prediction_type: str = "epsilon"
 
-    def __post_init__(self) -> None:
+    def _check(self) -> None:
         for key in ("algorithm_type", "solver_type"):
             if (value := self.own(key)) in TRANSLATIONS.get(self.owner, {}):
                 object.__setattr__(self, key, TRANSLATIONS[self.owner][value])
         for key, allowed in (CHOICES[""] | CHOICES.get(self.owner, {})).items():
             one_of(self.owner, key, self.own(key, allowed[0]), allowed)
-        for key in ("num_train_timesteps", "solver_order"):
-            if self.own(key, 1) < 1:
-                raise ConfigError(f"{self.owner}: {key} = {self.own(key)!r} must be at least 1")
+        if self.own("solver_p") is not None and not hasattr(self.own("solver_p"), "set_timesteps"):
+            raise ConfigError(f"{self.owner}: solver_p must be a scheduler")
+        if "rho" in CONFIGS[self.owner] and not 0 < self.own("sigma_min") < self.own("sigma_max"):
+            raise ConfigError(f"{self.owner}: sigma_min must be between 0 and sigma_max")
         if sum(bool(self.own(key)) for key in RESPACED) > 1:
             raise ConfigError(f"{self.owner}: only one of {', '.join(RESPACED)} can be used")
         if self.in_noise:
@@ -131,14 +186,33 @@ class SchedulerConfig(Config):
         return self.own("algorithm_type") in ("dpmsolver", "sde-dpmsolver") or not self.own("predict_x0", True)
 
 
+@dataclass(frozen=True, kw_only=True)
+class BetaConfig(SchedulerConfig):
+    """The keys of a model trained on a schedule of betas: every one but EDM's."""
+
+    beta_start: _Share = 0.0001
+    beta_end: _Share = 0.02
+    beta_schedule: str = "linear"
+    trained_betas: Annotated[tuple[_Share, ...], Within(1, 10**5)] | None = None
+
+
 def config_class(owner: str) -> type[SchedulerConfig]:
     """The frozen dataclass of one scheduler's keys."""
-    fields = [(key, Any, default) for key, default in CONFIGS[owner].items()]
+    fields = [(key, KINDS.get(key, type(default)), default) for key, default in CONFIGS[owner].items()]
     name = owner.replace("Scheduler", "Config")
-    namespace = {"owner": owner, "__doc__": f"`scheduler_config.json` of {owner}.", "__module__": __name__}
-    return make_dataclass(name, fields, bases=(SchedulerConfig,), frozen=True, kw_only=True, namespace=namespace)
+    switches = {key for key, default in CONFIGS[owner].items() if isinstance(default, bool)}
+    choices = {key for key, allowed in (CHOICES[""] | CHOICES.get(owner, {})).items() if None not in allowed}
+    namespace = {
+        "owner": owner,
+        "defaulted": frozenset((CONFIGS[owner].keys() | choices) - switches - {"beta_start", "beta_end"}),
+        "where": owner,
+        "__doc__": f"`scheduler_config.json` of {owner}.",
+        "__module__": __name__,
+    }
+    base = SchedulerConfig if "sigma_data" in CONFIGS[owner] else BetaConfig
+    return make_dataclass(name, fields, bases=(base,), frozen=True, kw_only=True, namespace=namespace)
 
 
 def sibling_keys() -> set[str]:
     """Every key that some scheduler of this package understands."""
-    return {key for keys in CONFIGS.values() for key in keys} | set(SchedulerConfig.__dataclass_fields__)
+    return {key for keys in CONFIGS.values() for key in keys} | set(BetaConfig.__dataclass_fields__)

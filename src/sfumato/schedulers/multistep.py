@@ -44,7 +44,7 @@ class VPScheduler(SigmaScheduler):
         return alpha, sigmas * alpha
 
     def index_for_timestep(self, timestep: Timestep, schedule_timesteps: Tensor | None = None) -> int:
-        """The entry a timestep stands at, the second of two; the last entry where it stands nowhere."""
+        """The index of a timestep, the second of two; the last index if it does not occur."""
         try:
             return super().index_for_timestep(timestep, schedule_timesteps)
         except UsageError:
@@ -75,9 +75,16 @@ class VPScheduler(SigmaScheduler):
     ) -> None:
         """Given sigmas are a flow's, without the final one."""
         config, table, flow = self.config, self._train_sigmas, self.config.use_flow_sigmas
+        if self._spacing is not None:
+            values = self._set_apart(n)
+            self._set_grid(len(values), sigma_to_t(values, self._log_sigmas), np.append(values, 0.0), device)
+            # What is noise alone elsewhere, of the largest sigma, has the picture's weight here.
+            self.init_noise_sigma = float(self._signal_noise(self.sigmas[0])[1])
+            return
+        self.init_noise_sigma = type(self).init_noise_sigma
         respaced = config.respaced or ("use_lu_lambdas" if config.own("use_lu_lambdas") else None)
         if timesteps is not None and (respaced or flow):
-            raise UsageError(f"{config.owner}: custom timesteps do not go with {respaced or 'use_flow_sigmas'}")
+            raise UsageError(f"{config.owner}: custom timesteps exclude {respaced or 'use_flow_sigmas'}")
         points = self._spaced(n) if timesteps is None else np.array(timesteps, dtype=np.int64)
         if respaced == "use_lu_lambdas":
             values = np.exp(np.linspace(self._log_sigmas[-1].item(), self._log_sigmas[0].item(), n))
@@ -157,7 +164,7 @@ class DPMSolverSinglestepScheduler(VPScheduler):
 
 
 class DEISMultistepScheduler(VPScheduler):
-    """DEIS of order 1 to 3 in log rho (2204.13902); its grid ends at the training's first sigma, never at 0."""
+    """DEIS of order 1 to 3 in log rho (2204.13902); its last sigma is the smallest of training, never 0."""
 
     ends_at_last = True
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
-from sfumato.errors import UnknownArgument, suggest
+from sfumato.errors import UnknownArgument
+from sfumato.values import shown
 
 __all__ = ["NAMES", "Alias", "resolve"]
 
@@ -18,28 +21,33 @@ class Alias(NamedTuple):
 
 
 MULTI, SINGLE, UNIPC = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"
+EDM = "EDMDPMSolverMultistepScheduler"
 SDE = {"algorithm_type": "sde-dpmsolver++"}
 # name: class, preset, description; and whether the sampler also comes with Karras sigmas, as `<name>_karras`.
 _SAMPLERS: dict[str, tuple[str, dict[str, Any], str, bool]] = {
-    "ddim": ("DDIMScheduler", {}, "deterministic and steady; the classic for image-to-image", False),
-    "ddpm": ("DDPMScheduler", {}, "the original ancestral sampler; wants hundreds of steps", False),
+    "ddim": ("DDIMScheduler", {}, "deterministic; the classic choice for image-to-image", False),
+    "ddpm": ("DDPMScheduler", {}, "the original ancestral sampler; needs hundreds of steps", False),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}, "linear multistep; Stable Diffusion 1's default", False),
     "lms": ("LMSDiscreteScheduler", {}, "linear multistep of order 4 in sigma", True),
-    "euler": ("EulerDiscreteScheduler", {}, "first order, plain and fast", True),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}, "Euler with fresh noise; lively, never settles", False),
-    "heun": ("HeunDiscreteScheduler", {}, "second order, two model calls a step", True),
-    "dpm2": ("KDPM2DiscreteScheduler", {}, "DPM-Solver-2, two model calls a step", True),
-    "dpm2_a": ("KDPM2AncestralDiscreteScheduler", {}, "DPM-Solver-2 with fresh noise, two model calls a step", True),
+    "euler": ("EulerDiscreteScheduler", {}, "first order, simple and fast", True),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}, "Euler with added noise; varied, does not converge", False),
+    "heun": ("HeunDiscreteScheduler", {}, "second order, two model calls per step", True),
+    "dpm2": ("KDPM2DiscreteScheduler", {}, "DPM-Solver-2, two model calls per step", True),
+    "dpm2_a": ("KDPM2AncestralDiscreteScheduler", {}, "DPM-Solver-2 with added noise, two model calls per step", True),
     "dpmpp_2m": (MULTI, {"solver_order": 2}, "DPM-Solver++ order 2; the usual choice for 20 steps", True),
     "dpmpp_3m": (MULTI, {"solver_order": 3}, "DPM-Solver++ order 3; for weak guidance", True),
     "dpmpp_2m_sde": (MULTI, SDE | {"solver_order": 2}, "DPM-Solver++ order 2 with noise; more detail", True),
     "dpmpp_3m_sde": (MULTI, SDE | {"solver_order": 3}, "DPM-Solver++ order 3 with noise", True),
-    "dpmpp_2s": (SINGLE, {"solver_order": 2}, "DPM-Solver++ order 2 in pairs of steps", True),
-    "dpmpp_3s": (SINGLE, {"solver_order": 3}, "DPM-Solver++ order 3 in runs of three steps", True),
-    "dpmpp_sde": ("DPMSolverSDEScheduler", {}, "DPM-Solver++ SDE on one Brownian path, two model calls a step", True),
+    "dpmpp_2s": (SINGLE, {"solver_order": 2}, "DPM-Solver++ order 2, single-step", True),
+    "dpmpp_3s": (SINGLE, {"solver_order": 3}, "DPM-Solver++ order 3, single-step", True),
+    "dpmpp_sde": ("DPMSolverSDEScheduler", {}, "DPM-Solver++ SDE on one Brownian path, two model calls per step", True),
     "deis": ("DEISMultistepScheduler", {}, "exponential integrator; good below 15 steps", True),
-    "unipc": (UNIPC, {"solver_order": 2}, "predictor and corrector in one; good below 10 steps", True),
+    "unipc": (UNIPC, {"solver_order": 2}, "predictor-corrector; good below 10 steps", True),
     "unipc_3": (UNIPC, {"solver_order": 3}, "UniPC of order 3; for weak guidance", True),
+    "lcm": ("LCMScheduler", {}, "for latent consistency models and LCM LoRAs, in 1 to 8 steps", False),
+    "tcd": ("TCDScheduler", {}, "for models distilled for TCD and Hyper-SD, 1 to 8 steps; --eta sets the noise", False),
+    "edm_euler": ("EDMEulerScheduler", {}, "Euler only for models trained as EDM", False),
+    "edm_dpmpp_2m": (EDM, {"solver_order": 2}, "DPM-Solver++ order 2 only for models trained as EDM", False),
 }  # fmt: skip
 _DPM_ALGORITHM = {"algorithm_type": "dpmsolver++", "final_sigmas_type": "zero"}
 _UNSPACED = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
@@ -61,15 +69,49 @@ def _aliases() -> dict[str, Alias]:
 NAMES: dict[str, Alias] = _aliases()
 
 
-def resolve(name: str) -> tuple[str, dict[str, Any]]:
-    """Class name and config preset of a short name ("dpmpp_2m_karras") or of a class's own name.
+# Other programs' words for parts of a name, once it is in small letters with "_" between the words: those of
+# AUTOMATIC1111 and its relatives ("DPM++ 2M Karras", "Euler a"), ComfyUI, InvokeAI and Apple.
+_WORDS = (
+    (r"^(k|sample)_", ""),
+    (r"_scheduler$|scheduler$", ""),
+    (r"_ancestral(?=_|$)", "_a"),
+    (r"^dpm_(2|pp)", r"dpm\1"),
+    (r"^dpmpp(2|3|sde)", r"dpmpp_\1"),
+    (r"^uni_pc(_bh2)?", "unipc"),
+    (r"^plms$", "pndm"),
+    (r"^dpmpp(?=$|_karras|_k$)", "dpmpp_2m"),
+    (r"_k$", "_karras"),
+    (r"_(automatic|normal|gpu)$", ""),
+)
+_SPACINGS = ("karras", "exponential", "beta")
 
-    Raises `UnknownArgument` with the nearest name that exists.
+
+def resolve(name: str) -> tuple[str, dict[str, Any]]:
+    """Class name and config preset of a scheduler by any of its names.
+
+    Takes the names of `NAMES` ("dpmpp_2m_karras"), the classes' names with or without "Scheduler", and what other
+    programs call them ("DPM++ 2M Karras", "Euler a", "dpm_2_ancestral"). "… exponential" and "… beta" choose those
+    sigmas. Raises `UnknownArgument` with the nearest names that exist.
     """
     classes = {alias.class_name for alias in NAMES.values()}
-    if name in classes:
-        return name, {}
-    key = name.lower().replace("-", "_").replace("++", "pp")
-    if key not in NAMES:
-        raise UnknownArgument(f"no scheduler is called {name!r}{suggest(key, NAMES)}; `sfumato schedulers` lists them")
-    return NAMES[key].class_name, dict(NAMES[key].preset)
+    for class_name in (name, f"{name}Scheduler"):
+        if class_name in classes:
+            return class_name, {}
+    key = _plain(name)
+    sampler, _, spacing = key.rpartition("_")
+    if key in NAMES:
+        return NAMES[key].class_name, dict(NAMES[key].preset)
+    if spacing in _SPACINGS and f"{sampler}_karras" in NAMES:
+        alias = NAMES[sampler]
+        return alias.class_name, alias.preset | {f"use_{spacing}_sigmas": True}
+    near = get_close_matches(key, NAMES, n=3, cutoff=0.7)
+    hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
+    raise UnknownArgument(f"there is no scheduler {shown(name)}{hint}; 'sfumato schedulers' lists all of them")
+
+
+def _plain(name: str) -> str:
+    """A name as `NAMES` spells it, as far as can be told."""
+    key = re.sub(r"[^a-z0-9]+", "_", name[:100].lower().replace("++", "pp")).strip("_")
+    for pattern, plain in _WORDS:
+        key = re.sub(pattern, plain, key)
+    return key

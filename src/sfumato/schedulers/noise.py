@@ -1,6 +1,6 @@
 """Where a step's noise comes from: generators, or a Brownian path that any two sigmas can be asked about.
 
-Noise is always drawn in float32 and cast later, so the dtype of the latents does not change a picture.
+Noise is always drawn in float32 and cast later, so the dtype of the latents does not change an image.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ def noise_for(sample: Tensor, generators: Generators, given: Tensor | None = Non
 class GaussianNoise:
     """Independent standard normal noise for every step.
 
-    One generator draws the whole batch at once; a list has one generator an image, drawn in turn; None uses torch's
-    default generator. Each draws on its own device. The numbers are those the ecosystem's float32 pipelines draw.
+    One generator fills the whole batch at once; a list has one generator per image, used in order; None uses torch's
+    default generator. Each generates on its own device. The numbers equal those of the ecosystem's float32 pipelines.
     """
 
     def __init__(self, shape: Sequence[int], generators: Generators = None, device: Any = None) -> None:
         if isinstance(generators, Sequence):
             if len(generators) not in (1, shape[0]):
-                raise UsageError(f"{len(generators)} generators for a batch of {shape[0]}: give one, or one per image")
+                raise UsageError(f"{len(generators)} generators for a batch of {shape[0]}; pass one, or one per image")
             generators = generators[0] if len(generators) == 1 else generators
         self.shape = tuple(shape)
         self.generators = generators
         self.device = torch.device(device or "cpu")
 
     def __call__(self, row: Row | None = None) -> Tensor:
-        """Draw `shape` values in float32 on `device`."""
+        """Generate `shape` values in float32 on `device`."""
         if not isinstance(self.generators, Sequence):
             return normal(self.shape, self.generators, self.device)
         return torch.cat([normal((1, *self.shape[1:]), generator, self.device) for generator in self.generators])
 
 
 class BrownianNoise:
-    """Increments of one Brownian path over sigma, normalised to unit variance, for `DPMSolverSDEScheduler`.
+    """Increments of one Brownian path over sigma, normalized to unit variance, for `DPMSolverSDEScheduler`.
 
-    The path is fixed by its seed and the sigmas between which it runs, so that the two halves of a step, or two step
-    counts, see the same noise. A list of seeds gives each image its own path: image k is that of a batch of one
-    with seed k. None takes a seed from torch's default generator.
+    The seed and the first and last sigma determine the path, so both halves of a step, or different numbers of steps,
+    get the same noise. A list of seeds gives each image its own path: image k is that of a batch of one with seed k.
+    None takes a seed from torch's default generator.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class BrownianNoise:
         single = isinstance(seed, int)
         seeds = [seed] if single else list(seed)
         if not single and len(seeds) != shape[0]:
-            raise UsageError(f"{len(seeds)} seeds for a batch of {shape[0]}: give one, or one per image")
+            raise UsageError(f"{len(seeds)} seeds for a batch of {shape[0]}; pass one, or one per image")
         settings: dict[str, Any] = {"tol": 1e-6, "pool_size": 24, "halfway_tree": True, "dtype": torch.float32}
         settings |= {"t0": torch.tensor(sigma_range[0]), "t1": torch.tensor(sigma_range[1])}
         # torchsde rounds the ends to its tolerance, and warns of a sigma that this puts outside.

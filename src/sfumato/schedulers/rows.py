@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import UsageError
+from sfumato.values import shown
 
 __all__ = ["Clip", "LearnedVariance", "Row", "State", "advance", "folded", "predict_original"]
 
@@ -100,7 +101,7 @@ def folded(row: Row) -> Row:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What one step hands to the next: the latents, the saved latents, and converted past outputs, newest first."""
+    """What one step passes to the next: the latents, the saved latents, and converted past outputs, newest first."""
 
     x: Tensor
     saved: Tensor | None = None
@@ -116,7 +117,7 @@ def advance(row: Row, state: State, model_output: Tensor, noise: Noise | None = 
     """Take one step: (B, C, H, W) latents and model output in, the next state out.
 
     Sums are accumulated in float32 (float64 where the latents are float64) and cast once, to the latents' dtype.
-    `noise` is asked for z after the model call, and only where the row has a noise weight.
+    `noise` is called for z after the model call, and only if the row has a noise weight.
     """
     dtype = torch.float64 if state.x.dtype == torch.float64 else torch.float32
     x = state.x
@@ -148,7 +149,7 @@ def advance(row: Row, state: State, model_output: Tensor, noise: Noise | None = 
 
 
 def predict_original(row: Row, x: Tensor, model_output: Tensor) -> Tensor:
-    """The clean latents x0 that this model output implies, clipped as the scheduler is told to; for previews.
+    """The clean latents x0 that this model output implies, clipped as configured; for previews.
 
     Shapes as in `advance`; the result has the latents' dtype.
     """
@@ -160,6 +161,8 @@ def predict_original(row: Row, x: Tensor, model_output: Tensor) -> Tensor:
 
 def _split_output(x: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor | None]:
     """Prediction and learned variance: a model that predicts both has twice the latents' channels."""
+    if not isinstance(model_output, Tensor):
+        raise UsageError(f"model_output must be a tensor, such as unet(…).sample, not {shown(model_output)}")
     channels = x.shape[1]
     if model_output.shape[1] == 2 * channels:
         return model_output[:, :channels], model_output[:, channels:]

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,11 +19,12 @@ from sfumato.schedulers.noise import BrownianNoise, Generators, noise_for
 from sfumato.schedulers.rows import Noise, Row
 from sfumato.schedulers.solvers import ve
 from sfumato.schedulers.solvers.prediction import Grid
+from sfumato.schedulers.spacings import spaced_sigmas
 
 __all__ = [
-    "DPMSolverSDEScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LMSDiscreteScheduler", "SigmaScheduler",
-    "TwoCallScheduler", "VEScheduler",
+    "ChurnedScheduler", "DPMSolverSDEScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LMSDiscreteScheduler",
+    "SigmaScheduler", "TwoCallScheduler", "VEScheduler",
 ]  # fmt: skip
 
 
@@ -33,14 +35,31 @@ class SigmaScheduler(Scheduler):
     """
 
     sigmas: Tensor  # float32, on the CPU
+    divides: ClassVar[bool] = True  # by distances between sigmas, so each can stand in the grid only once
+    discards: ClassVar[bool] = False  # with another program's spacing, the last but one sigma of a step more
+    _spacing: str | None = None  # another program's, while it is set
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def set_spacing(self, spacing: str, n: int, device: Any = None) -> None:
+        """`set_timesteps` for n steps with a noise schedule of A1111 or ComfyUI: one of `sfumato.request.SPACINGS`."""
+        self._counted(n, timesteps=None, sigmas=None)
+        self._spacing = spacing
+        try:
+            with self._arithmetic():
+                self._choose(n, device)
+        finally:
+            self._spacing = None
+
+    def _set_apart(self, n: int) -> np.ndarray:
+        """The sigmas of that spacing, without the final one."""
+        spaced = spaced_sigmas(str(self._spacing), n + self.discards, self._train_sigmas)
+        return spaced[:-1] if self.discards else spaced
+
+    def _train(self) -> None:
+        super()._train()
         self._train_sigmas = train_sigmas(self.alphas_cumprod)
         self._log_sigmas = np.log(self._train_sigmas)
         n = len(self._train_sigmas)
         self._set_grid(n, np.arange(n - 1, -1, -1, dtype=np.float32), np.append(self._train_sigmas[::-1], 0), None)
-        self.num_inference_steps = None
 
     def _set_grid(self, n: int, timesteps: np.ndarray, sigmas: np.ndarray, device: Any) -> None:
         points = sigmas.astype(np.float32)
@@ -51,7 +70,19 @@ class SigmaScheduler(Scheduler):
 
     def _grid(self, start: int) -> Grid:
         first, flow = start // self.order, self.config.own("use_flow_sigmas", False)
+        inner = self._points[first:-1]
+        if self.divides and len(set(inner)) < len(inner):
+            fewer = range(min(len(self._points) - 2, len(self)), 0, -1)
+            most = next((n for n in fewer if self._distinct(self._spaced(n))), 1)
+            raise UsageError(f"{type(self).__name__}: a timestep occurs twice; use at most {most} steps")
         return Grid(self._base_timesteps, self._points, self.config.prediction_type, first, flow, self._clip())
+
+    def _spaced(self, n: int) -> np.ndarray:
+        """Timesteps by the config's spacing."""
+        return spaced_timesteps(self.config, n)
+
+    def _distinct(self, timesteps: np.ndarray) -> bool:
+        return len(np.unique(timesteps.clip(0, len(self) - 1))) == len(timesteps)
 
     def _signal_noise(self, sigmas: Tensor) -> tuple[Tensor, Tensor]:
         return torch.ones_like(sigmas), sigmas
@@ -64,22 +95,25 @@ class SigmaScheduler(Scheduler):
             indices = [self.begin_index if self.step_index is None else self.step_index] * len(timesteps)
         return self._signal_noise(self.sigmas[indices])
 
-    def _start_weights(self, start: int) -> tuple[float, float]:
-        signal, noise = self._signal_noise(self.sigmas[start].double())
+    def _weights_at(self, entry: int) -> tuple[float, float]:
+        signal, noise = self._signal_noise(self.sigmas[entry].double())
         return float(signal), float(noise)
 
 
 class VEScheduler(SigmaScheduler):
     """Shared by the seven in x = x0 + s eps: n points spaced on the training timesteps, then a final sigma of 0."""
 
+    divides = False
     timestep_type: ClassVar[type] = np.float32
     bounded: ClassVar[bool] = True  # Karras sigmas obey sigma_min and sigma_max
+    needs_grid = False
     refuses_index: ClassVar[bool] = False  # an integer timestep, most likely a loop counter, is an error
 
     def _set_grid(self, n: int, timesteps: np.ndarray, sigmas: np.ndarray, device: Any) -> None:
         super()._set_grid(n, timesteps, sigmas, device)
-        largest = max(self._points)  # alone; with "leading" the signal's own variance is added
-        self.init_noise_sigma = (largest**2 + 1) ** 0.5 if self.config.timestep_spacing == "leading" else largest
+        largest = self.sigmas.max()  # alone; with "leading" the signal's own variance is added
+        leading = self.config.own("timestep_spacing") == "leading" and self._spacing is None
+        self.init_noise_sigma = (largest**2 + 1) ** 0.5 if leading else largest
 
     def _interpolated(self, timesteps: np.ndarray, n: int) -> np.ndarray:
         return np.interp(timesteps, np.arange(len(self._train_sigmas)), self._train_sigmas)
@@ -90,9 +124,12 @@ class VEScheduler(SigmaScheduler):
     def _points_for(self, n: int, timesteps: Sequence[float] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Timesteps and sigmas of n steps, without the final sigma."""
         config = self.config
+        if self._spacing is not None:
+            sigmas = self._set_apart(n)
+            return self._timesteps_of(sigmas), sigmas
         if timesteps is not None and config.respaced:
             raise UsageError(f"{config.owner}: custom timesteps cannot be combined with {config.respaced}")
-        spaced = spaced_timesteps(config, n) if timesteps is None else timesteps
+        spaced = self._spaced(n) if timesteps is None else timesteps
         points = np.array(spaced, dtype=self.timestep_type)
         sigmas = self._interpolated(points, n)
         if not config.respaced:
@@ -106,7 +143,8 @@ class VEScheduler(SigmaScheduler):
 
     def scale_model_input(self, sample: Tensor, timestep: Timestep | None = None) -> Tensor:
         """The latents over sqrt(s^2 + 1): unit variance at any sigma."""
-        return sample * self._row(self.timesteps[0] if timestep is None else timestep).c_in
+        timestep = self.timesteps[0] if timestep is None else timestep
+        return sample * self._row(float(timestep) if isinstance(timestep, int) else timestep).c_in
 
     def _refuse_index(self, timestep: Any) -> None:
         integer = not timestep.is_floating_point() if isinstance(timestep, Tensor) else isinstance(timestep, int)
@@ -118,11 +156,50 @@ class VEScheduler(SigmaScheduler):
         return super()._row(timestep, **options)
 
 
-class EulerDiscreteScheduler(VEScheduler):
+class ChurnedScheduler(VEScheduler):
+    """Euler steps in sigma, before which noise may be added, as EDM does (2206.00364, algorithm 2)."""
+
+    refuses_index = True
+
+    def _rows(self, start: int, given: bool = False, **churn: float) -> Sequence[Row]:
+        grid = self._grid(start)
+        return ve.euler(replace(grid, prediction="sample", clip=None) if given else grid, ve.Churn(**churn))
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Timestep,
+        sample: Tensor,
+        s_churn: float = 0.0,
+        s_tmin: float = 0.0,
+        s_tmax: float = float("inf"),
+        s_noise: float = 1.0,
+        generator: Generators = None,
+        return_dict: bool = True,
+        pred_original_sample: Tensor | None = None,
+    ) -> Stepped:
+        """Take one step; with `s_churn` > 0, noise scaled by `s_noise` is added where s_tmin <= s <= s_tmax.
+
+        `pred_original_sample` replaces the clean latents computed from the model output.
+        """
+        options: dict[str, Any] = {}
+        if s_churn > 0:
+            options = {"churn": s_churn, "tmin": s_tmin, "tmax": s_tmax, "noise": s_noise}
+        if pred_original_sample is not None:
+            options["given"], model_output = True, pred_original_sample
+        row = self._row(timestep, **options)
+        return self._step(row, model_output, sample, noise_for(sample, generator), return_dict)
+
+    def _second(self, row: Row, sample: Tensor, model_output: Tensor, z: Tensor | None = None) -> Tensor:
+        # Churn's noise reaches x' as it reaches x: with the weight of x.
+        churned = sample if z is None or not row.x else sample + z * ((row.noise or 0.0) / row.x)
+        return super()._second(row, churned, model_output)
+
+
+class EulerDiscreteScheduler(ChurnedScheduler):
     """Euler steps in sigma, optionally with EDM's churn (2206.00364, algorithm 2)."""
 
     custom_grids = ("timesteps", "sigmas")
-    refuses_index = True
 
     def _choose(
         self, n: int, device: Any, timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None
@@ -149,26 +226,6 @@ class EulerDiscreteScheduler(VEScheduler):
         first, last = np.log(self._train_sigmas[[-1, 0]])
         return torch.linspace(first, last, n + 1, dtype=torch.float32).exp().numpy()
 
-    def _rows(self, start: int, **churn: float) -> Sequence[Row]:
-        return ve.euler(self._grid(start), ve.Churn(**churn))
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Timestep,
-        sample: Tensor,
-        s_churn: float = 0.0,
-        s_tmin: float = 0.0,
-        s_tmax: float = float("inf"),
-        s_noise: float = 1.0,
-        generator: Generators = None,
-        return_dict: bool = True,
-    ) -> Stepped:
-        """Take one step; with `s_churn` > 0, noise scaled by `s_noise` is added where s_tmin <= s <= s_tmax."""
-        options = {"churn": s_churn, "tmin": s_tmin, "tmax": s_tmax, "noise": s_noise} if s_churn > 0 else {}
-        row = self._row(timestep, **options)
-        return self._step(row, model_output, sample, noise_for(sample, generator), return_dict)
-
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The v-prediction target. Parity note: products are looked up by *entry* of `timesteps`, not by timestep."""
         self._refuse_index(timesteps)
@@ -189,6 +246,7 @@ class EulerAncestralDiscreteScheduler(VEScheduler):
 class LMSDiscreteScheduler(VEScheduler):
     """Linear multistep of order up to 4 in sigma."""
 
+    divides = True
     bounded = False
 
     def _rows(self, start: int, order: int = 4) -> Sequence[Row]:
@@ -205,6 +263,11 @@ class TwoCallScheduler(VEScheduler):
     """Two model calls a step, the last step one: 2n - 1 entries, the second of a step at `_mids[i]`."""
 
     order = 2
+
+    def _train(self) -> None:
+        super()._train()
+        with self._arithmetic():
+            self._choose(len(self), None)
 
     def _choose(self, n: int, device: Any, timesteps: Sequence[float] | None = None) -> None:
         points, sigmas = self._points_for(n, timesteps)
@@ -239,6 +302,8 @@ class HeunDiscreteScheduler(TwoCallScheduler):
 
 class KDPM2DiscreteScheduler(TwoCallScheduler):
     """DPM-Solver-2 in sigma (2206.00927, algorithm 1)."""
+
+    discards = True
 
     def _timesteps_of(self, sigmas: np.ndarray) -> np.ndarray:
         timesteps = sigma_to_t(sigmas, self._log_sigmas)  # float64, as in the ecosystem
@@ -275,6 +340,7 @@ class KDPM2AncestralDiscreteScheduler(KDPM2DiscreteScheduler):
 class DPMSolverSDEScheduler(TwoCallScheduler):
     """DPM-Solver++ as an SDE, driven by one Brownian path (2211.01095); needs `pip install 'sfumato[sde]'`."""
 
+    divides = True
     timestep_type = np.float64
     bounded = False
 
@@ -306,7 +372,7 @@ class DPMSolverSDEScheduler(TwoCallScheduler):
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True, s_noise: float = 1.0
     ) -> Stepped:
-        """Take one call's step; the first starts the path from `noise_sampler_seed` or torch's default generator."""
+        """Take one step; the first one starts the path from `noise_sampler_seed` or torch's default generator."""
         row = self._row(timestep, s_noise=s_noise)
         if self._path is None:
             self._path = self.noise_source(sample.shape, None, sample.device)

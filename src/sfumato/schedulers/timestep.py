@@ -17,6 +17,7 @@ from sfumato.schedulers.grid import spaced_timesteps
 from sfumato.schedulers.noise import Generators, noise_for
 from sfumato.schedulers.rows import Row, folded
 from sfumato.schedulers.solvers.discrete import ddim_row, ddpm_row, plms_row, prk_row
+from sfumato.values import check_number
 
 __all__ = ["DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "TimestepScheduler"]
 
@@ -26,24 +27,30 @@ class TimestepScheduler(Scheduler):
 
     finite_snr = False
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def _train(self) -> None:
+        super()._train()
         self._products = self.alphas_cumprod.double().tolist()
         self.timesteps = torch.arange(len(self) - 1, -1, -1)
 
     def _spaced(self, n: int) -> np.ndarray:
         if n > len(self):
-            raise UsageError(f"set_timesteps: {n} steps; the model was trained on {len(self)}")
+            raise UsageError(f"set_timesteps: steps must be at most {len(self)}, as in training, not {n}")
         return spaced_timesteps(self.config, n).round().astype(np.int64)
 
     def _choose(self, n: int, device: Any) -> None:
         self._install(n, self._spaced(n), device)
 
+    def _descending(self, timesteps: Sequence[float]) -> np.ndarray:
+        given = np.array(timesteps, dtype=np.int64)
+        if (np.diff(given) >= 0).any() or given[0] >= len(self):
+            raise UsageError(f"set_timesteps: timesteps must descend and start below {len(self)}")
+        return given
+
     def table(self, start: int = 0, *, eta: float = 0.0) -> Table:
-        """As every scheduler's; raises `UsageError` also where `steps_offset` leads past the last trained timestep."""
+        """Like every scheduler's; also raises `UsageError` if `steps_offset` goes past the last trained timestep."""
         if self.num_inference_steps is not None and int(self.timesteps.max()) >= len(self):
             raise UsageError(
-                f"{self.num_inference_steps} steps with steps_offset {self.config.steps_offset} begin at timestep "
+                f"{self.num_inference_steps} steps with steps_offset {self.config.steps_offset} start at timestep "
                 f"{int(self.timesteps.max())}, but the model was trained up to {len(self) - 1}; use fewer steps"
             )
         return super().table(start, eta=eta)
@@ -58,9 +65,15 @@ class TimestepScheduler(Scheduler):
         products = self.alphas_cumprod[timesteps.to(self.alphas_cumprod.device).long()]
         return products.sqrt(), (1 - products).sqrt()
 
-    def _start_weights(self, start: int) -> tuple[float, float]:
-        product = self._products[int(self.timesteps[start])]
+    def _weights_at(self, entry: int) -> tuple[float, float]:
+        product = self._products[int(self.timesteps[entry])]
         return product**0.5, (1 - product) ** 0.5
+
+    def previous_timestep(self, timestep: int) -> int:
+        """The next timestep of the run, -1 after the last one; before `set_timesteps`, this one minus 1."""
+        if self.num_inference_steps is None:
+            return timestep - 1
+        return [*self.timesteps.tolist(), -1][self.index_for_timestep(timestep) + 1]
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The v-prediction target sqrt(a) noise - sqrt(1 - a) sample at timesteps (B,) (2202.00512, appendix D)."""
@@ -92,6 +105,7 @@ class DDIMScheduler(TimestepScheduler):
         """Take one step from any timestep; `variance_noise` replaces the generator's noise where eta > 0."""
         if eta > 0 and variance_noise is not None and generator is not None:
             raise UsageError("pass a generator or variance_noise, not both")
+        check_number("timestep", timestep)
         row = folded(self._at(int(timestep), eta, use_clipped_model_output))
         return self._step(row, model_output, sample, noise_for(sample, generator, variance_noise), return_dict)
 
@@ -104,10 +118,7 @@ class DDPMScheduler(TimestepScheduler):
     def _choose(self, n: int, device: Any, timesteps: Sequence[int] | None = None) -> None:
         if timesteps is None:
             return super()._choose(n, device)
-        given = np.array(timesteps, dtype=np.int64)
-        if (np.diff(given) >= 0).any() or given[0] >= len(self):
-            raise UsageError(f"set_timesteps: timesteps must descend and start below {len(self)}")
-        return self._install(n, given, device)
+        return self._install(n, self._descending(timesteps), device)
 
     def _at(self, timestep: int, following: int) -> Row:
         a, a_next = self._products[timestep], self._product(following)
@@ -118,13 +129,8 @@ class DDPMScheduler(TimestepScheduler):
         timesteps = self.timesteps[start:].tolist()
         return [self._at(t, following) for t, following in zip(timesteps, [*timesteps[1:], -1], strict=True)]
 
-    def previous_timestep(self, timestep: int) -> int:
-        """The timestep stepped to, -1 after the last; one lower before `set_timesteps`."""
-        if self.num_inference_steps is None:
-            return timestep - 1
-        return [*self.timesteps.tolist(), -1][self.index_for_timestep(timestep) + 1]
-
     def _row(self, timestep: Timestep) -> Row:
+        check_number("timestep", timestep)
         return folded(self._at(int(timestep), self.previous_timestep(int(timestep))))
 
 
@@ -165,5 +171,6 @@ class PNDMScheduler(TimestepScheduler):
         return [self._at(call, t) for call, t in enumerate(self.timesteps[start:].tolist())]
 
     def _row(self, timestep: Timestep) -> Row:
+        check_number("timestep", timestep)
         self.step_index = self.step_index or 0  # counts calls, wherever the run begins
         return self._at(self.step_index, int(timestep))

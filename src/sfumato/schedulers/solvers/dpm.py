@@ -42,7 +42,7 @@ def _terms(algorithm: str, base: Level, to: Level) -> Terms:
         case "sde-dpmsolver++":
             e, scale, x = -math.expm1(-2 * h), to.alpha, to.sigma / base.sigma * math.exp(-h)
             f2 = scale * ((e - 2 * h) / (2 * h) ** 2 - 0.5)
-            return Terms(x, scale * e, scale * (1 - e / (2 * h)), f2, to.sigma * math.sqrt(e))
+            return Terms(x, scale * e, scale * (1 - e / (2 * h)), f2, to.sigma * math.sqrt(max(e, 0.0)))
         case _:
             e, scale, x = math.expm1(h), to.sigma, to.alpha / base.alpha
             factor = 2.0 if algorithm.startswith("sde") else 1.0

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sfumato.schedulers.rows import Row
-from sfumato.schedulers.solvers.prediction import Grid, ve_original
+from sfumato.schedulers.solvers.prediction import Grid
 
 __all__ = ["Churn", "ancestral", "dpm2", "dpm_sde", "euler", "heun", "linear_multistep"]
 
@@ -36,8 +36,8 @@ def euler(grid: Grid, churn: Churn) -> list[Row]:
     for _, s, s_next, model in grid.ve_steps():
         gamma = min(churn.churn / (len(grid.sigmas) - 1), math.sqrt(2) - 1) if churn.tmin <= s <= churn.tmax else 0.0
         s_hat = s * (1 + gamma)
-        # An eps-prediction is read at s_hat; a v-prediction stays with the s that the model was called at.
-        a, b = ve_original(grid.prediction, s_hat if grid.prediction == "epsilon" else s)
+        # Outputs are read at s_hat; only a v-prediction, but for EDM's, stays with the s that the model was called at.
+        a, b = grid.original(s if grid.prediction == "v_prediction" and grid.data is None else s_hat)
         model |= {"original": (a, b), "convert": ((1 - a) / s_hat, -b / s_hat)}
         h = s_next - s_hat
         sd = churn.noise * math.sqrt(s_hat * s_hat - s * s) * (1 + h * model["convert"][0])

@@ -1,8 +1,28 @@
 """The networks of Stable Diffusion, with the ecosystem's parameter names."""
 
-from sfumato.models.text_encoder import CLIPTextModel
+from typing import Any
+
+from sfumato.ecosystem import absent
+from sfumato.models.controlnet import ControlNetModel
+from sfumato.models.image_encoder import CLIPVisionModelWithProjection, StableUnCLIPImageNormalizer
+from sfumato.models.t2i_adapter import T2IAdapter
+from sfumato.models.text_encoder import CLIPTextModel, CLIPTextModelWithProjection
 from sfumato.models.tiny_vae import AutoencoderTiny
 from sfumato.models.unet import UNet2DConditionModel
 from sfumato.models.vae import AutoencoderKL
 
-__all__ = ["AutoencoderKL", "AutoencoderTiny", "CLIPTextModel", "UNet2DConditionModel"]
+__all__ = [
+    "AutoencoderKL",
+    "AutoencoderTiny",
+    "CLIPTextModel",
+    "CLIPTextModelWithProjection",
+    "CLIPVisionModelWithProjection",
+    "ControlNetModel",
+    "StableUnCLIPImageNormalizer",
+    "T2IAdapter",
+    "UNet2DConditionModel",
+]
+
+
+def __getattr__(name: str) -> Any:
+    raise absent("package", name, __name__)

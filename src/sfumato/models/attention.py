@@ -8,7 +8,7 @@ or a float tensor that broadcasts to (B, heads, L, S) and is added to the scores
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from sfumato.errors import UsageError
 from sfumato.runtime.chunks import attention_chunk
+from sfumato.values import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 __all__ = [
     "Attending",
@@ -120,17 +121,25 @@ class Attending(nn.Module):
 
 
 class Context:
-    """What the transformers read beside the picture: the prompt (B, S, C) and, rarely, masks to add to the scores.
+    """What the transformers read beside the image: the prompt (B, S, C) and, rarely, masks to add to the scores.
 
     The keys and values that a layer makes of the prompt are computed once and kept, so that a context which serves all
-    steps of a run is projected in the first. Its batch may be a multiple of the picture's, which is widened where the
+    steps of a run is projected in the first. Its batch may be a multiple of the image's, which is widened where the
     two first meet: the halves of guidance are one and the same until then. With `keep=False` nothing is kept.
     """
 
     def __init__(
-        self, states: Tensor, mask: Tensor | None = None, states_mask: Tensor | None = None, *, keep: bool = True
+        self,
+        states: Tensor,
+        mask: Tensor | None = None,
+        states_mask: Tensor | None = None,
+        *,
+        keep: bool = True,
+        images: Sequence[Any] = (),
     ) -> None:
+        """images: the `ImageTokens` (models/ip_adapter.py) that are read beside the prompt."""
         self.states, self.mask, self.states_mask, self.keep = states, mask, states_mask, keep
+        self.images = images
         self._projections: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def through(self, layer: SelfOrCrossAttention) -> tuple[Tensor, Tensor]:
@@ -174,6 +183,9 @@ class SelfOrCrossAttention(Attending):
             out = self.attention(q.float(), k.float(), v.float(), mask).to(q.dtype)
         else:
             out = self.attention(q, k, v, mask)
+        for image in () if context is None else context.images:
+            seen = image.added(self, q)
+            out = out if seen is None else out + seen
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
     def keys_and_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,11 +200,11 @@ class AttentionUser(nn.Module):
     """A model some of whose modules call an attention function."""
 
     def attention_modules(self) -> Iterator[Attending]:
-        """The modules that hold an `attention` function and a number of `heads`."""
+        """The modules that have an `attention` function and a number of `heads`."""
         return (module for module in self.modules() if isinstance(module, Attending))
 
     def set_attention(self, attention: AttentionFunction) -> None:
-        """Compute attention in every layer by this function."""
+        """Use this attention function in every layer."""
         for module in self.attention_modules():
             module.attention = attention
 
@@ -200,14 +212,14 @@ class AttentionUser(nn.Module):
         """Compute attention in slices: `"auto"` half the heads, `"max"` one head at a time, a number of heads, or None
         for all.
 
-        Raises `UsageError` for another word, or for more heads than the smallest layer has.
+        Raises `UsageError` for any other text, or for more heads than the smallest layer has.
         """
         modules = list(self.attention_modules())
         fewest = min((module.heads for module in modules), default=1)
         if slice_size is None:
             return self.set_attention(sdpa)
-        if isinstance(slice_size, str) and slice_size not in ("auto", "max"):
-            raise UsageError(f"slice_size must be 'auto', 'max', a number of heads or None, not {slice_size!r}")
+        if not isinstance(slice_size, int) and not (isinstance(slice_size, str) and slice_size in ("auto", "max")):
+            raise UsageError(f"slice_size must be 'auto', 'max', a number of heads or None, not {shown(slice_size)}")
         if isinstance(slice_size, int) and not 1 <= slice_size <= fewest:
             raise UsageError(
                 f"slice_size must be from 1 to {fewest} (the heads of the smallest layer), not {slice_size}"

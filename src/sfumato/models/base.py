@@ -12,32 +12,44 @@ import torch
 from sfumato import files
 from sfumato.checkpoints import weights
 from sfumato.checkpoints.locate import locate_folder
-from sfumato.configs import Config, parse
+from sfumato.checkpoints.single_file import open_single_file
+from sfumato.configs import Config, Configured, parse
 from sfumato.errors import CheckpointError, UnknownArgument, UsageError, suggest
-from sfumato.models.attention import AttentionUser
+from sfumato.folders import saving_into
+from sfumato.harmless import asked_device, asked_dtype, say_safe, without_harmless
+from sfumato.models.overlay import Overlay, own_weights, take_off
 from sfumato.models.packed import unpack
+from sfumato.models.surface import ModelSurface
+from sfumato.runtime.device import check_dtype
+from sfumato.values import check_argument
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from os import PathLike
     from pathlib import Path
 
+    from sfumato.checkpoints.single_file import SingleFile
+
 __all__ = ["Model", "select_model_files"]
 
 log = logging.getLogger("sfumato")
 
 
-class Model(AttentionUser):
+class Model(Configured, ModelSurface):
     """A torch module built from one frozen config, with the ecosystem's parameter names."""
 
     config_class: ClassVar[type[Config]]
     weights_name: ClassVar[str]
     key_rules: ClassVar[tuple[weights.Rule, ...]] = ()
+    role: ClassVar[str]  # the folder that it stands in, and the part of a single file that it is
     config: Any
     # The precision in which a repair computes for now, whatever that of the weights (pipelines/repair.py).
     compute_dtype: torch.dtype | None = None
-    # What the weights hash to (pipelines/recipe.py), kept while they are packed or away.
+    # What the weights hash to (pipelines/fingerprint.py), kept while they are packed or away.
     fingerprint: str | None = None
+    # Weights that stand in the place of the model's own (models/overlay.py), and what is known of the shapes of all.
+    overlay: Overlay | None = None
+    shapes: dict[str, torch.Size] | None = None
     # What to do where a stage's values are not finite and float32 is no help (pipelines/finite.py).
     remedy = "check the prompt embeddings, latents or image that were given"
     _stored: Callable[..., Self] | None = None
@@ -55,9 +67,12 @@ class Model(AttentionUser):
         self.config = config
 
     @classmethod
-    def from_config(cls, mapping: Mapping[str, Any]) -> Self:
-        """A model with random weights; keys the class does not know are reported once in the log."""
-        config, unknown = parse(cls.config_class, mapping)
+    def from_config(cls, mapping: Mapping[str, Any], where: object = None) -> Self:
+        """A model with random weights; keys the class does not know are reported once in the log.
+
+        Raises `ConfigError`, naming `where`, for a value that a key cannot have.
+        """
+        config, unknown = parse(cls.config_class, mapping, where)
         if unknown and cls.__name__ == mapping.get("_class_name", cls.__name__):
             log.warning("%s: config keys without effect: %s", cls.__name__, ", ".join(sorted(unknown)))
         return cls(config)
@@ -76,18 +91,24 @@ class Model(AttentionUser):
     ) -> Self:
         """Load a model from a folder, the hub's cache, or the hub.
 
-        `name` is a folder or a hub id; `subfolder` a folder inside it; `torch_dtype` (or `dtype`) the precision to keep
-        the weights in, theirs if None; `variant` the infix of the file names ("fp16"); `use_safetensors=False` permits
+        `name` is a folder or a hub id; `subfolder` a folder inside it; `torch_dtype` (or `dtype`) the precision of the
+        weights, as stored if None; `variant` the infix of the file names ("fp16"); `use_safetensors=False` permits
         pickled weights, read with torch's restricted unpickler. Hub keywords: `cache_dir`, `revision`, `token`,
-        `local_files_only`, `force_download`. Raises `CheckpointError` naming the file or key that is wrong.
+        `local_files_only`, `force_download`; `device_map` names the device to move it to, "auto" the best one
+        available. Raises `CheckpointError` naming the file or key that is wrong.
         """
         options = {"variant": variant, "use_safetensors": use_safetensors}
+        check_argument("subfolder", subfolder, str | None)
+        check_argument("variant", variant, str | None)
+        precision, device = asked_dtype(torch_dtype, dtype), asked_device(hub)
+        hub = without_harmless(hub)
 
         def select(names: Sequence[str], strict: bool) -> list[str]:
             return select_model_files(names, subfolder or "", cls.weights_name, strict=strict, **options)
 
         root = locate_folder(name, select, **hub)
-        return cls.from_folder(root / subfolder if subfolder else root, dtype=torch_dtype or dtype, **options)
+        model = cls.from_folder(root / subfolder if subfolder else root, dtype=precision, **options)
+        return model if device is None else model.to(device)
 
     @classmethod
     def from_folder(
@@ -100,29 +121,72 @@ class Model(AttentionUser):
         copy: bool = False,
         later: bool = False,
     ) -> Self:
-        """Load a model from a folder that is on this machine.
+        """Load a model from a local folder.
 
-        copy: read all weights, map none; later: leave it on the meta device, to be filled by `reload`.
+        copy: read the weights instead of mapping them; later: leave them on the meta device, to be filled by `reload`.
         """
+        if dtype is not None:
+            check_dtype(dtype)
         with weights.without_weights():
-            model = cls.from_config(files.read_json(folder / "config.json")).eval()
+            model = cls.from_config(files.read_json(folder / "config.json"), folder / "config.json").eval()
         found = weights.find_weights(folder, cls.weights_name, variant=variant, use_safetensors=use_safetensors)
         model._stored = partial(cls.from_folder, folder, variant=variant, use_safetensors=use_safetensors, copy=copy)
         if later:
             weights.check(model, found, cls.key_rules)
-            return model.to(dtype=dtype)
-        weights.load_into(model, found, dtype, cls.key_rules, copy=copy)
+            model.to(dtype=dtype)
+        else:
+            weights.load_into(model, found, dtype, cls.key_rules, copy=copy)
+        weights.verify(found)
         return model
+
+    @classmethod
+    def from_single_file(
+        cls,
+        name: str | PathLike[str] | Mapping[str, torch.Tensor],
+        *,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> Self:
+        """Load a model from a single-file checkpoint, or from a file that contains only this model.
+
+        `name` is a path, a hub id with a file's name, a URL of the hub, or tensors by name; `torch_dtype` (or `dtype`)
+        the precision of the weights, as stored if None. Other keywords are those of `open_single_file`
+        (checkpoints/single_file.py). Raises `CheckpointError` if the file is something else or incomplete.
+        """
+        precision = asked_dtype(torch_dtype, dtype)
+        return cls.from_file(open_single_file(name, vae=cls.role == "vae", **options), dtype=precision)
+
+    @classmethod
+    def from_file(
+        cls, file: SingleFile, *, dtype: torch.dtype | None = None, copy: bool = False, later: bool = False
+    ) -> Self:
+        """Load a model from its part of an opened file; copy and later as in `from_folder`."""
+        with weights.without_weights():
+            model = cls.from_config(file.config(cls.role)).eval()
+        model._stored = partial(cls.from_file, file, copy=copy)
+        if later:
+            file.check(model, cls.role)
+            return model.to(dtype=dtype or file.dtype(cls.role))
+        file.fill(model, cls.role, dtype, copy=copy)
+        return model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return torch.nn.Module.__getattr__(self, name)
+        except AttributeError:
+            return self._in_config(name)
 
     @property
     def can_reload(self) -> bool:
-        """Whether the weights came from a folder, and so can be read again."""
+        """Whether the weights came from files, so that they can be read again."""
         return self._stored is not None
 
     def forget(self) -> None:
-        """Let go of the weights: what is left are the shapes, on the meta device, for `reload` to fill."""
+        """Release the weights: only their shapes remain, on the meta device, for `reload` to fill."""
         with weights.without_weights():
             self._modules = type(self)(self.config).to(self.dtype).eval()._modules
+        self.overlay = None
 
     def reload(self) -> None:
         """Fill a model that is on the meta device from the folder it came from, in the precision it has."""
@@ -133,34 +197,46 @@ class Model(AttentionUser):
         self._modules = self._stored(dtype=self.dtype)._modules
 
     def save_pretrained(
-        self, folder: str | PathLike[str], *, variant: str | None = None, max_shard_size: int | str = "10GB"
+        self,
+        folder: str | PathLike[str],
+        *,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
     ) -> None:
         """Write `config.json` and safetensors into a folder, in a form the ecosystem's own libraries read.
 
-        Raises `OutputError` if it cannot be written; a file is whole or absent, never half there.
+        An earlier save is replaced all at once (folders.py). Raises `OutputError` if it cannot be written.
         """
-        path = files.output_folder(folder)
-        weights.save(self.state_dict(), path, self.weights_name, variant=variant, max_shard_size=max_shard_size)
-        files.write_json(path / "config.json", self._config_json())
+        say_safe(safe_serialization=safe_serialization)
+        stale = weights.stale(self.weights_name, variant)
+        state = self.state_dict() if self.overlay is not None and self.overlay.fused else own_weights(self)
+        with saving_into(folder, last="config.json", stale=stale) as new:
+            weights.save(state, new, self.weights_name, variant=variant, max_shard_size=max_shard_size)
+            files.write_json(new / "config.json", self._config_json())
 
     def _config_json(self) -> dict[str, Any]:
         return {"_class_name": type(self).__name__, "_diffusers_version": files.LAYOUT_VERSION} | self.config.to_dict()
 
     def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
-        """As torch's; a packed model (models/packed.py) is unpacked first."""
-        unpack(self)
-        self.fingerprint = None
+        """Like torch's; a packed model (models/packed.py) is unpacked first, and its original weights are restored."""
+        self._plain()
         return super().load_state_dict(*arguments, **options)
 
     def _apply(self, *arguments: Any, **options: Any) -> Self:
-        # Moving and casting (`to`, `half`, `cpu`, …) all come through here; packed weights can do neither.
+        # Moving and casting (`to`, `half`, `cpu`, …) all come through here; packed weights can do neither, and what
+        # stands in for others is made again of those.
+        self._plain()
+        return super()._apply(*arguments, **options)
+
+    def _plain(self) -> None:
+        take_off(self)
         unpack(self)
         self.fingerprint = None
-        return super()._apply(*arguments, **options)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision that the model computes in: that of its weights, but while it is being repaired."""
+        """The precision in which the model computes: that of its weights, except during a repair."""
         return self.compute_dtype or next(self.parameters()).dtype
 
     @property

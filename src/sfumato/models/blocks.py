@@ -1,4 +1,8 @@
-"""The layers that the U-Net and the autoencoder share. Attribute names are the ecosystem's parameter names."""
+"""The layers that the U-Net and the autoencoder share. Attribute names are the ecosystem's parameter names.
+
+Layers are also made and registered in the ecosystem's order, so that a seed gives the same fresh weights, and optimizer
+states, which go by position, fit.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sfumato.models.recomputed import Recomputed
 
 __all__ = [
     "Downsample2D",
@@ -49,39 +55,50 @@ def sinusoidal_embedding(timesteps: Tensor, size: int, *, flip_sin_to_cos: bool,
 class TimestepEmbedding(nn.Module):
     """Two linear layers that turn a sinusoidal embedding (B, C) into the one the residual blocks read (B, T)."""
 
-    def __init__(self, channels: int, out_channels: int, act_fn: str, condition_channels: int | None = None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        act_fn: str,
+        condition_channels: int | None = None,
+        post_act_fn: str | None = None,
+    ) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(channels, out_channels)
         self.cond_proj = nn.Linear(condition_channels, channels, bias=False) if condition_channels else None
         self.act = activation(act_fn)
         self.linear_2 = nn.Linear(out_channels, out_channels)
+        self.post_act = nn.Identity() if post_act_fn is None else activation(post_act_fn)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """(B, C) and, in models distilled for guidance, a condition (B, C') -> (B, T)."""
         if condition is not None and self.cond_proj is not None:
             x = x + self.cond_proj(condition)
-        return self.linear_2(self.act(self.linear_1(x)))
+        return self.post_act(self.linear_2(self.act(self.linear_1(x))))
 
 
 class Moment:
     """The activated time embedding (B, T), or (1, T) where the batch shares a timestep; and what layers make of it.
 
-    A layer's projection is computed once and kept, so that what shares a moment (micro-batches) shares it too.
+    A layer's projection is computed once and kept, so that what shares a moment (micro-batches) shares it too. With
+    `keep=False` nothing is kept.
     """
 
-    def __init__(self, activated: Tensor) -> None:
-        self.activated = activated
+    def __init__(self, activated: Tensor, *, keep: bool = True) -> None:
+        self.activated, self.keep = activated, keep
         self._projections: dict[nn.Module, Tensor] = {}
 
     def through(self, layer: nn.Module) -> Tensor:
         """The embedding after a linear layer: (B or 1, C)."""
+        if not self.keep:
+            return layer(self.activated)
         if layer not in self._projections:
             self._projections[layer] = layer(self.activated)
         return self._projections[layer]
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalization of a picture, with what surrounds it in residual blocks."""
+    """Group normalization of an image, with what surrounds it in residual blocks."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Tensor, act: nn.Module | None = None, added: Tensor | None = None
@@ -91,7 +108,7 @@ class GroupNorm(nn.GroupNorm):
         return x if act is None else act(x)
 
 
-class ResnetBlock2D(nn.Module):
+class ResnetBlock2D(Recomputed):
     """Two normalized convolutions with a shortcut, steered by the time embedding where there is one."""
 
     def __init__(
@@ -112,12 +129,12 @@ class ResnetBlock2D(nn.Module):
         self.output_scale = output_scale
         self.norm1 = GroupNorm(groups, in_channels, eps=eps)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        if time_channels is not None:
+            self.time_emb_proj = nn.Linear(time_channels, out_channels * (2 if scale_shift else 1))
         self.norm2 = GroupNorm(groups, out_channels, eps=eps)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.act = activation(act_fn)
-        if time_channels is not None:
-            self.time_emb_proj = nn.Linear(time_channels, out_channels * (2 if scale_shift else 1))
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, time: Moment | None = None) -> Tensor:

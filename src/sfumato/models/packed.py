@@ -18,10 +18,10 @@ from sfumato.models.attention import sdpa
 from sfumato.models.blocks import GroupNorm, Upsample2D
 from sfumato.models.transformer import GEGLU, FeedForward
 from sfumato.runtime.device import release_memory
+from sfumato.runtime.onednn import convolve, multiply, multiply_pixels, packable, packed_filter, packed_matrix
 
 if TYPE_CHECKING:
     from sfumato.models.attention import AttentionFunction
-    from sfumato.models.base import Model
 
 __all__ = [
     "Packed",
@@ -34,13 +34,18 @@ __all__ = [
     "convolve",
     "is_packed",
     "kernel_attention",
+    "multiply",
+    "multiply_pixels",
     "pack",
     "packable",
     "packed_filter",
+    "packed_matrix",
+    "plain",
     "unpack",
 ]
 
-# What lies between the two layers of a feed-forward is held to this, so that it stays in the second or third cache.
+# What lies between the two layers of a feed-forward is held to this, so that it stays in the second or third cache, or
+# to the size of their weights, which each stretch reads again.
 STRETCH_BYTES = 8 * 2**20
 # Bytes of replaced layers after which their memory is given back.
 RELEASED_BYTES = 64 * 2**20
@@ -48,19 +53,15 @@ RELEASED_BYTES = 64 * 2**20
 FEW_QUERIES = 16
 
 
-def packable(dtype: torch.dtype) -> bool:
-    """Whether this build of torch has oneDNN and a precision that it multiplies."""
-    return torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16)
-
-
-def pack(model: Model, kernels: Kernels | None) -> None:
+def pack(model: nn.Module, kernels: Kernels | None) -> None:
     """Replace every layer there is a faster one for; without kernels, only the convolutions and linear layers."""
-    item, replaced = model.dtype.itemsize, 0
+    item, replaced = next(model.parameters()).dtype.itemsize, 0
     for parent, name in _places(model):
         layer = getattr(parent, name)
         if type(layer) is FeedForward:
             down: Any = layer.net[2]
-            layer.stretch = max(256, STRETCH_BYTES // (2 * down.in_features * item))
+            weights = 3 * down.in_features * down.out_features * item
+            layer.stretch = max(256, max(STRETCH_BYTES, weights) // (2 * down.in_features * item))
         faster = None if isinstance(parent, Upsample2D) else _faster(layer, kernels)
         if faster is None:
             continue
@@ -88,7 +89,7 @@ def _faster(layer: nn.Module, kernels: Kernels | None) -> nn.Module | None:
     return None
 
 
-def unpack(model: Model) -> None:
+def unpack(model: nn.Module) -> None:
     """The way back: torch's layers, with the same weights."""
     for parent, name in _places(model):
         layer = getattr(parent, name)
@@ -98,7 +99,18 @@ def unpack(model: Model) -> None:
             layer.stretch = None
 
 
-def is_packed(model: Model) -> bool:
+def plain(model: nn.Module, path: str) -> nn.Module:
+    """The layer of torch's at a path such as "mid_block.resnets.0", unpacked first with all that it stands in."""
+    layer = model
+    for name in path.split("."):
+        parent, layer = layer, getattr(layer, name)
+        if isinstance(layer, Packed):
+            layer = layer.unpacked()
+            setattr(parent, name, layer)
+    return layer
+
+
+def is_packed(model: nn.Module) -> bool:
     """Whether `pack` has replaced layers of this model."""
     return any(isinstance(layer, Packed) for layer in model.modules())
 
@@ -149,11 +161,11 @@ class PackedLinear(Packed):
         super().__init__(layer)
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.bias, self.trainable = layer.bias, layer.weight.requires_grad
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach())
+        self.packed = packed_matrix(layer.weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C')."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return multiply(x, self.packed, self.bias)
 
     def unpacked(self) -> nn.Linear:
         """The plain layer."""
@@ -188,13 +200,11 @@ class PackedPointwise(Packed):
         super().__init__(layer)
         self.channels = (layer.in_channels, layer.out_channels)
         self.bias, self.trainable = layer.bias, layer.weight.requires_grad
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().flatten(1))
+        self.packed = packed_matrix(layer.weight.detach().flatten(1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H, W)."""
-        pixels = x.permute(0, 2, 3, 1).contiguous()
-        pixels = torch.ops.mkldnn._linear_pointwise(pixels, self.packed, self.bias, "none", [], "")
-        return pixels.permute(0, 3, 1, 2)
+        return multiply_pixels(x, self.packed, self.bias)
 
     def unpacked(self) -> nn.Conv2d:
         """The plain layer."""
@@ -206,7 +216,7 @@ class PackedPointwise(Packed):
 class PackedUpsample2D(Packed):
     """`Upsample2D` without the pixels it repeats.
 
-    Of the nine taps over repeated pixels at most four differ, so each of the four phases of the doubled picture is a
+    Of the nine taps over repeated pixels at most four differ, so each of the four phases of the doubled image is a
     convolution of 2 x 2 taps over the small one, with the taps that met the same pixel added up: four ninths of the
     work. A size that is not exactly double is computed as before.
     """
@@ -256,7 +266,7 @@ def _pairs(weight: Tensor, odd: int, dim: int) -> Tensor:
 
 
 class PackedGroupNorm(Packed):
-    """`GroupNorm` by our own kernel; pictures that are not channels-last, as torch does it."""
+    """`GroupNorm` by our own kernel; images that are not channels-last, as torch does it."""
 
     def __init__(self, layer: GroupNorm, kernels: Kernels) -> None:
         super().__init__(layer)
@@ -294,17 +304,6 @@ class PackedGEGLU(Packed):
     def unpacked(self) -> GEGLU:
         """The plain layer."""
         return self.layer
-
-
-def packed_filter(weight: Tensor, padding: Any, stride: Any) -> Tensor:
-    """The weights (C', C, h, w) of a convolution with this padding and stride, as `convolve` takes them."""
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    return torch.ops.mkldnn._reorder_convolution_weight(weight, list(padding), list(stride), [1, 1], 1)
-
-
-def convolve(x: Tensor, packed: Tensor, bias: Tensor | None, padding: Any, stride: Any) -> Tensor:
-    """A convolution of x (B, C, H, W), channels last in memory, with packed weights."""
-    return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, padding, stride, (1, 1), 1, "none", [], "")
 
 
 def _plain(kind: Any, layer: Any, *arguments: Any, **options: Any) -> Any:

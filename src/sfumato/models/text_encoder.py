@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.checkpoints.weights import Rule
-from sfumato.configs import CLIPTextConfig
+from sfumato.configs import CLIPTextConfig, CLIPVisionConfig
 from sfumato.models.attention import Attending
 from sfumato.models.base import Model
+from sfumato.models.recomputed import Recomputed
+from sfumato.outputs import Output
 
 __all__ = [
     "CLIPMLP",
@@ -21,13 +23,15 @@ __all__ = [
     "CLIPEncoder",
     "CLIPLayer",
     "CLIPTextModel",
+    "CLIPTextModelOutput",
+    "CLIPTextModelWithProjection",
     "CLIPTextOutput",
     "CLIPTextTransformer",
 ]
 
 
-@dataclass(frozen=True)
-class CLIPTextOutput:
+@dataclass(frozen=True, eq=False)
+class CLIPTextOutput(Output):
     """The encoded prompt.
 
     last_hidden_state (B, S, C) is normalized; pooler_output (B, C) is its row at the end-of-text token; hidden_states
@@ -38,8 +42,14 @@ class CLIPTextOutput:
     pooler_output: Tensor
     hidden_states: tuple[Tensor, ...] | None = None
 
-    def __getitem__(self, index: int) -> Tensor:
-        return (self.last_hidden_state, self.pooler_output)[index]
+
+@dataclass(frozen=True, eq=False)
+class CLIPTextModelOutput(Output):
+    """The same of an encoder with a projection: text_embeds (B, P) is the projected row in place of the pooled one."""
+
+    text_embeds: Tensor
+    last_hidden_state: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class CLIPAttention(Attending):
@@ -47,12 +57,12 @@ class CLIPAttention(Attending):
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__(heads)
-        self.q_proj = nn.Linear(channels, channels)
-        self.k_proj = nn.Linear(channels, channels)
+        self.k_proj = nn.Linear(channels, channels)  # in the ecosystem's order, as optimizer states go by position
         self.v_proj = nn.Linear(channels, channels)
+        self.q_proj = nn.Linear(channels, channels)
         self.out_proj = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """X (B, S, C), mask added to the scores -> (B, S, C)."""
         q, k, v = (
             projection(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
@@ -64,7 +74,7 @@ class CLIPAttention(Attending):
 class CLIPMLP(nn.Module):
     """Two linear layers with a GELU, or CLIP's sigmoid approximation of it, between them."""
 
-    def __init__(self, config: CLIPTextConfig) -> None:
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig) -> None:
         super().__init__()
         self.quick = config.hidden_act == "quick_gelu"
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
@@ -76,17 +86,17 @@ class CLIPMLP(nn.Module):
         return self.fc2(x * torch.sigmoid(1.702 * x) if self.quick else F.gelu(x))
 
 
-class CLIPLayer(nn.Module):
+class CLIPLayer(Recomputed):
     """Attention and MLP, each normalized before and added after."""
 
-    def __init__(self, config: CLIPTextConfig) -> None:
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig) -> None:
         super().__init__()
         self.self_attn = CLIPAttention(config.hidden_size, config.num_attention_heads)
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = CLIPMLP(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """(B, S, C) -> (B, S, C)."""
         x = x + self.self_attn(self.layer_norm1(x), mask)
         return x + self.mlp(self.layer_norm2(x))
@@ -100,15 +110,21 @@ class CLIPEmbeddings(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """(B, S) -> (B, S, C)."""
-        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
+    def forward(self, ids: Tensor, more: Tensor | None = None) -> Tensor:
+        """(B, S) -> (B, S, C); `more` (K, C) are the vectors of ids beyond the vocabulary."""
+        positions = self.position_embedding.weight[: ids.shape[1]]
+        if more is None:
+            return self.token_embedding(ids) + positions
+        words = self.token_embedding.num_embeddings
+        known = self.token_embedding(ids.where(ids < words, 0))
+        own = F.embedding((ids - words).clamp(min=0), more.to(known.device, known.dtype))
+        return torch.where((ids < words)[..., None], known, own) + positions
 
 
 class CLIPEncoder(nn.Module):
     """The stack of layers."""
 
-    def __init__(self, config: CLIPTextConfig) -> None:
+    def __init__(self, config: CLIPTextConfig | CLIPVisionConfig) -> None:
         super().__init__()
         self.layers = nn.ModuleList(CLIPLayer(config) for _ in range(config.num_hidden_layers))
 
@@ -124,9 +140,10 @@ class CLIPTextTransformer(nn.Module):
 
 
 class CLIPTextModel(Model):
-    """The text encoder of Stable Diffusion 1.x (quick_gelu) and 2.x (gelu)."""
+    """CLIP's text encoder, OpenAI's (quick_gelu) or OpenCLIP's (gelu)."""
 
     config_class = CLIPTextConfig
+    role = "text_encoder"
     weights_name = "model"
     key_rules = (
         Rule(r"^(embeddings|encoder|final_layer_norm)\.", r"text_model.\1."),  # newer checkpoints leave the prefix out
@@ -137,6 +154,27 @@ class CLIPTextModel(Model):
     def __init__(self, config: CLIPTextConfig | None = None, **values: object) -> None:
         super().__init__(config, **values)
         self.text_model = CLIPTextTransformer(self.config)
+        self.apply(self._draw)
+
+    @torch.no_grad()
+    def _draw(self, module: nn.Module) -> None:
+        """Fresh weights as CLIP's authors draw them (`initialize_parameters`), number for number as in transformers."""
+        width = self.config.hidden_size**-0.5
+        inner = width * (2 * self.config.num_hidden_layers) ** -0.5
+        drawn: list[tuple[Tensor, float]] = []
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            drawn = [(module.weight, 0.02)]
+            if isinstance(module, nn.Linear):
+                module.bias.zero_()
+        elif isinstance(module, CLIPEmbeddings):
+            drawn = [(layer.weight, 0.02) for layer in (module.token_embedding, module.position_embedding)]
+        elif isinstance(module, CLIPAttention):
+            drawn = [(layer.weight, inner) for layer in (module.q_proj, module.k_proj, module.v_proj)]
+            drawn.append((module.out_proj.weight, width))
+        elif isinstance(module, CLIPMLP):
+            drawn = [(module.fc1.weight, (2 * self.config.hidden_size) ** -0.5), (module.fc2.weight, inner)]
+        for weight, std in drawn:
+            weight.normal_(std=std)
 
     def forward(
         self,
@@ -145,26 +183,34 @@ class CLIPTextModel(Model):
         *,
         output_hidden_states: bool = False,
         return_dict: bool = True,
+        more: Tensor | None = None,
     ) -> CLIPTextOutput | tuple[Any, ...]:
         """Encode token ids.
 
-        input_ids (B, S) with S up to `max_position_embeddings`; attention_mask (B, S) with 1 for positions to keep.
-        Returns a `CLIPTextOutput`, or its values in a tuple with `return_dict=False`.
+        input_ids (B, S) with S up to `max_position_embeddings`; attention_mask (B, S) with 1 for positions to keep;
+        more (K, C): the vectors of ids beyond the vocabulary. Returns a `CLIPTextOutput`, or its values in a tuple with
+        `return_dict=False`.
         """
-        x = self.text_model.embeddings(input_ids)
+        last, pooled, hidden = self._encode(input_ids, attention_mask, output_hidden_states, more)
+        if return_dict:
+            return CLIPTextOutput(last, pooled, hidden)
+        return (last, pooled) if hidden is None else (last, pooled, hidden)
+
+    def _encode(
+        self, input_ids: Tensor, attention_mask: Tensor | None, every: bool, more: Tensor | None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...] | None]:
+        """The last layer's result, normalized; its row at the end of each text; and, if asked for, every layer's."""
+        x = self.text_model.embeddings(input_ids, more)
         mask = self._mask(x, attention_mask)
         states = [x]
         for layer in self.text_model.encoder.layers:
             states.append(layer(states[-1], mask))
-            if not output_hidden_states:
+            if not every:
                 del states[0]
         last = self.text_model.final_layer_norm(states[-1])
         rows = torch.arange(last.shape[0], device=last.device)
         pooled = last[rows, self._end_of_text(input_ids)]
-        hidden = tuple(states) if output_hidden_states else None
-        if return_dict:
-            return CLIPTextOutput(last, pooled, hidden)
-        return (last, pooled) if hidden is None else (last, pooled, hidden)
+        return last, pooled, tuple(states) if every else None
 
     @staticmethod
     def _mask(x: Tensor, keep: Tensor | None) -> Tensor:
@@ -177,9 +223,36 @@ class CLIPTextModel(Model):
 
     def _end_of_text(self, ids: Tensor) -> Tensor:
         eos = self.config.eos_token_id
+        ids = ids.where(ids < self.config.vocab_size, 0)  # the largest one is to be a word of the vocabulary
         # Configs written before the token ids were corrected say 2; there, end-of-text is the largest id.
         return ids.argmax(dim=-1) if eos in (None, 2) else (ids == eos).int().argmax(dim=-1)
 
     def _config_json(self) -> dict[str, Any]:
-        names = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "dtype": str(self.dtype)[6:]}
+        names = {"architectures": [type(self).__name__], "model_type": "clip_text_model", "dtype": str(self.dtype)[6:]}
         return {key: value for key, value in self.config.to_dict().items() if key != "torch_dtype"} | names
+
+
+class CLIPTextModelWithProjection(CLIPTextModel):
+    """CLIP's text encoder with the projection into the embedding space shared with images."""
+
+    role = "text_encoder_2"
+
+    def __init__(self, config: CLIPTextConfig | None = None, **values: object) -> None:
+        super().__init__(config, **values)
+        self.text_projection = nn.Linear(self.config.hidden_size, self.config.projection_dim, bias=False)
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        output_hidden_states: bool = False,
+        return_dict: bool = True,
+        more: Tensor | None = None,
+    ) -> CLIPTextModelOutput | tuple[Any, ...]:
+        """As `CLIPTextModel`; a `CLIPTextModelOutput`, or its values in a tuple with `return_dict=False`."""
+        last, pooled, hidden = self._encode(input_ids, attention_mask, output_hidden_states, more)
+        embeds = self.text_projection(pooled)
+        if return_dict:
+            return CLIPTextModelOutput(embeds, last, hidden)
+        return (embeds, last) if hidden is None else (embeds, last, hidden)

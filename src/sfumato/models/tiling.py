@@ -1,4 +1,4 @@
-"""Encoding and decoding large pictures in overlapping tiles, and batches one picture at a time."""
+"""Encoding and decoding large images in overlapping tiles, and batches one image at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Transform = Callable[[Tensor], Tensor]
 
 
 class Tiled:
-    """An autoencoder's switches: slicing changes only memory, tiling also the picture, slightly, at the seams."""
+    """An autoencoder's switches: slicing changes only memory, tiling also the image, slightly, at the seams."""
 
     use_slicing = False
     use_tiling = False
@@ -30,19 +30,19 @@ class Tiled:
         self.tile_latent_min_size = max(1, sample_size // scale_factor)
 
     def enable_slicing(self) -> None:
-        """Handle a batch one picture at a time."""
+        """Process a batch one image at a time."""
         self.use_slicing = True
 
     def disable_slicing(self) -> None:
-        """Handle a batch at once."""
+        """Process a batch at once."""
         self.use_slicing = False
 
     def enable_tiling(self) -> None:
-        """Handle pictures larger than a tile in overlapping tiles."""
+        """Process images larger than a tile in overlapping tiles."""
         self.use_tiling = True
 
     def disable_tiling(self) -> None:
-        """Handle every picture whole."""
+        """Process every image as a whole."""
         self.use_tiling = False
 
     def _encode_in_parts(self, encode: Transform, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The small autoencoder of the TAESD family: plain convolutions, a hundredth of the work, softer pictures."""
+"""The small autoencoder of the TAESD family: plain convolutions, a hundredth of the work, softer images."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from torch import Tensor, nn
 from sfumato.configs import AutoencoderTinyConfig
 from sfumato.models.base import Model
 from sfumato.models.blocks import activation
+from sfumato.models.recomputed import Recomputed
+from sfumato.models.scaling import Scaled
 from sfumato.models.tiling import Tiled
 from sfumato.models.vae import DecoderOutput
+from sfumato.outputs import Output
 
 __all__ = ["AutoencoderTiny", "AutoencoderTinyBlock", "AutoencoderTinyOutput", "DecoderTiny", "EncoderTiny"]
 
 
-@dataclass(frozen=True)
-class AutoencoderTinyOutput:
+@dataclass(frozen=True, eq=False)
+class AutoencoderTinyOutput(Output):
     """Latents (B, C, h, w); this encoder has no spread to draw from."""
 
     latents: Tensor
@@ -27,7 +30,7 @@ def _conv(in_channels: int, out_channels: int, *, stride: int = 1, bias: bool = 
     return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=bias)
 
 
-class AutoencoderTinyBlock(nn.Module):
+class AutoencoderTinyBlock(Recomputed):
     """Three convolutions with a shortcut."""
 
     def __init__(self, channels: int, act_fn: str) -> None:
@@ -44,7 +47,7 @@ class AutoencoderTinyBlock(nn.Module):
 
 
 class EncoderTiny(nn.Module):
-    """Pictures (B, 3, H, W) in [-1, 1] to latents (B, C, H/f, W/f)."""
+    """Images (B, 3, H, W) in [-1, 1] to latents (B, C, H/f, W/f)."""
 
     def __init__(self, config: AutoencoderTinyConfig) -> None:
         super().__init__()
@@ -63,7 +66,7 @@ class EncoderTiny(nn.Module):
 
 
 class DecoderTiny(nn.Module):
-    """Latents (B, C, h, w) to pictures (B, 3, f h, f w) in [-1, 1]."""
+    """Latents (B, C, h, w) to images (B, 3, f h, f w) in [-1, 1]."""
 
     def __init__(self, config: AutoencoderTinyConfig) -> None:
         super().__init__()
@@ -86,10 +89,11 @@ class DecoderTiny(nn.Module):
         return self.layers(torch.tanh(z / 3) * 3).mul(2).sub(1)
 
 
-class AutoencoderTiny(Model, Tiled):
-    """A drop-in replacement for `AutoencoderKL` where speed matters more than detail."""
+class AutoencoderTiny(Model, Tiled, Scaled):
+    """A drop-in replacement for `AutoencoderKL`, if speed matters more than detail."""
 
     config_class = AutoencoderTinyConfig
+    role = "vae"
     weights_name = "diffusion_pytorch_model"
     config: AutoencoderTinyConfig
     tile_overlap = 0.125
@@ -100,23 +104,31 @@ class AutoencoderTiny(Model, Tiled):
         self.decoder = DecoderTiny(self.config)
         self._set_tile_size(512, self.config.scale_factor)
 
-    def encode(self, x: Tensor, *, return_dict: bool = True) -> AutoencoderTinyOutput | tuple[Tensor]:
-        """Pictures (B, 3, H, W) in [-1, 1] -> latents (B, C, H/f, W/f)."""
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderTinyOutput | tuple[Tensor]:
+        """Images (B, 3, H, W) in [-1, 1] -> latents (B, C, H/f, W/f)."""
         latents = self._encode_in_parts(self.encoder, x)
         return AutoencoderTinyOutput(latents) if return_dict else (latents,)
 
     def decode(
-        self, z: Tensor, *, return_dict: bool = True, generator: torch.Generator | None = None
+        self, z: Tensor, generator: torch.Generator | None = None, return_dict: bool = True
     ) -> DecoderOutput | tuple[Tensor]:
-        """Latents (B, C, h, w), divided by the scaling factor -> pictures. Nothing is drawn from `generator`."""
+        """Latents (B, C, h, w), divided by the scaling factor -> images. `generator` is not used."""
         sample = self._decode_in_parts(self.decoder, z)
         return DecoderOutput(sample) if return_dict else (sample,)
 
+    def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        """Encode and decode again, (B, 3, H, W) -> (B, 3, H, W), with latents rounded to 8 bits, as an image would
+        store them.
+        """
+        latents = self.encode(sample, return_dict=False)[0]  # pyright: ignore[reportIndexIssue]
+        stored = self.scale_latents(latents).mul(255).round().byte()
+        return self.decode(self.unscale_latents(stored / 255.0).to(latents.dtype), return_dict=return_dict)
+
     def scale_latents(self, x: Tensor) -> Tensor:
-        """Latents to [0, 1], for storing them as a picture."""
+        """Latents to [0, 1], for storing them as an image."""
         magnitude = self.config.latent_magnitude
         return x.div(2 * magnitude).add(self.config.latent_shift).clamp(0, 1)
 
     def unscale_latents(self, x: Tensor) -> Tensor:
-        """The way back from `scale_latents`."""
+        """The inverse of `scale_latents`."""
         return x.sub(self.config.latent_shift).mul(2 * self.config.latent_magnitude)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sfumato.models.attention import Context, SelfOrCrossAttention
 from sfumato.models.blocks import GroupNorm
+from sfumato.models.recomputed import Recomputed
 
 __all__ = ["GEGLU", "BasicTransformerBlock", "FeedForward", "Transformer2DModel"]
 
@@ -70,6 +71,11 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels, dropout)
 
+    @property
+    def reading(self) -> tuple[SelfOrCrossAttention, ...]:
+        """The layers that read the prompt."""
+        return (self.attn1, self.attn2) if self.only_cross_attention else (self.attn2,)
+
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """X (B or a divisor of it, L, C), context of B prompts -> (B, L, C)."""
         if self.only_cross_attention:
@@ -82,7 +88,7 @@ class BasicTransformerBlock(nn.Module):
         return x + self.ff(self.norm3(x))
 
 
-class Transformer2DModel(nn.Module):
+class Transformer2DModel(Recomputed):
     """Transformer blocks over the pixels of a feature map, with a shortcut around them."""
 
     def __init__(
@@ -113,7 +119,7 @@ class Transformer2DModel(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """X (B or a divisor of it, C, H, W), context of B prompts -> (B, C, H, W)."""
         height, width = x.shape[2:]
-        # Tokens want their channels side by side; the picture keeps the layout in which it came.
+        # Tokens want their channels side by side; the image keeps the layout in which it came.
         layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
         h = self.norm(x)
         if not self.use_linear_projection:

@@ -1,10 +1,12 @@
-"""The autoencoder between pictures and latents (arXiv 2112.10752, section 3.1)."""
+"""The autoencoder between images and latents (arXiv 2112.10752, section 3.1)."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +16,13 @@ from sfumato.configs import AutoencoderKLConfig
 from sfumato.models.attention import SelfOrCrossAttention
 from sfumato.models.base import Model
 from sfumato.models.blocks import Downsample2D, GroupNorm, ResnetBlock2D, Upsample2D, activation
+from sfumato.models.scaling import Scaled
 from sfumato.models.tiling import Tiled
+from sfumato.outputs import Output
+from sfumato.runtime.generators import RandomSource, normal
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from sfumato.checkpoints.single_file import SingleFile
 
 __all__ = [
     "AutoencoderKL",
@@ -32,14 +37,11 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
-class DecoderOutput:
-    """Pictures (B, 3, H, W) in [-1, 1], not clipped."""
+@dataclass(frozen=True, eq=False)
+class DecoderOutput(Output):
+    """Images (B, 3, H, W) in [-1, 1], not clipped."""
 
     sample: Tensor
-
-    def __getitem__(self, index: int) -> Tensor:
-        return (self.sample,)[index]
 
 
 class DiagonalGaussianDistribution:
@@ -53,11 +55,15 @@ class DiagonalGaussianDistribution:
         self.std = torch.exp(0.5 * self.logvar)
         self.var = torch.exp(self.logvar)
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:
-        """Latents drawn at random (B, C, h, w); the noise is drawn in float32 on the generator's device, then cast."""
-        device = generator.device if generator is not None else self.mean.device
-        noise = torch.randn(self.mean.shape, generator=generator, device=device, dtype=torch.float32)
-        return self.at(noise)
+    def sample(self, generator: RandomSource | Sequence[RandomSource] | None = None) -> Tensor:
+        """Latents drawn at random (B, C, h, w), from one generator or one per image.
+
+        The noise is drawn in float32 on the generator's device, then cast.
+        """
+        shape, device = self.mean.shape, self.mean.device
+        if not isinstance(generator, Sequence):
+            return self.at(normal(shape, generator, device))
+        return self.at(torch.cat([normal((1, *shape[1:]), each, device) for each in generator]))
 
     def at(self, noise: Tensor) -> Tensor:
         """The latents that a given standard normal noise (B, C, h, w) picks."""
@@ -67,10 +73,21 @@ class DiagonalGaussianDistribution:
         """The most likely latents (B, C, h, w)."""
         return self.mean
 
+    def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
+        """Kullback-Leibler divergence (B,) from another distribution, or from the standard normal one."""
+        if other is None:
+            return 0.5 * (self.mean**2 + self.var - 1.0 - self.logvar).sum(dim=(1, 2, 3))
+        distance = (self.mean - other.mean) ** 2 / other.var + self.var / other.var
+        return 0.5 * (distance - 1.0 - self.logvar + other.logvar).sum(dim=(1, 2, 3))
 
-@dataclass(frozen=True)
-class AutoencoderKLOutput:
-    """The distribution of the latents of the pictures encoded."""
+    def nll(self, sample: Tensor, dims: Sequence[int] = (1, 2, 3)) -> Tensor:
+        """Negative logarithm of the density at latents (B, C, h, w), summed over `dims`."""
+        return 0.5 * (math.log(2 * math.pi) + self.logvar + (sample - self.mean) ** 2 / self.var).sum(dim=list(dims))
+
+
+@dataclass(frozen=True, eq=False)
+class AutoencoderKLOutput(Output):
+    """The distribution of the latents of the images encoded."""
 
     latent_dist: DiagonalGaussianDistribution
 
@@ -83,9 +100,11 @@ def _resnet(config: AutoencoderKLConfig, in_channels: int, out_channels: int) ->
 class PixelAttention(SelfOrCrossAttention):
     """Single-headed self-attention over all pixels, with its own normalization and shortcut."""
 
+    group_norm: GroupNorm
+
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__(channels, heads=1, bias=True)
-        self.group_norm = GroupNorm(groups, channels, eps=1e-6)
+        self._modules = {"group_norm": GroupNorm(groups, channels, eps=1e-6)} | self._modules  # the first, as elsewhere
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """(B, C, H, W) -> (B, C, H, W)."""
@@ -98,9 +117,10 @@ class VAEMidBlock(nn.Module):
 
     def __init__(self, config: AutoencoderKLConfig, channels: int) -> None:
         super().__init__()
+        first = _resnet(config, channels, channels)
         attention = [PixelAttention(channels, config.norm_num_groups)] if config.mid_block_add_attention else []
         self.attentions = nn.ModuleList(attention)
-        self.resnets = nn.ModuleList(_resnet(config, channels, channels) for _ in range(2))
+        self.resnets = nn.ModuleList([first, _resnet(config, channels, channels)])
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape."""
@@ -113,26 +133,25 @@ class VAEMidBlock(nn.Module):
 class VAELevel(nn.Module):
     """`DownEncoderBlock2D` or `UpDecoderBlock2D`: residual blocks, then a change of size or none."""
 
-    def __init__(self, config: AutoencoderKLConfig, widths: Sequence[int], resize: nn.Module | None) -> None:
+    def __init__(self, config: AutoencoderKLConfig, widths: Sequence[int], resizers: str | None) -> None:
+        """widths: channels before and after each residual block; resizers: "downsamplers", "upsamplers" or None."""
         super().__init__()
         self.resnets = nn.ModuleList(_resnet(config, a, b) for a, b in pairwise(widths))
-        if isinstance(resize, Downsample2D):
-            self.downsamplers = nn.ModuleList([resize])
-        elif isinstance(resize, Upsample2D):
-            self.upsamplers = nn.ModuleList([resize])
-        self._resizers = "downsamplers" if isinstance(resize, Downsample2D) else "upsamplers"
+        self._resizers = resizers
+        if resizers is not None:
+            down = resizers == "downsamplers"
+            resize = Downsample2D(widths[-1], padding=0) if down else Upsample2D(widths[-1])
+            setattr(self, resizers, nn.ModuleList([resize]))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
         for resnet in self.resnets:
             x = resnet(x)
-        for resize in getattr(self, self._resizers, ()):
-            x = resize(x)
-        return x
+        return x if self._resizers is None else getattr(self, self._resizers)[0](x)
 
 
 class Encoder(nn.Module):
-    """Pictures (B, 3, H, W) to the parameters of their latents (B, 2C, H/f, W/f)."""
+    """Images (B, 3, H, W) to the parameters of their latents (B, 2C, H/f, W/f)."""
 
     def __init__(self, config: AutoencoderKLConfig) -> None:
         super().__init__()
@@ -141,8 +160,7 @@ class Encoder(nn.Module):
         self.down_blocks = nn.ModuleList()
         for i, width in enumerate(widths):
             steps = [widths[max(i - 1, 0)]] + [width] * config.layers_per_block
-            resize = Downsample2D(width, padding=0) if i < len(widths) - 1 else None
-            self.down_blocks.append(VAELevel(config, steps, resize))
+            self.down_blocks.append(VAELevel(config, steps, "downsamplers" if i < len(widths) - 1 else None))
         self.mid_block = VAEMidBlock(config, widths[-1])
         self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[-1], eps=1e-6)
         self.conv_act = activation("silu")
@@ -157,17 +175,17 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (B, C, h, w) to pictures (B, 3, f h, f w)."""
+    """Latents (B, C, h, w) to images (B, 3, f h, f w)."""
 
     def __init__(self, config: AutoencoderKLConfig) -> None:
         super().__init__()
         widths = config.block_out_channels[::-1]
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.mid_block = VAEMidBlock(config, widths[0])
         self.up_blocks = nn.ModuleList()
+        self.mid_block = VAEMidBlock(config, widths[0])
         for i, width in enumerate(widths):
             steps = [widths[max(i - 1, 0)]] + [width] * (config.layers_per_block + 1)
-            self.up_blocks.append(VAELevel(config, steps, Upsample2D(width) if i < len(widths) - 1 else None))
+            self.up_blocks.append(VAELevel(config, steps, "upsamplers" if i < len(widths) - 1 else None))
         self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[-1], eps=1e-6)
         self.conv_act = activation("silu")
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
@@ -180,10 +198,11 @@ class Decoder(nn.Module):
         return self.conv_out(self.conv_norm_out(x, self.conv_act))
 
 
-class AutoencoderKL(Model, Tiled):
+class AutoencoderKL(Model, Tiled, Scaled):
     """The variational autoencoder of Stable Diffusion."""
 
     config_class = AutoencoderKLConfig
+    role = "vae"
     weights_name = "diffusion_pytorch_model"
     # Checkpoints of the first years name the attention layers as CompVis did.
     key_rules = (
@@ -194,6 +213,13 @@ class AutoencoderKL(Model, Tiled):
     )
     config: AutoencoderKLConfig
     tile_overlap = 0.25
+
+    @classmethod
+    def from_file(cls, file: SingleFile, **how: Any) -> Self:
+        """Like every model's; a separate VAE file may not contain its scale."""
+        model = super().from_file(file, **how)
+        model.scale_assumed = "unet" not in file.detected.parts and not file.options
+        return model
 
     def __init__(self, config: AutoencoderKLConfig | None = None, **values: object) -> None:
         super().__init__(config, **values)
@@ -206,21 +232,28 @@ class AutoencoderKL(Model, Tiled):
         size = config.sample_size if isinstance(config.sample_size, int) else config.sample_size[0]
         self._set_tile_size(size, config.scale_factor)
 
-    def encode(
-        self, x: Tensor, *, return_dict: bool = True
-    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """Pictures (B, 3, H, W) in [-1, 1] -> the distribution of their latents, not yet scaled."""
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+        """Images (B, 3, H, W) in [-1, 1] -> the distribution of their latents, not yet scaled."""
         posterior = DiagonalGaussianDistribution(self._encode_in_parts(lambda x: self.quant_conv(self.encoder(x)), x))
         return AutoencoderKLOutput(posterior) if return_dict else (posterior,)
 
     def decode(
-        self, z: Tensor, *, return_dict: bool = True, generator: torch.Generator | None = None
+        self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
-        """Latents (B, C, h, w), divided by the scaling factor -> pictures. Nothing is drawn from `generator`."""
+        """Latents (B, C, h, w), divided by the scaling factor -> images. `generator` is not used."""
         sample = self._decode_in_parts(lambda z: self.decoder(self.post_quant_conv(z)), z)
         return DecoderOutput(sample) if return_dict else (sample,)
 
-    def forward(self, sample: Tensor) -> DecoderOutput:
-        """Encode to the most likely latents and decode again: (B, 3, H, W) -> (B, 3, H, W)."""
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: RandomSource | Sequence[RandomSource] | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Encode and decode again: (B, 3, H, W) -> (B, 3, H, W).
+
+        By way of the most likely latents or, with `sample_posterior`, of some drawn from the generator.
+        """
         posterior = self.encode(sample, return_dict=False)[0]  # pyright: ignore[reportIndexIssue]
-        return DecoderOutput(self.decode(posterior.mode(), return_dict=False)[0])
+        return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode(), return_dict)

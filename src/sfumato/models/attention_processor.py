@@ -1,0 +1,41 @@
+"""The ecosystem's names for attention processors that Sfumato does not need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sfumato.ecosystem import absent
+from sfumato.errors import UsageError
+from sfumato.values import shown
+
+__all__ = ["AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "check_processor"]
+
+
+class AttnProcessor:
+    """Attention as the plan selects it; all of these give the same numbers."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+
+class AttnProcessor2_0(AttnProcessor):
+    """The same, under the name for torch's fused attention."""
+
+
+class XFormersAttnProcessor(AttnProcessor):
+    """The same, under the name for xFormers."""
+
+
+def check_processor(processor: Any) -> None:
+    """Raise `UsageError` unless a processor, including the ecosystem's own, means plain attention."""
+    if type(processor).__name__ not in ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor"):
+        raise UsageError(
+            f"custom attention processors, such as {shown(type(processor).__name__)}, are not supported; to "
+            "compute attention by a function (q, k, v, mask) -> out, use model.set_attention"
+        )
+
+
+def __getattr__(name: str) -> Any:
+    raise absent("package", name, __name__)

@@ -1,0 +1,185 @@
+"""ControlNet: a copy of the U-Net's way down that reads a picture ("Adding Conditional Control to Text-to-Image
+Diffusion Models", arXiv 2302.05543).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sfumato.checkpoints.control_file import open_control_file
+from sfumato.configs import ControlNetConfig, UNet2DConditionConfig
+from sfumato.models.attention import Context
+from sfumato.models.blocks import Moment
+from sfumato.models.unet import UNetEncoder
+from sfumato.outputs import Output
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from os import PathLike
+
+    from sfumato.models.unet import UNet2DConditionModel
+
+__all__ = ["ControlNetConditioningEmbedding", "ControlNetModel", "ControlNetOutput", "layer_scales"]
+
+
+@dataclass(frozen=True, eq=False)
+class ControlNetOutput(Output):
+    """What is added to the U-Net: a tensor to each of its skip connections, and one to its middle."""
+
+    down_block_res_samples: tuple[Tensor, ...]
+    mid_block_res_sample: Tensor
+
+
+def layer_scales(number: int, *, guess: bool) -> list[float]:
+    """How strongly each of `number` residuals is added: alike or, in guess mode, from a tenth to all, deepest last."""
+    return torch.logspace(-1, 0, number).tolist() if guess else [1.0] * number
+
+
+class ControlNetConditioningEmbedding(nn.Module):
+    """Convolutions that bring a picture down to the size of the latents."""
+
+    def __init__(self, channels: int, widths: tuple[int, ...], out_channels: int) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(channels, widths[0], 3, padding=1)
+        self.blocks = nn.ModuleList()
+        for width, wider in pairwise(widths):
+            self.blocks.append(nn.Conv2d(width, width, 3, padding=1))
+            self.blocks.append(nn.Conv2d(width, wider, 3, padding=1, stride=2))
+        self.conv_out = _zero(nn.Conv2d(widths[-1], out_channels, 3, padding=1))
+
+    def forward(self, picture: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, C, h, w)."""
+        x = F.silu(self.conv_in(picture))
+        for block in self.blocks:
+            x = F.silu(block(x))
+        return self.conv_out(x)
+
+
+class ControlNetModel(UNetEncoder):
+    """A ControlNet, for any Stable Diffusion whose U-Net has the same way down."""
+
+    config_class = ControlNetConfig
+    role = "controlnet"
+    weights_name = "diffusion_pytorch_model"
+    config: ControlNetConfig
+    remedy = "check the control image that was given"
+
+    def __init__(self, config: ControlNetConfig | None = None, **values: object) -> None:
+        super().__init__(config, **values)
+        config = self.config
+        self._build_input()
+        self.controlnet_cond_embedding = ControlNetConditioningEmbedding(
+            config.conditioning_channels, config.conditioning_embedding_out_channels, config.block_out_channels[0]
+        )
+        self.down_blocks, self.controlnet_down_blocks = nn.ModuleList(), nn.ModuleList()
+        levels = self._levels()
+        for width in self._build_down(levels):
+            self.controlnet_down_blocks.append(_zero(nn.Conv2d(width, width, 1)))
+        width = config.block_out_channels[-1]
+        self.controlnet_mid_block = _zero(nn.Conv2d(width, width, 1))
+        self._build_middle(levels[-1])
+
+    @classmethod
+    def from_single_file(
+        cls,
+        name: str | PathLike[str] | Mapping[str, Tensor],
+        *,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> Self:
+        """Load a ControlNet in one file, of either layout, whose config is told from its shapes.
+
+        Arguments are those of `open_control_file` (checkpoints/control_file.py). Raises `CheckpointError`.
+        """
+        return cls.from_file(open_control_file(name, **options), dtype=torch_dtype or dtype)
+
+    @property
+    def unet_config(self) -> UNet2DConditionConfig:
+        """The config of the U-Net whose way down this is."""
+        return self.config.unet
+
+    @classmethod
+    def from_unet(
+        cls,
+        unet: UNet2DConditionModel,
+        controlnet_conditioning_channel_order: str = "rgb",
+        conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256),
+        load_weights_from_unet: bool = True,
+        conditioning_channels: int = 3,
+    ) -> Self:
+        """A ControlNet to be trained for a U-Net: with copies of its weights, and zeros where it adds to it."""
+        shared = {one.name for one in fields(cls.config_class)} - {"extra"}
+        values = {key: value for key, value in unet.config.to_dict().items() if key in shared}
+        values["controlnet_conditioning_channel_order"] = controlnet_conditioning_channel_order
+        values["conditioning_embedding_out_channels"] = list(conditioning_embedding_out_channels)
+        model = cls.from_config(values | {"conditioning_channels": conditioning_channels})
+        if load_weights_from_unet:
+            own = model.state_dict().keys()
+            model.load_state_dict({key: one for key, one in unet.state_dict().items() if key in own}, strict=False)
+        return model
+
+    def embed(self, picture: Tensor) -> Tensor:
+        """What is added to the latents: pictures (B, 3, H, W), in [0, 1] as a rule -> (B, C, h, w). Time is no part."""
+        swapped = self.config.controlnet_conditioning_channel_order == "bgr"
+        return self.controlnet_cond_embedding(picture.flip(1) if swapped else picture)
+
+    def steer(self, sample: Tensor, time: Moment, context: Context, hint: Tensor) -> list[Tensor]:
+        """The residuals, the middle's last, not scaled.
+
+        sample (B, C, H, W); context of B prompts, or of a multiple of them; hint: what `embed` makes of one picture for
+        all, or of B. What does not depend on the prompt yet may have the batch of the sample.
+        """
+        x = self.conv_in(sample) + hint
+        if context.mask is not None or time.activated.shape[0] > x.shape[0]:
+            x = context.widen(x)
+        states = [x]
+        for block in self.down_blocks:
+            x, results = block(x, time, context)
+            states += results
+        x = x if self.mid_block is None else self.mid_block(x, time, context)
+        added = [layer(state) for layer, state in zip(self.controlnet_down_blocks, states, strict=True)]
+        added.append(self.controlnet_mid_block(x))
+        return [one.mean(dim=(2, 3), keepdim=True) for one in added] if self.config.global_pool_conditions else added
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | Moment,
+        encoder_hidden_states: Tensor | Context,
+        controlnet_cond: Tensor,
+        conditioning_scale: float = 1.0,
+        class_labels: Tensor | None = None,
+        timestep_cond: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        added_cond_kwargs: Mapping[str, Tensor] | None = None,
+        *,
+        guess_mode: bool = False,
+        return_dict: bool = True,
+    ) -> ControlNetOutput | tuple[tuple[Tensor, ...], Tensor]:
+        """What is to be added to the U-Net that is told the same.
+
+        controlnet_cond (B, 3, 8H, 8W): pictures for samples (B, C, H, W); conditioning_scale: how strongly; guess_mode:
+        more weakly the less deep. The other arguments are as the U-Net's.
+        """
+        time = timestep
+        if not isinstance(time, Moment):
+            time = self.moment(sample, time, class_labels, timestep_cond, added_cond_kwargs)
+        context = self._context(encoder_hidden_states, sample, attention_mask, None)
+        *down, middle = self.steer(sample, time, context, self.embed(controlnet_cond))
+        guess = guess_mode and not self.config.global_pool_conditions
+        *scales, last = (conditioning_scale * scale for scale in layer_scales(len(down) + 1, guess=guess))
+        scaled = tuple(one * scale for one, scale in zip(down, scales, strict=True))
+        return ControlNetOutput(scaled, middle * last) if return_dict else (scaled, middle * last)
+
+
+def _zero(layer: nn.Conv2d) -> nn.Conv2d:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer

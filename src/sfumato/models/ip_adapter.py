@@ -1,0 +1,183 @@
+"""IP-Adapter: tokens of images beside those of the prompt, with keys and values of their own (arXiv 2308.06721)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sfumato.errors import CheckpointError
+from sfumato.models.attention import SelfOrCrossAttention, sdpa
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sfumato.models.image_encoder import CLIPVisionModelWithProjection
+    from sfumato.models.unet import UNet2DConditionModel
+
+__all__ = ["IPAdapter", "ImageProjection", "ImageTokens", "PerceiverAttention", "Resampler"]
+
+HEAD = 64  # channels of a head of the resampler
+
+
+class ImageProjection(nn.Module):
+    """One embedding of an image to a few tokens."""
+
+    def __init__(self, channels: int, tokens: int, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.proj = nn.Linear(channels, tokens * width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, embeds: Tensor) -> Tensor:
+        """(B, C) -> (B, T, C')."""
+        return self.norm(self.proj(embeds).unflatten(1, (-1, self.width)))
+
+
+class PerceiverAttention(nn.Module):
+    """Queries attend to an image's tokens and to themselves."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.heads = inner // HEAD
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, inner, bias=False)
+        self.to_kv = nn.Linear(width, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor, queries: Tensor) -> Tensor:
+        """Tokens (B, S, C) and queries (B, T, C) -> (B, T, C)."""
+        queries = self.norm2(queries)
+        k, v = self.to_kv(torch.cat([self.norm1(x), queries], dim=1)).chunk(2, dim=-1)
+        q, k, v = (one.unflatten(2, (self.heads, -1)).transpose(1, 2) for one in (self.to_q(queries), k, v))
+        return self.to_out(sdpa(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Resampler(nn.Module):
+    """All tokens of an image to a few, by learned queries (Flamingo's perceiver, arXiv 2204.14198)."""
+
+    def __init__(self, shapes: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        _, count, width = shapes["latents"].shape
+        layers = 1 + max(int(found[1]) for key in shapes if (found := re.match(r"layers\.(\d+)\.", key)))
+        inner, wide = shapes["layers.0.0.to_q.weight"].shape[0], shapes["layers.0.1.1.weight"].shape[0]
+        self.latents = nn.Parameter(torch.empty(1, count, width))
+        self.proj_in = nn.Linear(shapes["proj_in.weight"].shape[1], width)
+        self.proj_out = nn.Linear(width, shapes["proj_out.weight"].shape[0])
+        self.norm_out = nn.LayerNorm(shapes["proj_out.weight"].shape[0])
+        self.layers = nn.ModuleList()
+        for _ in range(layers):
+            forward = [nn.LayerNorm(width), nn.Linear(width, wide, bias=False), nn.GELU()]
+            forward.append(nn.Linear(wide, width, bias=False))
+            self.layers.append(nn.ModuleList([PerceiverAttention(width, inner), nn.Sequential(*forward)]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, S, C) -> (B, T, C')."""
+        queries, x = self.latents.expand(x.shape[0], -1, -1), self.proj_in(x)
+        for attend, forward in (tuple(layer.children()) for layer in self.layers):
+            queries = queries + attend(x, queries)
+            queries = queries + forward(queries)
+        return self.norm_out(self.proj_out(queries))
+
+
+class IPAdapter(nn.Module):
+    """An IP-Adapter, plain or plus: what makes tokens of images, and matrices for the U-Net's layers that read them."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], where: object) -> None:
+        """Tensors as in a file, by their names. Raises `CheckpointError` for those of something else."""
+        super().__init__()
+        self.where = where
+        own = {key.removeprefix("image_proj."): one for key, one in tensors.items() if key.startswith("image_proj.")}
+        self.plus = "latents" in own
+        if not self.plus and {"proj.weight", "norm.weight"} - own.keys():
+            raise CheckpointError(f"{where} is no plain or plus IP-Adapter; those for faces need what Sfumato has not")
+        if self.plus:
+            self.image_proj: nn.Module = Resampler(own)
+        else:
+            width, (out, channels) = own["norm.weight"].shape[0], own["proj.weight"].shape
+            self.image_proj = ImageProjection(channels, out // width, width)
+        self.image_proj.load_state_dict(own)
+        names = (re.match(r"ip_adapter\.(\d+)\.to_k_ip\.weight$", key) for key in tensors)
+        self.places = sorted(int(found[1]) for found in names if found)
+        for place in self.places:
+            for name in ("to_k_ip", "to_v_ip"):
+                self.register_buffer(f"{name}_{place}", tensors[f"ip_adapter.{place}.{name}.weight"])
+
+    @property
+    def reads(self) -> int:
+        """Numbers of what it reads of an image: its embedding's or, of plus, each token's."""
+        made: Any = self.image_proj
+        return (made.proj_in if self.plus else made.proj).in_features
+
+    def tokens(self, encoder: CLIPVisionModelWithProjection, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (N, T, C) of no image and of images (N, 3, S, S), each as the adapter was trained."""
+        if self.plus:
+            both = torch.cat([torch.zeros_like(pixels), pixels])
+            seen = encoder(both, output_hidden_states=True, return_dict=False)[2][-2]
+        else:
+            embeds = encoder(pixels, return_dict=False)[0]
+            seen = torch.cat([torch.zeros_like(embeds), embeds])
+        nothing, something = self.image_proj(seen.to(self.dtype)).chunk(2)
+        return nothing, something
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of its weights."""
+        return next(self.parameters()).dtype
+
+    def matrices(self, unet: UNet2DConditionModel) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+        """The matrices for keys and values, for each layer of a U-Net that reads the prompt.
+
+        Raises `CheckpointError` where they do not fit.
+        """
+        blocks = (unet.down_blocks, unet.up_blocks, unet.mid_block or nn.Module())
+        layers = [m for block in blocks for m in block.modules() if isinstance(m, SelfOrCrossAttention)][1::2]
+        pairs = [tuple(getattr(self, f"{name}_{place}") for name in ("to_k_ip", "to_v_ip")) for place in self.places]
+        width = unet.config.block_out_channels[0]
+        fits = len(layers) == len(pairs) and all(
+            len(k) == layer.to_q.out_features for layer, (k, _) in zip(layers, pairs, strict=True)
+        )
+        if not fits:
+            raise CheckpointError(
+                f"{self.where} is for another family: it changes {len(pairs)} layers, and this U-Net has {len(layers)} "
+                f"of a first width of {width}"
+            )
+        return dict(zip(layers, pairs, strict=True))  # pyright: ignore[reportReturnType]
+
+
+@dataclass(frozen=True, eq=False)
+class ImageTokens:
+    """What an IP-Adapter says to the layers that read the prompt.
+
+    tokens (1 or B, T, C) of a context of B prompts; matrices by layer; mask None, or (H, W) from 0 to 1, of where.
+    """
+
+    tokens: Tensor
+    matrices: Mapping[nn.Module, tuple[Tensor, Tensor]]
+    scale: float = 1.0
+    mask: Tensor | None = None
+    _read: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def added(self, layer: SelfOrCrossAttention, q: Tensor) -> Tensor | None:
+        """What queries (B, heads, L, d) find, times scale and mask: (B, heads, L, d); None in a layer without."""
+        if layer not in self.matrices or self.scale == 0:
+            return None
+        if layer not in self._read:
+            k, v = (F.linear(self.tokens, matrix.to(self.tokens)) for matrix in self.matrices[layer])
+            heads = (layer.heads, -1)
+            self._read[layer] = k.unflatten(2, heads).transpose(1, 2), v.unflatten(2, heads).transpose(1, 2)
+        k, v = self._read[layer]
+        out = self.scale * layer.attention(q, k.to(q.dtype), v.to(q.dtype), None)
+        return out if self.mask is None else out * _shrunk(self.mask, q.shape[2])[:, None].to(out)
+
+
+def _shrunk(mask: Tensor, queries: int) -> Tensor:
+    """A mask over the queries of a layer (L,), which are an image of the same shape."""
+    height = int((queries * mask.shape[0] / mask.shape[1]) ** 0.5)
+    height += queries % max(1, height) != 0
+    small = F.interpolate(mask[None, None].float(), size=(height, queries // height), mode="bicubic").flatten()
+    return F.pad(small, (0, max(0, queries - small.numel())))[:queries]

@@ -1,0 +1,88 @@
+"""Other weights in the place of a model's own, and the way back to them, bit for bit.
+
+What stands in is made of the model's own weights, which are kept: only those that are replaced are there twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sfumato.checkpoints.weights import without_weights
+from sfumato.models.packed import is_packed, plain
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+__all__ = ["Overlay", "own_weights", "put_on", "take_off", "weight_shapes"]
+
+
+@dataclass
+class Overlay:
+    """What stands in a model: `key` says of what it was made, `own` holds the weights that were replaced, by name.
+
+    fused: whether these weights are the model's own for whoever saves it.
+    """
+
+    key: Any
+    fused: bool = False
+    own: dict[str, Tensor] = field(default_factory=dict)
+
+
+def put_on(
+    model: Any, key: Any, changed: Mapping[str, Callable[[Tensor, Tensor], None]], *, fused: bool = False
+) -> None:
+    """Replace weights by what is made of the model's own: a function for the name of each, from the first argument into
+    the second.
+
+    One is made and put in place after the other. Those of an earlier call that are not named go back. The weights stay
+    where they are and of their type; on an accelerator, the model's own are kept in the host's memory.
+    """
+    before = model.overlay or Overlay(())
+    for name in before.own.keys() - changed.keys():
+        _put_back(model, name, before.own.pop(name))
+    overlay = model.overlay = Overlay(None, fused, before.own)  # the key only once all is in place
+    for name, make in changed.items():
+        weight = _weight(model, name)
+        if name not in overlay.own:
+            overlay.own[name] = weight.data.cpu()
+            weight.data = torch.empty_like(weight)
+        make(overlay.own[name].to(weight.device), weight.data)
+    overlay.key = key
+    if not overlay.own:
+        model.overlay = None
+
+
+def take_off(model: Any) -> None:
+    """Put the model's own weights back."""
+    put_on(model, (), {})
+
+
+def own_weights(model: Any) -> dict[str, Tensor]:
+    """As `state_dict`, but always the model's own."""
+    kept = {} if model.overlay is None else model.overlay.own
+    return {name: kept.get(name, weight) for name, weight in model.state_dict().items()}
+
+
+def weight_shapes(model: Any) -> dict[str, torch.Size]:
+    """The names and shapes of all weights, in the model's order, whether it is packed or not."""
+    if model.shapes is None:
+        whole: nn.Module = model
+        if is_packed(model):
+            with without_weights():
+                whole = type(model)(model.config)
+        model.shapes = {name: weight.shape for name, weight in whole.named_parameters()}
+    return model.shapes
+
+
+def _weight(model: Any, name: str) -> Tensor:
+    path, _, last = name.rpartition(".")
+    return getattr(plain(model, path), last)
+
+
+def _put_back(model: Any, name: str, own: Tensor) -> None:
+    weight = _weight(model, name)
+    weight.data = own.to(weight.device)

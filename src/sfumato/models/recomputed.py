@@ -1,0 +1,23 @@
+"""Layers that are computed again in the backward pass: less memory for training, more time (arXiv 1604.06174)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["Recomputed"]
+
+
+class Recomputed(nn.Module):
+    """A layer whose results can be computed again in the backward pass, and not kept until then."""
+
+    recompute = False
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        """As torch's modules are called."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(super().__call__, *arguments, use_reentrant=False, **named)
+        return super().__call__(*arguments, **named)

@@ -1,0 +1,79 @@
+"""T2I-Adapter: features of a picture for the U-Net's way down, made once (arXiv 2302.08453)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sfumato.configs import T2IAdapterConfig
+from sfumato.models.base import Model
+
+__all__ = ["Adapter", "AdapterBlock", "AdapterResnetBlock", "T2IAdapter"]
+
+
+class AdapterResnetBlock(nn.Module):
+    """Two convolutions with a shortcut, the second of one pixel but in light adapters."""
+
+    def __init__(self, channels: int, *, light: bool) -> None:
+        super().__init__()
+        self.block1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.block2 = nn.Conv2d(channels, channels, 3 if light else 1, padding=1 if light else 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return x + self.block2(F.relu(self.block1(x)))
+
+
+class AdapterBlock(nn.Module):
+    """One feature: halved where it has to be, then residual blocks, in light adapters of a quarter of the width."""
+
+    def __init__(self, channels: int, out_channels: int, count: int, *, down: bool, light: bool) -> None:
+        super().__init__()
+        self.down, width = down, out_channels // 4 if light else out_channels
+        self.in_conv = nn.Conv2d(channels, width, 1) if light or channels != width else None
+        self.resnets = nn.Sequential(*(AdapterResnetBlock(width, light=light) for _ in range(count)))
+        self.out_conv = nn.Conv2d(width, out_channels, 1) if light else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H, W), or half as high and wide, rounded up."""
+        x = F.avg_pool2d(x, 2, ceil_mode=True) if self.down else x
+        x = self.resnets(x if self.in_conv is None else self.in_conv(x))
+        return x if self.out_conv is None else self.out_conv(x)
+
+
+class Adapter(nn.Module):
+    """The layers of a T2I-Adapter, under the name that they have in files."""
+
+    def __init__(self, config: T2IAdapterConfig) -> None:
+        super().__init__()
+        light = config.adapter_type == "light_adapter"
+        channels = config.in_channels * config.factor**2
+        self.conv_in = None if light else nn.Conv2d(channels, config.channels[0], 3, padding=1)
+        count = config.num_res_blocks
+        self.body = nn.ModuleList(AdapterBlock(a, b, count, down=down, light=light) for a, b, down in config.blocks)
+
+
+class T2IAdapter(Model):
+    """A T2I-Adapter, for any Stable Diffusion whose U-Net has the same widths on the way down."""
+
+    config_class = T2IAdapterConfig
+    role = "t2i_adapter"
+    weights_name = "diffusion_pytorch_model"
+    config: T2IAdapterConfig
+    remedy = "check the control image that was given"
+
+    def __init__(self, config: T2IAdapterConfig | None = None, **values: object) -> None:
+        super().__init__(config, **values)
+        self.adapter = Adapter(self.config)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Pictures (B, 3, H, W) in [0, 1] -> a feature (B, C, h, w) for each block of the U-Net's way down."""
+        x = F.pixel_unshuffle(x, self.config.factor)
+        x = x if self.adapter.conv_in is None else self.adapter.conv_in(x)
+        features = []
+        for block in self.adapter.body:
+            x = block(x)
+            features.append(x)
+        return features
+
+    embed = forward

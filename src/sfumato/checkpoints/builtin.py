@@ -17,5 +17,5 @@ FOLDER = Path(__file__).parent.parent / "mini"
 def builtin_model() -> Path:
     """The folder of the built-in checkpoint. Raises `CheckpointError` where an installation has lost it."""
     if not (FOLDER / "model_index.json").is_file():
-        raise CheckpointError(f"the built-in model is missing from {FOLDER}; install sfumato again, or name a model")
+        raise CheckpointError(f"the built-in model is missing from {FOLDER}; reinstall sfumato, or give another model")
     return FOLDER

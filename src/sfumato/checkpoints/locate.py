@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import fnmatch
 import logging
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato.checkpoints.builtin import BUILT_IN, builtin_model
-from sfumato.errors import CheckpointError, DownloadError, UnknownArgument, UsageError, suggest
+from sfumato.checkpoints.names import PUBLISHED, repository_of
+from sfumato.errors import CheckpointError, DownloadError, SfumatoError, UnknownArgument, UsageError, suggest
+from sfumato.files import expanded
+from sfumato.values import reason
 
 if TYPE_CHECKING:
     from os import PathLike
 
-__all__ = ["HubOptions", "Select", "by_patterns", "download", "locate_folder"]
+__all__ = [
+    "HubOptions",
+    "Select",
+    "by_patterns",
+    "download",
+    "find_folder",
+    "full_name",
+    "keep_to_itself",
+    "locate_folder",
+]
 
 log = logging.getLogger("sfumato")
 
@@ -49,37 +63,74 @@ class HubOptions:
 
 
 def locate_folder(name: str | PathLike[str], select: Select, **hub: Any) -> Path:
-    """The local folder that holds what `select` asks for, downloaded if need be.
+    """The local folder that holds what `select` asks for, downloaded if necessary.
 
-    "built-in" is the model of the package. A folder on this machine is taken as it is and no network is touched. A hub
-    id is looked up in the cache first: files already there are never asked for again. Raises `CheckpointError` or
-    `DownloadError` in one sentence.
+    "built-in" is the model of the package. A folder on this machine is used as it is and no network is touched. A hub
+    id is looked up in the cache first: files already there are never requested again. A short name such as "sd15" finds
+    what is in the cache and never downloads. Raises `CheckpointError` or `DownloadError` in one sentence.
     """
     options = HubOptions.of(hub)
-    if name == BUILT_IN:
-        return builtin_model()
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    repo = _hub_id(name, path)
+    folder = _local_folder(name)
+    if folder is not None:
+        return folder
+    repo = _hub_id(name)
     cached = None if options.force_download else _cached_snapshot(repo, options)
     if cached is not None and _complete(cached, select, strict=True):
         return cached
-    if options.local_files_only:
+    if options.local_files_only or str(name) in PUBLISHED:
         if cached is not None and _complete(cached, select, strict=False):
             return cached
-        raise DownloadError(
-            f"{repo!r} is not completely in the local cache; fetch it with 'sfumato download {repo}' "
-            "(in Python: local_files_only=False)"
-        )
+        raise _not_here(str(name), repo)
     try:
         return download(repo, select, options)
     except DownloadError:
-        # A variant that is absent from the cache but has a full-precision twin there still draws the picture.
+        # A variant that is absent from the cache but has a full-precision twin there still generates the image.
         if cached is not None and _complete(cached, select, strict=False):
-            log.warning("the hub cannot be reached; using the files of %r that are in the cache", repo)
+            log.warning("the hub cannot be reached; using the cached files of %r", repo)
             return cached
         raise
+
+
+def find_folder(name: str | PathLike[str], *, required: bool = False) -> Path | None:
+    """Where a model is on this machine, complete or not; None for one that has to be downloaded or is a single file.
+
+    Quick and without a network, for a command to refuse a wrong name before anything heavy is imported. required: it
+    will not be downloaded. Raises `CheckpointError`, `DownloadError` or `UsageError` as `locate_folder` would.
+    """
+    folder = _local_folder(name)
+    if folder is not None or os.path.isfile(expanded(name)):
+        return folder
+    repo = _hub_id(name)
+    cached = _cached_snapshot(repo, HubOptions())
+    if cached is None and (required or str(name) in PUBLISHED):
+        raise _not_here(str(name), repo)
+    return cached
+
+
+def full_name(name: str | PathLike[str]) -> str:
+    """What a model is called in recipes, where a name must mean the same on every machine: no short name."""
+    return str(name) if os.path.isdir(expanded(name)) else repository_of(str(name))
+
+
+def _local_folder(name: str | PathLike[str]) -> Path | None:
+    if isinstance(name, str) and name == BUILT_IN:
+        return builtin_model()
+    path = expanded(name)
+    if not str(name):
+        raise UsageError("the model name is empty; give a folder or a hub id such as 'owner/name'")
+    return path if os.path.isdir(path) else None
+
+
+def _not_here(name: str, repo: str) -> DownloadError:
+    if name != repo:
+        return DownloadError(
+            f"{name} ({repo}) is not in the local cache; run 'sfumato download {name}', or give the full id to "
+            "download it now"
+        )
+    return DownloadError(
+        f"{repo!r} is not completely in the local cache; run 'sfumato download {repo}' "
+        "(in Python: local_files_only=False)"
+    )
 
 
 def download(repo: str, select: Select, options: HubOptions, *, local_dir: Path | None = None) -> Path:
@@ -88,10 +139,10 @@ def download(repo: str, select: Select, options: HubOptions, *, local_dir: Path 
     local_dir: the folder to put the files into, in place of the cache. Raises `DownloadError` or, for a name that
     cannot be a hub id, `UsageError`.
     """
+    keep_to_itself()
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -112,29 +163,38 @@ def download(repo: str, select: Select, options: HubOptions, *, local_dir: Path 
         )
     except GatedRepoError as error:
         raise DownloadError(
-            f"{repo!r} asks for its licence to be accepted: do so on its page, then run 'hf auth login'"
+            f"{repo!r} requires you to accept its license; do so on its page, then run 'hf auth login'"
         ) from error
     except RepositoryNotFoundError as error:
         raise DownloadError(
-            f"{repo!r} is neither a folder here nor a repository on the hub that you can read; check the name"
+            f"{repo!r} is neither a local folder nor a hub repository that you can access; check the name"
         ) from error
     except RevisionNotFoundError as error:
         raise DownloadError(
-            f"{repo!r} has no revision {options.revision!r}; choose a branch, tag or commit it has"
+            f"{repo!r} has no revision {options.revision!r}; use an existing branch, tag or commit"
         ) from error
     except HFValidationError as error:
         raise UsageError(f"{repo!r} is not a hub id such as 'owner/name'") from error
+    except SfumatoError:
+        raise
     except Exception as error:
-        # The library lets the exceptions of its HTTP client through, which changes with its version.
-        client = type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests", "urllib3")
-        expected = client or isinstance(error, (HfHubHTTPError, OSError, RuntimeError))
-        if isinstance(error, CheckpointError) or not expected:
-            raise
-        raise DownloadError(
-            f"{repo!r} is not a folder here, and the hub cannot be reached ({_first_line(error)}); "
-            "check the network or give a local folder"
-        ) from error
+        raise DownloadError(_why_not(repo, error)) from error
     return Path(folder)
+
+
+def _why_not(repo: str, error: Exception) -> str:
+    """Why a download failed, in a sentence."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    # The library lets the exceptions of its HTTP client through, which changes with its version.
+    client = type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests", "urllib3")
+    if client or isinstance(error, (HfHubHTTPError, OSError, RuntimeError)):
+        return (
+            f"{repo!r} is not a local folder, and the hub cannot be reached ({reason(error)}); "
+            "check the network or give a local folder"
+        )
+    # Names of files that lead out of the folder, and answers that are no answer.
+    return f"{repo!r} cannot be downloaded ({reason(error)}); do not use this repository"
 
 
 def by_patterns(*patterns: str) -> Select:
@@ -150,6 +210,7 @@ def by_patterns(*patterns: str) -> Select:
 
 
 def _cached_snapshot(repo: str, options: HubOptions) -> Path | None:
+    keep_to_itself()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -163,25 +224,40 @@ def _cached_snapshot(repo: str, options: HubOptions) -> Path | None:
             # and ours hold only what is needed; whether that is all there, `_complete` finds out.
             allow_patterns=["//"],
         )
-    except (LocalEntryNotFoundError, OSError, ValueError):
+    except (LocalEntryNotFoundError, OSError, TypeError, ValueError, RuntimeError):  # the last without a home folder
         return None
     return Path(found)
 
 
+def keep_to_itself() -> None:
+    """Have the hub's library ask for what it is told to and nothing else; it reads this when it is imported first.
+
+    Otherwise it tells the hub which programs it runs in, and asks for a list of those it should look for.
+    """
+    if "huggingface_hub" not in sys.modules:
+        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
 def _complete(folder: Path, select: Select, *, strict: bool) -> bool:
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if os.path.isfile(path)]
     try:
         return set(select(names, strict)) <= set(names)
     except CheckpointError:
         return False
 
 
-def _hub_id(name: str | PathLike[str], path: Path) -> str:
-    text = str(name)
-    if path.is_file():
-        raise CheckpointError(f"{text} is a single file; give the folder that holds model_index.json")
+def _hub_id(name: str | PathLike[str]) -> str:
+    text, path = repository_of(str(name)), expanded(name)
+    if os.path.isfile(path):
+        raise CheckpointError(
+            f"{text} is a single file, but a folder is needed; give a folder, or use from_single_file"
+        )
     if path.is_absolute() or text.startswith((".", "~")) or text.count("/") != 1 or "\\" in text:
-        raise CheckpointError(f"there is no folder {text}; give an existing folder or a hub id such as 'owner/name'")
+        near = suggest(text, (BUILT_IN, *PUBLISHED))
+        raise CheckpointError(
+            f"there is no folder {text}{near}; give an existing folder or a hub id such as 'owner/name'"
+        )
+    keep_to_itself()
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
@@ -194,10 +270,6 @@ def _hub_id(name: str | PathLike[str], path: Path) -> str:
 def _literal(name: str) -> str:
     """A file name as a pattern that matches only itself."""
     return "".join(f"[{char}]" if char in "*?[" else char for char in name)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
 
 def _some(names: Sequence[str]) -> str:

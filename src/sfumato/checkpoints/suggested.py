@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import ConfigError
 from sfumato.files import read_json
+from sfumato.request import GenerateRequest
+from sfumato.values import check_value, kinds_of, shown
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,11 +21,13 @@ SETTINGS = ("steps", "guidance_scale")
 def suggested_settings(folder: Path) -> dict[str, Any]:
     """`sfumato.json` beside the index: fields of a `GenerateRequest`. Empty where a checkpoint has no such file.
 
-    Raises `ConfigError` for a field that is none of `SETTINGS`.
+    Raises `ConfigError` for a field that is none of `SETTINGS`, or has a value that it cannot have.
     """
     path = folder / "sfumato.json"
-    settings = read_json(path) if path.is_file() else {}
-    for name in settings:
+    settings = read_json(path) if os.path.lexists(path) else {}
+    for name, value in settings.items():
         if name not in SETTINGS:
-            raise ConfigError(f"{path}: a checkpoint cannot suggest {name!r}; it can suggest {' and '.join(SETTINGS)}")
+            known = " and ".join(SETTINGS)
+            raise ConfigError(f"{path}: a checkpoint cannot suggest {shown(name)}; it can suggest {known}")
+        check_value(str(path), name, value, kinds_of(GenerateRequest)[name])
     return settings

@@ -6,11 +6,10 @@ is asked for, tensors are cast one by one, and what was mapped for it is let go 
 
 from __future__ import annotations
 
-import json
+import hashlib
+import os
 import re
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from math import prod
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,21 +17,29 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sfumato.errors import CheckpointError, OutputError
-from sfumato.files import inside, read_json, replacing, write_json
+from sfumato.checkpoints.headers import MOST_HEADER, Stored, read_header
+from sfumato.checkpoints.locate import keep_to_itself
+from sfumato.checkpoints.rules import Rule
+from sfumato.errors import CheckpointError, OutputError, UsageError
+from sfumato.files import check_file, inside, names_in, open_file, read_json, replacing, write_json
+from sfumato.values import check_argument, reason, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 __all__ = [
     "Rule",
-    "TensorHeader",
     "check",
     "find_weights",
     "load_into",
+    "mapped_tensors",
     "pick_weights",
     "read_headers",
     "save",
+    "save_file",
+    "stale",
+    "unpickled",
+    "verify",
     "without_weights",
 ]
 
@@ -40,15 +47,9 @@ __all__ = [
 # near the size of the result, but not so small a part that opening the file again costs time.
 CAST_WINDOW = 4 * 2**20
 CAST_PARTS = 64
+# Under which key an index keeps the hashes of its shards, and what of them is hashed.
+DIGESTS, DIGEST_BLOCKS, DIGEST_BYTES = "sfumato_sha256", 64, 2**18
 _PICKLED_NAMES = {"model": "pytorch_model"}
-
-
-@dataclass(frozen=True)
-class Rule:
-    """A regular expression that renames the keys of another layout; an empty replacement drops the key."""
-
-    pattern: str
-    replacement: str
 
 
 _RANDOM = (Tensor.uniform_, Tensor.normal_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_)
@@ -98,7 +99,7 @@ def find_weights(
     folder: Path, weights_name: str, *, variant: str | None = None, use_safetensors: bool | None = None
 ) -> list[Path]:
     """The weight files of a folder, shards in order. Raises `CheckpointError` saying what is missing."""
-    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    names = names_in(folder)
     picked = pick_weights(names, weights_name, variant=variant, use_safetensors=use_safetensors)
     if picked is None:
         wanted = f"{weights_name}.safetensors" if use_safetensors is not False else f"{weights_name}.bin"
@@ -106,7 +107,7 @@ def find_weights(
         if pickled and use_safetensors is not False:
             raise CheckpointError(
                 f"{folder} has only pickled weights ({pickled[0]}), which can run code when opened; "
-                "get a safetensors version, or say use_safetensors=False if you trust its source"
+                "get a safetensors version, or pass use_safetensors=False if you trust its source"
             )
         if others := _variants(names, weights_name):
             raise CheckpointError(
@@ -116,14 +117,37 @@ def find_weights(
         raise CheckpointError(f"{folder} has no {wanted}; the download or copy is incomplete")
     if not picked.endswith(".json"):
         return [folder / picked]
-    shards = read_json(folder / picked).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise CheckpointError(f"{folder / picked} has no weight_map; copy or download it again")
-    files = [inside(folder, name) for name in sorted(set(map(str, shards.values())))]
+    return _shards(folder / picked, pickled=use_safetensors is False)
+
+
+def _shards(index: Path, *, pickled: bool) -> list[Path]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise CheckpointError(f"{index} has no valid weight_map; copy or download it again")
+    files = [inside(index.parent, name) for name in sorted(set(names.values()))]
     for file in files:
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing, though {picked} lists it; the download or copy is incomplete")
+        if not (pickled or file.suffix == ".safetensors"):
+            raise CheckpointError(
+                f"{index} names {file.name}, which is not a safetensors file; get a safetensors version, or say "
+                "use_safetensors=False if you trust its source"
+            )
+        if not os.path.isfile(file):
+            raise CheckpointError(
+                f"{file} is missing, though {index.name} lists it; the download or copy is incomplete"
+            )
     return files
+
+
+def verify(files: Sequence[Path]) -> None:
+    """Raise `CheckpointError` for a shard that is of another save than its index, where that says how to tell."""
+    for index in files[0].parent.glob("*.index*.json"):
+        metadata = read_json(index).get("metadata")
+        known: Any = metadata.get(DIGESTS) if isinstance(metadata, dict) else None
+        for file in files if isinstance(known, dict) else ():
+            if file.name in known and known[file.name] != _digest(file):
+                raise CheckpointError(
+                    f"{file} is not the file that {index.name} was saved with; copy or download the whole folder again"
+                )
 
 
 def _variants(names: Collection[str], weights_name: str) -> list[str]:
@@ -151,46 +175,44 @@ def load_into(
 
 def check(model: nn.Module, files: Sequence[Path], rules: Sequence[Rule] = ()) -> None:
     """Raise what `load_into` would for a key that is missing, surplus or mis-shaped, from the headers alone."""
-
-    def described(file: Path) -> Iterator[tuple[str, Tensor]]:
-        for name, header in read_headers([file]).items():
-            yield name, torch.empty(header.shape, device="meta")
-
     if all(file.suffix == ".safetensors" for file in files):
-        _assembled(model, files, rules, described)
+        _assembled(model, files, rules, lambda file: read_headers([file]).items())
 
 
 def _assembled(
     model: nn.Module,
     files: Sequence[Path],
     rules: Sequence[Rule],
-    tensors_of: Callable[[Path], Iterator[tuple[str, Tensor]]],
-) -> dict[str, Tensor]:
-    """Every tensor under the model's own name for it; all there, and no other."""
+    tensors_of: Callable[[Path], Iterable[tuple[str, Any]]],
+) -> dict[str, Any]:
+    """Every tensor, or its header, under the model's own name for it; all there, and no other."""
     expected = model.state_dict()
-    state: dict[str, Tensor] = {}
+    state: dict[str, Any] = {}
     origin: dict[str, Path] = {}
     surplus: list[str] = []
     for file in files:
         for stored, tensor in tensors_of(file):
             key = _renamed(stored, rules)
             if key not in expected:
-                surplus += [f"{stored!r} in {file}"] if key else []
+                surplus += [f"{shown(stored)} in {file}"] if key else []
                 continue
+            if not tensor.is_floating_point():
+                raise CheckpointError(
+                    f"{file}: {stored!r} is stored as {tensor.dtype}, and a weight is a floating-point number; get the "
+                    "weights in float32, float16 or bfloat16"
+                )
             if tensor.shape != expected[key].shape:
                 shapes = f"{tuple(tensor.shape)}, where the config asks for {tuple(expected[key].shape)}"
-                raise CheckpointError(
-                    f"{file}: {stored!r} has shape {shapes}; weights and config.json do not belong together"
-                )
+                raise CheckpointError(f"{file}: {stored!r} has shape {shapes}; the weights do not match config.json")
             if key in origin:
-                raise CheckpointError(f"{file}: {stored!r} is there twice, first in {origin[key]}")
+                raise CheckpointError(f"{file}: {stored!r} is stored twice, first in {origin[key]}")
             state[key], origin[key] = tensor, file
     missing = sorted(expected.keys() - state.keys())
     where = files[0].parent
     if missing:
         raise CheckpointError(
             f"{where}: {_count(missing, 'weight')} missing, the first is {missing[0]!r}; "
-            "the file is not of this model or damaged"
+            "the file is damaged or belongs to another model"
         )
     if surplus:
         raise CheckpointError(
@@ -215,51 +237,49 @@ def _renamed(key: str, rules: Sequence[Rule]) -> str:
 
 def _tensors(file: Path, dtype: torch.dtype | None, copy: bool) -> Iterator[tuple[str, Tensor]]:
     if file.suffix == ".safetensors":
-        yield from _mapped_tensors(file, dtype, copy)
+        yield from mapped_tensors(file, lambda _, stored: _cast(stored, dtype, copy))
         return
-    for key, value in _unpickled(file).items():
+    for key, value in unpickled(file).items():
         yield key, _cast(value, dtype, copy)
 
 
-def _mapped_tensors(file: Path, dtype: torch.dtype | None, copy: bool) -> Iterator[tuple[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
+def mapped_tensors(
+    file: Path, convert: Callable[[str, Tensor], Tensor], names: Iterable[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """What `convert` makes of each tensor of a file, or of those named; what is mapped for it is let go as it goes.
 
-    try:
-        limit = max(CAST_WINDOW, file.stat().st_size // CAST_PARTS)
-        remaining = list(safe_open(file, framework="pt").keys())
-        remaining.sort()
-        while remaining:
-            # A new mapping per window: pages that were only read to be cast do not pile up.
-            handle, window = safe_open(file, framework="pt"), 0
+    Raises `CheckpointError` for a file that is missing or damaged.
+    """
+    with _opened(file) as handle:
+        remaining = sorted(handle.keys() if names is None else names)
+    limit = max(CAST_WINDOW, file.stat().st_size // CAST_PARTS)
+    while remaining:
+        # A new mapping per window: pages that were only read to be cast do not pile up.
+        with _opened(file) as handle:
+            window = 0
             while remaining and window < limit:
                 key = remaining.pop(0)
                 stored = handle.get_tensor(key)
-                tensor = _cast(stored, dtype, copy)
+                tensor = convert(key, stored)
                 window += 0 if tensor is stored else stored.nbytes
                 yield key, tensor
                 del stored, tensor
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file} is missing; the download or copy is incomplete") from error
-    except (SafetensorError, OSError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"{file} is truncated or not a safetensors file ({error}); download or copy it again"
-        ) from error
 
 
-def _unpickled(file: Path) -> dict[str, Tensor]:
+def unpickled(file: Path) -> dict[str, Tensor]:
+    """The tensors of a pickled file, mapped where they can be. Raises `CheckpointError` for anything else in it."""
+    check_file(file)
     try:
         # weights_only: torch's restricted reader builds tensors and plain containers, and runs nothing.
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{file} cannot be read as plain weights ({reason[:160]}); get a safetensors version"
+            f"{file} cannot be read as plain weights ({reason(error)}); get a safetensors version"
         ) from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    while isinstance(state, dict) and "state_dict" in state:
+        state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{file} holds something else than named tensors; get a safetensors version")
+        raise CheckpointError(f"{file} does not contain named tensors; get a safetensors version")
     return state
 
 
@@ -267,73 +287,97 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None, copy: bool) -> Tensor:
     return tensor.to(dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype, copy=copy)
 
 
-@dataclass(frozen=True)
-class TensorHeader:
-    """What a safetensors header says of a tensor."""
+def read_headers(files: Sequence[Path]) -> dict[str, Stored]:
+    """Names, precisions, shapes and sizes of all tensors, without reading any weight.
 
-    dtype: str
-    shape: tuple[int, ...]
-    bytes: int
-
-    @property
-    def count(self) -> int:
-        """Numbers in the tensor."""
-        return prod(self.shape)
+    Raises `CheckpointError` where a header does not say what the file can hold.
+    """
+    return {name: stored for file in files for name, stored in read_header(file, MOST_HEADER).tensors.items()}
 
 
-def read_headers(files: Sequence[Path]) -> dict[str, TensorHeader]:
-    """Names, precisions, shapes and sizes of all tensors, without reading any weight."""
-    headers: dict[str, TensorHeader] = {}
-    for file in files:
-        try:
-            with file.open("rb") as stream:
-                length = int.from_bytes(stream.read(8), "little")
-                if length > file.stat().st_size - 8:
-                    raise ValueError("the header is longer than the file")
-                entries = json.loads(stream.read(length))
-            for name, entry in entries.items():
-                if name != "__metadata__":
-                    start, end = entry["data_offsets"]
-                    if end > file.stat().st_size - 8 - length:
-                        raise ValueError(f"{name!r} ends beyond the file")
-                    headers[name] = TensorHeader(entry["dtype"], tuple(entry["shape"]), end - start)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{file} is truncated or not a safetensors file ({error}); download or copy it again"
-            ) from error
-    return headers
+def _torn(file: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{file} is truncated or not a safetensors file ({reason(error)}); download or copy it again"
+    )
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """A safetensors file whose header has been checked, with each tensor mapped when it is asked for."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with open_file(file, None) as stream:
+            if int.from_bytes(stream.read(8), "little") > MOST_HEADER:
+                raise SafetensorError("its header is too long")
+        with safe_open(file, framework="pt") as stored:
+            yield stored
+    except (SafetensorError, OSError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise _torn(file, error) from error
 
 
 def save(
     state: dict[str, Tensor], folder: Path, weights_name: str, *, variant: str | None = None, max_shard_size: int | str
 ) -> None:
     """Write tensors as safetensors, in shards with an index where they exceed `max_shard_size` ("10GB" or bytes)."""
+    keep_to_itself()
     from huggingface_hub import split_torch_state_dict_into_shards
+
+    stem = f"{weights_name}.{variant}" if variant else weights_name
+    pattern = stem + "{suffix}.safetensors"
+    try:
+        if isinstance(max_shard_size, float):  # of which it would take the whole part
+            raise TypeError("bytes are whole")
+        plan = split_torch_state_dict_into_shards(state, filename_pattern=pattern, max_shard_size=max_shard_size)
+    except (TypeError, ValueError, RuntimeError) as error:  # torch's own, of tensors
+        raise UsageError(
+            f'max_shard_size must be a number of bytes or a text such as "10GB", not {shown(max_shard_size)}'
+        ) from error
+    for filename, keys in plan.filename_to_tensors.items():
+        save_file({key: state[key] for key in keys}, folder / filename)
+    if plan.is_sharded:
+        digests = {name: _digest(folder / name) for name in plan.filename_to_tensors}
+        index = {"metadata": {**plan.metadata, DIGESTS: digests}, "weight_map": plan.tensor_to_filename}
+        write_json(folder / _index_name(weights_name, variant), index)
+
+
+def save_file(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as one safetensors file, whole or not at all. Raises `OutputError`."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    try:
+        with replacing(path) as temporary:
+            tensors = {key: one.detach().cpu().contiguous() for key, one in state.items()}
+            save_file(tensors, temporary, metadata={"format": "pt", **(metadata or {})})
+    except SafetensorError as error:
+        why = "no space left" if "No space left" in str(error) else reason(error)
+        raise OutputError(f"{path} cannot be written ({why})") from error
+
+
+def stale(weights_name: str, variant: str | None) -> Callable[[str], bool]:
+    """Which files are of an earlier `save` under the same name; they would be found in place of the new ones."""
+    check_argument("variant", variant, str | None)
     stem = f"{weights_name}.{variant}" if variant else weights_name
-    plan = split_torch_state_dict_into_shards(
-        state, filename_pattern=stem + "{suffix}.safetensors", max_shard_size=max_shard_size
-    )
-    for filename, keys in plan.filename_to_tensors.items():
-        try:
-            with replacing(folder / filename) as temporary:
-                part = {key: state[key].detach().cpu().contiguous() for key in keys}
-                save_file(part, temporary, metadata={"format": "pt"})
-        except SafetensorError as error:
-            reason = "no space left" if "No space left" in str(error) else str(error)
-            raise OutputError(f"{folder / filename} cannot be written ({reason})") from error
-    index = folder / f"{weights_name}.safetensors.index{f'.{variant}' if variant else ''}.json"
-    if plan.is_sharded:
-        write_json(index, {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
-    _remove_stale(folder, stem, index, keep={*plan.filename_to_tensors, index.name if plan.is_sharded else ""})
-
-
-def _remove_stale(folder: Path, stem: str, index: Path, keep: set[str]) -> None:
-    """Weights of an earlier save under the same name would otherwise be found in place of the new ones."""
     shard = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors")
-    for path in folder.iterdir():
-        if path.name not in keep and (path == index or shard.fullmatch(path.name)):
-            with suppress(OSError):
-                path.unlink()
+    return lambda name: name == _index_name(weights_name, variant) or shard.fullmatch(name) is not None
+
+
+def _index_name(weights_name: str, variant: str | None) -> str:
+    return f"{weights_name}.safetensors.index{f'.{variant}' if variant else ''}.json"
+
+
+def _digest(file: Path) -> str:
+    """A hash of a file's size and of blocks all over it: all of a small file, and 16 MiB of one of any size.
+
+    It tells apart two saves, which differ everywhere, without reading what loading only maps.
+    """
+    with open_file(file, None) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        digest = hashlib.sha256(str(size).encode())
+        for block in range(DIGEST_BLOCKS):
+            stream.seek(max(size // DIGEST_BLOCKS, DIGEST_BYTES) * block)
+            digest.update(stream.read(DIGEST_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,114 @@
+"""Networks beside the U-Net in one file: what a file holds, and its config, told from its header alone."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from sfumato.checkpoints.detect import Detected, FilePart, kind_of
+from sfumato.checkpoints.geometry import blocks_config, levels, widths_config
+from sfumato.checkpoints.rules import Names, unet_names
+from sfumato.checkpoints.single_file import SingleFile, file_header
+from sfumato.configs import ControlNetConfig, parse
+from sfumato.errors import CheckpointError
+from sfumato.families import find
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from os import PathLike
+
+    from torch import Tensor
+
+    from sfumato.checkpoints.headers import Header, Stored
+
+__all__ = ["control_config", "control_names", "open_control_file"]
+
+# A weight that every ControlNet has, in our naming and in the original one; what may stand before it.
+CONTROLNET = {"ours": "controlnet_cond_embedding.conv_in.weight", "original": "input_hint_block.0.weight"}
+# Layers that read the picture, in both.
+_HINT = re.compile(r"(controlnet_cond_embedding\.(conv_in|blocks\.\d+|conv_out)|input_hint_block\.\d+)\.weight$")
+PREFIXES = ("", "control_model.", "controlnet.")
+
+
+def open_control_file(
+    name: str | PathLike[str] | Mapping[str, Tensor], *, use_safetensors: bool | None = None, **hub: Any
+) -> SingleFile:
+    """Find a ControlNet in one file and tell its config; no weight is read.
+
+    name: a path, a hub id with a file name, a URL of the hub, or tensors by name. use_safetensors=False permits pickled
+    files. Raises `CheckpointError` saying what a file is instead.
+    """
+    header = file_header(name, use_safetensors, hub)
+    for prefix in PREFIXES:
+        for naming, first in CONTROLNET.items():
+            if prefix + first in header.tensors:
+                return SingleFile(header.path, header, _controlnet(header, prefix, naming))
+    raise CheckpointError(f"{header.path} is {_instead(header)}, not a ControlNet; give a file with a ControlNet")
+
+
+def control_config(tensors: Mapping[str, Stored]) -> dict[str, Any]:
+    """The keys of a ControlNet's config that shapes tell: of its way down, and of how it reads pictures."""
+    down, middle, _ = levels(tensors)
+    up = [[*level, level[-1]] for level in reversed(down)]
+    config: dict[str, Any] = blocks_config(down, middle, up) | {
+        "block_out_channels": tuple(level[0].width for level in down)
+    }
+    config["in_channels"] = tensors[
+        "conv_in.weight" if "conv_in.weight" in tensors else "input_blocks.0.0.weight"
+    ].shape[1]
+    config |= widths_config(tensors)
+    hint = [stored.shape for name, stored in tensors.items() if _HINT.match(name) and len(stored.shape) == 4]
+    widths = sorted(shape[0] for shape in hint)[:-1]  # the last one's is the U-Net's first
+    config["conditioning_channels"] = min(shape[1] for shape in hint)
+    # All but the deepest are there twice: as wide as what they read, and then wider.
+    config["conditioning_embedding_out_channels"] = (*widths[:-1:2], widths[-1])
+    return config
+
+
+def control_names(config: ControlNetConfig) -> tuple[Names, ...]:
+    """The names of a ControlNet of this config."""
+    last = 2 * len(config.conditioning_embedding_out_channels) - 2
+    hint = ["conv_in", *(f"blocks.{i}" for i in range(last)), "conv_out"]
+    pairs = [(f"^input_hint_block.{2 * i}.", f"^controlnet_cond_embedding.{one}.") for i, one in enumerate(hint)]
+    pairs += [("^zero_convs.#.0.", "^controlnet_down_blocks.#."), ("^middle_block_out.0.", "^controlnet_mid_block.")]
+    return (*(Names(*pair) for pair in pairs), *unet_names(config.unet))
+
+
+def _controlnet(header: Header, prefix: str, naming: str) -> Detected:
+    own = {name.removeprefix(prefix): one for name, one in header.tensors.items() if name.startswith(prefix)}
+    if "difference" in header.tensors:
+        raise CheckpointError(
+            f"{header.path} is the difference of a ControlNet to its U-Net; get the ControlNet itself"
+        )
+    try:
+        config = control_config(own)
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{header.path}: its ControlNet has an unknown shape ({error})") from error
+    family = next(iter(find(config)), None)
+    if family is None:
+        raise CheckpointError(
+            f"{header.path}: its ControlNet reads {config['in_channels']} channels, as no known family"
+        )
+    heads, widths = family.unet.get("attention_head_dim", 8), config["block_out_channels"]
+    if not isinstance(heads, int) and widths != family.unet["block_out_channels"]:
+        heads = tuple(max(1, width // 64) for width in widths)
+    told = {"attention_head_dim": heads, "upcast_attention": family.unet.get("upcast_attention") or False}
+    config = {key: value for key, value in config.items() if "up_block" not in key and "reverse" not in key} | told
+    reason = f"a ControlNet for {family.title}: width {widths[0]}, prompt width {config.get('cross_attention_dim')}"
+    names = control_names(parse(ControlNetConfig, config, header.path)[0]) if naming == "original" else ()
+    part = replace(_part(own, prefix, naming, config), names=names)
+    return Detected(family=family, parts={"controlnet": part}, scheduler={}, steps=0, reasons=(reason,))
+
+
+def _part(own: Mapping[str, Stored], prefix: str, naming: str, config: Mapping[str, Any]) -> FilePart:
+    sizes: dict[str, int] = {}
+    for stored in own.values():
+        sizes[stored.dtype] = sizes.get(stored.dtype, 0) + stored.bytes
+    dtype = max(sizes, key=lambda name: sizes[name])
+    return FilePart(prefix, naming, config, sum(one.count for one in own.values()), sum(sizes.values()), dtype)
+
+
+def _instead(header: Header) -> str:
+    whole = ("output_blocks.0.0.in_layers.0.weight", "up_blocks.0.resnets.0.norm1.weight")
+    return "a checkpoint" if any(name.endswith(whole) for name in header.tensors) else kind_of(header.tensors)

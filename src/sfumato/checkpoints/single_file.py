@@ -1,0 +1,329 @@
+"""Checkpoints in one file: opened by header, given to models part by part, and written.
+
+A part is read by our own names: each weight of a model is looked up under its original name. So what is missing, left
+over or of another shape is known from the header, and each tensor is mapped, put into our form and cast alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sfumato.checkpoints import rules
+from sfumato.checkpoints.detect import Detected, detect
+from sfumato.checkpoints.headers import Header, Stored, read_header
+from sfumato.checkpoints.locate import by_patterns, locate_folder
+from sfumato.checkpoints.locate_file import PICKLED, locate_file, text_beside, vae_beside
+from sfumato.checkpoints.weights import mapped_tensors, unpickled
+from sfumato.configs import UNet2DConditionConfig, parse
+from sfumato.errors import CheckpointError, ConfigError, UsageError
+from sfumato.families import distilled, find
+from sfumato.files import read_json
+from sfumato.values import shown
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from os import PathLike
+
+    from torch import Tensor, nn
+
+    from sfumato.checkpoints.detect import FilePart
+
+__all__ = ["SingleFile", "file_header", "open_single_file"]
+
+log = logging.getLogger("sfumato")
+
+NARROW = ("F8_E4M3", "F8_E5M2")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+# What lies beside the weights and is none: schedules, counters, training's own, what has been read already.
+WITHOUT_EFFECT = re.compile(
+    r"(^|\.)(position_ids|logit_scale|scaled_fp8|scale_weight|weight_scale|scale_input|input_scale)$"
+    r"|^text_projection(\.weight)?$|^transformer\.resblocks\.23\."
+)
+SCALES = (".scale_weight", ".weight_scale")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where one of our weights comes from: a stored tensor, in which form, and which third of it."""
+
+    name: str
+    form: str
+    third: int
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """A checkpoint in one file, of which only the header has been read.
+
+    folder: where configs come from in place of what was detected; ema: whether the U-Net's averaged weights are meant;
+    beside: the VAE that goes with it in a file of its own; options: what was said to open it.
+    """
+
+    path: Path
+    header: Header
+    detected: Detected
+    folder: Path | None = None
+    ema: bool = False
+    beside: SingleFile | None = None
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def missing(self) -> dict[str, str]:
+        """What `detected` is missing, but for a VAE beside."""
+        return {role: said for role, said in self.detected.missing.items() if role != "vae" or self.beside is None}
+
+    def config(self, role: str) -> dict[str, Any]:
+        """The config of a part ("unet", "vae", "text_encoder", "text_encoder_2"), as its JSON file would hold it."""
+        told = self.part(role).config
+        if self.folder is None:
+            return dict(told)
+        inside = self.folder / role / "config.json"
+        return read_json(inside if inside.is_file() else self.folder / "config.json")
+
+    def part(self, role: str) -> FilePart:
+        """Where a part is in the file. Raises `CheckpointError` saying what would supply one that is not."""
+        parts = self._holding(role).detected.parts
+        if role not in parts:
+            there = ", ".join(parts) or "nothing"
+            sentence = self.detected.missing.get(role, f"a {self.detected.family.title} checkpoint has no {role}")
+            raise CheckpointError(f"{self.path}: {sentence} (it has {there})")
+        return parts[role]
+
+    def dtype(self, role: str) -> torch.dtype:
+        """The precision to keep a part in where none is asked for: that of most of it, at least float16."""
+        part = self.part(role)
+        return torch.float16 if part.dtype in NARROW else DTYPES.get(part.dtype, torch.float32)
+
+    def check(self, model: nn.Module, role: str) -> dict[str, _Source]:
+        """Where each weight of a model comes from, told from the header alone.
+
+        Raises `CheckpointError` for weights that are missing, left over, or of another shape than the model's.
+        """
+        return self._holding(role)._sources(model, role)
+
+    def _holding(self, role: str) -> SingleFile:
+        """The file that a part is in."""
+        return self.beside if role == "vae" and self.beside is not None else self
+
+    def _sources(self, model: nn.Module, role: str) -> dict[str, _Source]:
+        part, expected = self.part(role), model.state_dict()
+        table = rules.names_for(part.naming, getattr(model, "config", None)) if part.names is None else part.names
+        found = {key: self._source(key, part, table) for key in expected}
+        where = f"{self.path}: {role.replace('_', ' ')}"
+        missing = [key for key, source in found.items() if source is None]
+        if missing:
+            first = part.prefix + rules.original_name(missing[0], table)[0]
+            raise CheckpointError(
+                f"{where}: {_count(missing)} missing, the first is {first!r}; the file is incomplete, or not of the "
+                f"family {self.detected.family.name}"
+            )
+        sources = {key: source for key, source in found.items() if source is not None}
+        for key, source in sources.items():
+            shape = _shape(self.header.tensors[source.name], source)
+            if shape != tuple(expected[key].shape):
+                raise CheckpointError(
+                    f"{where}: {source.name!r} makes {shape}, where {self.detected.family.title} has "
+                    f"{tuple(expected[key].shape)}; specify its family (family=…) or its configs (config=…)"
+                )
+        self._check_rest(part, {source.name for source in sources.values()}, where)
+        return sources
+
+    def fill(self, model: nn.Module, role: str, dtype: torch.dtype | None = None, *, copy: bool = False) -> None:
+        """Give a model built on the meta device the weights of a part.
+
+        dtype: to cast to; that of most of the part if None. copy: read weights that keep their precision, and do not
+        map them. Raises as `check`.
+        """
+        file, sources = self._holding(role), self.check(model, role)
+        keys: dict[str, list[str]] = {}
+        for key, source in sources.items():
+            keys.setdefault(source.name, []).append(key)
+        wanted, state = dtype or self.dtype(role), {}
+        for name, tensor in file._read(list(keys), wanted, copy):
+            for key in keys[name]:
+                state[key] = _in_our_form(tensor, sources[key])
+        model.load_state_dict(state, strict=True, assign=True)
+
+    def _source(self, key: str, part: FilePart, table: Sequence[rules.Names]) -> _Source | None:
+        name, form, third = rules.original_name(key, table)
+        for spelled, its_form in rules.respelled(name, form):
+            whole = part.prefix + spelled
+            if self.ema and part.prefix.endswith("diffusion_model."):
+                whole = f"model_ema.diffusion_model{spelled.replace('.', '')}"
+            if whole in self.header.tensors:
+                return _Source(whole, its_form, third)
+        return None
+
+    def _check_rest(self, part: FilePart, used: set[str], where: str) -> None:
+        """Raise `CheckpointError` for weights of a part that the model does not have."""
+        begin = len(part.prefix)
+        roots = {name[begin:].partition(".")[0] for name in used}
+        rest = [
+            name
+            for name in self.header.tensors
+            if name.startswith(part.prefix) and name[begin:].partition(".")[0] in roots and name not in used
+            if not (self.ema or WITHOUT_EFFECT.search(name[begin:]))
+        ]
+        if rest:
+            raise CheckpointError(
+                f"{where}: {_count(rest)} that {self.detected.family.title} does not have: {', '.join(rest[:3])}; the "
+                "file is mixed from several models, or of another family; specify it with family=…"
+            )
+
+    def _read(self, names: list[str], dtype: torch.dtype, copy: bool) -> Iterator[tuple[str, Tensor]]:
+        def convert(name: str, stored: Tensor) -> Tensor:
+            scale = self._scale(name)
+            if scale is not None:
+                return (stored.float() * scale).to(dtype)
+            return stored.to(dtype, copy=copy)
+
+        if self.header.loaded is None:
+            yield from mapped_tensors(self.path, convert, names)
+        else:
+            yield from ((name, convert(name, self.header.loaded[name])) for name in names)
+
+    def _scale(self, name: str) -> Tensor | None:
+        """What eight-bit weights are multiplied by: a number, or one for each row."""
+        if self.header.tensors[name].dtype not in NARROW:
+            return None
+        for suffix in SCALES:
+            found = self._scales.get(name.removesuffix(".weight") + suffix)
+            if found is not None:
+                ones = [1] * (len(self.header.tensors[name].shape) - 1)
+                return torch.tensor(found).view(-1, *ones)
+        return None
+
+    @cached_property
+    def _scales(self) -> dict[str, tuple[float, ...]]:
+        names = (name for name in self.header.tensors if name.endswith(SCALES))
+        return {name: self.header.numbers(name) for name in names}
+
+
+def open_single_file(
+    name: str | PathLike[str] | Mapping[str, Tensor],
+    *,
+    family: str | None = None,
+    prediction_type: str | None = None,
+    config: str | PathLike[str] | None = None,
+    subfolder: str | None = None,
+    original_config: str | PathLike[str] | None = None,
+    use_safetensors: bool | None = None,
+    ema: bool = False,
+    vae: bool = False,
+    **hub: Any,
+) -> SingleFile:
+    """Find a file and tell what it is; no weight is read.
+
+    name: a path, a hub id with a file name, a URL of the hub, or tensors by name. family and prediction_type go before
+    what the file tells; config is a folder or a hub id with the configs of a checkpoint like it, and subfolder a folder
+    in it; original_config a YAML file of the original layout (by itself: the one beside the file).
+    use_safetensors=False permits pickled files. ema: the averaged weights of the U-Net; vae: only a VAE is wanted.
+    Raises `CheckpointError` or `UsageError` in one sentence.
+    """
+    header = file_header(name, use_safetensors, hub)
+    yaml = text_beside(header.path, original_config)
+    found = detect(header, family=family, prediction_type=prediction_type, yaml=yaml, vae=vae)
+    for note in found.notes:
+        log.warning("%s", note)
+    folder = None if config is None else locate_folder(config, by_patterns("*.json"), **hub) / (subfolder or "")
+    if folder is not None and (folder / "unet").is_dir():
+        found = _of_folder(found, folder)
+        if prediction_type is not None:
+            found = dataclasses.replace(found, scheduler={**found.scheduler, "prediction_type": prediction_type})
+    beside = None if vae else _vae_beside(header.path, found)
+    said = {"family": family, "prediction_type": prediction_type, "ema": ema or None}
+    said |= {"config": config and str(config), "original_config": original_config and str(original_config)}
+    options = {key: value for key, value in said.items() if value is not None}
+    return SingleFile(header.path, header, found, folder, ema, beside, options)
+
+
+def _vae_beside(path: Path, found: Detected) -> SingleFile | None:
+    file = vae_beside(path)
+    if file is None:
+        return None
+    header = read_header(file)
+    log.warning("%s: using the VAE of %s next to it", path.name, file.name)
+    return SingleFile(file, header, detect(header, family=found.family, vae=True))
+
+
+def file_header(name: Any, use_safetensors: bool | None, hub: Mapping[str, Any]) -> Header:
+    """The header of a file by path, hub id or URL, or of tensors by name. Raises as `open_single_file`."""
+    if hasattr(name, "keys"):
+        if not all(isinstance(one, torch.Tensor) for one in name.values()):
+            raise UsageError(f"from_single_file takes a path, or tensors by name, not {shown(name)}")
+        return _loaded(Path("the given tensors"), name)
+    path = locate_file(name, **hub)
+    if path.suffix.lower() not in PICKLED:
+        return read_header(path)
+    if use_safetensors is not False:
+        raise CheckpointError(
+            f"{path} contains pickled weights, which can run code when opened; get a safetensors version or, if you "
+            f"trust its source, make one with 'sfumato convert {path.name} {path.stem}.safetensors --pickle' "
+            "(in Python: use_safetensors=False)"
+        )
+    return _loaded(path, unpickled(path))
+
+
+def _loaded(path: Path, tensors: Mapping[str, Tensor]) -> Header:
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    described = {
+        name: Stored(names.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), 0, tensor.nbytes)
+        for name, tensor in tensors.items()
+    }
+    return Header(path, described, loaded=tensors)
+
+
+def _of_folder(found: Detected, folder: Path) -> Detected:
+    """The same with family and scheduler of a folder of configs."""
+    unet, _ = parse(UNet2DConditionConfig, read_json(folder / "unet" / "config.json"))
+    index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    there = [role for role in ("text_encoder", "text_encoder_2") if index.get(role, [None])[0] is not None]
+    rows = find(unet.to_dict(), encoders=len(there) or None)
+    if not rows:
+        raise ConfigError(f"{folder / 'unet' / 'config.json'} belongs to no known family; omit config")
+    rows = rows if unet.time_cond_proj_dim is None else list(map(distilled, rows))
+    family = found.family if found.family in rows else rows[0]
+    path = folder / "scheduler" / "scheduler_config.json"
+    # What its own name or markers tell is not in the folder of a relative.
+    own = family is found.family and (family.named or family.markers)
+    scheduler = found.scheduler if own or not path.is_file() else read_json(path)
+    return dataclasses.replace(
+        found, family=family, scheduler=scheduler, reasons=(*found.reasons, f"configs of {folder}")
+    )
+
+
+def _shape(stored: Stored, source: _Source) -> tuple[int, ...]:
+    """The shape of a weight once it is in our form."""
+    shape = stored.shape
+    match source.form:
+        case "matrix":
+            return shape[:2] if all(side == 1 for side in shape[2:]) else shape
+        case "transposed":
+            return shape[::-1]
+        case "thirds":
+            return (shape[0] // 3, *shape[1:])
+    return shape
+
+
+def _in_our_form(tensor: Tensor, source: _Source) -> Tensor:
+    match source.form:
+        case "matrix":
+            return tensor.flatten(1) if tensor.ndim > 1 else tensor
+        case "transposed":
+            return tensor.t().contiguous()
+        case "thirds":
+            return tensor.chunk(3)[source.third]
+    return tensor
+
+
+def _count(names: list[str]) -> str:
+    return f"{len(names)} weight{'s' if len(names) > 1 else ''}"

@@ -1,0 +1,39 @@
+"""What models and schedulers have in common: a config whose keys the ecosystem's older code reads as attributes."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sfumato.ecosystem import answer
+from sfumato.values import kinds_of
+
+if TYPE_CHECKING:
+    from sfumato.configs.config import Config
+
+__all__ = ["Configured"]
+
+
+class Configured:
+    """Something made from a frozen `config`."""
+
+    config: Any
+    _deprecated_kwargs: ClassVar[tuple[str, ...]] = ()
+
+    def register_to_config(self, **values: Any) -> None:
+        """Change values of the config, by replacing it with a new one."""
+        config: Config = self.config
+        own = {key: values.pop(key) for key in values.keys() & kinds_of(type(config)).keys()}
+        self.config = config.replace(**own, extra={**config.extra, **values})
+
+    def __getattr__(self, name: str) -> Any:
+        return self._in_config(name)
+
+    def _in_config(self, name: str) -> Any:
+        """A value of the config, with a warning; raises the answer for a name that is not there."""
+        config = self.__dict__.get("config", {})
+        if name not in config:
+            raise answer("part", name, type(self).__name__)
+        text = f"{type(self).__name__}.{name} is {type(self).__name__}.config.{name}; read it there"
+        warnings.warn(text, FutureWarning, stacklevel=3)
+        return config[name]

@@ -1,0 +1,76 @@
+"""`config.json` of ControlNets."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+
+from sfumato.configs.config import Config, one_of
+from sfumato.configs.unet import UNet2DConditionConfig
+from sfumato.errors import ConfigError
+
+__all__ = ["ControlNetConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlNetConfig(Config):
+    """`config.json` of a `ControlNetModel`: what its U-Net's way down is like, and how it reads pictures."""
+
+    in_channels: int = 4
+    conditioning_channels: int = 3
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
+    only_cross_attention: bool | tuple[bool, ...] = False
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    downsample_padding: int = 1
+    mid_block_scale_factor: float = 1.0
+    act_fn: str = "silu"
+    norm_num_groups: int | None = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int = 1280
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    attention_head_dim: int | tuple[int, ...] = 8
+    num_attention_heads: int | tuple[int, ...] | None = None
+    use_linear_projection: bool = False
+    class_embed_type: str | None = None
+    num_class_embeds: int | None = None
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+    upcast_attention: bool = False
+    resnet_time_scale_shift: str = "default"
+    encoder_hid_dim: int | None = None
+    encoder_hid_dim_type: str | None = None
+    controlnet_conditioning_channel_order: str = "rgb"
+    conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
+    global_pool_conditions: bool = False
+    where = "controlnet/config.json"
+    bounds = UNet2DConditionConfig.bounds
+    without_effect = frozenset(("addition_embed_type_num_heads", "sample_size"))
+    defaulted = frozenset(("conditioning_embedding_out_channels",))
+
+    def _check(self) -> None:
+        order = self.controlnet_conditioning_channel_order
+        one_of(self.where, "controlnet_conditioning_channel_order", order, ("rgb", "bgr"))
+        try:
+            _ = self.unet  # which checks itself
+        except ConfigError as error:
+            raise ConfigError(str(error).replace(UNet2DConditionConfig.where, self.where, 1)) from error
+
+    @cached_property
+    def unet(self) -> UNet2DConditionConfig:
+        """The config of the U-Net whose way down this is."""
+        shared = {one.name for one in dataclasses.fields(UNet2DConditionConfig)} - {"extra"}
+        values = {one.name: getattr(self, one.name) for one in dataclasses.fields(self) if one.name in shared}
+        return UNet2DConditionConfig(
+            **values, up_block_types=tuple(kind.replace("Down", "Up") for kind in reversed(self.down_block_types))
+        )
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a picture that become one of the latents', along each side."""
+        return 2 ** (len(self.conditioning_embedding_out_channels) - 1)

@@ -1,5 +1,17 @@
 """From words to embeddings."""
 
-from sfumato.text.tokenizer import CLIPTokenizer
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sfumato.text.tokenizer import CLIPTokenizer
 
 __all__ = ["CLIPTokenizer"]
+
+
+def __getattr__(name: str) -> Any:
+    """The tokenizer, when it is asked for: with it comes torch, which grammars of prompts do without."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from sfumato.text import tokenizer
+
+    return getattr(tokenizer, name)

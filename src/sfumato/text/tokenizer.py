@@ -2,49 +2,52 @@
 
 from __future__ import annotations
 
-import json
+import os
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from sfumato.checkpoints.locate import locate_folder
 from sfumato.errors import CheckpointError
-from sfumato.files import output_folder, read_json, replacing
+from sfumato.files import MOST_JSON, parse_json, read_bytes, read_json, replacing
+from sfumato.folders import saving_into
+from sfumato.text.calling import Calling, TokenBatch
+from sfumato.values import Within, check_argument, check_value, reason, shown
 
 if TYPE_CHECKING:
     from os import PathLike
 
     from tokenizers import Tokenizer
 
-__all__ = ["CLIPTokenizer", "TokenBatch", "prompt_length", "select_tokenizer_files"]
+__all__ = ["CLIPTokenizer", "TokenBatch", "prompt_length", "prompt_tokens", "select_tokenizer_files"]
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 # CLIP's words: contractions, runs of letters, single digits, runs of anything else that is not space.
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+# The 256 letters that byte-level encodings write bytes with, and runs of letters, or of signs, among them.
+BYTES = [chr(i) for i in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
+RUN = re.compile(r"[a-z\u0080-\uffff]+|[^a-zA-Z0-9\s]+")
+# Rows of the largest table of embeddings, by far, that a text encoder has.
+MOST_TOKENS = 2**19
 FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
-@dataclass(frozen=True)
-class TokenBatch:
-    """Token ids (B, S), a mask (B, S) with 1 where they are not padding, and per prompt the text that did not fit."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    lost: tuple[str, ...]
-
-
-class CLIPTokenizer:
+class CLIPTokenizer(Calling):
     """Turns prompts into ids between a start and an end token, padded or cut to the model's length."""
 
     def __init__(
-        self, tokenizer: Tokenizer, *, pad_token: str = END, model_max_length: int = 77, files: dict[str, bytes]
+        self,
+        tokenizer: Tokenizer,
+        *,
+        largest_id: int,
+        pad_token: str = END,
+        model_max_length: int = 77,
+        files: dict[str, bytes],
     ) -> None:
         self._tokenizer = tokenizer
         self._files = files
+        self.largest_id = largest_id
         self.model_max_length = model_max_length
         self.bos_token_id = _id(tokenizer, START)
         self.eos_token_id = _id(tokenizer, END)
@@ -53,6 +56,7 @@ class CLIPTokenizer:
     @classmethod
     def from_pretrained(cls, name: str | PathLike[str], *, subfolder: str | None = None, **hub: Any) -> Self:
         """From a folder, the hub's cache or the hub; `subfolder` is a folder inside it. Raises `CheckpointError`."""
+        check_argument("subfolder", subfolder, str | None)
 
         def select(names: Sequence[str], strict: bool) -> list[str]:
             return select_tokenizer_files(names, subfolder or "")
@@ -64,81 +68,62 @@ class CLIPTokenizer:
     def from_folder(cls, folder: Path, *, pad_token_id: int | None = None) -> Self:
         """From `vocab.json` and `merges.txt`, or else `tokenizer.json`. Raises `CheckpointError` naming the file.
 
-        pad_token_id: what to pad with where no file beside them says so, as in the folders of Apple's Swift apps.
+        Only the vocabulary, the merges and the special tokens of `tokenizer.json` are read: other settings could be
+        crafted to use unlimited time and memory. pad_token_id: the padding token if no file specifies one, as in the
+        folders of Apple's Swift apps.
         """
-        files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+        files = {name: read_bytes(folder / name, MOST_JSON) for name in FILES if os.path.lexists(folder / name)}
+        told = {name: parse_json(files[name], folder / name) for name in files if name.endswith(".json")}
+        config, names = (told.get(name, {}) for name in ("tokenizer_config.json", "special_tokens_map.json"))
+        listed, named, pad = _special_tokens(folder, config, names)
         if {"vocab.json", "merges.txt"} <= files.keys():
-            tokenizer = _from_bpe(folder)
+            where, vocab, merges = folder / "merges.txt", told["vocab.json"], _merges(files["merges.txt"])
         elif "tokenizer.json" in files:
-            tokenizer = _from_json(folder / "tokenizer.json")
+            where = folder / "tokenizer.json"
+            vocab, merges, added = _from_json(told["tokenizer.json"], where)
+            listed = [*added, *listed]
         else:
             raise CheckpointError(
                 f"{folder} has neither vocab.json with merges.txt nor tokenizer.json; the copy is incomplete"
             )
-        config = read_json(folder / "tokenizer_config.json") if "tokenizer_config.json" in files else {}
-        names = read_json(folder / "special_tokens_map.json") if "special_tokens_map.json" in files else {}
-        # Files without a list of added tokens leave the last word to the older map: Stable Diffusion 2.1 pads with "!".
-        named = config if "added_tokens_decoder" in config else config | {k: v for k, v in names.items() if v}
+        _check_vocabulary(vocab, where)
+        tokenizer = _byte_pairs(vocab, merges, where)
         if pad_token_id is not None and not config and not names:
-            named = {"pad_token": _token_of(tokenizer, pad_token_id)}
-        _add_special(tokenizer, list(config.get("added_tokens_decoder", {}).values()), named)
-        pad = _token(named.get("pad_token") or END)
-        return cls(tokenizer, pad_token=pad, model_max_length=prompt_length(config), files=files)
+            pad = _token_of(tokenizer, pad_token_id)
+            named.append({"content": pad})
+        _add_special(tokenizer, listed, named)
+        _check_merges(vocab, merges, where, {*tokenizer.get_added_tokens_decoder()})
+        largest = max(*vocab.values(), *tokenizer.get_added_tokens_decoder())
+        length = _prompt_length(config, folder / "tokenizer_config.json")
+        return cls(tokenizer, largest_id=largest, pad_token=pad, model_max_length=length, files=files)
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """Write the files this tokenizer was made from."""
-        path = output_folder(folder)
-        for name, content in self._files.items():
-            with replacing(path / name) as temporary:
-                temporary.write_bytes(content)
-
-    def __len__(self) -> int:
-        return self._tokenizer.get_vocab_size()
-
-    def tokenize(self, text: str) -> list[str]:
-        """The tokens of a text, without start and end."""
-        return self._tokenizer.encode(text, add_special_tokens=False).tokens
-
-    def __call__(
-        self,
-        text: str | Sequence[str],
-        *,
-        padding: str | bool = "max_length",
-        max_length: int | None = None,
-        truncation: bool = True,
-        return_tensors: str = "pt",
-        **_: Any,
-    ) -> TokenBatch:
-        """Encode one text or several, of equal length after padding to `max_length` (`"max_length"`) or the longest
-        (True).
-
-        A text longer than `max_length` (the model's if None) is cut unless `truncation=False`; `lost` says what fell
-        off.
-        """
-        texts = [text] if isinstance(text, str) else list(text)
-        limit = max_length or self.model_max_length
-        rows, lost = zip(*(self._encode(one, limit if truncation else None) for one in texts), strict=True)
-        width = limit if padding == "max_length" else max(map(len, rows))
-        ids = torch.full((len(rows), max(width, *map(len, rows))), self.pad_token_id, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-        return TokenBatch(ids, mask, lost)
-
-    def _encode(self, text: str, limit: int | None) -> tuple[list[int], str]:
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        room = None if limit is None else max(limit - 2, 0)
-        ids = encoding.ids if room is None else encoding.ids[:room]
-        lost = "" if room is None or len(encoding.ids) <= room else text[encoding.offsets[room][0] :].strip()
-        return [self.bos_token_id, *ids, self.eos_token_id], lost
+        """Write the files this tokenizer was made from, all of them or none. Raises `OutputError`."""
+        last = next(name for name in ("vocab.json", "tokenizer.json") if name in self._files)
+        with saving_into(folder, last=last, stale=FILES.__contains__) as new:
+            for name, content in self._files.items():
+                with replacing(new / name) as temporary:
+                    temporary.write_bytes(content)
 
 
-def prompt_length(config: Mapping[str, Any]) -> int:
-    """Tokens a prompt may have, start and end included, by a `tokenizer_config.json`."""
-    length = config.get("model_max_length") or 77
+def prompt_length(folder: Path) -> int:
+    """Tokens a prompt may have, start and end included, by the files of a tokenizer. Raises `ConfigError`."""
+    path = folder / "tokenizer_config.json"
+    return _prompt_length(read_json(path) if os.path.lexists(path) else {}, path)
+
+
+def _prompt_length(config: Mapping[str, Any], where: Path) -> int:
+    length = config.get("model_max_length")
+    if length is not None:
+        check_value(str(where), "model_max_length", length, Annotated[float, Within(2, 1e31)])
     # Some files say 1e30 for "unlimited"; CLIP has 77 positions.
-    return int(length) if length < 1e6 else 77
+    return int(length) if length is not None and length < 1e6 else 77
+
+
+def prompt_tokens(folder: Path) -> int:
+    """Tokens a prompt may have, by the tokenizers in the folder of a checkpoint."""
+    folders = [folder / name for name in ("tokenizer", "tokenizer_2") if os.path.isdir(folder / name)]
+    return min(map(prompt_length, folders or [folder / "tokenizer"]))
 
 
 def select_tokenizer_files(names: Sequence[str], folder: str) -> list[str]:
@@ -150,19 +135,66 @@ def select_tokenizer_files(names: Sequence[str], folder: str) -> list[str]:
     return found
 
 
-def _from_bpe(folder: Path) -> Tokenizer:
+def _merges(text: bytes) -> list[Any]:
+    lines = text.decode("utf-8", errors="replace").splitlines()
+    return [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+
+
+def _from_json(told: dict[str, Any], where: Path) -> tuple[dict[str, Any], list[Any], list[dict[str, Any]]]:
+    """Vocabulary, merges and special tokens of a `tokenizer.json`."""
+    model, added = told.get("model"), told.get("added_tokens") or []
+    model = model if isinstance(model, dict) and model.get("type", "BPE") == "BPE" else {}
+    if not (isinstance(model.get("merges"), list) and isinstance(model.get("vocab"), dict)):
+        raise CheckpointError(f"{where} is not a tokenizer file of byte pairs, as CLIP's is; copy or download it again")
+    check_value(str(where), "added_tokens", added, tuple[dict[str, Any], ...])
+    merges = [tuple(one.split(" ")) if isinstance(one, str) else one for one in model["merges"]]
+    return model["vocab"], merges, [_special(where, "added_tokens", one) for one in added]
+
+
+def _check_vocabulary(vocab: dict[str, Any], where: Path) -> None:
+    """Raise `CheckpointError` unless each token has a number of its own, no higher than a model has rows for."""
+    ids = vocab.values()
+    if not all(type(one) is int and 0 <= one < MOST_TOKENS for one in ids) or len(set(ids)) < max(len(ids), 1):
+        raise CheckpointError(
+            f"{where.parent}: the vocabulary does not give each token a unique id below {MOST_TOKENS}; copy "
+            "or download the tokenizer again"
+        )
+
+
+def _check_merges(vocab: dict[str, int], merges: list[Any], where: Path, special: set[int]) -> None:
+    """Raise `CheckpointError` where merges are missing: words would fall into letters, and other images come out.
+
+    Every word of a byte-pair vocabulary is made by a merge: whatever is more than a letter, and such as a text can be
+    cut into, which are runs of letters or of signs.
+    """
+    lost = vocab.keys() - {"".join(pair) for pair in merges}
+    if len(lost) < len(BYTES) or not all(letter in lost and f"{letter}</w>" in lost for letter in BYTES):
+        return  # not over bytes, as in tests of a few tokens; there is nothing to reckon from
+    lost = [token for token in lost if len(token.removesuffix("</w>")) > 1 and vocab[token] not in special]
+    words = [token for token in lost if RUN.fullmatch(token.removesuffix("</w>"))]
+    if words:
+        raise CheckpointError(
+            f"{where} does not fit the vocabulary: {len(words)} of its words, such as {shown(min(words))}, cannot be "
+            "made by any merge, so it is incomplete; copy or download it again"
+        )
+
+
+def _byte_pairs(vocab: dict[str, int], merges: list[Any], where: Path) -> Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    vocab = read_json(folder / "vocab.json")
     try:
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-        merges = [(a, b) for line in lines if line and not line.startswith("#version") for a, b in [line.split(" ")]]
+        if not all(len(pair) == 2 and all(pair) for pair in merges):
+            raise ValueError("a merge is of two tokens")
         model = models.BPE(
-            vocab=vocab, merges=merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=END
+            vocab=vocab,
+            merges=list(map(tuple, merges)),
+            continuing_subword_prefix="",
+            end_of_word_suffix="</w>",
+            unk_token=END,
         )
     except Exception as error:  # the library raises plain Exceptions
         raise CheckpointError(
-            f"{folder / 'merges.txt'} does not fit vocab.json ({error}); copy or download both again"
+            f"{where} does not fit the vocabulary ({reason(error)}); copy or download the tokenizer again"
         ) from error
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
@@ -174,19 +206,7 @@ def _from_bpe(folder: Path) -> Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-    tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
-    return tokenizer
-
-
-def _from_json(path: Path) -> Tokenizer:
-    from tokenizers import Tokenizer
-
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exceptions
-        raise CheckpointError(f"{path} is not a tokenizer file ({error}); copy or download it again") from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
+    tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
@@ -204,7 +224,36 @@ def _token_of(tokenizer: Tokenizer, id_: int) -> str:
     return found
 
 
-def _add_special(tokenizer: Tokenizer, listed: list[Any], named: dict[str, Any]) -> None:
+def _special_tokens(
+    folder: Path, config: dict[str, Any], names: dict[str, Any]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str]:
+    """The tokens that a tokenizer's files list, those they name for a purpose, and which of these pads."""
+    where = folder / "tokenizer_config.json"
+    listed = config.get("added_tokens_decoder", {})
+    check_value(str(where), "added_tokens_decoder", listed, dict[str, Any])
+    # Files without a list of added tokens leave the last word to the older map: Stable Diffusion 2.1 pads with "!".
+    named = config if "added_tokens_decoder" in config else config | {key: one for key, one in names.items() if one}
+    purposes = (("bos_token", START), ("eos_token", END), ("unk_token", END), ("pad_token", END))
+    values = {key: named.get(key) or default for key, default in purposes}
+    specials = {key: _special(where if named is config else folder, key, value) for key, value in values.items()}
+    # Said twice in the same words, the first holds its place.
+    first = [key for i, key in enumerate(values) if values[key] not in [*values.values()][:i]]
+    listed = [_special(where, "added_tokens_decoder", one) for one in listed.values()]
+    return listed, [specials[key] for key in first], specials["pad_token"]["content"]
+
+
+def _special(where: Path, key: str, value: Any) -> dict[str, Any]:
+    """A special token and its flags. Raises `ConfigError` unless it is a text, or an object of them."""
+    check_value(str(where), key, value, str | dict[str, Any])
+    told = {"content": value} if isinstance(value, str) else value
+    check_value(str(where), f"content of {key}", told.get("content"), Annotated[str, Within(1, 1000)])
+    flags = {name: told.get(name) or False for name in ("lstrip", "rstrip", "single_word", "normalized")}
+    for name, flag in flags.items():
+        check_value(str(where), f"{name} of {key}", flag, bool)
+    return {"content": told["content"], **flags}
+
+
+def _add_special(tokenizer: Tokenizer, listed: list[dict[str, Any]], named: list[dict[str, Any]]) -> None:
     """Special tokens are found anywhere in a text before its words are, also where one of them is a plain "!".
 
     Of two that differ only in their flags, the later one holds, in the ecosystem's order.
@@ -213,17 +262,9 @@ def _add_special(tokenizer: Tokenizer, listed: list[Any], named: dict[str, Any])
 
     for token in (START, END):
         _id(tokenizer, token)  # adding one that is missing would only hide it
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()} | {*map(_token, listed)}
-    tokens = list(listed)
-    for key, default in (("bos_token", START), ("eos_token", END), ("unk_token", END), ("pad_token", END)):
-        value = named.get(key) or default
-        if _token(value) not in known and value not in tokens:
-            tokens.append(value)
-    for token in tokens:
-        fields = token if isinstance(token, dict) else {}
-        flags = {key: bool(fields.get(key)) for key in ("lstrip", "rstrip", "single_word", "normalized")}
-        tokenizer.add_special_tokens([AddedToken(_token(token), special=True, **flags)])
-
-
-def _token(value: Any) -> str:
-    return str(value["content"]) if isinstance(value, dict) else json.loads(json.dumps(value))
+    known = {token["content"] for token in listed}
+    tokens = listed + [token for token in named if token["content"] not in known]
+    try:
+        tokenizer.add_special_tokens([AddedToken(special=True, **token) for token in tokens])
+    except Exception as error:  # the library raises plain Exceptions
+        raise CheckpointError(f"the special tokens of the tokenizer cannot be used ({reason(error)})") from error

@@ -1,0 +1,122 @@
+"""Files of adapters and embeddings: tensors, what they say of themselves, and the hash that recipes know them by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sfumato.checkpoints.headers import MOST_HEADER, read_header
+from sfumato.checkpoints.weights import mapped_tensors
+from sfumato.errors import CheckpointError, UsageError
+from sfumato.files import check_file, expanded, file_hash, open_file, parse_json
+from sfumato.values import reason, shown
+
+if TYPE_CHECKING:
+    from os import PathLike
+    from pathlib import Path
+
+__all__ = ["PICKLED", "Stored", "flattened", "given", "read_stored"]
+
+# Names of files that only an unpickler can read, and that may hold code.
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The tensors of a file by name, its metadata, and its SHA-256; `path` is None for tensors that are no file."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+    path: Path | None = None
+    sha256: str = ""
+
+    @property
+    def where(self) -> str:
+        """What errors call it."""
+        return "the adapter" if self.path is None else str(self.path)
+
+    @property
+    def weights_hash(self) -> str:
+        """What A1111 and Civitai know the file by: the SHA-256 after its header, or what its metadata says that is."""
+        told = self.metadata.get("sshs_model_hash", "")
+        if re.fullmatch("[0-9a-f]{64}", told) or self.path is None:
+            return told
+        if self.path.suffix in PICKLED:
+            return self.sha256
+        with open_file(self.path, None) as stream:
+            stream.seek(8 + int.from_bytes(stream.read(8), "little"))
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    def told(self, key: str) -> dict[str, Any]:
+        """A JSON object within the metadata; empty where there is none, or something else."""
+        try:
+            return parse_json(self.metadata.get(key) or "{}", self.where)
+        except CheckpointError:
+            return {}
+
+
+def read_stored(path: str | PathLike[str], *, pickled: bool = False, hashed: bool = True) -> Stored:
+    """Read a file of tensors; safetensors are mapped, and what they weigh is read when it is needed.
+
+    pickled: the user's word that a pickled one may be read, by torch's restricted reader; hashed: whether its hash is
+    wanted. Raises `CheckpointError` for a file that is damaged, or pickled without that word; `UsageError` for no path.
+    """
+    place = expanded(path)
+    if place.suffix in PICKLED:
+        if not pickled:
+            raise CheckpointError(
+                f"{place} is pickled, and such files can run code when opened; get a safetensors version or, "
+                "if you trust its source, pass use_safetensors=False in Python"
+            )
+        tensors, metadata = _unpickled(place), {}
+    else:
+        tensors, metadata = _safetensors(place)
+    return Stored(tensors, metadata, place, file_hash(place, None) if hashed else "")
+
+
+def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    check_file(path)
+    metadata = read_header(path, MOST_HEADER).metadata
+    return dict(mapped_tensors(path, lambda _, stored: stored)), dict(metadata)
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    check_file(path)
+    try:
+        with torch.serialization.safe_globals([torch.nn.ParameterDict]):
+            found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} cannot be read as plain tensors ({reason(error)}); get a safetensors version"
+        ) from error
+    return flattened(found, path)
+
+
+def flattened(found: Any, where: object, prefix: str = "", depth: int = 0) -> dict[str, Tensor]:
+    """All tensors within dictionaries and lists, by their keys joined with dots; other values are passed over."""
+    if isinstance(found, Tensor):
+        return {prefix.removesuffix(".") or "tensor": found.detach()}
+    if depth > 8:
+        raise CheckpointError(f"{where} is nested too deeply; get a safetensors version")
+    named = isinstance(found, (dict, torch.nn.ParameterDict))
+    entries: Any = found.items() if named else enumerate(found) if isinstance(found, list) else ()
+    tensors: dict[str, Tensor] = {}
+    for key, value in entries:
+        tensors |= flattened(value, where, f"{prefix}{key}.", depth + 1)
+    return tensors
+
+
+def given(tensors: Any) -> Stored:
+    """Tensors by name, as a file of them would be. Raises `UsageError` for anything else."""
+    if not isinstance(tensors, dict) or not all(isinstance(one, Tensor) for one in tensors.values()):
+        raise UsageError(f"an adapter must be a file or a dictionary of tensors by name, not {shown(tensors)}")
+    digest = hashlib.sha256(json.dumps(sorted(map(str, tensors))).encode())
+    for _, one in sorted((str(key), one) for key, one in tensors.items()):
+        digest.update(one.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return Stored({str(key): one.detach() for key, one in tensors.items()}, sha256=digest.hexdigest())

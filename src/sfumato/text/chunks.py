@@ -1,0 +1,105 @@
+"""Prompts of any length: tokens with weights in chunks of the model's length, each encoded by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from sfumato.text.embeddings import pieces
+from sfumato.text.grammars import BREAK
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sfumato.text.tokenizer import CLIPTokenizer
+
+__all__ = ["Chunks", "chunked", "from_empty", "with_mean"]
+
+# Of a chunk that is full, what follows a comma among its last tokens goes to the next one, so that no phrase is cut.
+BACK = 20
+# Spans of fewer tokens are not cut by ComfyUI.
+WHOLE = 8
+
+Span = tuple[str, float]
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Token ids (N, S) of N chunks, start, end and padding included, and a weight for each (N, S)."""
+
+    ids: Tensor
+    weights: Tensor
+
+
+def chunked(
+    tokenizer: CLIPTokenizer, spans: Sequence[Span], syntax: str, words: Mapping[str, Sequence[int]] | None = None
+) -> Chunks:
+    """The spans of a prompt in chunks, as A1111 makes them or ComfyUI; at least one, be it empty.
+
+    words: ids of new words by name (text/embeddings.py); none is cut that fits into a chunk.
+    """
+    room = tokenizer.model_max_length - 2
+    rows: list[list[tuple[int, float]]] = [[]]
+    comma = tokenizer.ids(",")[:1]
+    for text, weight in spans:
+        if (text, weight) == BREAK:
+            rows.append([])
+            continue
+        for _, piece, own in pieces(text, words or {}):
+            tokens = [(token, weight) for token in own or tokenizer.ids(piece)]
+            if own and len(rows[-1]) + len(own) > room:
+                rows.append([])
+            if syntax == "comfyui":
+                _append_whole(rows, tokens, room)
+            else:
+                _append(rows, tokens, room, comma)
+    start, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    ids = torch.full((len(rows), room + 2), pad, dtype=torch.long)
+    weights = torch.ones(len(rows), room + 2)
+    for i, row in enumerate(rows):
+        ids[i, : len(row) + 2] = torch.tensor([start, *(token for token, _ in row), end])
+        weights[i, 1 : len(row) + 1] = torch.tensor([weight for _, weight in row])
+    return Chunks(ids, weights)
+
+
+def _append(
+    rows: list[list[tuple[int, float]]], tokens: Sequence[tuple[int, float]], room: int, comma: list[int]
+) -> None:
+    """As A1111 does: a full chunk is ended after its last comma, where one is near."""
+    for token in tokens:
+        row = rows[-1]
+        if len(row) == room:
+            last = next((i for i in range(room - 1, -1, -1) if row[i][0] in comma), None)
+            moved = row[last + 1 :] if last is not None and room - last <= BACK and token[0] not in comma else []
+            rows[-1] = row[: room - len(moved)]
+            rows.append(list(moved))
+        rows[-1].append(token)
+
+
+def _append_whole(rows: list[list[tuple[int, float]]], tokens: Sequence[tuple[int, float]], room: int) -> None:
+    """As ComfyUI does: a short span that does not fit goes to the next chunk as a whole, a long one is cut."""
+    while tokens:
+        left = room - len(rows[-1])
+        if len(tokens) <= left:
+            rows[-1] += tokens
+            return
+        if len(tokens) >= WHOLE:
+            rows[-1] += tokens[:left]
+            tokens = tokens[left:]
+        rows.append([])
+
+
+def with_mean(states: Tensor, weights: Tensor) -> Tensor:
+    """A1111's emphasis: states (N, S, C) times their weights, each chunk with the mean that it had before."""
+    before = states.mean(dim=(1, 2), keepdim=True)
+    weighted = states * weights[:, :, None]
+    return weighted * (before / weighted.mean(dim=(1, 2), keepdim=True))
+
+
+def from_empty(states: Tensor, weights: Tensor, empty: Callable[[], Tensor]) -> Tensor:
+    """ComfyUI's: from what an empty prompt says at the same place (1, S, C) on, weight times as far."""
+    nothing = empty()
+    return nothing + weights[:, :, None] * (states - nothing)

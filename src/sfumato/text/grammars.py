@@ -1,0 +1,176 @@
+"""Prompts with weights: what stands in A1111's brackets and in ComfyUI's, as spans of text. No torch here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+__all__ = [
+    "BREAK",
+    "MOST_DEPTH",
+    "Read",
+    "Span",
+    "a1111",
+    "comfyui",
+    "joined",
+    "named_adapters",
+    "subprompts",
+    "without_extras",
+]
+
+# The span that ends a chunk.
+BREAK = ("BREAK", -1.0)
+# Deeper is no prompt; it is plain text from there on.
+MOST_DEPTH = 200
+EXTRA = re.compile(r"<(lora|lyco|hypernet):([^<>\n]{1,200})>")
+AND = re.compile(r"\bAND\b")
+OWN_WEIGHT = re.compile(r"(.*?)(?:\s*:\s*([+-]?(?:\d+\.?\d*|\.\d+)))?\s*", re.DOTALL)
+# An adapter's name and, of the text encoders and of the U-Net, its weight.
+_WEIGHT = r"([+-]?(?:\d+\.?\d*|\.\d+))"
+ADAPTER = re.compile(rf"<(?:lora|lyco):([^<>:\n]{{1,200}})(?::(?:te=)?{_WEIGHT})?(?::(?:unet=)?{_WEIGHT})?>")
+
+Span = tuple[str, float]
+
+
+@dataclass(frozen=True)
+class Read:
+    """A prompt's spans of text, each with its weight; and a sentence for each thing in it that was not done.
+
+    parts: prompts that it is made of, with the weight of each, where it is more than one; how: they are mixed ("blend",
+    or "sum" if their weights are taken as they are), or read one after the other ("and").
+    """
+
+    spans: tuple[Span, ...]
+    notes: tuple[str, ...] = ()
+    parts: tuple[tuple[Read, float], ...] = ()
+    how: str = ""
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing in it has a weight or begins a chunk, so that it is what it would be as plain text."""
+        return not self.parts and all(weight == 1 for _, weight in self.spans)
+
+
+PIECE = re.compile(r"\\[\\()\[\]]|\\|[()\[\]]|:\s*([+-]?\d*\.?\d+)\s*\)|[^\\()\[\]:]+|:")
+
+
+def a1111(text: str) -> Read:
+    r"""A1111's grammar: `(a)` is a · 1.1, `[a]` a / 1.1, `(a:1.3)` a · 1.3, all within others; `\(` is a bracket.
+
+    `BREAK` ends a chunk. A bracket that is never closed is plain text, and said once.
+    """
+    text, extras = without_extras(text)
+    texts: list[str] = []  # a bracket is text until it is closed
+    weights: list[float] = []
+    round_: list[int] = []
+    square: list[int] = []
+
+    def weigh(start: int, factor: float) -> None:
+        texts[start] = ""
+        weights[start + 1 :] = [weight * factor for weight in weights[start + 1 :]]
+
+    for piece in PIECE.finditer(text):
+        part, number = piece[0], piece[1]
+        opened = {"(": round_, "[": square}.get(part)
+        if opened is not None and len(round_) + len(square) < MOST_DEPTH:
+            opened.append(len(texts))
+        if number is not None and round_:
+            weigh(round_.pop(), float(number))
+        elif part == ")" and round_:
+            weigh(round_.pop(), 1.1)
+        elif part == "]" and square:
+            weigh(square.pop(), 1 / 1.1)
+        else:
+            texts.append(part[1:] if len(part) == 2 and part[0] == "\\" else part)
+            weights.append(1.0)
+    notes = [f"a bracket is never closed and is drawn as plain text: {text[:80]!r}"] if round_ or square else []
+    notes += [f"{extra} in the prompt is ignored; load adapters with --lora, or name a --lora-dir" for extra in extras]
+    if AND.search(text):
+        notes.append("AND in the negative prompt is drawn as a word, and does not join prompts")
+    return Read(joined(_broken(list(zip(texts, weights, strict=True)))), tuple(notes))
+
+
+def _broken(spans: list[Span]) -> list[Span]:
+    """With a span of its own for each BREAK."""
+    found: list[Span] = []
+    for text, weight in spans:
+        first, *more = re.split(r"\s*\bBREAK\b\s*", text)
+        found.append((first, weight))
+        for part in more:
+            found += [BREAK, (part, weight)]
+    return found
+
+
+def subprompts(text: str, syntax: str) -> list[tuple[str, float]]:
+    """The prompts that A1111's `a AND b :0.5` joins, each with its weight; a prompt alone has the weight 1."""
+    if syntax != "a1111" or not AND.search(text):
+        return [(text, 1.0)]
+    found = [OWN_WEIGHT.fullmatch(one) for one in AND.split(text)]
+    return [(one[1], float(one[2] or 1)) for one in found if one is not None]
+
+
+def joined(spans: list[Span]) -> tuple[Span, ...]:
+    """Without empty spans, and those that follow each other with one weight as one."""
+    found: list[Span] = []
+    for text, weight in spans:
+        if not text:
+            continue
+        if found and found[-1][1] == weight and weight != BREAK[1]:
+            found[-1] = (found[-1][0] + text, weight)
+        else:
+            found.append((text, weight))
+    return tuple(found) or (("", 1.0),)
+
+
+def comfyui(text: str) -> Read:
+    r"""ComfyUI's: `(a)` is a · 1.1 within others' 1.1s; `(a:1.3)` is 1.3 whatever is around it; `\(` is a bracket."""
+    found: list[Span] = []
+    hidden = text.replace("\\)", "\0\1").replace("\\(", "\0\2")
+    _weigh(hidden, 1.0, found, 0)
+    return Read(joined([(one.replace("\0\1", ")").replace("\0\2", "("), weight) for one, weight in found]))
+
+
+def _weigh(text: str, weight: float, found: list[Span], depth: int) -> None:
+    for part in _outer(text):
+        if len(part) < 2 or part[0] != "(" or part[-1] != ")" or depth == MOST_DEPTH:
+            found.append((part, weight))
+            continue
+        inner, own = part[1:-1], weight * 1.1
+        head, colon, number = inner.rpartition(":")
+        if colon and head and re.fullmatch(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,2})?\s*", number):
+            inner, own = head, float(number)
+        _weigh(inner, own, found, depth + 1)
+
+
+def _outer(text: str) -> list[str]:
+    """A text cut before each outermost opening bracket and after its closing one."""
+    parts, begin, level = [], 0, 0
+    for place, char in enumerate(text):
+        if char == "(":
+            if level == 0 and place > begin:
+                parts.append(text[begin:place])
+                begin = place
+            level += 1
+        elif char == ")" and level:
+            level -= 1
+            if level == 0:
+                parts.append(text[begin : place + 1])
+                begin = place + 1
+    return parts + ([text[begin:]] if begin < len(text) else [])
+
+
+def without_extras(text: str) -> tuple[str, tuple[str, ...]]:
+    """A prompt without what it names beside words (`<lora:name:0.8>`), and these."""
+    return EXTRA.sub("", text), tuple(found[0] for found in EXTRA.finditer(text))
+
+
+def named_adapters(text: str) -> tuple[str, tuple[tuple[str, float, float | None], ...]]:
+    """A prompt without the adapters it names as A1111 does, and the name, the weight and the text encoders' of each.
+
+    The latter is None where it is the same.
+    `<lora:name>` has the weight 1, `<lora:name:0.8>` 0.8, and `<lora:name:0.8:0.5>` 0.8 in the text encoders alone.
+    """
+    found = [(one[1].strip(), float(one[2] or 1), one[3]) for one in ADAPTER.finditer(text)]
+    return ADAPTER.sub("", text), tuple(
+        (name, float(unet or said), said if unet and float(unet) != said else None) for name, said, unet in found
+    )

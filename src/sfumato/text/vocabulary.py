@@ -1,0 +1,41 @@
+"""CLIP's vocabulary, which every Stable Diffusion reads prompts with and no single file carries.
+
+In the package are the merges of OpenAI's CLIP (MIT, clip/LICENSE); its 49,408 tokens follow from them.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from sfumato.text.tokenizer import END, START, CLIPTokenizer
+
+__all__ = ["clip_tokenizer"]
+
+MERGES = Path(__file__).parent / "clip" / "merges.txt.gz"
+
+
+@cache
+def clip_tokenizer(pad: str = END) -> CLIPTokenizer:
+    """CLIP's tokenizer, filling prompts up with this token; saved, it is a folder that the ecosystem reads."""
+    merges = gzip.decompress(MERGES.read_bytes()).decode()
+    names = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad}
+    config = names | {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True}
+    files = {"merges.txt": merges, "vocab.json": json.dumps(_vocabulary(merges), ensure_ascii=False)}
+    files |= {"tokenizer_config.json": json.dumps(config), "special_tokens_map.json": json.dumps(names)}
+    with TemporaryDirectory() as folder:
+        for name, text in files.items():
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+        return CLIPTokenizer.from_folder(Path(folder))
+
+
+def _vocabulary(merges: str) -> dict[str, int]:
+    """Every byte as a letter, the same at the end of a word, what merges make of them, start and end; in this order."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that are letters already
+    letters = [chr(byte) for byte in shown] + [chr(256 + i) for i in range(256 - len(shown))]
+    pairs = ["".join(line.split()) for line in merges.splitlines()[1:] if line]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *pairs, START, END]
+    return {token: number for number, token in enumerate(tokens)}

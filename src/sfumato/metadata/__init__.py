@@ -1,0 +1,1 @@
+"""Pictures that remember: the texts in picture files, to requests and back."""

@@ -1,0 +1,123 @@
+"""A1111's parameters: a prompt, a negative prompt, and a line of `key: value`, as many others write them too."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+from sfumato.errors import UsageError
+from sfumato.metadata.samplers import of_recipe
+from sfumato.metadata.told import Told
+from sfumato.metadata.words import written
+from sfumato.request import AdapterFile, GenerateRequest
+
+__all__ = ["parameters", "parse", "write"]
+
+NEGATIVE = "Negative prompt:"
+# A key; a value in quotes with escapes, or up to the next comma.
+PAIR = re.compile(r'(\w[\w \-/]{0,100}): *("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+MOST_LINE = 2**16
+# Lines of a prompt that readers would take for one of theirs; a space more before them says otherwise.
+LOOKS = re.compile(rf"^(?= *(?:{NEGATIVE}|Steps: ))")
+# Flat JSON that Civitai puts into the line, and which no rule of quoting covers.
+CIVITAI = re.compile(r", (Hashes|Civitai resources|Civitai metadata): (\{[^{}]{0,20000}\}|\[[^\[\]]{0,20000}\])")
+
+
+def parse(text: str) -> Told | None:
+    """What a text of parameters tells; None of a text that is none: without a line of at least three pairs."""
+    lines = text.split("\n")
+    while lines and not lines[-1].strip():
+        lines.pop()
+    steps = [i for i, line in enumerate(lines) if line.startswith("Steps: ")][:1]
+    # The last line as A1111 reads it, or the first that begins with "Steps: " as Civitai does; never a line of prompts.
+    place = next((i for i in (len(lines) - 1, *steps) if i >= 0 and len(_pairs(lines[i])) > 2), None)
+    if place is None:
+        return None
+    fields = _pairs(lines[place])
+    ours = fields.get("Version", "").startswith("Sfumato")
+    # What a prompt was made from, which some extensions put after it.
+    made = () if ours else ("Template:", "Negative Template:")
+    said = [line for line in lines[:place] if not line.startswith(made)]
+    begin = next((i for i, line in enumerate(said) if line.startswith(NEGATIVE)), None)
+    negative = None
+    if begin is not None:
+        said[begin] = said[begin].removeprefix(NEGATIVE).removeprefix(" ")
+        negative = "\n".join(map(_unmarked if ours else str, said[begin:]))
+    prompt = "\n".join(map(_unmarked if ours else str, said[:begin]))
+    return Told(_program(fields), prompt, negative, fields)
+
+
+def _unmarked(line: str) -> str:
+    return line[1:] if line.startswith(" ") and LOOKS.match(line) else line
+
+
+def _pairs(line: str) -> dict[str, str]:
+    if len(line) > MOST_LINE:
+        return {}
+    pairs = {found[1].strip(): _unquoted(found[2].strip()) for found in PAIR.finditer(CIVITAI.sub("", line))}
+    return pairs | {found[1]: found[2] for found in CIVITAI.finditer(line)}
+
+
+def _unquoted(value: str) -> str:
+    try:
+        return json.loads(value) if value.startswith('"') else value
+    except ValueError:
+        return value
+
+
+def _program(fields: Mapping[str, str]) -> str:
+    """Who wrote it, by what is said of the version: Forge's begins with an f, and others name themselves."""
+    version = fields.get("Version", "")
+    found = re.match(r"(Sfumato|stable-diffusion\.cpp|ComfyUI|Fooocus|SD\.Next|Draw Things)", version, re.IGNORECASE)
+    return "Forge" if version.startswith("f") else found[1] if found else "AUTOMATIC1111"
+
+
+def parameters(recipe: Mapping[str, Any], size: tuple[int, int]) -> str:
+    """A1111's text for a picture of ours of this size (width, height); empty where the recipe holds no request."""
+    told = recipe.get("scheduler", {})
+    try:
+        request = GenerateRequest.from_dict(recipe["request"])
+        sampler, schedule = of_recipe(told["class"], told["config"]) if told else ("", "")
+        # Of a path, only the name: where it lies is nobody's business.
+        model = PurePath(recipe.get("model", {}).get("name", "")).name
+        also = {"Sampler": sampler, "Schedule type": schedule, "Model": re.sub("[,:]", "", model)}
+        also["Lora hashes"] = ", ".join(f"{_named(name)}: {one}" for name, one in recipe.get("adapters", {}).items())
+        return write(request, size, also, recipe.get("versions", {}).get("sfumato", ""))
+    except (UsageError, KeyError, TypeError, AttributeError):
+        return ""
+
+
+def write(request: GenerateRequest, size: tuple[int, int], also: Mapping[str, str], version: str = "") -> str:
+    """The text for the first picture of a request, of this size (width, height).
+
+    also: "Sampler", "Schedule type", "Model" and "Lora hashes" as A1111 has them, which nothing here reads again.
+    Readers of A1111's text find all they know; what only we know stands in further pairs, so that `parse` and
+    `request_of` give the request again, but for pictures, custom schedules and framing, which stand in our own recipe
+    alone, and for adapters, which the prompt names as A1111's prompts do.
+    """
+    text = _marked((one := request.alone(0)).prompts[0]) + "".join(map(_tag, one.adapters))
+    text += "" if one.negative_prompt is None else f"\n{NEGATIVE} {_marked(str(one.negative_prompt))}"
+    pairs = written(one, size, also) | {"Version": f"Sfumato {version}".strip()}
+    return f"{text}\n" + ", ".join(f"{key}: {_quoted(str(value))}" for key, value in pairs.items())
+
+
+def _tag(adapter: AdapterFile) -> str:
+    weights = [adapter.weight] if adapter.text_weight is None else [adapter.text_weight, adapter.weight]
+    return f" <lora:{_named(PurePath(adapter.file).stem)}:{':'.join(f'{weight:g}' for weight in weights)}>"
+
+
+def _named(name: str) -> str:
+    """A name without what ends one."""
+    return re.sub(r'[<>:,"\n]', "", name)
+
+
+def _marked(text: str) -> str:
+    return "\n".join(f" {line}" if LOOKS.match(line) else line for line in text.split("\n"))
+
+
+def _quoted(value: str) -> str:
+    plain = value and value == value.strip() and not re.search(r'[,:\n"]', value)
+    return value if plain else json.dumps(value, ensure_ascii=False)

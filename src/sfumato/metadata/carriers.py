@@ -1,0 +1,189 @@
+"""The texts that picture files carry beside their pixels: read from what anybody wrote, written as others read them."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngInfo, iTXt
+
+from sfumato.errors import OutputError, UsageError
+from sfumato.files import add_file, output_folder, parse_json, replacing
+from sfumato.images import opened
+from sfumato.metadata import xmp
+from sfumato.metadata.a1111 import parameters
+from sfumato.metadata.formats import format_of
+from sfumato.values import reason
+
+__all__ = [
+    "RECIPE_KEY",
+    "Carried",
+    "image_bytes",
+    "png_bytes",
+    "read_carried",
+    "read_recipe",
+    "save_new_picture",
+    "save_picture",
+]
+
+RECIPE_KEY = "sfumato"
+# Far more than any program writes about a picture, whole graphs of nodes included.
+MOST_TEXT = 2**22
+# EXIF's UserComment begins with eight bytes that name its letters.
+UNICODE, ASCII, UNSAID = b"UNICODE\0", b"ASCII\0\0\0", bytes(8)
+
+
+@dataclass(frozen=True)
+class Carried:
+    """What stands in a picture file: its size in pixels, its texts by keyword (PNG's), its comments, and XMP's fields.
+
+    comments: EXIF's UserComment, then those of JPEG and GIF.
+    """
+
+    size: tuple[int, int]
+    texts: Mapping[str, str]
+    comments: tuple[str, ...]
+    xmp: Mapping[str, str]
+
+    @property
+    def recipe(self) -> dict[str, Any] | None:
+        """Our own recipe. Raises `CheckpointError` for one that is no JSON object."""
+        text = self.texts.get(RECIPE_KEY) or self.xmp.get("recipe")
+        return parse_json(text, "its recipe") if text else None
+
+
+def read_carried(path: str | Path, *, whole: bool = True) -> Carried:
+    """The texts of a PNG, JPEG, WebP or GIF file; if not `whole`, those before its pixels, which are not decoded.
+
+    Raises `UsageError` for a file that is missing, damaged or no picture, and for texts that are unreasonably long.
+    """
+    with opened(path, ("PNG", "JPEG", "WEBP", "GIF"), "give the file as the program wrote it") as image:
+        if whole:
+            image.load()
+        found = getattr(image, "text", {}) if whole else image.info if image.format == "PNG" else {}
+        texts = {str(key): _mended(value) for key, value in found.items() if isinstance(value, str)}
+        packet = texts.pop("XML:com.adobe.xmp", None) or image.info.get("xmp") or ""
+        packet = packet.decode("utf-8", "replace") if isinstance(packet, bytes) else packet
+        said = [_user_comment(image), image.info.get("comment")]
+        comments = [one.decode("utf-8", "replace") if isinstance(one, bytes) else one for one in said if one]
+        if sum(map(len, (*texts.values(), *comments, packet))) > MOST_TEXT:
+            raise UsageError(f"{path} contains more text than any program writes about an image; it is not read")
+        return Carried(image.size, texts, tuple(comments), xmp.fields_of(packet))
+
+
+def _mended(text: str) -> str:
+    """A PNG's text. Those that are by rule Latin-1 are written in UTF-8 by several programs."""
+    if isinstance(text, iTXt) or text.isascii():
+        return str(text)
+    try:
+        return text.encode("latin-1").decode("utf-8")
+    except UnicodeError:
+        return text
+
+
+def _user_comment(image: Image.Image) -> str | None:
+    try:
+        value = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
+    except Exception:  # of tags that are damaged, Pillow raises whatever happens to it
+        return None
+    if not isinstance(value, bytes):
+        return value if isinstance(value, str) else None
+    code, text = value[:8], value[8:]
+    if code == UNICODE:
+        # In either order of bytes, whatever the tags around it have: the zeros of plain letters tell.
+        big = text[0::2].count(0) >= text[1::2].count(0)
+        return text.decode("utf-16-be" if big else "utf-16-le", "replace")
+    return (text if code in (ASCII, UNSAID) else value).decode("utf-8", "replace").rstrip("\0")
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The recipe that a picture of ours carries. Raises `UsageError` where there is none."""
+    try:
+        recipe = read_carried(path).recipe
+    except OSError as error:
+        raise UsageError(f"{path} has a damaged recipe ({reason(error)}); give the file as Sfumato wrote it") from error
+    if recipe is None or not isinstance(recipe.get("request"), dict):
+        raise UsageError(f"{path} contains no recipe; only unmodified images written by Sfumato have one")
+    return recipe
+
+
+def save_picture(image: Image.Image, path: Path, recipe: dict[str, Any] | None = None) -> Path:
+    """Write a PNG, JPEG or WebP (without loss) by the path's ending, with its recipe, A1111's text and XMP.
+
+    Raises `OutputError`; the file is whole or absent.
+    """
+    kind = format_of(path)
+    output_folder(path.parent)
+    with replacing(path) as temporary:
+        _write(image, temporary, kind, recipe)
+    return path
+
+
+def save_new_picture(image: Image.Image, path: Path, recipe: dict[str, Any] | None = None) -> Path:
+    """The same under the first free name of `name.png`, `name-2.png`, …, which is returned: nothing is replaced."""
+    kind = format_of(path)
+    output_folder(path.parent)
+    return add_file(path, lambda temporary: _write(image, temporary, kind, recipe))
+
+
+def png_bytes(image: Image.Image, recipe: dict[str, Any] | None = None) -> bytes:
+    """The bytes of a PNG, with all that `save_picture` writes into one."""
+    _write(image, stream := io.BytesIO(), "PNG", recipe)
+    return stream.getvalue()
+
+
+def image_bytes(image: Image.Image, kind: str, recipe: dict[str, Any] | None, quality: int | None = None) -> bytes:
+    """The bytes of a PNG, JPEG or WebP; of the latter two with losses of this quality (0 to 100), if one is given."""
+    _write(image, stream := io.BytesIO(), kind, recipe, {} if quality is None else {"quality": quality})
+    return stream.getvalue()
+
+
+def _write(
+    image: Image.Image,
+    path: Path | io.BytesIO,
+    kind: str,
+    recipe: dict[str, Any] | None,
+    options: dict[str, Any] | None = None,
+) -> None:
+    best: dict[str, Any] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
+    options = dict(options or best)
+    if recipe is not None:
+        options |= _in_png(recipe, image.size) if kind == "PNG" else _in_exif(recipe, image.size)
+    try:
+        image.save(path, format=kind, **options)
+    except ValueError as error:
+        raise OutputError(f"{kind} has no room for so long a recipe ({reason(error)}); write a PNG") from error
+
+
+def _in_png(recipe: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    info, text = PngInfo(), parameters(recipe, size)
+    # Text that is not ASCII says its encoding, so that no reader has to guess.
+    (info.add_text if text.isascii() and "\0" not in text else info.add_itxt)("parameters", text)
+    info.add_itxt("XML:com.adobe.xmp", _packet(recipe))
+    info.add_itxt(RECIPE_KEY, json.dumps(recipe, ensure_ascii=False, sort_keys=True), zip=True)
+    return {"pnginfo": info}
+
+
+def _in_exif(recipe: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    comment = UNICODE + parameters(recipe, size).encode("utf-16-be", "surrogatepass")
+    return {"exif": _exif(comment), "xmp": _packet(recipe, json.dumps(recipe, sort_keys=True)).encode()}
+
+
+def _packet(recipe: dict[str, Any], told: str | None = None) -> str:
+    request, versions = (one if isinstance(one := recipe.get(key), dict) else {} for key in ("request", "versions"))
+    prompt, composed = request.get("prompt", ""), request.get("image") is not None
+    prompt = "; ".join(map(str, prompt)) if isinstance(prompt, list | tuple) else str(prompt)
+    return xmp.packet(prompt, composed=composed, version=str(versions.get("sfumato", "")), recipe=told)
+
+
+def _exif(comment: bytes) -> bytes:
+    """EXIF with a UserComment and nothing else. Pillow's own would be of another type than the standard's (7)."""
+    first = struct.pack(">HHHIII", 1, ExifTags.IFD.Exif, 4, 1, 26, 0)  # a directory of one entry: where the other is
+    second = struct.pack(">HHHIII", 1, ExifTags.Base.UserComment, 7, len(comment), 44, 0)
+    return b"Exif\0\0MM\0*" + struct.pack(">I", 8) + first + second + comment

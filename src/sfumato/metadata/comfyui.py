@@ -1,0 +1,127 @@
+"""ComfyUI's graphs of nodes: walked from the first sampler upwards, as data; nothing in them is run or opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sfumato.metadata.told import Told
+from sfumato.request import GenerateRequest, Noise
+
+__all__ = ["COMFYUI_BASE", "parse"]
+
+# Noise is torch's on the CPU, that of the steps CUDA's, and prompts are weighted against an empty one.
+COMFYUI_BASE = GenerateRequest(prompt_syntax="comfyui", noise=Noise(posterior="mean", step_rng="cuda"))
+MOST_NODES = 5_000
+SIDES = {"positive", "negative"}
+TEXTS = ("text", "text_g", "text_l", "prompt", "string", "value")
+# What a sampler's settings are called, wherever up its wires they stand.
+SETTINGS = {
+    "Steps": ("steps",), "CFG scale": ("cfg",), "Seed": ("seed", "noise_seed"), "Denoising strength": ("denoise",),
+    "Sampler": ("sampler_name",), "Schedule type": ("scheduler",), "Model": ("ckpt_name", "unet_name"),
+}  # fmt: skip
+ADDS = {
+    "Lora": "lora_name", "ControlNet": "control_net_name", "Upscale": "model_name", "IPAdapter": "ipadapter_file",
+    "Hypernetwork": "hypernetwork_name",
+}  # fmt: skip
+
+Node = Mapping[str, Any]
+
+
+def parse(graph: Mapping[str, Any]) -> Told | None:
+    """What a graph in the form of the API tells; None of an object that is no such graph, or has no sampler."""
+    nodes = {str(name): one for name, one in list(graph.items())[:MOST_NODES] if _is_node(one)}
+    samplers = [one for one in nodes.values() if _samples(one)]
+    # The first pass: the sampler whose latents come from no other one.
+    first = next((one for one in samplers if not any(_samples(up) for up in _up(nodes, one, {"latent_image"}))), None)
+    if first is None:
+        return None
+    notes = [f"{len(samplers) - 1} more samplers worked on it, which is not honoured"] if len(samplers) > 1 else []
+    found = {key: _setting(nodes, first, names) for key, names in SETTINGS.items()}
+    fields = {key: str(value) for key, value in found.items() if value is not None and value != ""}
+    if found["Denoising strength"] in (1, 1.0):
+        fields.pop("Denoising strength", None)
+    fields |= _latent(nodes, first) | _clip_skip(nodes.values())
+    notes += [note for one in nodes.values() for note in _adds(one)]
+    texts = [_text(nodes, first, side) for side in ("positive", "negative")]
+    return Told("ComfyUI", texts[0] or "", texts[1], fields, COMFYUI_BASE, tuple(notes), "comfyui")
+
+
+def _is_node(one: Any) -> bool:
+    return isinstance(one, dict) and isinstance(one.get("inputs"), dict) and isinstance(one.get("class_type"), str)
+
+
+def _adds(node: Node) -> list[str]:
+    """A sentence for what a node adds to the checkpoint."""
+    named = {kind: node["inputs"].get(key) for kind, key in ADDS.items() if kind in node["class_type"]}
+    return [f"{kind} {name[:100]} is not honoured" for kind, name in named.items() if isinstance(name, str)]
+
+
+def _samples(node: Node) -> bool:
+    inputs = node["inputs"]
+    return node["class_type"].startswith("SamplerCustom") or (
+        bool(inputs.keys() & {"seed", "noise_seed"}) and ("steps" in inputs and "positive" in inputs)
+    )
+
+
+def _up(nodes: Mapping[str, Node], start: Node, names: set[str] | None = None, side: str = "") -> Iterator[Node]:
+    """The nodes whose results reach one, nearest first: by these inputs of it, or all but prompts and latents.
+
+    Where a node passes both prompts on, only the one of `side` is followed.
+    """
+    seen: set[int] = {id(start)}
+    wave = [start]
+    while wave:
+        following = []
+        for node in wave:
+            inputs = node["inputs"]
+            wanted = names if node is start else {side} if side in inputs else None
+            for key, link in inputs.items():
+                if wanted is not None and key not in wanted:
+                    continue
+                if wanted is None and node is start and key in (*SIDES, "latent_image", "samples"):
+                    continue
+                above = nodes.get(str(link[0])) if isinstance(link, list) and len(link) == 2 else None
+                if above is not None and id(above) not in seen:
+                    seen.add(id(above))
+                    following.append(above)
+                    yield above
+        wave = following
+
+
+def _setting(nodes: Mapping[str, Node], start: Node, names: tuple[str, ...]) -> Any:
+    """A value by the first of these names that a node has; where it comes by wire, what is at its other end."""
+    for node in (start, *_up(nodes, start)):
+        for name in names:
+            value = node["inputs"].get(name)
+            if isinstance(value, list) and node is start:
+                above = next(_up(nodes, start, {name}), {"inputs": {}})
+                value = next((one for one in above["inputs"].values() if isinstance(one, int | float | str)), None)
+            if isinstance(value, int | float | str) and not isinstance(value, bool):
+                return value
+    return None
+
+
+def _text(nodes: Mapping[str, Node], start: Node, side: str) -> str | None:
+    """The prompt of one side: the texts up its wire, each once."""
+    # Newer samplers get both prompts from a guider.
+    begin = next((node for node in (start, *_up(nodes, start)) if side in node["inputs"]), None)
+    if begin is None:
+        return None
+    said = [node["inputs"][key] for node in _up(nodes, begin, {side}, side) for key in TEXTS
+            if isinstance(node["inputs"].get(key), str)]  # fmt: skip
+    return ", ".join(dict.fromkeys(said)) if said else None
+
+
+def _latent(nodes: Mapping[str, Node], first: Node) -> dict[str, str]:
+    for node in _up(nodes, first, {"latent_image"}):
+        sides = [node["inputs"].get(name) for name in ("width", "height")]
+        if all(isinstance(one, int) for one in sides):
+            return {"Size": f"{sides[0]}x{sides[1]}"}
+    return {}
+
+
+def _clip_skip(nodes: Any) -> dict[str, str]:
+    found = [one["inputs"]["stop_at_clip_layer"] for one in nodes if "stop_at_clip_layer" in one["inputs"]]
+    layers = found[0] if found else 0
+    return {"Clip skip": str(-layers)} if isinstance(layers, int) and layers < -1 else {}

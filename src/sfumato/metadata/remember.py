@@ -1,0 +1,109 @@
+"""What a picture file remembers, whoever wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sfumato.errors import CheckpointError, UsageError
+from sfumato.files import parse_json
+from sfumato.metadata import a1111, comfyui, programs
+from sfumato.metadata.carriers import Carried, read_carried
+from sfumato.metadata.told import Told, request_of
+from sfumato.request import GenerateRequest
+from sfumato.values import reason
+
+__all__ = ["Remembered", "remember", "remembered"]
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What a picture remembers: which program drew it, of what size it is, the request that draws it again, and what of
+    it that request does not honour.
+
+    fields: all that it says beside the prompts; recipe: our own, of a picture of ours.
+    """
+
+    program: str
+    size: tuple[int, int]
+    request: GenerateRequest
+    notes: tuple[str, ...]
+    fields: dict[str, str]
+    recipe: dict[str, Any] | None = None
+
+
+def remember(path: str | Path) -> Remembered:
+    """Read what a PNG, JPEG, WebP or GIF says of how it was drawn.
+
+    Raises `UsageError` for a file that is no picture, and for one that says nothing that is known here.
+    """
+    return remembered(path, read_carried(path))
+
+
+def remembered(path: str | Path, carried: Carried) -> Remembered:
+    """The same of what a file carries, where that is read already."""
+    try:
+        recipe = carried.recipe
+        if recipe is not None and isinstance(recipe.get("request"), dict):
+            request = GenerateRequest.from_dict(recipe["request"])
+            model = recipe.get("model")
+            fields = {"Model": str(model.get("name"))} if isinstance(model, dict) else {}
+            notes = tuple(map(str, recipe.get("notes", ())))
+            return Remembered("Sfumato", carried.size, request, notes, fields, recipe)
+    except (CheckpointError, UsageError) as error:
+        raise UsageError(f"the recipe of {path} cannot be read: {reason(error)}") from error
+    told = next((told for told in _told(carried) if told is not None), None)
+    if told is None:
+        raise UsageError(
+            f"{path} contains no recipe of Sfumato or of another known program; use the file as that program wrote it"
+        )
+    request, notes = request_of(told)
+    if request.width is None:
+        request = request.replace(width=carried.size[0], height=carried.size[1])
+    return Remembered(told.program, carried.size, request, tuple(notes), dict(told.fields))
+
+
+def _told(carried: Carried) -> Iterator[Told | None]:
+    """What each place in the file tells; the most certain first, and EXIF before texts, as A1111 has it."""
+    texts, xmp = carried.texts, carried.xmp
+    for text in (*carried.comments, texts.get("parameters"), xmp.get("parameters"), xmp.get("UserComment")):
+        if text:
+            yield _of_text(text, texts, xmp)
+    invoke = _json(texts.get("invokeai_metadata")) or _json(texts.get("sd-metadata")).get("image")
+    if isinstance(invoke, dict) and invoke:
+        yield programs.invoke(invoke)
+    if texts.get("Dream"):
+        yield programs.dream(texts["Dream"])
+    if texts.get("Software") == "NovelAI":
+        yield programs.novel(_json(texts.get("Comment")), texts.get("Description", ""))
+    if graph := _json(texts.get("prompt")):
+        yield comfyui.parse(graph)
+    # In WebP, ComfyUI writes its graph into other tags; what a description says is worth a look at last.
+    yield a1111.parse(texts.get("Description") or xmp.get("description") or "")
+
+
+def _of_text(text: str, texts: Any, xmp: Any) -> Told | None:
+    """A comment: A1111's lines, or the JSON of those who put it in the same place."""
+    told = _json(text)
+    if not told:
+        return a1111.parse(text)
+    if isinstance(params := told.get("sui_image_params"), dict):
+        return programs.swarm(params)
+    if "fooocus_scheme" in texts or told.get("metadata_scheme") == "fooocus":
+        return programs.fooocus(told)
+    if xmp.get("CreatorTool") == "Draw Things" or {"c", "uc", "sampler"} <= told.keys():
+        return programs.draw_things(told)
+    if {"uc", "sampler", "steps"} <= told.keys():
+        return programs.novel(told, texts.get("Description", ""))
+    return comfyui.parse(told)
+
+
+def _json(text: str | None) -> dict[str, Any]:
+    if not text or not text.lstrip().startswith("{"):
+        return {}
+    try:
+        return parse_json(text, "metadata")
+    except CheckpointError:
+        return {}

@@ -1,15 +1,23 @@
 /* softmax(q k^T scale + mask) v without the score matrix (FlashAttention, arXiv 2205.14135; online softmax, arXiv 1805.02867).
  *
  * A task is QUERIES queries of one head. It goes over the keys a block at a time; a block of keys and values stays in the
- * second-level cache, the scores of ROWS queries in the first. Keys and values are packed once per head into the order in which
- * the innermost loops read them. bfloat16 products are summed in float32 by the processor's own dot product of pairs.
+ * second-level cache, the scores of a few queries in the first. Keys and values are packed once per head into the order in which
+ * the innermost loops read them. bfloat16 products are summed in float32 by the processor's own dot product of pairs, or by its
+ * matrix unit (AMX), whose tiles read the same order.
  */
+#if defined(__linux__) && defined(__AMX_BF16__) && defined(BFLOAT16)
+#define _GNU_SOURCE
+#define MATRICES
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #include "vector.h"
 #ifdef BFLOAT16
 #include <immintrin.h>
 #endif
 
-enum { ROWS = 6, QUERIES = 96, TILE = LANES == 8 ? 2 : 4, KEYS = TILE * LANES };
+/* Queries at a time: as many as registers hold sums of, or two tiles of the matrix unit. */
+enum { ROWS = 6, MATRIX_ROWS = 32, QUERIES = 96, TILE = LANES == 8 ? 2 : 4, KEYS = TILE * LANES };
 
 /* How many neighbours one lane multiplies at once, and the multiply-add of a vector of them. */
 #ifdef BFLOAT16
@@ -56,9 +64,9 @@ typedef struct {
     float scale; /* times log2(e) */
 } problem;
 
-/* Rounded sizes: depth of keys to whole pairs, of values to whole vectors; keys to whole vectors (and pairs). */
+/* Rounded sizes: depth of keys to whole pairs or tiles, of values to whole vectors; keys to whole vectors or tiles. */
 typedef struct {
-    int64_t depth_k, depth_v, keys, block;
+    int64_t depth_k, depth_v, keys, block, rows; /* rows: queries at a time */
 } padded;
 
 static int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -89,6 +97,67 @@ DOT_ROWS(3)
 DOT_ROWS(4)
 #endif
 
+#ifdef MATRICES
+enum { SIDE = 16, STEP = 32 }; /* a tile is SIDE rows of 64 bytes: of STEP elements, or of SIDE sums */
+
+/* Whether the system lets this process use the matrix unit: it keeps more of a thread then. Asked once. */
+static int matrices(void) {
+    static int allowed = -1;
+    if (allowed < 0) allowed = !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XFEATURE_XTILEDATA */);
+    return allowed;
+}
+
+/* All eight tiles of this thread at their full size. */
+static void shape_tiles(void) {
+    struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } shape = {.palette = 1};
+    for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = SIDE;
+    _tile_loadconfig(&shape);
+}
+
+/* What dot_rows does, for MATRIX_ROWS rows; depth is a multiple of STEP. */
+static void dot_tiles(
+    int64_t tiles, const element *a, int64_t a_step, const element *b, int64_t b_step, int64_t depth, float *sum, int64_t sum_step, int fresh) {
+    const element *below = a + SIDE * a_step;
+    for (int64_t j = 0; j < tiles; j += 2) {
+        int both = j + 1 < tiles;
+        float *top = sum + j * SIDE, *bottom = top + SIDE * sum_step;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        if (!fresh) {
+            _tile_loadd(0, top, 4 * sum_step);
+            _tile_loadd(1, bottom, 4 * sum_step);
+        }
+        if (!fresh && both) {
+            _tile_loadd(2, top + SIDE, 4 * sum_step);
+            _tile_loadd(3, bottom + SIDE, 4 * sum_step);
+        }
+        for (int64_t i = 0; i < depth; i += STEP) {
+            const element *right = b + i / PAIR * b_step + j * WIDTH;
+            _tile_loadd(4, a + i, 2 * a_step);
+            _tile_loadd(5, below + i, 2 * a_step);
+            _tile_loadd(6, right, 2 * b_step);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 5, 6);
+            if (!both) continue;
+            _tile_loadd(7, right + WIDTH, 2 * b_step);
+            _tile_dpbf16ps(2, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, top, 4 * sum_step);
+        _tile_stored(1, bottom, 4 * sum_step);
+        if (!both) continue;
+        _tile_stored(2, top + SIDE, 4 * sum_step);
+        _tile_stored(3, bottom + SIDE, 4 * sum_step);
+    }
+}
+#endif
+
 static inline void dot_rows(
     int64_t tiles, const element *a, int64_t a_step, const element *b, int64_t b_step, int64_t depth, float *sum, int64_t sum_step, int fresh) {
     switch (tiles) {
@@ -100,6 +169,12 @@ static inline void dot_rows(
 #endif
     }
 }
+
+#ifdef MATRICES
+#define DOT(n, ...) ((n)->rows == MATRIX_ROWS ? dot_tiles(__VA_ARGS__) : dot_rows(__VA_ARGS__))
+#else
+#define DOT(n, ...) dot_rows(__VA_ARGS__)
+#endif
 
 /* Keys [from, from + KEYS) of a head: depth_k / PAIR rows, in each the PAIR neighbours of every key side by side. */
 static void pack_keys(const problem *p, const padded *n, const element *k, element *to, int64_t from) {
@@ -156,10 +231,10 @@ static float weigh(const float *s, element *weight, int64_t count, float scale, 
     return sum_of((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
-/* Scores (ROWS, count) to weights, rescaling what was summed before where the largest score grows. */
+/* Scores (rows at a time, count) to weights, rescaling what was summed before where the largest score grows. */
 static void soften(const problem *p, const padded *n, workspace *w, int64_t row, int64_t rows, int64_t count, int64_t past_end,
                    const float *mask) {
-    for (int64_t r = 0; r < ROWS; r++) {
+    for (int64_t r = 0; r < n->rows; r++) {
         float *s = w->scores + r * n->block, *out = w->out + (row + r) * n->depth_v;
         if (mask && row + r < rows) { /* the mask is in units of the softmax; scores are still unscaled */
             const float *add = mask + r * p->mask_strides.row, unscaled = 1.44269504f / p->scale;
@@ -180,7 +255,7 @@ static void soften(const problem *p, const padded *n, workspace *w, int64_t row,
 
 static void attend(const problem *p, const padded *n, workspace *w, const element *q, const element *keys, const element *values,
                    element *out, const float *mask, int64_t rows) {
-    int64_t all = round_up(rows, ROWS);
+    int64_t all = round_up(rows, n->rows);
     memset(w->q, 0, sizeof(element) * all * n->depth_k);
     for (int64_t r = 0; r < rows; r++) memcpy(w->q + r * n->depth_k, q + r * p->q_strides.row, sizeof(element) * p->depth);
     for (int64_t r = 0; r < all; r++) w->best[r] = NOTHING, w->total[r] = 0;
@@ -188,18 +263,18 @@ static void attend(const problem *p, const padded *n, workspace *w, const elemen
     for (int64_t from = 0; from < n->keys; from += n->block) {
         int64_t count = n->keys - from < n->block ? n->keys - from : n->block;
         int64_t past_end = from + count > p->keys ? from + count - p->keys : 0;
-        for (int64_t row = 0; row < all; row += ROWS) {
+        for (int64_t row = 0; row < all; row += n->rows) {
             for (int64_t j = 0; j < count; j += KEYS) {
                 int64_t tile = count - j < KEYS ? count - j : KEYS;
-                dot_rows(tile / LANES, w->q + row * n->depth_k, n->depth_k, keys + (from + j) * n->depth_k, tile * PAIR, n->depth_k,
-                         w->scores + j, n->block, 1);
+                DOT(n, tile / LANES, w->q + row * n->depth_k, n->depth_k, keys + (from + j) * n->depth_k, tile * PAIR, n->depth_k,
+                    w->scores + j, n->block, 1);
             }
             soften(p, n, w, row, rows, count, past_end, mask ? mask + row * p->mask_strides.row + from : NULL);
             int64_t vectors = n->depth_v / LANES, parts = (vectors + TILE - 1) / TILE;
             for (int64_t part = 0, at = 0; part < parts; part++) { /* shares as even as they can be */
                 int64_t tiles = (vectors - at + parts - part - 1) / (parts - part);
-                dot_rows(tiles, w->weights, n->block, values + from * n->depth_v + at * WIDTH, n->depth_v * PAIR, count,
-                         w->out + row * n->depth_v + at * LANES, n->depth_v, 0);
+                DOT(n, tiles, w->weights, n->block, values + from * n->depth_v + at * WIDTH, n->depth_v * PAIR, count,
+                    w->out + row * n->depth_v + at * LANES, n->depth_v, 0);
                 at += tiles;
             }
         }
@@ -212,8 +287,8 @@ static void attend(const problem *p, const padded *n, workspace *w, const elemen
 }
 
 static int carve(workspace *w, const padded *n) {
-    size_t q = QUERIES * n->depth_k * sizeof(element), weights = ROWS * n->block * sizeof(element);
-    size_t scores = ROWS * n->block * sizeof(float), out = QUERIES * n->depth_v * sizeof(float), rows = QUERIES * sizeof(float);
+    size_t q = QUERIES * n->depth_k * sizeof(element), weights = n->rows * n->block * sizeof(element);
+    size_t scores = n->rows * n->block * sizeof(float), out = QUERIES * n->depth_v * sizeof(float), rows = QUERIES * sizeof(float);
     char *at = aligned_alloc(64, round_up(q + weights + scores + out + 2 * rows + 6 * 64, 64));
     if (!at) return 0;
     w->q = (element *)at, at += round_up(q, 64);
@@ -231,7 +306,10 @@ int attention(const element *q, const element *k, const element *v, element *out
               strides out_strides, strides mask_strides, float scale) {
     problem p = {q, k, v, out, mask, heads, queries, keys, depth, q_strides, k_strides, v_strides, out_strides, mask_strides,
                  scale * 1.44269504f};
-    padded n = {round_up(depth, PAIR), round_up(depth, LANES), round_up(keys, LANES), depth > 160 ? 256 : 512};
+    padded n = {round_up(depth, PAIR), round_up(depth, LANES), round_up(keys, LANES), depth > 160 ? 256 : 512, ROWS};
+#ifdef MATRICES
+    if (matrices()) n = (padded){round_up(depth, STEP), round_up(depth, LANES), round_up(keys, STEP), 256, MATRIX_ROWS};
+#endif
     int64_t tiles = (n.keys + KEYS - 1) / KEYS, blocks = (queries + QUERIES - 1) / QUERIES;
     int64_t head_k = n.keys * n.depth_k, head_v = n.keys * n.depth_v;
     element *packed_k = aligned_alloc(64, round_up(heads * head_k * sizeof(element), 64));
@@ -243,6 +321,9 @@ int attention(const element *q, const element *k, const element *v, element *out
         workspace w = {0};
         int ready = carve(&w, &n);
         if (!ready) failed = 1;
+#ifdef MATRICES
+        if (n.rows == MATRIX_ROWS) shape_tiles();
+#endif
 #pragma omp barrier
         for (int64_t b = 0; b < batch && !failed; b++) {
 #pragma omp for schedule(static)
@@ -260,6 +341,9 @@ int attention(const element *q, const element *k, const element *v, element *out
                        mask ? mask + b * mask_strides.batch + h * mask_strides.heads + row * mask_strides.row : NULL, rows);
             }
         }
+#ifdef MATRICES
+        if (n.rows == MATRIX_ROWS) _tile_release();
+#endif
         if (ready) free(w.q);
     }
 end:

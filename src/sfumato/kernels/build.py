@@ -5,30 +5,38 @@ They are plain C with a C interface, so that a compiler is all it takes and a se
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import logging
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import tempfile
+import time
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
-from sfumato.errors import SfumatoError
-from sfumato.files import cache_folder, output_folder, replacing
+from sfumato.cache import is_private, private_folder, work_without
+from sfumato.errors import OutputError, SfumatoError
+from sfumato.files import replacing
+from sfumato.leftovers import beside
 
-__all__ = ["CompilerError", "compiled", "compiler"]
+__all__ = ["CompilerError", "compiler", "loaded"]
 
 log = logging.getLogger("sfumato")
 
 SOURCES = ("vector.h", "attention.c", "normalize.c")
+SYMBOLS = ("attention", "geglu", "group_norm")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-w")
-SECONDS = 120
+# A second is enough; what takes this long is waiting for something. Failures that took time are not repeated for a day.
+SECONDS, QUICK_SECONDS, REMEMBERED_SECONDS = 20.0, 2.0, 86400.0
 
 
 class CompilerError(SfumatoError):
-    """The kernels could not be compiled; the sentence says why."""
+    """The kernels could not be compiled or loaded; the sentence says why."""
 
 
 def compiler() -> str | None:
@@ -37,59 +45,159 @@ def compiler() -> str | None:
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
-def compiled(bfloat16: bool) -> Path:
-    """The shared library of the kernels in one precision, built first where the cache does not hold it.
+def loaded(bfloat16: bool) -> ctypes.CDLL:
+    """The kernels in one precision: out of the cache, or built now and kept there, if only this user can write to it.
 
-    Raises `CompilerError` if there is no compiler or it fails, `OutputError` if the cache cannot be written.
+    Raises `CompilerError` if there is no compiler, it fails, or what it makes cannot be loaded.
     """
     command = compiler()
     if command is None:
         raise CompilerError("there is no C compiler (cc, gcc or clang); install one for the fast kernels")
     sources = {name: files("sfumato.kernels").joinpath(name).read_bytes() for name in SOURCES}
     definitions = ("-DBFLOAT16",) if bfloat16 else ()
-    key = hashlib.sha256(repr((command, FLAGS, definitions, sources, _processor())).encode()).hexdigest()[:16]
-    library = cache_folder() / "kernels" / f"{'bfloat16' if bfloat16 else 'float32'}-{key}.so"
-    if not _whole(library):
-        _build(command, definitions, sources, library)
-    return library
+    key = _hash(command, FLAGS, definitions, sources, _processor())
+    name = f"{'bfloat16' if bfloat16 else 'float32'}-{key}.so"
+    folder = private_folder("kernels")
+    kept = None if folder is None else _reopened(folder / name)
+    if kept is not None:
+        return kept
+    failure = None if folder is None else folder / f"failed-{_hash(command, _stamp(command))}.txt"
+    _raise_remembered(failure)
+    log.info("building the %s kernels with %s", name.partition("-")[0], command)
+    began = time.monotonic()
+    try:
+        with beside(Path(tempfile.gettempdir(), "sfumato-kernels"), folder=True, mode=0o700) as scratch:
+            made = _build([command, *FLAGS, *definitions], sources, scratch)
+            return _kept(made, None if folder is None else folder / name)
+    except CompilerError as error:
+        if time.monotonic() - began > QUICK_SECONDS:
+            _remember(failure, error)
+        raise
+    except OSError as error:
+        raise CompilerError(f"the fast kernels need space for temporary files ({error})") from error
 
 
-def _whole(library: Path) -> bool:
-    """Whether the library stands and is what was once built; loading a damaged one would end the process."""
+def _reopened(library: Path) -> ctypes.CDLL | None:
+    """What was built earlier, if it stands as it was built, by us; loading a damaged one would end the process."""
     digest = library.with_suffix(".sha256")
-    if not library.is_file():
-        return False
-    if digest.is_file() and digest.read_bytes() == _digest(library.read_bytes()):
-        return True
-    log.warning("the compiled kernels in %s are damaged; they are built again", library)
-    return False
+    try:
+        if not library.exists():
+            return None
+        if all(map(is_private, (library, digest))) and digest.read_bytes() == _digest(library.read_bytes()):
+            return _opened(library)
+    except (OSError, AttributeError):
+        pass
+    log.warning("the compiled kernels in %s are damaged and are rebuilt", library)
+    return None
 
 
-def _build(command: str, definitions: tuple[str, ...], sources: dict[str, bytes], library: Path) -> None:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for source, text in sources.items():
-            (folder / source).write_bytes(text)
-        units = [str(folder / source) for source in sources if source.endswith(".c")]
-        made = folder / "kernels.so"
+def _opened(library: Path) -> ctypes.CDLL:
+    """The library with all that we call. Raises `OSError` if it does not load, `AttributeError` if something lacks."""
+    opened = ctypes.CDLL(str(library))
+    for name in SYMBOLS:
+        getattr(opened, name)
+    return opened
+
+
+def _build(command: list[str], sources: dict[str, bytes], scratch: Path) -> Path:
+    """Compile within a folder, and return the library in it. Raises `OSError` where there is no room for it."""
+    for source, text in sources.items():
+        (scratch / source).write_bytes(text)
+    made, said = scratch / "kernels.so", scratch / "errors.txt"
+    units = [str(scratch / source) for source in sources if source.endswith(".c")]
+    why = _run([*command, "-o", str(made), *units, "-lm"], said)
+    if why is None and made.is_file():
+        return made
+    lines = said.read_bytes()[: 2**16].decode(errors="replace").strip().splitlines()
+    first = next((line for line in lines if "error" in line), next(iter(lines), why or "it made no library"))
+    raise CompilerError(f"{command[0]} could not build the fast kernels: {first}")
+
+
+def _run(command: list[str], said: Path) -> str | None:
+    """Run a compiler, with its own temporary files beside ours; None if it succeeded, else what it ended with.
+
+    It gets a session of its own, so that all of it can be ended where it hangs or we are interrupted.
+    """
+    with said.open("wb") as errors:
         try:
-            subprocess.run(
-                [command, *FLAGS, *definitions, "-o", str(made), *units, "-lm"],
-                check=True,
-                capture_output=True,
-                timeout=SECONDS,
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                env=os.environ | {"TMPDIR": str(said.parent)},
+                start_new_session=True,
             )
-            binary = made.read_bytes()
-        except subprocess.CalledProcessError as error:
-            lines = error.stderr.decode(errors="replace").strip().splitlines()
-            first = next((line for line in lines if "error" in line), next(iter(lines), error))
-            raise CompilerError(f"{command} could not build the fast kernels: {first}") from error
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise CompilerError(f"{command} could not build the fast kernels: {error}") from error
-    output_folder(library.parent)
-    for path, content in ((library.with_suffix(".sha256"), _digest(binary)), (library, binary)):
-        with replacing(path) as partial:
-            partial.write_bytes(content)
+        except OSError as error:
+            return str(error)
+        try:
+            code = process.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            return f"it did not finish within {SECONDS:g} s"
+        finally:
+            if process.poll() is None:
+                with suppress(OSError):
+                    os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
+                process.wait()
+    return None if code == 0 else f"it ended with exit status {code}"
+
+
+def _kept(made: Path, library: Path | None) -> ctypes.CDLL:
+    """Load what was made, and keep it in the cache for later processes."""
+    copied = False
+    try:
+        try:
+            opened = _opened(made)
+        except OSError:  # a temporary folder may forbid to run what is in it
+            if library is None or not (copied := _copy(made, library)):
+                raise
+            return _opened(library)
+        if library is not None:
+            _copy(made, library)
+        return opened
+    except (OSError, AttributeError) as error:
+        if library is not None and copied:
+            library.unlink(missing_ok=True)
+        raise CompilerError(f"the fast kernels were compiled but cannot be loaded: {error}") from error
+
+
+def _copy(made: Path, library: Path) -> bool:
+    """Copy a library and its digest into the cache, unless that cannot take them."""
+    binary = made.read_bytes()
+    try:
+        for path, content in ((library.with_suffix(".sha256"), _digest(binary)), (library, binary)):
+            with replacing(path, mode=0o600) as partial:
+                partial.write_bytes(content)
+    except OutputError as error:
+        work_without(error)
+        return False
+    return True
+
+
+def _raise_remembered(failure: Path | None) -> None:
+    """Raise `CompilerError` if this compiler has failed lately, and took its time for it."""
+    if failure is not None:
+        with suppress(OSError, ValueError):
+            if 0 <= time.time() - failure.stat().st_mtime < REMEMBERED_SECONDS:
+                raise CompilerError(f"{failure.read_text(encoding='utf-8')}; delete {failure} to try again")
+
+
+def _remember(failure: Path | None, error: CompilerError) -> None:
+    if failure is not None:
+        with suppress(OutputError), replacing(failure) as partial:
+            partial.write_text(str(error), encoding="utf-8")
+
+
+def _stamp(command: str) -> tuple[int, int] | None:
+    """What tells a compiler from the one that was there before it."""
+    with suppress(OSError):
+        found = Path(command).stat()
+        return found.st_size, found.st_mtime_ns
+    return None
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def _digest(binary: bytes) -> bytes:

@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from sfumato.kernels.build import CompilerError, compiled
+from sfumato.kernels.build import CompilerError, loaded
 
 __all__ = ["LANES", "Kernels", "kernels_for"]
 
@@ -28,13 +28,9 @@ class Kernels:
     """The kernels for tensors of one precision, on the CPU."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        """Loads the library, building it if need be. Raises `CompilerError` where that fails."""
+        """Loads the library, building it if necessary. Raises `CompilerError` where that fails."""
         self.dtype = dtype
-        path = compiled(bfloat16=dtype == torch.bfloat16)
-        try:
-            library = ctypes.CDLL(str(path))
-        except OSError as error:
-            raise CompilerError(f"{path} does not load ({error}); delete it to have it built again") from error
+        library = loaded(bfloat16=dtype == torch.bfloat16)
         self._attention, self._group_norm, self._geglu = library.attention, library.group_norm, library.geglu
         self._attention.argtypes = [*[c_void_p] * 5, *[c_int64] * 5, *[_Strides] * 5, c_float]
         self._group_norm.argtypes = [*[c_void_p] * 5, *[c_int64] * 4, c_double, c_int64]
@@ -90,13 +86,20 @@ class Kernels:
         return out
 
 
-@cache
 def kernels_for(dtype: torch.dtype) -> Kernels:
-    """The kernels of a precision, loaded once.
+    """The kernels of a precision, loaded once. Raises `CompilerError` if they cannot be built, and tries only once."""
+    found = _attempted(dtype)
+    if isinstance(found, CompilerError):
+        raise found
+    return found
 
-    Raises `CompilerError` if they cannot be built, `OutputError` if the cache cannot be written.
-    """
-    return Kernels(dtype)
+
+@cache
+def _attempted(dtype: torch.dtype) -> Kernels | CompilerError:
+    try:
+        return Kernels(dtype)
+    except CompilerError as error:
+        return error
 
 
 def _checked(status: int, out: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a machine needs for Sfumato, checked against its facts; each fault comes with the command that mends it."""
+"""What Sfumato needs from a machine, checked against its facts; each problem comes with the command that fixes it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NATIVE_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Check:
-    """One thing looked at: "good", "poor" (works, but could be better) or "missing"; `mend` says what to do."""
+    """One check: "good", "poor" (works, but could be better) or "missing"; `mend` says what to do."""
 
     name: str
     state: str
@@ -30,7 +30,7 @@ class Check:
 
 
 def check_machine(facts: Facts) -> tuple[Check, ...]:
-    """Everything that decides whether and how well pictures are drawn on this machine."""
+    """Everything that determines whether, and how fast, images can be generated on this machine."""
     return (*_software(facts), *(_apple(facts) if facts.system == "macos" else ()), *_hardware(facts))
 
 
@@ -39,9 +39,9 @@ def _software(facts: Facts) -> Iterator[Check]:
     yield Check("Python", "good" if new else "missing", facts.python, "" if new else "install Python 3.11 or newer")
     torch = facts.libraries.get("torch")
     if torch is None or release(torch) < (2, 0):
-        yield Check("torch", "missing", torch or "not installed", "pip install --upgrade 'torch>=2.4'")
-    elif release(torch) < (2, 4):
-        yield Check("torch", "poor", torch, "pip install --upgrade 'torch>=2.4'")
+        yield Check("torch", "missing", torch or "not installed", "pip install --upgrade 'torch>=2.6'")
+    elif release(torch) < (2, 6):
+        yield Check("torch", "poor", torch, "pip install --upgrade 'torch>=2.6'")
     else:
         yield Check("torch", "good", torch)
 
@@ -59,14 +59,18 @@ def _apple(facts: Facts) -> Iterator[Check]:
     if facts.architecture == "arm64":
         yield Check("arm64 Python", "good", "arm64")
     elif apple:
-        mend = "install an arm64 Python (brew install python); this one is translated by Rosetta and has no Metal"
+        mend = "install an arm64 Python (brew install python); this one runs under Rosetta, without Metal"
         yield Check("arm64 Python", "missing", facts.architecture, mend)
     else:
-        yield Check("Apple silicon", "poor", facts.processor, "this Mac draws on its CPU")
+        yield Check(
+            "Apple silicon", "poor", facts.processor, "this Mac has no Apple GPU; images are generated on its CPU"
+        )
     if facts.accelerator == "mps":
         yield Check("Metal (MPS)", "good", facts.accelerator_name or "present")
     elif apple:
-        mend = "pip install --upgrade --force-reinstall torch, in an arm64 Python on macOS 12.6 or newer"
+        mend = (
+            "reinstall torch (pip install --upgrade --force-reinstall torch) in an arm64 Python on macOS 12.6 or newer"
+        )
         yield Check("Metal (MPS)", "missing", "torch was built without it, or macOS is too old", mend)
 
 
@@ -78,29 +82,44 @@ def _hardware(facts: Facts) -> Iterator[Check]:
     yield Check("processor", "good", f"{facts.processor}, {facts.architecture}")
     sets = ", ".join(facts.instructions)
     if facts.architecture == "x86_64" and "avx2" not in facts.instructions:
-        yield Check("instructions", "poor", sets or "none of ours", "nothing; pictures take long without AVX2")
+        yield Check(
+            "instructions",
+            "poor",
+            sets or "none that Sfumato uses",
+            "nothing can be done; without AVX2, images take long",
+        )
     else:
-        yield Check("instructions", "good", sets or "none of ours")
+        yield Check("instructions", "good", sets or "none that Sfumato uses")
+    if facts.accelerator == "cpu" and facts.architecture == "x86_64":
+        if facts.onednn:
+            yield Check("oneDNN operations", "good", "present and correct")
+        else:
+            mend = "upgrade torch (pip install --upgrade torch), or install an older release"
+            yield Check("oneDNN operations", "poor", "missing or incorrect; torch's own layers are used", mend)
     crowded = facts.free_cores <= facts.cores // 2
-    found = f"{facts.cores}, of which others keep {facts.load:.1f} busy"
-    yield Check("cores", "poor" if crowded else "good", found, "end other programs that compute" if crowded else "")
+    found = (
+        f"{facts.cores}, {facts.load:.1f} busy with other processes"
+        if facts.load >= 0.1
+        else f"{facts.cores}, all free"
+    )
+    yield Check("cores", "poor" if crowded else "good", found, "close other CPU-heavy programs" if crowded else "")
     yield _memory("memory", facts.memory_free, facts.memory_total)
     if facts.compiler is None and facts.accelerator == "cpu":
         install = {"linux": "sudo apt install gcc", "macos": "xcode-select --install"}
         mend = install.get(facts.system, "install the Visual Studio build tools")
-        yield Check("C compiler", "poor", "none; our own kernels are replaced by torch's", mend)
+        yield Check("C compiler", "poor", "none; torch's kernels replace our own", mend)
     else:
-        yield Check("C compiler", "good", facts.compiler or "none, and none is needed")
+        yield Check("C compiler", "good", facts.compiler or "none, but none is needed")
 
 
 def _memory(name: str, free: int, total: int) -> Check:
     scarce = free < 3 * 10**9  # Stable Diffusion 1.5 in half precision, network by network
     found = f"{free / 1e9:.1f} GB free of {total / 1e9:.1f} GB"
-    return Check(name, "poor" if scarce else "good", found, "end other programs to free memory" if scarce else "")
+    return Check(name, "poor" if scarce else "good", found, "close other programs to free memory" if scarce else "")
 
 
 def dtype_support(facts: Facts) -> dict[str, str]:
-    """Each precision in words: native, emulated and how much slower than float32, absent, or not measured."""
+    """For each precision: native, emulated (and how slow), absent, or not measured."""
     support = {}
     for dtype in ("float32", "bfloat16", "float16"):
         ratios = [
@@ -109,7 +128,7 @@ def dtype_support(facts: Facts) -> dict[str, str]:
             if f"{kind}_{dtype}" in facts.speeds and f"{kind}_float32" in facts.speeds
         ]
         if not ratios:
-            support[dtype] = "no kernels, or not measured" if facts.speeds else "not measured"
+            support[dtype] = "no kernels" if facts.speeds else "not measured"
         elif min(ratios) < NATIVE_SHARE:
             support[dtype] = f"emulated, down to 1/{1 / min(ratios):,.0f} of float32's speed"
         else:

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sfumato.configs import AutoencoderKLConfig, CLIPTextConfig, UNet2DConditionConfig
+from sfumato.configs import (
+    AutoencoderKLConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    ControlNetConfig,
+    T2IAdapterConfig,
+    UNet2DConditionConfig,
+    parse,
+)
 from sfumato.errors import UsageError, suggest
-from sfumato.runtime.layers import decoder_layers, encoder_layers, text_layers, unet_layers
+from sfumato.families import FAMILIES
+from sfumato.runtime.chunks import tile_starts
+from sfumato.runtime.clip_layers import text_layers, vision_layers
+from sfumato.runtime.layers import control_layers, decoder_layers, encoder_layers, unet_layers
+from sfumato.values import check_argument, shown
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from sfumato.configs import AutoencoderTinyConfig
     from sfumato.request import GenerateRequest
     from sfumato.runtime.layers import Layer
 
 __all__ = [
     "DTYPE_BYTES",
+    "NETWORKS",
     "PARTS",
     "Part",
     "Plan",
@@ -25,47 +41,70 @@ __all__ = [
     "Wishes",
     "check_sides",
     "count_parameters",
-    "stable_diffusion_15",
+    "published_sizes",
     "task_of",
 ]
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "auto": None}
-PARTS = ("text_encoder", "unet", "vae")
+# The networks that are in memory together for each stage, by their roles; a checkpoint may lack some.
+NETWORKS = {"text_encoder": ("text_encoder", "text_encoder_2", "image_encoder"), "unet": ("unet",), "vae": ("vae",)}
+PARTS = tuple(NETWORKS)
+# Channels of the U-Nets that begin with an image: plain ones, and those that read depth or a mask, too.
+_BEGUN = (4, 5, 9)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One network's weights: how many numbers, and how many bytes they take where they are stored."""
+    """Weights: how many numbers, and how many bytes they take where they are stored."""
 
     parameters: int
     stored_bytes: int
 
+    def __add__(self, other: Part) -> Part:
+        return Part(self.parameters + other.parameters, self.stored_bytes + other.stored_bytes)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """A checkpoint without its weights: configs, and the number and bytes of the parameters of each part."""
+    """A checkpoint without its weights: configs, and the number and bytes of the parameters of each part.
+
+    The part `text_encoder` stands for all text encoders, whose configs are `text_encoder_configs`; the part `unet` also
+    for the networks beside the U-Net, whose configs are `control_configs`. kept: by part, bytes of weights that
+    adapters have changed and that are kept beside what took their place.
+    """
 
     name: str
-    text_encoder_config: CLIPTextConfig
+    text_encoder_configs: tuple[CLIPTextConfig, ...]
     unet_config: UNet2DConditionConfig
     vae_config: AutoencoderKLConfig | AutoencoderTinyConfig
     text_encoder: Part
     unet: Part
     vae: Part
     tokens: int = 77
+    control_configs: tuple[ControlNetConfig | T2IAdapterConfig, ...] = ()
+    kept: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def text_encoder_config(self) -> CLIPTextConfig:
+        """That of the first text encoder."""
+        return self.text_encoder_configs[0]
 
     @property
     def picture_size(self) -> tuple[int, int]:
-        """Width and height of the checkpoint's own pictures, in pixels."""
-        size, factor = self.unet_config.sample_size or 64, self.vae_config.scale_factor
-        height, width = (size, size) if isinstance(size, int) else size[:2]
+        """Width and height of the checkpoint's own images, in pixels."""
+        (height, width), factor = self.unet_config.latent_size, self.vae_config.scale_factor
         return width * factor, height * factor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A request, as far as memory and time are concerned. `rows` is 2 with guidance, which runs the U-Net twice."""
+    """A request, as far as memory and time are concerned.
+
+    rows: how many branches of guidance there are, with one more for each prompt joined by `AND`; tile: the side of the
+    latents that the U-Net reads at once, if not all of them.
+    Of two passes (`Hires`), this is the second, larger one, and `first` the other.
+    """
 
     sizes: Sizes
     width: int
@@ -75,6 +114,8 @@ class Task:
     steps: int
     rows: int
     from_picture: bool
+    tile: int | None = None
+    first: Task | None = None
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -84,8 +125,21 @@ class Task:
 
     @cached_property
     def unet_layers(self) -> list[Layer]:
-        """The U-Net's layers at this size."""
-        return unet_layers(self.sizes.unet_config, *self.latent_size, self.sizes.tokens)
+        """The layers of the U-Net, and of the networks beside it, at this size, or at that of a tile."""
+        height, width = (min(side, self.tile or side) for side in self.latent_size)
+        size = (height, width, self.sizes.tokens)
+        layers, held, beside = unet_layers(self.sizes.unet_config, *size), 0, []
+        for config in self.sizes.control_configs:
+            if isinstance(config, ControlNetConfig):
+                own, held = control_layers(config, *size)
+                beside += own
+        # What is added is there for as long as the U-Net runs, and any other network that adds to it.
+        return [replace(layer, live=layer.live + held) for layer in layers + beside] if beside else layers
+
+    @property
+    def tiles(self) -> int:
+        """How many tiles there are."""
+        return math.prod(len(tile_starts(side, self.tile or side)) for side in self.latent_size)
 
     @cached_property
     def decoder_layers(self) -> list[Layer]:
@@ -99,12 +153,13 @@ class Task:
 
     @cached_property
     def text_layers(self) -> list[Layer]:
-        """The text encoder's layers."""
-        return text_layers(self.sizes.text_encoder_config, self.sizes.tokens)
+        """The layers of all text encoders."""
+        configs, tokens = self.sizes.text_encoder_configs, self.sizes.tokens
+        return [layer for config in configs for layer in text_layers(config, tokens)]
 
 
 def check_sides(factor: int, **sides: int | None) -> None:
-    """Raise `UsageError` for a width or height that is no multiple of the VAE's factor; None is left to the model."""
+    """Raise `UsageError` for a width or height that is no multiple of the VAE's factor; None lets the model decide."""
     for name, value in sides.items():
         if value is not None and value % factor:
             near = sorted({max(factor, value - value % factor), value + factor - value % factor})
@@ -118,29 +173,42 @@ def task_of(sizes: Sizes, request: GenerateRequest) -> Task:
     width, height = request.width or sizes.picture_size[0], request.height or sizes.picture_size[1]
     factor = sizes.vae_config.scale_factor
     check_sides(factor, width=width, height=height)
+    if request.hires is not None:
+        first, second = request.replace(hires=None), request.second_pass((width, height), factor)
+        task, steps = task_of(sizes, second), request.hires.steps or request.chosen_steps
+        coded = request.image is not None or not request.hires.upscaler.startswith("latent")
+        return replace(task, steps=steps, from_picture=coded, first=task_of(sizes, first))
     custom = request.timesteps or request.sigmas
-    steps = len(custom) if custom else request.steps
-    guided = request.guidance_scale > 1 and sizes.unet_config.time_cond_proj_dim is None
+    steps = len(custom) if custom else request.chosen_steps
+    begins = request.image is not None and sizes.unet_config.in_channels in _BEGUN
+    share = request.chosen_strength if begins else 1.0
+    share = share if request.denoising_start is None else 1 - request.denoising_start
+    share -= 0.0 if request.denoising_end is None else 1 - request.denoising_end
+    extra = sizes.unet_config.in_channels - sizes.vae_config.latent_channels
+    upscales, edits = extra == 3, extra == sizes.vae_config.latent_channels and not sizes.unet_config.is_k
+    guided = request.chosen_scale > 1 and not sizes.unet_config.reads_guidance
     return Task(
         sizes=sizes,
         width=width,
         height=height,
         pictures=request.batch_size,
         prompts=len(request.prompts),
-        steps=steps if request.image is None else min(steps, int(steps * request.strength)),
-        rows=2 if guided else 1,
-        from_picture=request.image is not None,
+        steps=int(steps * max(0.0, share) + 1e-9),
+        rows=((3 if edits and request.chosen_image_scale >= 1 else 2) if guided else 1) + request.joined,
+        from_picture=request.image is not None and not upscales,
+        tile=max(sizes.unet_config.latent_size) if upscales and request.image is not None else None,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wishes:
-    """Explicit choices of the user, which win; None leaves a choice to the plan.
+    """Explicit choices of the user, which have precedence; None leaves a choice to the plan.
 
-    dtype            of all three networks (also as fp32, fp16, bf16, auto); the fields of single networks go before it
-    attention        "fused" or "chunked"; attention_bytes is the size of a chunk
-    threads          of the CPU; everything else as in `Plan`
-    once             nothing is drawn after this request, so that no network is needed again
+    dtype            of all networks (also as fp32, fp16, bf16, auto); the fields of single networks override it
+    attention        "fused" or "chunked"; attention_bytes is the chunk size
+    threads          of the CPU; all other fields as in `Plan`
+    once             nothing is generated after this request, so no network is needed again
+    settled          names of fields that describe a loaded pipeline and that nobody asked for
     """
 
     device: str | None = None
@@ -158,6 +226,7 @@ class Wishes:
     compile: bool | None = None
     threads: int | None = None
     once: bool = False
+    settled: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         words: dict[str, tuple[str, ...]] = {"engine": ("torch", "onednn")}
@@ -167,10 +236,11 @@ class Wishes:
             object.__setattr__(self, name, DTYPE_ALIASES.get(getattr(self, name), getattr(self, name)))
         for name, allowed in words.items():
             value = getattr(self, name)
-            if value is not None and value not in allowed:
+            if value is not None and not (isinstance(value, str) and value in allowed):
                 raise UsageError(
-                    f"there is no {name} {value!r}{suggest(str(value), allowed)}; it is one of {', '.join(allowed)}"
+                    f"there is no {name} {shown(value)}{suggest(str(value), allowed)}; use one of {', '.join(allowed)}"
                 )
+        check_argument("compile", self.compile, bool | None)
         for name in ("attention_bytes", "micro_batch", "threads"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -180,22 +250,36 @@ class Wishes:
         """The precision wished for one of the networks."""
         return getattr(self, f"{part}_dtype") or self.dtype
 
+    def wish(self, name: str) -> Any:
+        """What was wished for by the name of a choice in `Plan`, or None."""
+        value = self.dtype_of(name.removesuffix("_dtype")) if name.endswith("_dtype") else getattr(self, name)
+        return None if value == "auto" else value
+
+    def asked(self, name: str) -> bool:
+        """Whether somebody asked for a choice, which then is the user's and not how a pipeline came to be."""
+        return self.wish(name) is not None and name not in self.settled
+
+    def settled_as(self, choices: Mapping[str, str]) -> Wishes:
+        """The wishes for a pipeline that is loaded already, with these choices, whoever made them."""
+        unasked = {name for name, value in choices.items() if value not in (self.wish(name), f"{self.wish(name)}:0")}
+        return replace(self, dtype=None, settled=frozenset(unasked), **choices)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How a request is carried out on a machine.
+    """How a request runs on a machine.
 
     memory_format   "contiguous" or "channels_last"
     engine          "torch", or "onednn": weights packed once, and our own kernels; x86 only
     attention       "fused" (torch's own) or "chunked": no score matrix larger than `attention_bytes`
-    micro_batch     pictures per call of the U-Net
+    micro_batch     images per call of the U-Net
     offload         "none", or "staged": the text encoder leaves memory after encoding, the U-Net before decoding
     steps           of the schedule, as requested
-    keep_freed      while the VAE decodes, large tensors that are freed stay with the process for the next one
-    reasons         each choice in a sentence
-    peak_bytes      estimated peak: of the process on a CPU, of the device's memory elsewhere
-    free_bytes      what the device had for it
-    seconds         estimated time, loading not counted
+    keep_freed      while the VAE decodes, the process keeps large freed tensors for reuse
+    reasons         one sentence per choice
+    peak_bytes      estimated peak: of the process on a CPU, of device memory elsewhere
+    free_bytes      what was free
+    seconds         estimated time; with `once` including the start of the command, otherwise without loading
     """
 
     device: str
@@ -229,42 +313,65 @@ class Plan:
         return getattr(self, f"{part}_dtype")
 
 
-def stable_diffusion_15() -> Sizes:
-    """The sizes of Stable Diffusion 1.5 stored in float32, from its published configs."""
-    text = CLIPTextConfig(hidden_size=768, intermediate_size=3072, projection_dim=768, num_attention_heads=12)
-    unet = UNet2DConditionConfig(sample_size=64, cross_attention_dim=768)
-    vae = AutoencoderKLConfig(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        sample_size=512,
-    )
+def published_sizes(name: str) -> Sizes:
+    """The sizes of a family's published checkpoint, stored in float32. Raises `UsageError` for one without a prompt."""
+    row = FAMILIES[name]
+    if not row.encoders:
+        raise UsageError(f"{row.title} reads no prompt; give a family that does")
+    texts = [parse(CLIPTextConfig, encoder.config)[0] for encoder in row.encoders]
+    layers = [text_layers(text, 1, projected=one.projected) for text, one in zip(texts, row.encoders, strict=True)]
+    unet, vae = parse(UNet2DConditionConfig, row.unet)[0], parse(AutoencoderKLConfig, row.vae)[0]
     return Sizes(
-        name="Stable Diffusion 1.5",
-        text_encoder_config=text,
+        name=row.title,
+        text_encoder_configs=tuple(texts),
         unet_config=unet,
         vae_config=vae,
-        text_encoder=_float32(text),
-        unet=_float32(unet),
-        vae=_float32(vae),
+        text_encoder=_float32(sum(layer.parameters for parts in layers for layer in parts)),
+        unet=_float32(count_parameters(unet)),
+        vae=_float32(count_parameters(vae)),
     )
 
 
 def count_parameters(
-    config: CLIPTextConfig | UNet2DConditionConfig | AutoencoderKLConfig | AutoencoderTinyConfig,
+    config: CLIPTextConfig
+    | CLIPVisionConfig
+    | UNet2DConditionConfig
+    | ControlNetConfig
+    | T2IAdapterConfig
+    | AutoencoderKLConfig
+    | AutoencoderTinyConfig,
+    *,
+    projected: bool = False,
 ) -> int:
-    """Numbers in the weights of the network that a config describes."""
+    """Numbers in the weights of the network that a config describes; `projected` is a text encoder's."""
     if isinstance(config, CLIPTextConfig):
-        layers = text_layers(config, config.max_position_embeddings)
+        layers = text_layers(config, config.max_position_embeddings, projected=projected)
+    elif isinstance(config, CLIPVisionConfig):
+        layers = vision_layers(config)
     elif isinstance(config, UNet2DConditionConfig):
         layers = unet_layers(config, 8, 8, 1)
+    elif isinstance(config, T2IAdapterConfig):
+        return _adapter_parameters(config)
+    elif isinstance(config, ControlNetConfig):
+        layers, _ = control_layers(config, 8, 8, 1)
     else:
         side = config.scale_factor
         layers = encoder_layers(config, side, side) + decoder_layers(config, 1, 1)
     return sum(layer.parameters for layer in layers)
 
 
-def _float32(config: CLIPTextConfig | UNet2DConditionConfig | AutoencoderKLConfig) -> Part:
-    parameters = count_parameters(config)
+def _adapter_parameters(config: T2IAdapterConfig) -> int:
+    """Of a T2I-Adapter, whose work is done once a run and counts for nothing."""
+    light, total = config.adapter_type == "light_adapter", 0
+    if not light:
+        total += (9 * config.in_channels * config.factor**2 + 1) * config.channels[0]
+    for channels, out, _ in config.blocks:
+        width = out // 4 if light else out
+        total += (channels + 1) * width if light or channels != width else 0
+        total += config.num_res_blocks * ((9 + (9 if light else 1)) * width**2 + 2 * width)
+        total += (width + 1) * out if light else 0
+    return total
+
+
+def _float32(parameters: int) -> Part:
     return Part(parameters, 4 * parameters)

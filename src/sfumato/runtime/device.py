@@ -5,17 +5,21 @@ from __future__ import annotations
 import ctypes
 import sys
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sfumato.errors import UsageError, suggest
+from sfumato.values import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = [
     "DTYPES",
+    "as_device",
+    "check_dtype",
     "default_dtype",
     "dtype_name",
     "parse_device",
@@ -40,8 +44,10 @@ DTYPES = {
 
 def parse_device(name: str | None) -> torch.device:
     """A device by name, or the best one present if None. Raises `UsageError` if it is unknown or absent."""
-    if name is None or name == "auto":
+    if name is None or (isinstance(name, str) and name == "auto"):
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if _present(kind)))
+    if not isinstance(name, str | torch.device):
+        raise UsageError(f"device must be a name such as 'cuda', not {shown(name)}")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -50,16 +56,34 @@ def parse_device(name: str | None) -> torch.device:
         ) from error
     if not _present(device.type):
         here = ", ".join(kind for kind in ("cuda", "mps", "cpu") if _present(kind))
-        raise UsageError(f"device {name!r} is not present on this machine, or torch was built without it; here: {here}")
+        raise UsageError(f"device {name!r} is not available, or torch was built without it; available: {here}")
     return device
+
+
+def as_device(device: Any) -> torch.device:
+    """A device for tensors, available or not; the CPU if None. Raises `UsageError` for what is none."""
+    try:
+        return torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(f"device must be a name such as 'cpu' or 'cuda', not {shown(device)}") from error
 
 
 def _present(kind: str) -> bool:
     if kind == "cuda":
         return torch.cuda.is_available()
     if kind == "mps":
-        return torch.backends.mps.is_available()
+        return torch.backends.mps.is_available() and _metal_gives_memory()
     return kind == "cpu"
+
+
+@cache
+def _metal_gives_memory() -> bool:
+    """Virtual Macs name a Metal device, and every allocation on it fails (runner-images #9918)."""
+    try:
+        torch.empty(1, device="mps")
+    except RuntimeError:
+        return False
+    return True
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:
@@ -71,8 +95,16 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
     return DTYPES[name]
 
 
+def check_dtype(dtype: object) -> None:
+    """Raise `UsageError` unless this is a precision that weights can have."""
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UsageError(f"dtype must be a precision such as torch.float16, not {shown(dtype)}")
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """The way back: a precision's plain name, "float16"."""
+    if not isinstance(dtype, torch.dtype):
+        raise UsageError(f"dtype must be a precision such as torch.float16, not {shown(dtype)}")
     return str(dtype).removeprefix("torch.")
 
 
@@ -93,7 +125,7 @@ def reused_memory() -> Iterator[None]:
     """Within the block the C library keeps large tensors that are freed for the next one of their size.
 
     Otherwise it returns them to the system, which hands them out again page by page, cleared: a fifth of the time of
-    decoding a picture. GNU's library only; others keep memory by themselves. Afterwards its thresholds are those it
+    decoding an image. GNU's library only; others keep memory by themselves. Afterwards its thresholds are those it
     settles on by itself (mallopt(3)), 32 MiB for maps and twice that for trimming, and what was kept is given back.
     """
     change = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import logging
 import os
 import platform
 import sys
@@ -11,20 +13,35 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from sfumato.cache import read_kept
 from sfumato.errors import CheckpointError, ConfigError, UsageError, suggest
-from sfumato.files import read_json, write_json
+from sfumato.files import expanded, output_file, output_folder, read_json, write_json
 from sfumato.runtime import limits, processor
 from sfumato.runtime.quirks import Quirk, known_quirks
-from sfumato.runtime.validation import check_fields
+from sfumato.runtime.validation import check_fields, check_speeds
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from os import PathLike
 
-__all__ = ["MACHINES", "Facts", "facts_named", "machine", "machine_names", "read_facts", "refreshed"]
+__all__ = [
+    "MACHINES",
+    "Facts",
+    "cached_speeds",
+    "facts_named",
+    "kept_name",
+    "machine",
+    "machine_names",
+    "read_facts",
+    "refreshed",
+]
+
+log = logging.getLogger("sfumato")
 
 MACHINES = Path(__file__).parent / "machines"
 LIBRARIES = ("torch", "safetensors", "tokenizers", "numpy")
+# What is measured (runtime/speeds.py); another number where that changes, so that older speeds are not taken for it.
+MEASURED = 2
 SYSTEMS = {"linux": "linux", "darwin": "macos", "win32": "windows"}
 ARCHITECTURES = {"amd64": "x86_64", "aarch64": "arm64"}
 
@@ -41,6 +58,7 @@ class Facts:
     instructions        of avx2, avx512, avx512_vnni, avx512_bf16, amx_bf16, neon, neon_bf16
     cache_l2, cache_l3  one core's second-level cache; the third level, shared
     compiler            path of a C compiler
+    onednn              torch's oneDNN operations on packed weights give right results
     speeds              measured: "conv_bfloat16" and its like to operations a second (`sfumato doctor`)
     """
 
@@ -66,6 +84,7 @@ class Facts:
     python: str
     libraries: Mapping[str, str] = field(default_factory=dict)
     compiler: str | None = None
+    onednn: bool = True
     speeds: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -91,7 +110,9 @@ class Facts:
 
     def to_json(self, path: str | PathLike[str]) -> None:
         """Write the fields to a file. Raises `OutputError` if it cannot be written."""
-        write_json(Path(path), self.to_dict())
+        file = output_file(path)
+        output_folder(file.parent)
+        write_json(file, self.to_dict())
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "facts") -> Self:
@@ -106,7 +127,7 @@ class Facts:
     def from_json(cls, path: str | PathLike[str]) -> Self:
         """Read facts from a file. Raises `UsageError` if there is none to read, `ConfigError` for nonsense in it."""
         try:
-            values = read_json(Path(path).expanduser())
+            values = read_json(expanded(path))
         except CheckpointError as error:
             raise UsageError(
                 f"{path} cannot be read as a JSON object of facts; 'sfumato doctor --save-facts FILE' writes one"
@@ -123,7 +144,7 @@ def machine(name: str) -> Facts:
     """The facts of a machine that come with the package. Raises `UsageError` for an unknown name."""
     if name not in machine_names():
         known = ", ".join(machine_names())
-        raise UsageError(f"there is no machine {name!r}{suggest(name, machine_names())}; known are {known}")
+        raise UsageError(f"there is no machine {name!r}{suggest(name, machine_names())}; use one of {known}")
     return Facts.from_json(MACHINES / f"{name}.json")
 
 
@@ -138,13 +159,13 @@ def _check_together(facts: Facts, where: str) -> None:
     for free, total in pairs:
         some, whole = getattr(facts, free), getattr(facts, total)
         if (some is None) != (whole is None) or (some is not None and some > whole):
-            raise ConfigError(f"{where}: {free} is {some}, which does not go with {total} = {whole}")
+            raise ConfigError(f"{where}: {free} is {some}, which does not match {total} = {whole}")
     if facts.accelerator == "cuda":
         for key in ("compute_capability", "accelerator_memory_free"):
             if getattr(facts, key) is None:
-                raise ConfigError(f"{where}: {key} is missing; a CUDA machine needs it")
+                raise ConfigError(f"{where}: {key} is missing, which a CUDA machine needs")
     if facts.accelerator == "mps" and (facts.system != "macos" or not facts.unified_memory):
-        raise ConfigError(f"{where}: accelerator 'mps' goes with system 'macos' and unified_memory true only")
+        raise ConfigError(f"{where}: accelerator 'mps' requires system 'macos' and unified_memory true")
 
 
 def read_facts(device: str | None = None) -> Facts:
@@ -153,14 +174,16 @@ def read_facts(device: str | None = None) -> Facts:
     `device` restricts the accelerator ("cpu", "cuda", "cuda:1", "mps"); the best one present if None. Raises
     `UsageError` if it is unknown or absent.
     """
+    import torch
+
     from sfumato.runtime.device import parse_device
-    from sfumato.runtime.speeds import cached_speeds
+    from sfumato.runtime.onednn import packable
 
     chosen = parse_device(device)
     total, free, address_limited = _memory()
     cpus = limits.usable_cpus()
     quota = limits.ControlGroups().cpu_quota()
-    cores = limits.whole_cores(cpus)
+    cores = min(limits.whole_cores(cpus), limits.thread_limit() or sys.maxsize)
     cache_l2, cache_l3 = processor.caches()
     facts = Facts(
         name=platform.node() or "this machine",
@@ -179,9 +202,21 @@ def read_facts(device: str | None = None) -> Facts:
         python=platform.python_version(),
         libraries={name: found for name in LIBRARIES if (found := _version(name))},
         compiler=processor.compiler(),
+        onednn=chosen.type != "cpu" or packable(torch.float32),
         **_accelerator(chosen.type, chosen.index, free),
     )
     return dataclasses.replace(facts, speeds=cached_speeds(facts))
+
+
+def kept_name(facts: Facts) -> str:
+    """Under which name of the cache the speeds of this machine with this version of torch are kept."""
+    key = (MEASURED, facts.processor, facts.accelerator_name, facts.cores, facts.system, facts.libraries.get("torch"))
+    return f"speeds/{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
+
+
+def cached_speeds(facts: Facts) -> Mapping[str, float]:
+    """The speeds measured earlier; none if nobody has."""
+    return read_kept(kept_name(facts), lambda values: check_speeds(values, "speeds"))
 
 
 def refreshed(facts: Facts) -> Facts:

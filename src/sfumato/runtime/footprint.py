@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 from typing import TYPE_CHECKING
 
 from sfumato.runtime.choices import DTYPE_BYTES, PARTS
@@ -16,7 +17,15 @@ if TYPE_CHECKING:
     from sfumato.runtime.facts import Facts
     from sfumato.runtime.layers import Layer
 
-__all__ = ["Footprint", "decoded_layers", "footprint", "largest_tensor", "seconds_of", "unet_call_seconds"]
+__all__ = [
+    "Footprint",
+    "decoded_layers",
+    "footprint",
+    "largest_tensor",
+    "seconds_of",
+    "start_seconds",
+    "unet_call_seconds",
+]
 
 MIB = 2**20
 # A process that has imported everything and run each kind of layer once; device memory is counted without its context.
@@ -75,7 +84,7 @@ def footprint(facts: Facts, task: Task, plan: Plan) -> Footprint:
 
 
 def decoded_layers(task: Task, plan: Plan) -> list[Layer]:
-    """The decoder's layers as the plan runs them: over a whole picture, or over one tile."""
+    """The decoder's layers as the plan runs them: over a whole image, or over one tile."""
     height, width = task.latent_size
     if not plan.vae_tiling:
         return task.decoder_layers
@@ -103,6 +112,8 @@ def _held(facts: Facts, task: Task, plan: Plan, running: str) -> int:
         total += parameters * DTYPE_BYTES[plan.dtype_of(part)]
     if plan.engine == "onednn":
         total = int(PACKED * total) + UNRELEASED
+    if plan.kind != "cuda":  # from where a GPU computes, the host keeps them
+        total += sum(task.sizes.kept.get(part, 0) for part in present)
     stored = max(getattr(task.sizes, part).stored_bytes for part in present)
     return total + (stored if facts.address_limited else stored // CAST_PARTS)
 
@@ -110,7 +121,8 @@ def _held(facts: Facts, task: Task, plan: Plan, running: str) -> int:
 def _live(plan: Plan, layers: Sequence[Layer], part: str, rows: int = 1, *, chunked: bool = True) -> int:
     """Activations at the widest point, scores included where they are held."""
     size = DTYPE_BYTES[plan.dtype_of(part)]
-    return max(rows * layer.live * size + (_scores(plan, layer, rows, size) if chunked else 0) for layer in layers)
+    live = (rows * layer.live * size + (_scores(plan, layer, rows, size) if chunked else 0) for layer in layers)
+    return max(live, default=0)
 
 
 def _scores(plan: Plan, layer: Layer, rows: int, size: int) -> int:
@@ -128,13 +140,22 @@ def unet_call_seconds(facts: Facts, task: Task, plan: Plan) -> float:
 
 
 def seconds_of(facts: Facts, task: Task, plan: Plan) -> float:
-    """Estimated time of all stages, without loading; compiling included where it is planned."""
+    """Estimated time of all stages, including compiling where planned, without loading."""
     encode = task.prompts * task.rows * _seconds(facts, plan, task.text_layers, "text_encoder")
     if task.from_picture:
         encode += _seconds(facts, plan, task.encoder_layers, "vae")
-    denoise = task.pictures * task.steps * task.rows * _seconds(facts, plan, task.unet_layers, "unet")
+    denoise = task.pictures * task.steps * task.rows * task.tiles * _seconds(facts, plan, task.unet_layers, "unet")
     decode = task.pictures * _seconds(facts, plan, task.decoder_layers, "vae")
+    if task.first is not None:
+        denoise += task.pictures * task.first.steps * task.rows * _seconds(facts, plan, task.first.unet_layers, "unet")
     return encode + denoise + decode + (SECONDS_TO_COMPILE[plan.kind] if plan.compile else 0)
+
+
+def start_seconds(facts: Facts, task: Task, plan: Plan) -> float:
+    """Estimated time of a command beside computing: starting Python, importing torch, reading weights, first use."""
+    stored = sum(getattr(task.sizes, part).stored_bytes for part in PARTS)
+    crowd = max(1.0, (facts.load + 1) / max(facts.cores, ceil(facts.load)))  # threads that share the cores
+    return crowd * (START_SECONDS[plan.kind] + stored / READ_BYTES_PER_SECOND)
 
 
 def _seconds(facts: Facts, plan: Plan, layers: Sequence[Layer], part: str) -> float:
@@ -145,5 +166,9 @@ def _seconds(facts: Facts, plan: Plan, layers: Sequence[Layer], part: str) -> fl
     return total * ELEMENTWISE
 
 
+# Measured on a CPU (docs/log.md), estimated for GPUs, whose drivers start too.
+START_SECONDS = {"cpu": 2.2, "cuda": 5.0, "mps": 3.5}
+# Reading weights, from memory rather than from a disk, and casting or packing them.
+READ_BYTES_PER_SECOND = 1.0e9
 # Norms, activations, additions and copies, as a share of the multiplications.
 ELEMENTWISE = 1.2

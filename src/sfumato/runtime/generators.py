@@ -1,4 +1,4 @@
-"""Where random numbers come from: torch's generators, or the stream that Apple's Core ML runners draw from.
+"""Where random numbers come from: torch's generators, NumPy's stream as in Apple's Core ML runners, or CUDA's.
 
 A source is anything with torch's own `device`, `initial_seed`, `get_state` and `set_state`; `normal` draws from any.
 """
@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["NumpyGenerator", "RandomSource", "generator_for", "normal"]
+    from sfumato.request import Noise
+
+__all__ = [
+    "NumpyGenerator", "PhiloxGenerator", "RandomSource", "TurnedGenerator", "generator_for", "normal", "philox",
+    "slerp",
+]  # fmt: skip
 
 
 class NumpyGenerator:
@@ -54,17 +59,143 @@ class NumpyGenerator:
         return torch.from_numpy(self._stream.standard_normal(tuple(shape)).astype(np.float32))
 
 
-RandomSource = torch.Generator | NumpyGenerator
+class PhiloxGenerator:
+    """The normal numbers of torch on an NVIDIA GPU: Philox 4x32-10 (Salmon et al., SC 2011) and Box-Muller.
+
+    Number i of the k-th draw is of the counter (k, 0, i, 0) and the key that is the seed, so that no number depends on
+    the others. It holds for draws of no more numbers than the GPU runs threads at once, about 100,000: latents of
+    1024 × 1024 pixels have 65,536.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, seed: int) -> None:
+        """Begin the stream of a seed from 0 to 2**64 - 1."""
+        self._seed = seed
+        self._draws = 0
+
+    def initial_seed(self) -> int:
+        """The seed it began with."""
+        return self._seed
+
+    def get_state(self) -> Any:
+        """Where the stream stands now, for `set_state`."""
+        return self._draws
+
+    def set_state(self, state: Any) -> None:
+        """Go back to where `get_state` was called."""
+        self._draws = state
+
+    def randn(self, shape: Sequence[int]) -> Tensor:
+        """The next standard normal numbers, float32."""
+        n = int(np.prod(shape))
+        counter = [np.full(n, self._draws), np.zeros(n), np.arange(n), np.zeros(n)]
+        x, y, *_ = philox([part.astype(np.uint64) for part in counter], (self._seed & _LOW, self._seed >> 32))
+        self._draws += 1
+        # To (0, 1] and (0, 2 pi] in float32, as curand does.
+        step = np.float32(2.0**-32)
+        u = x.astype(np.float32) * step + step / 2
+        v = y.astype(np.float32) * (step * np.float32(6.2831855)) + step * np.float32(6.2831855) / 2
+        values = np.sqrt(np.float32(-2) * np.log(u)) * np.sin(v)
+        return torch.from_numpy(values.astype(np.float32)).reshape(tuple(shape))
 
 
-def generator_for(rng: str, seed: int) -> RandomSource:
-    """The source that a request's `rng` names, at its beginning, on the CPU."""
-    return NumpyGenerator(seed) if rng == "numpy" else torch.Generator("cpu").manual_seed(seed)
+_LOW = 0xFFFFFFFF
+
+
+def philox(counter: Sequence[np.ndarray], key: tuple[int, int]) -> list[np.ndarray]:
+    """Ten rounds of Philox 4x32 (Salmon et al., SC 2011, section 3.3): four uint64 arrays of 32 bits each to such."""
+    a, b, c, d = counter
+    for number in range(10):
+        first, second = ((key[i] + number * (0x9E3779B9, 0xBB67AE85)[i]) & _LOW for i in (0, 1))
+        product, other = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
+        a, b, c, d = (
+            (other >> np.uint64(32)) ^ b ^ np.uint64(first),
+            other & np.uint64(_LOW),
+            (product >> np.uint64(32)) ^ d ^ np.uint64(second),
+            product & np.uint64(_LOW),
+        )
+    return [a, b, c, d]
+
+
+class TurnedGenerator:
+    """A source whose first draw is turned towards another's, and which then goes on with one of its own or the same.
+
+    As A1111 draws: the first noise between those of two seeds, on the sphere; that of the steps anew where `then` is.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(
+        self, first: Stream, *, towards: Stream | None = None, strength: float = 0.0, then: Stream | None = None
+    ) -> None:
+        self._first, self._towards, self._strength, self._then = first, towards, strength, then or first
+        self._begun = False
+
+    def initial_seed(self) -> int:
+        """The seed of the first draw."""
+        return self._first.initial_seed()
+
+    def get_state(self) -> Any:
+        """Where all its streams stand now, for `set_state`."""
+        streams = (self._first, self._towards, self._then)
+        return self._begun, [None if one is None else one.get_state() for one in streams]
+
+    def set_state(self, state: Any) -> None:
+        """Go back to where `get_state` was called."""
+        self._begun, states = state
+        for stream, kept in zip((self._first, self._towards, self._then), states, strict=True):
+            if stream is not None:
+                stream.set_state(kept)
+
+    def randn(self, shape: Sequence[int]) -> Tensor:
+        """The next standard normal numbers (…, h, w), float32."""
+        if self._begun:
+            return normal(shape, self._then, self.device)
+        self._begun = True
+        noise = normal(shape, self._first, self.device)
+        if self._towards is None:
+            return noise
+        return slerp(noise, normal(shape, self._towards, self.device), self._strength)
+
+
+def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
+    """From a to b along the sphere (Shoemake 1985), each column of the last but one dimension by its own angle.
+
+    As A1111 has it, its mistake included: nearly parallel ones are mixed the other way around.
+    """
+    dot = (a / a.norm(dim=-2, keepdim=True) * (b / b.norm(dim=-2, keepdim=True))).sum(-2, keepdim=True)
+    if dot.mean() > 0.9995:
+        return a * share + b * (1 - share)
+    angle = dot.acos()
+    return (((1 - share) * angle).sin() * a + (share * angle).sin() * b) / angle.sin()
+
+
+Stream = torch.Generator | NumpyGenerator | PhiloxGenerator
+RandomSource = Stream | TurnedGenerator
+
+
+def generator_for(rng: str, seed: int, noise: Noise | None = None) -> RandomSource:
+    """The source that a request's `rng` and `noise` name, at its beginning, on the CPU."""
+    first = _stream(rng, seed)
+    if noise is None or (noise.variation_seed, noise.step_seed, noise.step_rng) == (None, None, None):
+        return first
+    towards = None if noise.variation_seed is None else _stream(rng, noise.variation_seed)
+    own = noise.step_seed is not None or noise.step_rng is not None
+    then = _stream(noise.step_rng or rng, seed + (noise.step_seed or 0)) if own else None
+    return TurnedGenerator(first, towards=towards, strength=noise.variation_strength, then=then)
+
+
+def _stream(rng: str, seed: int) -> Stream:
+    seed %= LARGEST_SEEDS[rng] + 1
+    if rng == "torch":
+        return torch.Generator("cpu").manual_seed(seed)
+    return NumpyGenerator(seed) if rng == "numpy" else PhiloxGenerator(seed)
 
 
 def normal(shape: Sequence[int], source: RandomSource | None, device: torch.device) -> Tensor:
     """Standard normal numbers in float32 on a device, drawn where the source is; None is torch's default one there."""
-    if isinstance(source, NumpyGenerator):
+    if source is not None and not isinstance(source, torch.Generator):
         return source.randn(shape).to(device)
     place = device if source is None else source.device
     return torch.randn(tuple(shape), generator=source, device=place, dtype=torch.float32).to(device)

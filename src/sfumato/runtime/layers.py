@@ -2,21 +2,33 @@
 
 Each layer says how many parameters it has, how many operations it takes (a multiplication and an addition are two), and
 how many numbers are held while it runs: what the layers around it still need, its inputs and its outputs. All is for
-one row of a batch: one picture, or one of the two passes of guidance.
+one row of a batch: one image, or one of the two passes of guidance.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from sfumato.configs import AutoencoderTinyConfig
 
 if TYPE_CHECKING:
-    from sfumato.configs import AutoencoderKLConfig, CLIPTextConfig, UNet2DConditionConfig
+    from sfumato.configs import (
+        AutoencoderKLConfig,
+        ControlNetConfig,
+        UNet2DConditionConfig,
+    )
 
-__all__ = ["Attention", "Layer", "decoder_layers", "encoder_layers", "text_layers", "unet_layers"]
+__all__ = [
+    "Attention",
+    "Layer",
+    "Walk",
+    "control_layers",
+    "decoder_layers",
+    "encoder_layers",
+    "unet_layers",
+]
 
 # GEGLU holds its projection (8 widths), the gate's GELU (4) and their product (4) at the same time.
 GEGLU_WIDTHS = 16
@@ -44,16 +56,18 @@ class Layer:
 
 
 @dataclass
-class _Walk:
+class Walk:
     """Collects layers; `held` numbers stay alive beside whatever runs now (skip connections)."""
 
     layers: list[Layer] = field(default_factory=list)
     held: int = 0
 
     def add(self, kind: str, parameters: int, operations: int = 0, live: int = 0, largest: int = 0) -> None:
+        """Add a layer."""
         self.layers.append(Layer(kind, parameters, operations, self.held + live, largest))
 
     def norm(self, channels: int, live: int) -> None:
+        """Add a normalization."""
         self.add("norm", 2 * channels, 0, live)
 
     def conv(
@@ -76,6 +90,7 @@ class _Walk:
     def linear(
         self, channels: int, out: int, rows: int, *, beside: int = 0, bias: bool = True, kind: str = "linear"
     ) -> None:
+        """Add a linear layer."""
         parameters = channels * out + (out if bias else 0)
         live = beside + (channels + out) * rows
         self.add(kind, parameters, 2 * channels * out * rows, live, max(channels, out) * rows)
@@ -112,6 +127,7 @@ class _Walk:
         only_cross: bool,
         linear: bool,
     ) -> None:
+        """Add what such a block consists of."""
         size = channels * pixels
         project = "linear" if linear else "conv"
         self.norm(channels, 3 * size)
@@ -131,15 +147,22 @@ class _Walk:
         self.linear(channels, channels, pixels, beside=size, kind=project)
 
     def upsample(self, channels: int, pixels: int, larger: int) -> None:
+        """Add what such a block consists of."""
         self.conv(channels, channels, larger, beside=channels * pixels)
 
 
 def unet_layers(config: UNet2DConditionConfig, height: int, width: int, tokens: int) -> list[Layer]:
     """The U-Net on latents of height × width, told by `tokens` embeddings."""
-    return _UNet(config, height, width, tokens).layers
+    return (_KUNet if config.is_k else _UNet)(config, height, width, tokens).layers
 
 
-class _UNet(_Walk):
+def control_layers(config: ControlNetConfig, height: int, width: int, tokens: int) -> tuple[list[Layer], int]:
+    """A ControlNet beside a U-Net on latents of height × width, and the numbers that it adds to the U-Net."""
+    walk = _ControlNet(config, height, width, tokens)
+    return walk.layers, walk.added
+
+
+class _UNet(Walk):
     """The walk through the U-Net; `skips` are (channels, level) of the skip connections that are held."""
 
     def __init__(self, config: UNet2DConditionConfig, height: int, width: int, tokens: int) -> None:
@@ -149,20 +172,27 @@ class _UNet(_Walk):
         for _ in config.block_out_channels[1:]:
             height, width = (height + 1) // 2, (width + 1) // 2
             self.pixels.append(height * width)
-        self.time = config.time_embedding_dim or 4 * config.block_out_channels[0]
+        self.time = config.time_channels
         self.skips: list[tuple[int, int]] = []
         first = config.block_out_channels[0]
         _time_embedding(self, config, first, self.time)
         self.conv(config.in_channels, first, self.pixels[0], kernel=config.conv_in_kernel)
-        self.keep(first, 0)
+        if not config.is_k:
+            self.keep(first, 0)
         self.down()
         if config.mid_block_type is not None:
             last = len(self.pixels) - 1
             channels = config.block_out_channels[-1]
-            self.block(last, channels, crossed=True, only_cross=False)
-            self.block(last, channels, crossed=False, only_cross=False)
+            if config.mid_block_type == "UNetMidBlock2DCrossAttn":
+                self.block(last, channels, depth=config.depths("middle", last)[0], only_cross=False)
+            self.block(last, channels)
+        self.out()
+
+    def out(self) -> None:
+        config, first = self.config, self.config.block_out_channels[0]
         self.up()
-        self.norm(first, 3 * first * self.pixels[0])
+        if config.norm_num_groups is not None:
+            self.norm(first, 3 * first * self.pixels[0])
         self.conv(first, config.out_channels, self.pixels[0], kernel=config.conv_out_kernel)
 
     def hold(self) -> None:
@@ -172,30 +202,33 @@ class _UNet(_Walk):
         self.skips.append((channels, level))
         self.hold()
 
-    def block(self, level: int, channels: int, *, crossed: bool, only_cross: bool, beside: int = 0) -> None:
+    def block(
+        self, level: int, channels: int, *, depth: int | None = None, only_cross: bool = False, beside: int = 0
+    ) -> None:
+        """A residual block and, where there is a depth, as many transformer blocks behind it."""
         config, out, pixels = self.config, self.config.block_out_channels[level], self.pixels[level]
         time = 2 * self.time if config.class_embeddings_concat else self.time
         twice = 2 if config.resnet_time_scale_shift == "scale_shift" else 1
         self.resnet(channels, out, pixels, time=time, beside=beside, twice=twice)
-        if crossed:
+        if depth is not None:
             self.transformer(
                 out,
                 pixels,
                 config.per_block("cross_attention_dim")[level],
                 self.tokens,
                 heads=config.heads[level],
-                layers=config.per_block("transformer_layers_per_block")[level],
+                layers=depth,
                 only_cross=only_cross,
                 linear=config.use_linear_projection,
             )
 
     def down(self) -> None:
         config, widths = self.config, self.config.block_out_channels
-        counts, only_cross = config.per_block("layers_per_block"), config.per_block("only_cross_attention")
+        only_cross = config.per_block("only_cross_attention")
         for i, kind in enumerate(config.down_block_types):
-            for j in range(counts[i]):
+            for j, depth in enumerate(_depths(config, "down", i, kind)):
                 channels = widths[max(i - 1, 0)] if j == 0 else widths[i]
-                self.block(i, channels, crossed=kind.startswith("CrossAttn"), only_cross=only_cross[i])
+                self.block(i, channels, depth=depth, only_cross=only_cross[i])
                 self.keep(widths[i], i)
             if i < len(widths) - 1:
                 self.conv(widths[i], widths[i], self.pixels[i + 1], read=self.pixels[i])
@@ -203,25 +236,117 @@ class _UNet(_Walk):
 
     def up(self) -> None:
         config, widths = self.config, self.config.block_out_channels
-        counts, only_cross = config.per_block("layers_per_block"), config.per_block("only_cross_attention")
+        only_cross = config.per_block("only_cross_attention")
         channels = widths[-1]
         for kind, i in zip(config.up_block_types, range(len(widths) - 1, -1, -1), strict=True):
-            for _ in range(counts[i] + 1):
+            for depth in _depths(config, "up", i, kind):
                 skip, _ = self.skips.pop()
                 self.hold()
-                # The previous result lives on beside the picture in which it is joined to its skip connection.
-                beside, crossed = channels * self.pixels[i], kind.startswith("CrossAttn")
-                self.block(i, channels + skip, crossed=crossed, only_cross=only_cross[i], beside=beside)
+                # The previous result lives on beside the image in which it is joined to its skip connection.
+                beside = channels * self.pixels[i]
+                self.block(i, channels + skip, depth=depth, only_cross=only_cross[i], beside=beside)
                 channels = widths[i]
             if i > 0:
                 self.upsample(channels, self.pixels[i], self.pixels[i - 1])
 
 
-def _time_embedding(walk: _Walk, config: UNet2DConditionConfig, channels: int, time: int) -> None:
+class _ControlNet(_UNet):
+    """The same through a ControlNet, which ends in the middle; the picture, read once a run, costs no time."""
+
+    def __init__(self, config: ControlNetConfig, height: int, width: int, tokens: int) -> None:
+        self.added = 0
+        super().__init__(config.unet, height, width, tokens)
+        pixels, widths = config.factor**2 * height * width, config.conditioning_embedding_out_channels
+        for channels, out in pairwise((config.conditioning_channels, widths[0])):
+            self.conv(channels, out, pixels)
+        for channels, out in pairwise(widths):
+            self.conv(channels, channels, pixels)
+            self.conv(channels, out, pixels // 4, read=pixels)
+            pixels //= 4
+        self.conv(widths[-1], config.block_out_channels[0], pixels)
+        once = 2 * len(widths)
+        self.layers[-once:] = [replace(layer, operations=0) for layer in self.layers[-once:]]
+
+    def out(self) -> None:
+        for channels, level in (*self.skips, (self.config.block_out_channels[-1], len(self.pixels) - 1)):
+            self.conv(channels, channels, self.pixels[level], kernel=1)
+            self.added += channels * self.pixels[level]
+        self.held = 0
+
+
+class _KUNet(_UNet):
+    """The same through k-diffusion's blocks (models/k_blocks.py)."""
+
+    def ada_norm(self, channels: int, live: int) -> None:
+        self.linear(self.time, 2 * channels, 1)
+        self.add("norm", 0, 0, live)
+
+    def level(self, way: str, level: int, *, crossed: bool) -> None:
+        pixels, deepest = self.pixels[level], level == len(self.pixels) - 1
+        for channels, between, out in self.config.k_widths(way, level):
+            self.ada_norm(channels, 3 * channels * pixels)
+            self.conv(channels, between, pixels, beside=channels * pixels)
+            self.ada_norm(between, (channels + 3 * between) * pixels)
+            self.conv(between, out, pixels, beside=channels * pixels)
+            if channels != out:
+                self.conv(channels, out, pixels, kernel=1, beside=out * pixels, bias=False)
+            for across in ([False] if deepest else []) + [True] if crossed else []:
+                self.attention(level, out, across=across)
+
+    def attention(self, level: int, channels: int, *, across: bool) -> None:
+        config, pixels = self.config, self.pixels[level]
+        size, context = channels * pixels, config.per_block("cross_attention_dim")[level]
+        width, keys = (context, self.tokens) if across else (channels, pixels)
+        self.ada_norm(channels, 3 * size)
+        if across:
+            self.norm(context, 2 * context * self.tokens)
+        self.linear(channels, channels, pixels, beside=2 * size)
+        for beside in (3 * size, 4 * size):
+            self.linear(width, channels, keys, beside=beside)
+        heads = max(1, channels // config.heads[level])
+        self.attend(channels, Attention(heads, pixels, keys), beside=2 * size)
+        self.linear(channels, channels, pixels, beside=size)
+
+    def resize(self, channels: int, small: int, large: int) -> None:
+        """By a filter of 4 x 4 pixels, the same for every channel, over a padded copy."""
+        self.add("conv", 0, 32 * channels * small, channels * (2 * large + small), channels * large)
+
+    def down(self) -> None:
+        widths = self.config.block_out_channels
+        for i, (kind, width) in enumerate(zip(self.config.down_block_types, widths, strict=True)):
+            self.level("down", i, crossed="CrossAttn" in kind)
+            if i < len(widths) - 1:
+                self.keep(width, i)
+                self.resize(width, self.pixels[i + 1], self.pixels[i])
+
+    def up(self) -> None:
+        widths = self.config.block_out_channels
+        for kind, i in zip(self.config.up_block_types, range(len(widths) - 1, -1, -1), strict=True):
+            if i < len(widths) - 1:
+                self.skips.pop()
+                self.hold()
+            self.level("up", i, crossed="CrossAttn" in kind)
+            if i > 0:
+                self.resize(widths[i - 1], self.pixels[i], self.pixels[i - 1])
+
+
+def _depths(config: UNet2DConditionConfig, way: str, level: int, kind: str) -> tuple[int | None, ...]:
+    """Transformer blocks behind each residual block of a level; None where it has no attention at all."""
+    depths = config.depths(way, level)
+    return depths if "CrossAttn" in kind else (None,) * len(depths)
+
+
+def _time_embedding(walk: Walk, config: UNet2DConditionConfig, channels: int, time: int) -> None:
+    if config.time_embedding_type == "fourier":
+        walk.add("embedding", time // 2)
+        channels = time
     walk.linear(channels, time, 1)
     walk.linear(time, time, 1)
     if config.time_cond_proj_dim:
         walk.linear(config.time_cond_proj_dim, channels, 1, bias=False)
+    if config.addition_embed_type is not None:
+        walk.linear(config.projection_class_embeddings_input_dim or 0, time, 1)
+        walk.linear(time, time, 1)
     given = config.projection_class_embeddings_input_dim or 0
     match config.class_embed_type:
         case "timestep" | "projection":
@@ -235,7 +360,7 @@ def _time_embedding(walk: _Walk, config: UNet2DConditionConfig, channels: int, t
 
 def decoder_layers(config: AutoencoderKLConfig | AutoencoderTinyConfig, height: int, width: int) -> list[Layer]:
     """The decoder of the autoencoder on latents of height × width."""
-    walk, pixels = _Walk(), height * width
+    walk, pixels = Walk(), height * width
     if isinstance(config, AutoencoderTinyConfig):
         _tiny_decoder(walk, config, pixels)
         return walk.layers
@@ -256,8 +381,8 @@ def decoder_layers(config: AutoencoderKLConfig | AutoencoderTinyConfig, height: 
 
 
 def encoder_layers(config: AutoencoderKLConfig | AutoencoderTinyConfig, height: int, width: int) -> list[Layer]:
-    """The encoder of the autoencoder on pictures of height × width pixels."""
-    walk, pixels = _Walk(), height * width
+    """The encoder of the autoencoder on images of height × width pixels."""
+    walk, pixels = Walk(), height * width
     if isinstance(config, AutoencoderTinyConfig):
         _tiny_encoder(walk, config, pixels)
         return walk.layers
@@ -277,7 +402,7 @@ def encoder_layers(config: AutoencoderKLConfig | AutoencoderTinyConfig, height: 
     return walk.layers
 
 
-def _middle(walk: _Walk, config: AutoencoderKLConfig, channels: int, pixels: int) -> None:
+def _middle(walk: Walk, config: AutoencoderKLConfig, channels: int, pixels: int) -> None:
     size = channels * pixels
     walk.resnet(channels, channels, pixels, time=None)
     if config.mid_block_add_attention:
@@ -289,12 +414,12 @@ def _middle(walk: _Walk, config: AutoencoderKLConfig, channels: int, pixels: int
     walk.resnet(channels, channels, pixels, time=None)
 
 
-def _tiny_blocks(walk: _Walk, channels: int, count: int, pixels: int) -> None:
+def _tiny_blocks(walk: Walk, channels: int, count: int, pixels: int) -> None:
     for _ in range(3 * count):
         walk.conv(channels, channels, pixels, beside=2 * channels * pixels)
 
 
-def _tiny_decoder(walk: _Walk, config: AutoencoderTinyConfig, pixels: int) -> None:
+def _tiny_decoder(walk: Walk, config: AutoencoderTinyConfig, pixels: int) -> None:
     widths, factor = config.decoder_block_out_channels, config.upsampling_scaling_factor
     walk.conv(config.latent_channels, widths[0], pixels)
     last = len(widths) - 1
@@ -305,7 +430,7 @@ def _tiny_decoder(walk: _Walk, config: AutoencoderTinyConfig, pixels: int) -> No
         walk.conv(channels, channels if i < last else config.out_channels, pixels, bias=i == last)
 
 
-def _tiny_encoder(walk: _Walk, config: AutoencoderTinyConfig, pixels: int) -> None:
+def _tiny_encoder(walk: Walk, config: AutoencoderTinyConfig, pixels: int) -> None:
     widths = config.encoder_block_out_channels
     for i, (count, channels) in enumerate(zip(config.num_encoder_blocks, widths, strict=True)):
         if i == 0:
@@ -315,21 +440,3 @@ def _tiny_encoder(walk: _Walk, config: AutoencoderTinyConfig, pixels: int) -> No
             walk.conv(channels, channels, pixels, read=before, bias=False)
         _tiny_blocks(walk, channels, count, pixels)
     walk.conv(widths[-1], config.latent_channels, pixels)
-
-
-def text_layers(config: CLIPTextConfig, tokens: int) -> list[Layer]:
-    """The text encoder on one prompt."""
-    walk, width, wide = _Walk(), config.hidden_size, config.intermediate_size
-    size = width * tokens
-    walk.add("embedding", (config.vocab_size + config.max_position_embeddings) * width, 0, 3 * size, size)
-    for _ in range(config.num_hidden_layers):
-        walk.norm(width, 3 * size)
-        for beside in (size, 2 * size, 3 * size):
-            walk.linear(width, width, tokens, beside=beside)
-        walk.attend(width, Attention(config.num_attention_heads, tokens, tokens), beside=2 * size)
-        walk.linear(width, width, tokens, beside=size)
-        walk.norm(width, 3 * size)
-        walk.linear(width, wide, tokens, beside=2 * size)
-        walk.linear(wide, width, tokens, beside=2 * size + wide * tokens)
-    walk.norm(width, 3 * size)
-    return walk.layers

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["ControlGroups", "address_space_limit", "usable_cpus", "whole_cores"]
+__all__ = ["ControlGroups", "address_space_limit", "thread_limit", "usable_cpus", "whole_cores"]
 
 # Version 1 writes "no limit" as the largest multiple of a page in 63 bits.
 UNLIMITED = 2**60
@@ -77,6 +77,12 @@ def address_space_limit() -> int | None:
 
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     return None if limit == resource.RLIM_INFINITY or limit >= UNLIMITED else limit
+
+
+def thread_limit() -> int | None:
+    """How many threads the user allows, by the variable that torch follows too; None for a thread on each core."""
+    wanted = os.environ.get("OMP_NUM_THREADS", "")
+    return int(wanted) or None if wanted.isdecimal() else None
 
 
 def usable_cpus() -> tuple[int, ...]:

@@ -12,7 +12,16 @@ from dataclasses import dataclass
 
 from sfumato.errors import UsageError
 
-__all__ = ["POLICIES", "Policy", "is_emulated", "policy_for", "repeat_dtype", "softmax_dtype", "vae_dtypes"]
+__all__ = [
+    "POLICIES",
+    "Policy",
+    "best_dtype",
+    "is_emulated",
+    "policy_for",
+    "repeat_dtype",
+    "softmax_dtype",
+    "vae_dtypes",
+]
 
 FOUR_BYTES = ("float32",)
 
@@ -60,7 +69,7 @@ def policy_for(device: str, dtype: str) -> Policy:
     """The row of a kind of device and a precision. Raises `UsageError` for a pair that does not exist."""
     if (device, dtype) not in POLICIES:
         known = ", ".join(f"{name} on {kind}" for kind, name in POLICIES)
-        raise UsageError(f"there is no {dtype} on {device}; known are {known}")
+        raise UsageError(f"there is no {dtype} on {device}; use one of {known}")
     return POLICIES[device, dtype]
 
 
@@ -70,10 +79,19 @@ def softmax_dtype(device: str, dtype: str, *, upcast_attention: bool = False) ->
     return policy.upcast if upcast_attention else policy.softmax
 
 
-def vae_dtypes(device: str, dtype: str, *, native_bfloat16: bool) -> tuple[str, ...]:
-    """Safe precisions of the autoencoder beside a U-Net in `dtype`, best first; at least float32 is among them."""
-    found = [name for name in policy_for(device, dtype).vae if not is_emulated(device, name, native_bfloat16)]
-    return tuple(found) or FOUR_BYTES
+def best_dtype(device: str, *, native_bfloat16: bool) -> str:
+    """The fastest precision of text encoder and U-Net that is safe on a kind of device, where memory allows it."""
+    return {"cpu": "bfloat16" if native_bfloat16 else "float32", "mps": "float32", "cuda": "float16"}[device]
+
+
+def vae_dtypes(device: str, dtype: str, *, native_bfloat16: bool, force_upcast: bool = True) -> tuple[str, ...]:
+    """Safe precisions of the autoencoder beside a U-Net in `dtype`, best first; at least float32 is among them.
+
+    force_upcast is what its config says: False where its authors have seen to it that float16 does.
+    """
+    wanted = policy_for(device, dtype).vae
+    wanted = wanted if force_upcast else tuple(dict.fromkeys((dtype, *wanted)))
+    return tuple(name for name in wanted if not is_emulated(device, name, native_bfloat16)) or FOUR_BYTES
 
 
 def is_emulated(device: str, dtype: str, native_bfloat16: bool) -> bool:

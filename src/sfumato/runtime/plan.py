@@ -1,7 +1,7 @@
-"""How to carry out a request on a machine: decided from facts and sizes alone, before a weight is read.
+"""How to run a request on a machine: decided from facts and sizes alone, before any weights are read.
 
-`plan` is pure: the same facts, sizes, request and wishes give the same plan on any machine. What the user wished for
-wins; everything else is the fastest choice that fits, and only if nothing does, the request is refused with numbers.
+`plan` is pure: the same facts, sizes, request and wishes give the same plan on any machine. The user's choices have
+precedence; everything else is the fastest choice that fits. If nothing fits, the request is refused with numbers.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import MemoryPlanError, UsageError
-from sfumato.runtime.choices import DTYPE_BYTES, Plan, Sizes, Task, Wishes, task_of
+from sfumato.runtime.choices import DTYPE_BYTES, PARTS, Plan, Sizes, Task, Wishes, task_of
 from sfumato.runtime.chunks import attention_chunk
-from sfumato.runtime.footprint import footprint, largest_tensor, seconds_of
-from sfumato.runtime.numerics import vae_dtypes
+from sfumato.runtime.footprint import footprint, largest_tensor, seconds_of, start_seconds
+from sfumato.runtime.numerics import best_dtype, vae_dtypes
 from sfumato.runtime.reasons import gigabytes, reasons
 from sfumato.runtime.speeds import COMPILE_GAIN, SECONDS_TO_COMPILE
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sfumato.request import GenerateRequest
     from sfumato.runtime.facts import Facts
 
-__all__ = ["METAL_BYTES", "METAL_NUMBERS", "Plan", "Sizes", "Wishes", "largest_batch", "plan"]
+__all__ = ["METAL_BYTES", "METAL_NUMBERS", "Plan", "Sizes", "Wishes", "fits_beside", "largest_batch", "plan"]
 
 # The estimate may be this much of what is free: it is right within a tenth.
 USABLE = 0.9
@@ -40,21 +40,24 @@ MOST_SEARCHED = 1024
 def plan(facts: Facts, sizes: Sizes, request: GenerateRequest, wishes: Wishes = Wishes()) -> Plan:  # noqa: B008
     """The plan for a request.
 
-    Raises `UsageError` for a size the checkpoint cannot make and for wishes that the machine cannot grant, and
+    Raises `UsageError` for a size the checkpoint does not support and for choices this machine does not support, and
     `MemoryPlanError` for a request that does not fit, with needed and free bytes and what would fit.
     """
     task = task_of(sizes, request)
     found = _first_that_fits(facts, task, wishes)
     if found is None:
         raise _refusal(facts, task, wishes)
-    found = _with_freed_kept(facts, task, wishes, _with_compile(facts, task, wishes, found))
-    return dataclasses.replace(found, reasons=reasons(facts, task, wishes, found))
+    if request.seamless is None:  # whose convolutions run uncompiled (models/seamless.py)
+        found = _with_compile(facts, task, wishes, found)
+    found = _with_freed_kept(facts, task, wishes, found)
+    whole = found.seconds + (start_seconds(facts, task, found) if wishes.once else 0.0)
+    return dataclasses.replace(found, reasons=reasons(facts, task, wishes, found), seconds=whole)
 
 
 def largest_batch(facts: Facts, sizes: Sizes, request: GenerateRequest, wishes: Wishes = Wishes()) -> int:  # noqa: B008
-    """How many pictures of the request's size fit into one call of the U-Net; 0 if not even one does.
+    """How many images of the request's size fit into one call of the U-Net; 0 if not even one does.
 
-    At most 1024 are looked for. Raises `UsageError` as `plan` does.
+    The maximum is 1024. Raises `UsageError` as `plan` does.
     """
     task = task_of(sizes, request)
 
@@ -71,6 +74,12 @@ def _first_that_fits(facts: Facts, task: Task, wishes: Wishes) -> Plan | None:
 
 def _fits(facts: Facts, task: Task, one: Plan) -> bool:
     return one.peak_bytes <= USABLE * one.free_bytes and (one.kind != "mps" or _within_metal(task, one))
+
+
+def fits_beside(one: Plan, other: Sizes) -> bool:
+    """Whether the networks of another checkpoint have room in memory beside what a plan holds at most."""
+    parts = {part: getattr(other, part).parameters * DTYPE_BYTES[one.dtype_of(part)] for part in PARTS}
+    return one.peak_bytes + sum(parts.values()) <= USABLE * one.free_bytes
 
 
 def _within_metal(task: Task, one: Plan) -> bool:
@@ -94,7 +103,7 @@ def _candidates(facts: Facts, task: Task, wishes: Wishes) -> Iterator[Plan]:
         best = dataclasses.replace(best, vae_tiling=True)
     seen = set()
     for changes in _steps_down(best):
-        free = {name: value for name, value in changes.items() if not _wished(wishes, name)}
+        free = {name: value for name, value in changes.items() if wishes.wish(name) is None}
         one = dataclasses.replace(best, **free)
         if wishes.vae_slicing is None:
             one = dataclasses.replace(one, vae_slicing=one.micro_batch > 1)
@@ -110,7 +119,7 @@ def _candidates(facts: Facts, task: Task, wishes: Wishes) -> Iterator[Plan]:
 
 
 def _steps_down(best: Plan) -> Iterator[dict[str, Any]]:
-    """What to give up, in this order: batches, large chunks, float32 on Metal, all networks at once, whole pictures."""
+    """What to give up, in this order: batches, large chunks, float32 on Metal, all networks at once, whole images."""
     at_once = best.micro_batch
     yield {}
     while at_once > 1:
@@ -135,9 +144,9 @@ def _best(facts: Facts, task: Task, wishes: Wishes) -> Plan:
     attention = wishes.attention or ("fused" if kind == "cuda" else "chunked")
     return Plan(
         device=device,
-        text_encoder_dtype=_dtype(facts, kind, "text_encoder", wishes),
-        unet_dtype=_dtype(facts, kind, "unet", wishes),
-        vae_dtype=_dtype(facts, kind, "vae", wishes),
+        text_encoder_dtype=_dtype(facts, kind, "text_encoder", task, wishes),
+        unet_dtype=_dtype(facts, kind, "unet", task, wishes),
+        vae_dtype=_dtype(facts, kind, "vae", task, wishes),
         memory_format="contiguous" if kind == "mps" else "channels_last",
         engine=_engine(facts, kind, wishes),
         attention=attention,
@@ -156,24 +165,29 @@ def _device(facts: Facts, wishes: Wishes) -> str:
     device = wishes.device if wishes.device not in (None, "auto") else facts.accelerator
     if device.partition(":")[0] not in ("cpu", facts.accelerator):
         here = " and ".join(dict.fromkeys(("cpu", facts.accelerator)))
-        raise UsageError(f"device {device!r} is not present on {facts.name}; here: {here}")
+        raise UsageError(f"device {device!r} is not available on {facts.name}; available: {here}")
     return device
 
 
-def _dtype(facts: Facts, kind: str, part: str, wishes: Wishes) -> str:
+def _dtype(facts: Facts, kind: str, part: str, task: Task, wishes: Wishes) -> str:
     wished = wishes.dtype_of(part)
-    if wished is not None and not (wished == "float16" and kind == "cpu"):
+    if wished is not None and not (wished == "float16" and kind == "cpu" and wishes.asked(f"{part}_dtype")):
         return wished
     native = facts.native_bfloat16(kind)
-    best = {"cpu": "bfloat16" if native else "float32", "mps": "float32", "cuda": "float16"}[kind]
-    return vae_dtypes(kind, best, native_bfloat16=native)[0] if part == "vae" else best
+    best = best_dtype(kind, native_bfloat16=native)
+    if part != "vae":
+        return best
+    return vae_dtypes(kind, best, native_bfloat16=native, force_upcast=task.sizes.vae_config.force_upcast)[0]
 
 
 def _engine(facts: Facts, kind: str, wishes: Wishes) -> str:
     packs = kind == "cpu" and facts.architecture == "x86_64" and "avx2" in facts.instructions
-    if wishes.engine == "onednn" and not packs:
-        raise UsageError("engine 'onednn' needs an x86 CPU with AVX2 as the device; leave the engine to the plan")
-    return wishes.engine or ("onednn" if packs else "torch")
+    if wishes.engine == "onednn" and not (packs and facts.onednn):
+        needs = (
+            "a release of torch whose oneDNN operations work here" if packs else "an x86 CPU with AVX2 as the device"
+        )
+        raise UsageError(f"engine 'onednn' needs {needs}; let the plan choose the engine")
+    return wishes.engine or ("onednn" if packs and facts.onednn else "torch")
 
 
 def _chunk(facts: Facts, kind: str) -> int:
@@ -209,11 +223,6 @@ def _free(facts: Facts, kind: str) -> int:
     return (facts.accelerator_memory_free or 0) if kind == "cuda" else facts.memory_free
 
 
-def _wished(wishes: Wishes, name: str) -> bool:
-    value = wishes.dtype_of(name.removesuffix("_dtype")) if name.endswith("_dtype") else getattr(wishes, name)
-    return value is not None
-
-
 def _last_true(test: Any, most: int) -> int:
     """The largest number from 0 to `most` that passes a test that all smaller ones pass."""
     low, high = 0, 1
@@ -232,11 +241,11 @@ def _refusal(facts: Facts, task: Task, wishes: Wishes) -> MemoryPlanError:
     wanted = f"{_pictures(task.pictures)} of {task.width} × {task.height}"
     usable = int(USABLE * leanest.free_bytes)
     if leanest.peak_bytes <= usable:
-        trouble = "would pass Metal's limit of 2**32 bytes in one tensor"
+        trouble = "would exceed Metal's limit of 2**32 bytes per tensor"
     else:
         trouble = (
-            f"needs {gigabytes(leanest.peak_bytes)} at least, and {gigabytes(leanest.free_bytes)} are free on "
-            f"{facts.name} ({leanest.device}), of which {gigabytes(usable)} may be planned with"
+            f"needs at least {gigabytes(leanest.peak_bytes)}; {gigabytes(leanest.free_bytes)} are free on "
+            f"{facts.name} ({leanest.device}), of which {gigabytes(usable)} can be used"
         )
     return MemoryPlanError(
         f"{wanted} {trouble}; {_what_fits(facts, task, wishes)}", needed=leanest.peak_bytes, free=leanest.free_bytes
@@ -244,7 +253,7 @@ def _refusal(facts: Facts, task: Task, wishes: Wishes) -> MemoryPlanError:
 
 
 def _what_fits(facts: Facts, task: Task, wishes: Wishes) -> str:
-    """The largest count at this size or, where not even one picture fits, the largest size of the same shape."""
+    """The largest count at this size or, where not even one image fits, the largest size of the same shape."""
 
     def fits(**changes: int) -> bool:
         return _first_that_fits(facts, dataclasses.replace(task, **changes), wishes) is not None
@@ -260,10 +269,10 @@ def _what_fits(facts: Facts, task: Task, wishes: Wishes) -> str:
     most = max(task.width, task.height) // unit
     step = _last_true(lambda n: fits(width=side(task.width, n), height=side(task.height, n), pictures=1), most)
     if not step:
-        return "no size fits: free memory, or take a smaller model or a smaller dtype"
+        return "no size fits: free memory, or use a smaller model or dtype"
     width, height = side(task.width, step), side(task.height, step)
-    return f"the largest that would fit is one picture of {width} × {height} (--width {width} --height {height})"
+    return f"the largest that fits is 1 image of {width} × {height} (--width {width} --height {height})"
 
 
 def _pictures(count: int) -> str:
-    return "one picture" if count == 1 else f"{count} pictures"
+    return "1 image" if count == 1 else f"{count} images"

@@ -1,10 +1,10 @@
-"""A plan's choices in plain words, each with its why and its numbers."""
+"""Why a plan is as it is: one sentence for each choice, with its numbers."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sfumato.runtime.numerics import is_emulated
+from sfumato.runtime.numerics import best_dtype, is_emulated
 from sfumato.runtime.speeds import COMPILE_GAIN, SECONDS_TO_COMPILE
 
 if TYPE_CHECKING:
@@ -13,14 +13,17 @@ if TYPE_CHECKING:
     from sfumato.runtime.choices import Plan, Task, Wishes
     from sfumato.runtime.facts import Facts
 
-__all__ = ["gigabytes", "reasons"]
+__all__ = ["REPLACED", "gigabytes", "reasons"]
 
-# Above this many steps a better sampler is worth naming.
+# What a reason says where another precision than the one requested is used.
+REPLACED = "instead of float16"
+
+# Above this many steps, a better scheduler is worth mentioning.
 MANY_STEPS = 40
 
 
 def gigabytes(number: int) -> str:
-    """Bytes in words: "2.13 GB", "871 MB"; powers of ten, as sizes of files and memory are sold."""
+    """Bytes in readable form: "2.13 GB", "871 MB"; decimal units everywhere, as for files and disks."""
     return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
 
 
@@ -40,109 +43,132 @@ def reasons(facts: Facts, task: Task, wishes: Wishes, plan: Plan) -> tuple[str, 
 
 
 def _device(facts: Facts, wishes: Wishes, plan: Plan) -> str:
-    why = "as asked" if wishes.device else "the best device here" if plan.kind != "cpu" else "there is no GPU"
+    if wishes.asked("device"):
+        why = "as requested"
+    elif "device" in wishes.settled:
+        why = "where the pipeline is"
+    else:
+        why = "the best device of this machine" if plan.kind != "cpu" else "this machine has no GPU"
     name = facts.processor if plan.kind == "cpu" else facts.accelerator_name or plan.kind
-    return f"device {plan.device} ({name}): {why}; {gigabytes(plan.free_bytes)} are free to this process"
+    return f"device {plan.device} ({name}): {why}; {gigabytes(plan.free_bytes)} are free for this process"
 
 
 def _precision(facts: Facts, wishes: Wishes, plan: Plan) -> Iterator[str]:
-    if plan.kind == "cpu" and "float16" in [wishes.dtype_of(part) for part in ("text_encoder", "unet", "vae")]:
-        yield f"float16 was asked for and became {plan.unet_dtype}: a CPU emulates float16, {_slower(facts, plan)}"
-    elif wishes.dtype_of("unet"):
-        yield f"U-Net in {plan.unet_dtype}: as asked"
+    native = facts.native_bfloat16(plan.kind)
+    asked = {wishes.dtype_of(part) for part in ("text_encoder", "unet", "vae") if wishes.asked(f"{part}_dtype")}
+    if plan.kind == "cpu" and "float16" in asked:
+        yield f"{plan.unet_dtype} {REPLACED}: CPUs only emulate float16, {_slower(facts, plan)}"
+    elif wishes.asked("unet_dtype"):
+        yield f"U-Net in {plan.unet_dtype}: as requested"
+    elif wishes.dtype_of("unet") and plan.unet_dtype != best_dtype(plan.kind, native_bfloat16=native):
+        yield f"U-Net in {plan.unet_dtype}: as it was loaded"
     elif plan.kind == "cpu" and plan.unet_dtype == "bfloat16":
-        native = next(name for name in ("amx_bf16", "avx512_bf16", "neon_bf16") if name in facts.instructions)
-        yield f"bfloat16: this processor multiplies in it ({native}), at half the memory of float32"
+        name = next(name for name in ("amx_bf16", "avx512_bf16", "neon_bf16") if name in facts.instructions)
+        yield f"bfloat16: this CPU supports it ({name}), and it needs half the memory of float32"
     elif plan.kind == "cpu":
-        yield "float32: this processor has no bfloat16 instructions, and emulating them is slower"
+        yield "float32: this CPU has no bfloat16 instructions, and emulating them is slower"
     elif plan.kind == "mps" and plan.unet_dtype == "float32":
-        yield "float32: it fits, and on Metal it is about as fast as float16 and cannot overflow"
+        yield "float32: it fits, is about as fast as float16 on Metal, and cannot overflow"
     elif plan.kind == "mps":
-        yield "float16 weights, as float32 does not fit; scores and softmax, which overflow in it, stay in float32"
+        yield (
+            "float16: float32 does not fit. Attention scores and softmax stay in float32, because they overflow in "
+            "float16"
+        )
     else:
-        yield "float16 for text encoder and U-Net: the fastest on this card"
-    if plan.vae_dtype != plan.unet_dtype and not wishes.dtype_of("vae"):
-        yield f"VAE in {plan.vae_dtype}: some VAEs overflow in float16"
-    if is_emulated(plan.kind, plan.unet_dtype, facts.native_bfloat16(plan.kind)):
-        yield f"{plan.unet_dtype} is emulated on this device, so another precision would be faster"
+        yield "float16 for text encoder and U-Net: fastest on this GPU"
+    if plan.vae_dtype != plan.unet_dtype and not wishes.asked("vae_dtype"):
+        why = "some VAEs overflow in float16" if plan.unet_dtype == "float16" else "as it was loaded"
+        yield f"VAE in {plan.vae_dtype}: {why}"
+    if is_emulated(plan.kind, plan.unet_dtype, native):
+        yield f"{plan.unet_dtype} is emulated on this device; another precision would be faster"
 
 
 def _slower(facts: Facts, plan: Plan) -> str:
     emulated, native = facts.speeds.get("linear_float16"), facts.speeds.get(f"linear_{plan.unet_dtype}")
     if emulated and native and facts.accelerator == "cpu":
-        return f"{native / emulated:,.0f} times slower here"
-    return "many times slower"
+        return f"which is {native / emulated:,.0f} times slower on this one"
+    return "which is many times slower"
 
 
 def _engine(facts: Facts, wishes: Wishes, plan: Plan) -> Iterator[str]:
     if plan.kind != "cpu":
         return
-    why = "as asked" if wishes.engine else "weights are packed once for the processor's own kernels"
+    why = "as requested" if wishes.asked("engine") else "weights are packed once for the CPU's own kernels"
     if plan.engine == "torch" and not wishes.engine:
-        why = "our packed kernels are for x86 with AVX2"
+        why = "the packed kernels need an x86 CPU with AVX2"
+        if facts.architecture == "x86_64" and "avx2" in facts.instructions:
+            why = "this version of torch lacks working oneDNN operations"
     yield f"engine {plan.engine}: {why}"
     if wishes.threads:
-        yield f"{_threads(plan)}: as asked"
+        yield f"{_threads(plan)}: as requested"
+    elif facts.load >= 0.1:
+        yield (
+            f"{_threads(plan)}: other processes keep {facts.load:.1f} of {_cores(facts)} busy, and extra threads would "
+            "only wait for them"
+        )
     else:
-        busy = f", of which others keep {facts.load:.1f} busy" if facts.load >= 0.1 else ""
-        yield f"{_threads(plan)}: {facts.cores} cores are ours{busy}; threads that wait for a core slow all down"
+        yield f"{_threads(plan)}: {_cores(facts)} available"
 
 
 def _threads(plan: Plan) -> str:
-    return "one thread" if plan.threads == 1 else f"{plan.threads} threads"
+    return "1 thread" if plan.threads == 1 else f"{plan.threads} threads"
+
+
+def _cores(facts: Facts) -> str:
+    return "1 core" if facts.cores == 1 else f"{facts.cores} cores"
 
 
 def _attention(facts: Facts, wishes: Wishes, plan: Plan) -> str:
     if plan.attention == "fused":
-        return f"attention {'as asked: ' if wishes.attention else ''}by torch's fused kernel, which holds no scores"
+        return f"torch's fused attention, which stores no scores{': as requested' if wishes.attention else ''}"
     size = gigabytes(plan.attention_bytes or 0)
     if wishes.attention or wishes.attention_bytes:
-        return f"attention in chunks of at most {size} of scores: as asked"
+        return f"attention scores in chunks of at most {size}: as requested"
     if plan.kind == "cpu":
-        return f"attention in chunks of {size} of scores, which stay in the processor's cache"
-    return f"attention in chunks of at most {size} of scores: Metal holds them, and refuses buffers of 2**32 bytes"
+        return f"attention scores in chunks of {size}: they fit into the CPU's cache"
+    return f"attention scores in chunks of at most {size}: Metal stores them, and refuses buffers of 2**32 bytes"
 
 
 def _batches(task: Task, wishes: Wishes, plan: Plan) -> str:
     if wishes.micro_batch:
-        return f"{plan.micro_batch} at a time: as asked"
+        return f"batch size {plan.micro_batch}: as requested"
     if task.pictures == 1:
-        return "one picture, so one at a time"
+        return "batch size 1: there is only one image"
     if plan.kind == "cpu":
-        return "one picture at a time: larger batches gain nothing on a CPU and cost memory"
+        return "batch size 1: larger batches are no faster on a CPU and need more memory"
     if plan.kind == "mps":
-        return "one picture at a time: batches are not reliable on Metal; the pictures are the same"
-    return f"{plan.micro_batch} pictures at a time, of {task.pictures}: as many as fit, and no more than 16"
+        return "batch size 1: larger batches are unreliable on Metal; the images are the same"
+    return f"batch size {plan.micro_batch} for {task.pictures} images: as many as fit in memory, at most 16"
 
 
 def _memory(task: Task, wishes: Wishes, plan: Plan) -> Iterator[str]:
     if plan.offload == "staged":
-        alone = "none is needed twice" if wishes.once and plan.kind == "cpu" else "all three together do not fit"
-        why = "as asked" if wishes.offload else alone
-        yield f"networks take turns in memory (text encoder until it has encoded, U-Net until the VAE decodes): {why}"
+        alone = "none is needed twice" if wishes.once and plan.kind == "cpu" else "together they do not fit"
+        why = "as requested" if wishes.asked("offload") else alone
+        yield f"one network in memory at a time (text encoder, then U-Net, then VAE): {why}"
     if plan.vae_slicing and plan.micro_batch > 1:
-        yield "the VAE decodes one picture at a time: as fast, at a fraction of the memory"
+        yield "the VAE decodes one image at a time: equally fast, with much less memory"
     if plan.vae_tiling:
-        why = "as asked" if wishes.vae_tiling else f"{task.width} × {task.height} pixels at once are too many"
-        yield f"the VAE decodes in overlapping tiles, which changes pictures a little at the seams: {why}"
+        why = "as requested" if wishes.vae_tiling else f"{task.width} × {task.height} pixels at once are too many"
+        yield f"the VAE decodes in overlapping tiles, which slightly changes the image at the seams: {why}"
 
 
 def _compile(facts: Facts, wishes: Wishes, plan: Plan) -> str:
     if wishes.compile is not None:
-        return f"torch.compile {'on' if plan.compile else 'off'}: as asked"
+        return f"torch.compile {'on' if plan.compile else 'off'}: as requested"
     cost, gain = SECONDS_TO_COMPILE[plan.kind], COMPILE_GAIN[plan.kind]
     if plan.compile:
-        return f"torch.compile on: this run is long enough to repay the {cost:.0f} s that compiling takes"
+        return f"torch.compile on: this run is long enough to make up for {cost:.0f} s of compiling"
     if plan.engine != "torch":
-        return f"torch.compile off: the {plan.engine} engine has nothing left to compile"
+        return f"torch.compile off: it does not speed up the {plan.engine} engine"
     if plan.kind == "mps":
-        return "torch.compile off: it gains nothing on Metal yet"
+        return "torch.compile off: it is not faster on Metal yet"
     if plan.kind == "cpu" and facts.compiler is None:
         return "torch.compile off: there is no C compiler"
     saved = gain * plan.seconds
-    return f"torch.compile off: it would save {saved:.1f} s of this run and take {cost:.0f} s"
+    return f"torch.compile off: it would take {cost:.0f} s to save {saved:.1f} s"
 
 
 def _steps(task: Task) -> Iterator[str]:
     if task.steps >= MANY_STEPS:
-        yield f"{task.steps} steps as asked; 20 with --scheduler dpmpp_2m_karras look much the same"
+        yield f"{task.steps} steps: 20 with --scheduler dpmpp_2m_karras look much the same"

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-from sfumato.errors import CheckpointError, ConfigError, OutputError
-from sfumato.files import cache_folder, output_folder, read_json, write_json
-from sfumato.runtime.validation import check_speeds
+from sfumato.cache import keep
+from sfumato.runtime.facts import kept_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from pathlib import Path
 
     from sfumato.kernels import Kernels
     from sfumato.runtime.facts import Facts
@@ -22,18 +18,12 @@ __all__ = [
     "COMPILE_GAIN",
     "KINDS",
     "SECONDS_TO_COMPILE",
-    "cached_speeds",
     "keep_speeds",
     "measure_speeds",
     "speed",
-    "speeds_file",
 ]
 
-log = logging.getLogger("sfumato")
-
 KINDS = ("conv", "linear", "attention")
-# What is measured; another number where that changes, so that older speeds are not taken for it.
-MEASURED = 2
 # What compiling takes, and the share of the time that it saves.
 COMPILE_GAIN = {"cpu": 0.11, "cuda": 0.17, "mps": 0.0}
 SECONDS_TO_COMPILE = {"cpu": 80.0, "cuda": 60.0, "mps": 60.0}
@@ -71,33 +61,9 @@ def speed(facts: Facts, device: str, threads: int | None, kind: str, dtype: str)
     return share * core * (threads or facts.free_cores)
 
 
-def speeds_file(facts: Facts) -> Path:
-    """Where the speeds of this machine with this version of torch are kept."""
-    key = (MEASURED, facts.processor, facts.accelerator_name, facts.cores, facts.system, facts.libraries.get("torch"))
-    return cache_folder() / "speeds" / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
-
-
-def cached_speeds(facts: Facts) -> Mapping[str, float]:
-    """The speeds measured earlier; none if nobody has. A damaged file is deleted, and that is said."""
-    path = speeds_file(facts)
-    if not path.is_file():
-        return {}
-    try:
-        values = read_json(path)
-        check_speeds(values, str(path))
-    except (CheckpointError, ConfigError):
-        log.warning("%s was damaged and has been deleted; 'sfumato doctor' measures this machine again", path)
-        path.unlink(missing_ok=True)
-        return {}
-    return values
-
-
-def keep_speeds(facts: Facts, speeds: Mapping[str, float]) -> Path:
-    """Keep measured speeds for later; returns the file. Raises `OutputError` if it cannot be written."""
-    path = speeds_file(facts)
-    output_folder(path.parent)
-    write_json(path, dict(speeds))
-    return path
+def keep_speeds(facts: Facts, speeds: Mapping[str, float]) -> None:
+    """Keep measured speeds for later, where there is a cache."""
+    keep(kept_name(facts), dict(speeds))
 
 
 def measure_speeds(device: str, threads: int | None = None) -> dict[str, float]:
@@ -146,6 +112,8 @@ def _work(kind: str, device: str, dtype: Any, scale: int) -> tuple[Callable[[], 
     import torch
     import torch.nn.functional as F
 
+    from sfumato.runtime.onednn import multiply, packed_matrix
+
     def random(*shape: int) -> Any:
         return torch.randn(*shape, device=device).to(dtype)
 
@@ -159,9 +127,8 @@ def _work(kind: str, device: str, dtype: Any, scale: int) -> tuple[Callable[[], 
         rows = 16 * scale
         x, weight = random(rows, 1280), random(1280, 1280)
         if kernels is not None:  # as the onednn engine has it
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-            multiply = torch.ops.mkldnn._linear_pointwise
-            return lambda: multiply(x, packed, None, "none", [], ""), 2 * rows * 1280 * 1280
+            packed = packed_matrix(weight)
+            return lambda: multiply(x, packed, None), 2 * rows * 1280 * 1280
         return lambda: F.linear(x, weight), 2 * rows * 1280 * 1280
     length = 64 * int(scale**0.5)
     q, k, v = (random(1, 8, length, 64) for _ in range(3))
@@ -171,15 +138,14 @@ def _work(kind: str, device: str, dtype: Any, scale: int) -> tuple[Callable[[], 
 
 def _kernels(device: str, dtype: Any) -> Kernels | None:
     """Our own kernels, where a plan would use them."""
-    import torch
-
     from sfumato.kernels import CompilerError, kernels_for
+    from sfumato.runtime.onednn import packable
 
-    if device != "cpu" or dtype == torch.float16 or not torch.backends.mkldnn.is_available():
+    if device != "cpu" or not packable(dtype):
         return None
     try:
         return kernels_for(dtype)
-    except (CompilerError, OutputError):
+    except CompilerError:
         return None  # doctor says what is missing
 
 

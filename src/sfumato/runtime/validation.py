@@ -3,77 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
-from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from sfumato.errors import ConfigError, suggest
+from sfumato.values import Within, check_value
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
 __all__ = ["check_fields", "check_speeds"]
 
-MOST_BYTES, MOST_CORES, MOST_OPERATIONS = 2**50, 2**16, 1e18
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _whole(value: Any, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def _number(value: Any, low: float, high: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value) and low <= value <= high
-
-
-def _list(value: Any, each: Callable[[Any], bool]) -> bool:
-    return isinstance(value, (list, tuple)) and all(map(each, value))
-
-
-def _mapping(value: Any, each: Callable[[Any], bool]) -> bool:
-    return isinstance(value, dict) and all(map(_text, value)) and all(map(each, value.values()))
-
-
-def _one_of(*allowed: str) -> tuple[str, Callable[[Any], bool]]:
-    return " or ".join(map(repr, allowed)), lambda value: value in allowed
-
-
-_TEXT = ("a text", _text)
-_BYTES = ("a number of bytes from 1 to 2**50", lambda value: _whole(value, 1, MOST_BYTES))
-_FREE = ("a number of bytes from 0 to 2**50", lambda value: _whole(value, 0, MOST_BYTES))
-_TRUTH = ("true or false", lambda value: isinstance(value, bool))
-_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "name": _TEXT,
-    "system": _one_of("linux", "macos", "windows"),
-    "system_version": _TEXT,
-    "architecture": _TEXT,
-    "processor": _TEXT,
-    "accelerator": _one_of("cpu", "cuda", "mps"),
-    "accelerator_name": _TEXT,
-    "compute_capability": (
-        "two whole numbers such as [8, 9]",
-        lambda value: _list(value, lambda number: _whole(number, 0, 99)) and len(value) == 2,
-    ),
-    "memory_total": _BYTES,
-    "memory_free": _FREE,
-    "address_limited": _TRUTH,
-    "accelerator_memory_total": _BYTES,
-    "accelerator_memory_free": _FREE,
-    "unified_memory": _TRUTH,
-    "cores": ("a whole number from 1 to 65536", lambda value: _whole(value, 1, MOST_CORES)),
-    "load": ("a number from 0 to 65536", lambda value: _number(value, 0, MOST_CORES)),
-    "instructions": ("a list of texts", lambda value: _list(value, _text)),
-    "cache_l2": _BYTES,
-    "cache_l3": _BYTES,
-    "python": _TEXT,
-    "libraries": ("an object of names and versions", lambda value: _mapping(value, _text)),
-    "compiler": _TEXT,
-    "speeds": (
-        "an object of names and operations a second",
-        lambda value: _mapping(value, lambda number: _number(number, 1, MOST_OPERATIONS)),
-    ),
+_Text = Annotated[str, Within(1, 1000), "text"]
+_Bytes = Annotated[int, Within(1, 2**50), "a number of bytes from 1 to 2**50"]
+_Free = Annotated[int, Within(0, 2**50), "a number of bytes from 0 to 2**50"]
+_Version = Annotated[int, Within(0, 99)]
+_RULES: dict[str, Any] = {
+    "name": _Text,
+    "system": Literal["linux", "macos", "windows"],
+    "system_version": _Text,
+    "architecture": _Text,
+    "processor": _Text,
+    "accelerator": Literal["cpu", "cuda", "mps"],
+    "accelerator_name": _Text,
+    "compute_capability": tuple[_Version, _Version],
+    "memory_total": _Bytes,
+    "memory_free": _Free,
+    "address_limited": bool,
+    "accelerator_memory_total": _Bytes,
+    "accelerator_memory_free": _Free,
+    "unified_memory": bool,
+    "cores": Annotated[int, Within(1, 2**16)],
+    "load": Annotated[float, Within(0, 2**16)],
+    "instructions": tuple[_Text, ...],
+    "cache_l2": _Bytes,
+    "cache_l3": _Bytes,
+    "python": _Text,
+    "libraries": dict[_Text, _Text],
+    "compiler": _Text,
+    "onednn": bool,
+    "speeds": dict[_Text, Annotated[float, Within(1, 1e18), "operations a second"]],
 }
 
 
@@ -82,18 +50,17 @@ def check_fields(cls: Any, values: Mapping[str, Any], where: str) -> None:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key, value in values.items():
         if key not in fields:
-            raise ConfigError(f"{where}: there is no fact {key!r}{suggest(key, fields)}; known are {', '.join(fields)}")
-        wanted, check = _RULES[key]
-        if not (value is None and fields[key].default is None) and not check(value):
-            raise ConfigError(f"{where}: {key} must be {wanted}, not {value!r}")
+            raise ConfigError(
+                f"{where}: there is no fact {key!r}{suggest(key, fields)}; use one of {', '.join(fields)}"
+            )
+        if not (value is None and fields[key].default is None):
+            check_value(where, key, value, _RULES[key])
     for key, field in fields.items():
         needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if needed and key not in values:
-            raise ConfigError(f"{where}: {key} is missing; it must be {_RULES[key][0]}")
+            raise ConfigError(f"{where}: {key} is missing")
 
 
 def check_speeds(values: Any, where: str) -> None:
     """Raise `ConfigError` unless these are measured speeds by name."""
-    wanted, check = _RULES["speeds"]
-    if not check(values):
-        raise ConfigError(f"{where}: speeds must be {wanted}")
+    check_value(where, "speeds", values, _RULES["speeds"])

@@ -1,0 +1,78 @@
+"""Torch's oneDNN operations on packed weights. They are private to torch, so each is tried before it is relied on."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["convolve", "multiply", "multiply_pixels", "packable", "packed_filter", "packed_matrix"]
+
+# What one rounding of each precision may change, in units of the largest value.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+
+
+@cache
+def packable(dtype: torch.dtype) -> bool:
+    """Whether this torch has oneDNN, in a precision that it multiplies, and the operations below give right results."""
+    if not torch.backends.mkldnn.is_available() or dtype not in TOLERANCE:
+        return False
+    try:
+        with torch.no_grad():
+            return _agrees(dtype)
+    except Exception:  # whatever a release without them, or with others of their names, raises
+        return False
+
+
+def _agrees(dtype: torch.dtype) -> bool:
+    """Whether products and convolutions of a few numbers are those of torch's plain layers, and weights come back."""
+    own = torch.Generator().manual_seed(0)
+    shapes = (3, 5, 32), (16, 32), (16,), (2, 16, 6, 5), (16, 16, 3, 3)
+    x, matrix, bias, pictures, filters = (torch.randn(shape, generator=own).to(dtype) for shape in shapes)
+    pictures = pictures.contiguous(memory_format=torch.channels_last)
+    multiplied, convolved = packed_matrix(matrix), packed_filter(filters, (1, 1), (2, 2))
+    pairs = [
+        (multiplied.to_dense(), matrix),
+        (convolved.to_dense(), filters),
+        (multiply(x, multiplied, bias), F.linear(x.double(), matrix.double(), bias.double())),
+        (multiply(x, multiplied, None), F.linear(x.double(), matrix.double())),
+    ]
+    for some in (bias, None):
+        wide = None if some is None else some.double()
+        want = F.conv2d(pictures.double(), filters.double(), wide, stride=2, padding=1)
+        pairs.append((convolve(pictures, convolved, some, (1, 1), (2, 2)), want))
+    return all(
+        got.dtype == dtype
+        and got.shape == want.shape
+        and bool((got.double() - want.double()).abs().max() <= TOLERANCE[dtype] * want.double().abs().max())
+        for got, want in pairs
+    )
+
+
+def packed_matrix(weight: Tensor) -> Tensor:
+    """The weights (C', C) of a linear layer, as `multiply` takes them."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight)
+
+
+def multiply(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer of x (..., C) with packed weights."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def multiply_pixels(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """The same of every pixel of x (B, C, H, W); what comes out is channels last."""
+    return multiply(x.permute(0, 2, 3, 1).contiguous(), packed, bias).permute(0, 3, 1, 2)
+
+
+def packed_filter(weight: Tensor, padding: Any, stride: Any) -> Tensor:
+    """The weights (C', C, h, w) of a convolution with this padding and stride, as `convolve` takes them."""
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    return torch.ops.mkldnn._reorder_convolution_weight(weight, list(padding), list(stride), [1, 1], 1)
+
+
+def convolve(x: Tensor, packed: Tensor, bias: Tensor | None, padding: Any, stride: Any) -> Tensor:
+    """A convolution of x (B, C, H, W), channels last in memory, with packed weights."""
+    return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, padding, stride, (1, 1), 1, "none", [], "")

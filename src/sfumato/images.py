@@ -1,22 +1,23 @@
-"""Pictures: between tensors and files, grids, and the recipe a PNG carries."""
+"""Images: between tensors and files, and grids."""
 
 from __future__ import annotations
 
-import json
+import os
+import warnings
+from contextlib import contextmanager, suppress
 from math import ceil, inf, log10, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from PIL import Image, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 
-from sfumato.errors import OutputError, UsageError
-from sfumato.files import output_folder, replacing
+from sfumato.errors import UsageError
+from sfumato.files import expanded, open_file
+from sfumato.values import reason
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
@@ -25,19 +26,22 @@ __all__ = [
     "fitted",
     "from_pixels",
     "make_image_grid",
-    "next_free",
     "open_image",
+    "open_mask",
+    "opened",
     "psnr",
-    "read_recipe",
-    "save_png",
+    "size_notes",
     "to_arrays",
     "to_pictures",
     "to_pixels",
 ]
 
-RECIPE_KEY = "sfumato"
-# A picture above this is far more likely a damaged or hostile file than one to draw from.
-MAX_PIXELS = 2**27
+# How many times a checkpoint's own pixels an image may have before that is worth a note.
+FAR_ABOVE = 4
+# An image above this is far more likely a damaged or hostile file than one to draw from.
+MAX_PIXELS = 2**26
+# What is read: formats that describe pixels. Others are programs, which Pillow hands to an interpreter (PostScript).
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 
 def to_arrays(pixels: Tensor) -> np.ndarray:
@@ -56,38 +60,49 @@ def from_pixels(sample: Tensor) -> Tensor:
     return (sample / 2 + 0.5).clamp(0, 1)
 
 
-def to_pixels(image: Any, multiple: int, size: tuple[int, int] | None = None) -> Tensor:
-    """A picture in any of its usual forms, as the autoencoder reads it: (B, 3, H, W) float32 in [-1, 1].
+def to_pixels(
+    image: Any,
+    multiple: int,
+    size: tuple[int, int] | None = None,
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
+) -> Tensor:
+    """An image in any common form, as VAE input: (B, 3, H, W) float32 in [-1, 1].
 
     Takes a PIL image, an array (H, W, 3) or (B, H, W, 3) in [0, 1], a tensor (3, H, W) or (B, 3, H, W) in [0, 1] or
     [-1, 1], or a list of one of these. PIL images are resized to `size` (width, height), or down to multiples of
     `multiple`. Raises `UsageError` for anything else.
     """
+    import torch  # here, so that pictures can be read without it
+
     if isinstance(image, (list, tuple)):
         if not image:
-            raise UsageError("image is an empty list; give at least one picture")
-        parts = [to_pixels(one, multiple, size) for one in image]
+            raise UsageError("image is an empty list; pass at least one image")
+        parts = [to_pixels(one, multiple, size, resample) for one in image]
         if len({part.shape[1:] for part in parts}) > 1:
             raise UsageError("the images of a batch differ in size; resize them to one")
         return torch.cat(parts)
     if isinstance(image, Image.Image):
         width, height = size or tuple(max(multiple, side - side % multiple) for side in image.size)
-        picture = image.convert("RGB")
+        picture = _rgb(image)
         if picture.size != (width, height):
-            picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+            picture = picture.resize((width, height), resample)
         return torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).permute(2, 0, 1)[None] * 2 - 1
     if isinstance(image, np.ndarray):
+        if image.dtype.kind != "f":
+            raise UsageError(f"an image array must hold floating-point numbers in [0, 1], not {image.dtype}")
         batch = torch.from_numpy(np.ascontiguousarray(image, dtype=np.float32))
         batch = batch[None] if batch.ndim == 3 else batch
         return _checked(batch.permute(0, 3, 1, 2) if batch.ndim == 4 else batch, multiple) * 2 - 1
     if isinstance(image, torch.Tensor):
+        if not image.is_floating_point():
+            raise UsageError(f"an image tensor must hold floating-point numbers, not {image.dtype}")
         batch = _checked(image[None] if image.ndim == 3 else image, multiple)
         return batch if batch.shape[1] == 4 or batch.min() < 0 else batch * 2 - 1
     raise UsageError(f"image must be a PIL image, an array, a tensor or a list of these, not {type(image).__name__}")
 
 
 def _checked(batch: Tensor, multiple: int) -> Tensor:
-    if batch.ndim != 4 or batch.shape[1] not in (3, 4):
+    if batch.ndim != 4 or batch.shape[1] not in (3, 4) or not batch.numel():
         raise UsageError(f"an image array must have 3 channels, but its shape is {tuple(batch.shape)}")
     if batch.shape[1] == 3 and (batch.shape[2] % multiple or batch.shape[3] % multiple):
         raise UsageError(
@@ -97,24 +112,61 @@ def _checked(batch: Tensor, multiple: int) -> Tensor:
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Read a picture file as RGB. Raises `UsageError` if it is missing, unreadable, or unreasonably large."""
+    """Read an image file as RGB, upright. Raises `UsageError` if it is missing, unreadable or too large."""
+    with opened(path, FORMATS, "give a PNG, JPEG or WebP file") as image:
+        with suppress(Exception):  # of a damaged tag, it cannot be known how the image stands
+            ImageOps.exif_transpose(image, in_place=True)
+        return _rgb(image)
+
+
+def open_mask(path: str | Path) -> Image.Image:
+    """Read a mask or another picture of levels as 8 bits of grey; what is transparent is black. Raises `UsageError`."""
+    with opened(path, FORMATS, "give a PNG, JPEG or WebP file") as image:
+        with suppress(Exception):
+            ImageOps.exif_transpose(image, in_place=True)
+        alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+        levels = _rgb(image).convert("L")
+    return levels if alpha is None else ImageChops.multiply(levels, alpha)
+
+
+@contextmanager
+def opened(path: str | Path, formats: tuple[str, ...], remedy: str) -> Iterator[Image.Image]:
+    """An image in one of these formats, open and not yet decoded; `UsageError` for all that can be wrong with it."""
+    place = expanded(path)
+    if not os.path.lexists(place):
+        raise UsageError(f"there is no image {path}; check the path")
     try:
-        with Image.open(Path(path).expanduser()) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise UsageError(f"{path} is {image.width}×{image.height} pixels; make it smaller first")
-            return image.convert("RGB")
-    except FileNotFoundError as error:
-        raise UsageError(f"there is no picture {path}; check the path") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"{path} cannot be read as a picture ({error}); give a PNG, JPEG or WebP file") from error
+        with warnings.catch_warnings(), open_file(place) as stream:
+            warnings.simplefilter("ignore")  # of tags that are damaged
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(stream, formats=formats) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise UsageError(f"{path} is {image.width}×{image.height} pixels; make it smaller first")
+                yield image
+    except UsageError:
+        raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise UsageError(f"{path} has more than {MAX_PIXELS // 10**6} million pixels; make it smaller first") from error
+    except Exception as error:  # decoders raise whatever happens to them
+        what = "its format is not known" if isinstance(error, UnidentifiedImageError) else reason(error)
+        raise UsageError(f"{path} cannot be read as an image ({what}); {remedy}") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """An image of 8 bits a channel; of 16 bits, the upper ones. Raises `UsageError` where values have no white."""
+    if image.mode == "F":
+        raise UsageError("an image of floating-point values has no defined white; convert it to 8 or 16 bits")
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        wide = image.mode != "I" or values.max() > 255
+        image = Image.fromarray((values // 256 if wide else values).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The middle of a picture, cut to the shape of `size` (width, height) and resized to it; one of that size as it is.
+    """The center of an image, cropped to the aspect ratio of `size` (width, height) and resized to it.
 
-    What is cut off leaves no trace at the edges.
+    What is cropped leaves no trace at the edges. An image of that size is returned unchanged.
     """
     scale = min(image.width / size[0], image.height / size[1])
     width, height = (max(1, round(side * scale)) for side in size)
@@ -123,10 +175,29 @@ def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return middle if middle.size == size else middle.resize(size, Image.Resampling.LANCZOS)
 
 
-def make_image_grid(images: Sequence[Image.Image], rows: int, cols: int, resize: int | None = None) -> Image.Image:
-    """Lay out rows × cols images of one size in a grid; `resize` makes each of them that many pixels square first.
+def size_notes(size: tuple[int, int], own: tuple[int, int], *, only: bool, source: bool, chosen: bool) -> list[str]:
+    """A note if images of `size` (width, height) will be worse than, or different from, what a user may expect.
 
-    Raises `UsageError` if their number is not rows × cols.
+    own: the size the checkpoint was trained for; only: it supports no other. source: the size may come from an input
+    image; chosen: the user asked for it.
+    """
+    this, best = f"{size[0]} × {size[1]}", f"{own[0]} × {own[1]}"
+    if only and size != own:
+        return [f"this model was made for {best} images, and {this} will look bad; ask for {best}"]
+    if source and size[0] * size[1] > FAR_ABOVE * own[0] * own[1]:
+        return [
+            f"the image is {this}, far above the {best} that this model was trained for; a smaller width and height "
+            "save time and look better"
+        ]
+    if source and not chosen and size != own:
+        return [f"the output is {this}, as large as the input image; set width and height for the model's own {best}"]
+    return []
+
+
+def make_image_grid(images: Sequence[Image.Image], rows: int, cols: int, resize: int | None = None) -> Image.Image:
+    """Arrange rows × cols images of the same size in a grid; `resize` first makes each that many pixels square.
+
+    Raises `UsageError` if the number of images is not rows × cols.
     """
     if len(images) != rows * cols or not images:
         raise UsageError(f"a grid of {rows} × {cols} needs {rows * cols} images, but there are {len(images)}")
@@ -140,7 +211,7 @@ def make_image_grid(images: Sequence[Image.Image], rows: int, cols: int, resize:
 
 
 def auto_grid(images: Sequence[Image.Image]) -> Image.Image:
-    """All images in one grid, as square as their number allows, empty places black; one image stays itself."""
+    """All images in one grid, as square as possible, with black for empty cells; a single image as it is."""
     if len(images) == 1:
         return images[0]
     cols = ceil(sqrt(len(images)))
@@ -149,48 +220,10 @@ def auto_grid(images: Sequence[Image.Image]) -> Image.Image:
     return make_image_grid([*images, *[blank] * (rows * cols - len(images))], rows, cols)
 
 
-def save_png(image: Image.Image, path: Path, recipe: dict[str, Any] | None = None) -> Path:
-    """Write a PNG, with its recipe in a text chunk. Raises `OutputError`; the file is whole or absent."""
-    info = PngInfo()
-    if recipe is not None:
-        info.add_itxt(RECIPE_KEY, json.dumps(recipe, ensure_ascii=False, sort_keys=True), zip=True)
-    output_folder(path.parent)
-    with replacing(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=info)
-    return path
-
-
-def next_free(path: Path) -> Path:
-    """The path, or the first of `name-2.png`, `name-3.png`, … that does not exist yet."""
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder; give the name of a file in it")
-    number, free = 1, path
-    while free.exists():
-        number += 1
-        free = path.with_name(f"{path.stem}-{number}{path.suffix}")
-    return free
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """The recipe a PNG carries. Raises `UsageError` where there is none."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            text = getattr(image, "text", {}).get(RECIPE_KEY)
-        recipe = json.loads(text) if text else None
-    except FileNotFoundError as error:
-        raise UsageError(f"there is no picture {path}; check the path") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read as a picture with a recipe ({error})") from error
-    if not isinstance(recipe, dict) or not isinstance(recipe.get("request"), dict):
-        raise UsageError(f"{path} carries no recipe; only PNGs that Sfumato wrote, unchanged since, can be replayed")
-    return recipe
-
-
 def psnr(a: Image.Image, b: Image.Image) -> float:
     """Peak signal-to-noise ratio of two 8-bit images in dB, infinite if equal. Raises `UsageError` if sizes differ."""
     if a.size != b.size:
-        raise UsageError(f"pictures of {a.width}×{a.height} and {b.width}×{b.height} pixels cannot be compared")
+        raise UsageError(f"images of {a.width}×{a.height} and {b.width}×{b.height} pixels cannot be compared")
     difference = np.asarray(a.convert("RGB"), dtype=np.float64) - np.asarray(b.convert("RGB"), dtype=np.float64)
     error = float(np.mean(difference**2))
     return inf if error == 0 else 10 * log10(255**2 / error)

@@ -4,41 +4,87 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from sfumato.checkpoints.locate import HubOptions
+from sfumato.ecosystem import found
 from sfumato.errors import UnknownArgument, UsageError, suggest
-from sfumato.pipelines.components import COMPONENTS, OPTIONAL
+from sfumato.harmless import without_harmless
+from sfumato.pipelines.components import COMPONENTS, FLAGS, OPTIONAL
 from sfumato.request import GenerateRequest
+from sfumato.runtime.device import parse_device
+from sfumato.values import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
-__all__ = ["refuse", "request_from", "split_keywords"]
+__all__ = ["not_here", "refuse", "refuse_unknown_parts", "request_from", "split_keywords", "split_places"]
 
 
-def split_keywords(keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Components given in place of the stored ones, and options of the hub. Raises `UnknownArgument` for the rest."""
+def split_keywords(
+    keywords: dict[str, Any], function: str = "from_pretrained"
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is given in place of what is stored, and options of the hub. Raises `UnknownArgument` for the rest."""
+    keywords = without_harmless(keywords)
     hub_names = [*HubOptions.__dataclass_fields__]
-    known = [*COMPONENTS, *OPTIONAL, "requires_safety_checker", *hub_names]
+    told = (*COMPONENTS, *FLAGS, "add_watermarker")
+    known = [*told, *OPTIONAL, "requires_safety_checker", *hub_names]
     for keyword in keywords:
         if keyword not in known:
             near = suggest(keyword, [*known, "torch_dtype", "dtype", "variant", "use_safetensors"])
-            raise UnknownArgument(f"from_pretrained has no argument {keyword!r}{near}")
-    given = {key: value for key, value in keywords.items() if key in (*COMPONENTS, "safety_checker")}
+            raise UnknownArgument(f"{function} has no argument {keyword!r}{near}")
+    given = {key: value for key, value in keywords.items() if key in (*told, *OPTIONAL)}
     return given, {key: value for key, value in keywords.items() if key in hub_names}
 
 
-def request_from(prompt: Any, prompt_embeds: Tensor | None, *, count: int | None, **values: Any) -> GenerateRequest:
-    """The request of a call. Raises `UsageError` if it says nothing of what to draw."""
+def refuse_unknown_parts(given: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for parts that show, watch or mark images, and that are not here; None is harmless."""
+    if given.get("safety_checker") is not None:
+        raise UsageError("Sfumato has no safety checker; omit it or pass None")
+    if given.get("depth_estimator") is not None:
+        raise UsageError("Sfumato estimates no depth; omit depth_estimator, and pass a depth_map to each call")
+    if given.get("add_watermarker") or given.get("watermarker") is not None:
+        raise UsageError("Sfumato adds no watermark; omit it")
+
+
+def split_places(places: tuple[Any, ...], named: dict[str, Any]) -> tuple[torch.device | None, torch.dtype | None]:
+    """The device and the precision among the arguments of `to`, in any order. Raises `UsageError` for others."""
+    wanted = [*places, named.pop("device", None), named.pop("dtype", None), named.pop("torch_dtype", None)]
+    named.pop("silence_dtype_warnings", None)
+    if named:
+        raise UnknownArgument(f"to() has no argument {next(iter(named))!r}; it takes device and dtype")
+    wanted = [f"cuda:{one}" if type(one) is int else one for one in wanted]  # as torch reads a bare index
+    for one in wanted:
+        if not (one is None or isinstance(one, (torch.dtype, str, torch.device))):
+            raise UsageError(
+                f"to() takes a device such as 'cuda' and a precision such as torch.float16, not {shown(one)}"
+            )
+    dtype = next((place for place in wanted if isinstance(place, torch.dtype)), None)
+    device = next((place for place in wanted if isinstance(place, (str, torch.device))), None)
+    return None if device is None else parse_device(str(device)), dtype
+
+
+def request_from(prompt: Any, prompt_embeds: Tensor | None, *, count: int | None = 1, **values: Any) -> GenerateRequest:
+    """The request of a call. Raises `UsageError` if it says nothing of what to generate."""
     if prompt is None and prompt_embeds is None:
-        raise UsageError("there is nothing to draw: give a prompt or prompt_embeds")
-    return GenerateRequest(prompt=prompt if prompt is not None else "", count=1 if count is None else count, **values)
+        raise UsageError("the prompt is missing; pass prompt or prompt_embeds")
+    prompts: Any = prompt if prompt_embeds is None or prompt is not None else [""] * len(prompt_embeds)
+    return GenerateRequest(prompt=prompts, count=1 if count is None else count, **values)
+
+
+def not_here(name: str) -> UnknownArgument:
+    """The error for an argument of the ecosystem's calls that Sfumato's do not have."""
+    what, here = found("argument", name) or ("an argument", "omit it")
+    return UnknownArgument(f"{name} ({what}) is not in Sfumato; {here}")
 
 
 def refuse(unknown: dict[str, Any], function: Callable[..., Any]) -> None:
     """Arguments that do not exist are an error; None, the ecosystem's way to say "not used", is harmless."""
     for name, value in unknown.items():
         if value is not None:
+            if found("argument", name):
+                raise not_here(name)
             known = function.__code__.co_varnames[1 : function.__code__.co_argcount]
             raise UnknownArgument(f"the pipeline has no argument {name!r}{suggest(name, known)}")

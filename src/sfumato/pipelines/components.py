@@ -8,31 +8,49 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from sfumato import schedulers
-from sfumato.checkpoints.locate import locate_folder
-from sfumato.checkpoints.weights import find_weights
 from sfumato.errors import CheckpointError, ConfigError, UsageError
-from sfumato.files import LAYOUT_VERSION, output_folder, read_json, write_json
-from sfumato.models import AutoencoderKL, AutoencoderTiny, CLIPTextModel, UNet2DConditionModel
+from sfumato.files import LAYOUT_VERSION, read_json, write_json
+from sfumato.folders import saving_into
+from sfumato.models import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionModelWithProjection,
+    ControlNetModel,
+    StableUnCLIPImageNormalizer,
+    UNet2DConditionModel,
+)
 from sfumato.models.base import Model, select_model_files
+from sfumato.pipelines.multi_control import MultiControlNetModel
 from sfumato.schedulers.base import Scheduler
 from sfumato.schedulers.names import NAMES, resolve
 from sfumato.text.tokenizer import CLIPTokenizer, select_tokenizer_files
+from sfumato.values import check_argument, check_value, shown
 
 if TYPE_CHECKING:
     from os import PathLike
 
+    from sfumato.families import Family
+
 __all__ = [
     "COMPONENTS",
+    "FLAGS",
     "INDEX",
     "OPTIONAL",
+    "REQUIRED",
+    "USUAL",
+    "WITH_WEIGHTS",
     "ComponentFiles",
+    "Index",
     "check_component",
     "choose_scheduler",
+    "class_of_file",
     "component_class",
-    "load_components",
+    "entry_of",
+    "network_class",
+    "read_index",
     "save_components",
     "scheduler_from_recipe",
     "up_to_date",
@@ -41,25 +59,60 @@ __all__ = [
 log = logging.getLogger("sfumato")
 
 INDEX = "model_index.json"
-COMPONENTS = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
-# Parts of the ecosystem's pipelines that say whether a picture is shown, not how it is drawn; never loaded here.
-OPTIONAL = ("safety_checker", "feature_extractor", "image_encoder")
+USUAL = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "controlnet", "scheduler")
+# What some families have beside them.
+COMPONENTS = (*USUAL, "image_encoder", "image_normalizer", "image_noising_scheduler", "low_res_scheduler")
+# Every checkpoint has these; which text encoders it has, and with each its tokenizer, depends on its family. It has a
+# ControlNet where a pipeline was saved with one.
+REQUIRED = ("vae", "unet", "scheduler")
+# The folders of further ControlNets.
+MORE_CONTROLS = tuple(f"controlnet_{i}" for i in range(1, 16))
+# Parts of the ecosystem's pipelines that say whether an image is shown, not how it is drawn; never loaded here.
+ABSENT = ("safety_checker", "feature_extractor", "image_encoder")
+OPTIONAL = ("safety_checker", "feature_extractor", "depth_estimator", "watermarker")
+# What an index says of a family beside its parts.
+FLAGS = ("force_zeros_for_empty_prompt", "requires_aesthetics_score", "max_noise_level")
 
+WITH_WEIGHTS = (Model, MultiControlNetModel)
+_ENCODERS: dict[str, Any] = {cls.__name__: cls for cls in (CLIPTextModel, CLIPTextModelWithProjection)}
+_TOKENIZERS: dict[str, Any] = {"CLIPTokenizer": CLIPTokenizer, "CLIPTokenizerFast": CLIPTokenizer}
 _CLASSES: dict[str, dict[str, Any]] = {
     "vae": {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny},
-    "text_encoder": {"CLIPTextModel": CLIPTextModel},
-    "tokenizer": {"CLIPTokenizer": CLIPTokenizer, "CLIPTokenizerFast": CLIPTokenizer},
+    "text_encoder": _ENCODERS,
+    "text_encoder_2": _ENCODERS,
+    "tokenizer": _TOKENIZERS,
+    "tokenizer_2": _TOKENIZERS,
     "unet": {"UNet2DConditionModel": UNet2DConditionModel},
+    "image_encoder": {"CLIPVisionModelWithProjection": CLIPVisionModelWithProjection},
+    "image_normalizer": {"StableUnCLIPImageNormalizer": StableUnCLIPImageNormalizer},
+    "controlnet": {cls.__name__: cls for cls in (ControlNetModel, MultiControlNetModel)},
     "scheduler": {name: getattr(schedulers, name) for name in sorted({alias.class_name for alias in NAMES.values()})},
 }
+_CLASSES |= dict.fromkeys(("image_noising_scheduler", "low_res_scheduler"), _CLASSES["scheduler"])
 _TYPES: dict[str, tuple[Any, ...]] = {
     "vae": (AutoencoderKL, AutoencoderTiny),
     "text_encoder": (CLIPTextModel,),
+    "text_encoder_2": (CLIPTextModel,),
     "tokenizer": (CLIPTokenizer,),
+    "tokenizer_2": (CLIPTokenizer,),
     "unet": (UNet2DConditionModel,),
+    "image_encoder": (CLIPVisionModelWithProjection,),
+    "image_normalizer": (StableUnCLIPImageNormalizer,),
+    "controlnet": (ControlNetModel, MultiControlNetModel),
     "scheduler": (Scheduler,),
+    "image_noising_scheduler": (Scheduler,),
+    "low_res_scheduler": (Scheduler,),
 }
-Dtypes = torch.dtype | Mapping[str, torch.dtype] | None
+
+
+@dataclass(frozen=True)
+class Index:
+    """What the index of a kind of pipeline says: the class, the parts it may have, those that are never here, flags."""
+
+    class_name: str
+    parts: tuple[str, ...] = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+    absent: tuple[str, ...] = ABSENT
+    flags: tuple[str, ...] = ("requires_safety_checker",)
 
 
 @dataclass(frozen=True)
@@ -74,20 +127,23 @@ class ComponentFiles:
     copy: bool = False
     later: bool = False
 
+    def __post_init__(self) -> None:
+        check_argument("variant", self.variant, str | None)
+
     def select(self, names: Sequence[str], strict: bool, skip: Sequence[str] = ()) -> list[str]:
         """The files of a repository that a pipeline needs, but for the components in `skip`."""
         if INDEX not in names:
             raise CheckpointError(
-                f"there is no {INDEX}, so this is not a pipeline; load its parts by their own classes"
+                f"there is no {INDEX}, so this is not a pipeline; load its components with their own classes"
             )
         chosen = [INDEX]
         variants = 0
         for part in COMPONENTS:
-            if part in skip:
+            if part in skip or not _has(names, part):
                 continue
-            if part == "scheduler":
-                chosen.append("scheduler/scheduler_config.json")
-            elif part == "tokenizer":
+            if part.endswith("scheduler"):
+                chosen.append(f"{part}/scheduler_config.json")
+            elif part.startswith("tokenizer"):
                 chosen += select_tokenizer_files(names, part)
             else:
                 stem = _TYPES[part][0].weights_name
@@ -96,44 +152,29 @@ class ComponentFiles:
                 variants += any(f".{self.variant}" in name for name in files)
                 chosen += files
         if self.variant and not variants and len(skip) < len(COMPONENTS):
-            raise CheckpointError(
-                f"no component has a variant {self.variant!r}; leave variant out to use the plain weights"
-            )
+            raise CheckpointError(f"no component has a variant {self.variant!r}; omit variant to use the plain weights")
         return chosen
 
 
-def load_components(
-    name: str | PathLike[str], files: ComponentFiles, dtypes: Dtypes, given: Mapping[str, Any], hub: Mapping[str, Any]
-) -> tuple[dict[str, Any], Path, dict[str, Any]]:
-    """Load every component that is not given; returns them, the folder, and the index.
-
-    Raises `CheckpointError` or `ConfigError` naming file and key.
-    """
-    folder = locate_folder(name, lambda names, strict: files.select(names, strict, tuple(given)), **hub)
+def read_index(folder: Path) -> dict[str, Any]:
+    """`model_index.json`. Raises `CheckpointError` or `ConfigError` for what it cannot say."""
     index = read_json(folder / INDEX)
-    _check_variant(folder, files, given)
-    loaded: dict[str, Any] = {}
-    for part in COMPONENTS:
-        if part in given:
-            loaded[part] = given[part]
-            continue
-        cls = component_class(folder, index, part)
-        if issubclass(cls, Model):
-            options = {"variant": files.variant, "use_safetensors": files.use_safetensors}
-            how = {"dtype": _dtype_of(part, dtypes), "copy": files.copy, "later": files.later}
-            loaded[part] = cls.from_folder(folder / part, **options, **how)
-        elif issubclass(cls, CLIPTokenizer):
-            loaded[part] = cls.from_folder(folder / part)
-        else:
-            loaded[part] = cls.from_pretrained(folder, subfolder=part)
-    return loaded, folder, index
+    check_value(str(folder / INDEX), "_class_name", index.get("_class_name"), str | None)
+    for part in OPTIONAL:
+        check_value(str(folder / INDEX), part, index.get(part), tuple[str | None, str | None] | None)
+    return index
 
 
 def component_class(folder: Path, index: Mapping[str, Any], part: str) -> Any:
-    """The class that `model_index.json` names for a component. Raises `ConfigError` for one we do not have."""
+    """The class that `model_index.json` names for a component, None for a text encoder or tokenizer that is not there.
+
+    Raises `ConfigError` for a class we do not have.
+    """
     entry = index.get(part)
-    if not isinstance(entry, (list, tuple)) or len(entry) != 2 or entry[1] is None:
-        raise CheckpointError(f"{folder / INDEX} names no {part}; text-to-image needs one, so pass {part}=… yourself")
+    if not isinstance(entry, (list, tuple)) or len(entry) != 2 or not isinstance(entry[1], str):
+        if part not in REQUIRED:
+            return None
+        raise CheckpointError(f"{folder / INDEX} lists no {part}, which text-to-image needs; pass {part}=…")
     known = _CLASSES[part]
     if entry[1] not in known:
         raise ConfigError(
@@ -142,11 +183,42 @@ def component_class(folder: Path, index: Mapping[str, Any], part: str) -> Any:
     return known[entry[1]]
 
 
+def class_of_file(family: Family, scheduler: Mapping[str, Any], part: str) -> Any:
+    """The class of a component of a checkpoint in one file; None for one that its family has not.
+
+    Raises `ConfigError` for a scheduler that we do not have.
+    """
+    encoders = {one.role: one for one in family.encoders}
+    if part == "scheduler":
+        name = scheduler.get("_class_name")
+        if name not in _CLASSES[part]:
+            raise ConfigError(f"there is no scheduler {shown(name)}; supported are {', '.join(_CLASSES[part])}")
+        return _CLASSES[part][name]
+    if part not in (*REQUIRED, *encoders) and not part.startswith("tokenizer"):
+        return None
+    if part.startswith("tokenizer"):
+        return CLIPTokenizer if part.replace("tokenizer", "text_encoder") in encoders else None
+    if part == "controlnet":
+        return None
+    if part.startswith("text_encoder"):
+        projected = part in encoders and encoders[part].projected
+        return None if part not in encoders else CLIPTextModelWithProjection if projected else CLIPTextModel
+    return network_class(part)
+
+
+def network_class(role: str) -> Any:
+    """The class that a network has most often."""
+    return _TYPES[role][0]
+
+
 def check_component(part: str, value: Any) -> None:
     """Raise `UsageError` unless the value can serve as this component."""
-    if not isinstance(value, _TYPES[part]):
+    if not (isinstance(value, _TYPES[part]) or (value is None and part not in REQUIRED)):
         names = " or ".join(cls.__name__ for cls in _TYPES[part])
-        raise UsageError(f"{part} must be a {names} from sfumato, not {type(value).__module__}.{type(value).__name__}")
+        article = "an" if names.startswith("A") else "a"
+        raise UsageError(
+            f"{part} must be {article} {names} from sfumato, not {type(value).__module__}.{type(value).__name__}"
+        )
 
 
 def choose_scheduler(name: str | None, current: Scheduler) -> Scheduler:
@@ -160,12 +232,14 @@ def choose_scheduler(name: str | None, current: Scheduler) -> Scheduler:
 def scheduler_from_recipe(class_name: str, config: Mapping[str, Any]) -> Scheduler:
     """The scheduler a recipe describes. Raises `UsageError` for a class that does not exist."""
     if class_name not in _CLASSES["scheduler"]:
-        raise UsageError(f"the recipe names a scheduler {class_name!r} that does not exist; was the picture edited?")
+        raise UsageError(
+            f"the recipe names a scheduler {shown(class_name)} that does not exist; the image may have been edited"
+        )
     return _CLASSES["scheduler"][class_name].from_config(config)
 
 
 def up_to_date(scheduler: Scheduler) -> Scheduler:
-    """Two settings that early checkpoints have wrong, and that every Stable Diffusion pipeline corrects."""
+    """Two settings that early checkpoints have wrong, and that the ecosystem's pipelines of those years correct."""
     changes = {}
     if scheduler.config.get("steps_offset", 1) != 1:
         changes["steps_offset"] = 1
@@ -175,39 +249,37 @@ def up_to_date(scheduler: Scheduler) -> Scheduler:
 
 
 def save_components(
-    components: Mapping[str, Any], folder: str | PathLike[str], class_name: str, **options: Any
+    components: Mapping[str, Any], folder: str | PathLike[str], kind: Index, flags: Mapping[str, Any], **options: Any
 ) -> None:
-    """Write all components and, last, the index, in a form the ecosystem's own libraries read."""
-    path = output_folder(folder)
-    index: dict[str, Any] = {"_class_name": class_name, "_diffusers_version": LAYOUT_VERSION}
-    for part in COMPONENTS:
-        component = components[part]
-        check_component(part, component)
-        component.save_pretrained(path / part, **(options if isinstance(component, Model) else {}))
-        library = "transformers" if part in ("text_encoder", "tokenizer") else "diffusers"
-        index[part] = [library, type(component).__name__]
-    index |= {part: [None, None] for part in OPTIONAL} | {"requires_safety_checker": False}
-    write_json(path / INDEX, index)
+    """Write all components and the index, in a form the ecosystem's own libraries read: all of it or nothing.
+
+    components: None for those that the index names and that are not there; flags: the values of its flags, and others.
+    """
+    with saving_into(folder, last=INDEX, own=(*COMPONENTS, *OPTIONAL, *MORE_CONTROLS)) as new:
+        index: dict[str, Any] = {"_class_name": kind.class_name, "_diffusers_version": LAYOUT_VERSION}
+        for part, component in (dict.fromkeys(kind.absent) | dict(components)).items():
+            index[part] = entry_of(part, None)
+            if component is None:
+                continue
+            component.save_pretrained(new / part, **(options if isinstance(component, WITH_WEIGHTS) else {}))
+            index[part] = entry_of(part, component)
+        write_json(new / INDEX, index | {flag: flags[flag] for flag in kind.flags})
 
 
-def _dtype_of(part: str, dtypes: Dtypes) -> torch.dtype:
-    if isinstance(dtypes, Mapping):
-        return dtypes.get(part, dtypes.get("default", torch.float32))
-    return dtypes or torch.float32
+def entry_of(part: str, component: Any) -> list[str | None]:
+    """What an index says of a component: the library that reads it, and its class."""
+    if component is None:
+        return [None, None]
+    library = "transformers" if part.startswith(("text_encoder", "tokenizer", "image_encoder")) else "diffusers"
+    library = "stable_diffusion" if part == "image_normalizer" else library  # the module of its pipeline, there
+    return [library, type(component).__name__]
 
 
-def _check_variant(folder: Path, files: ComponentFiles, given: Mapping[str, Any]) -> None:
-    """Where only some components have the variant, the others fall back to their plain weights: say so."""
-    if files.variant is None:
-        return
-    plain = []
-    parts = [part for part in ("text_encoder", "unet", "vae") if part not in given]
-    for part in parts:
-        stem = _TYPES[part][0].weights_name
-        found = find_weights(folder / part, stem, variant=files.variant, use_safetensors=files.use_safetensors)
-        if not any(f".{files.variant}" in path.name for path in found):
-            plain.append(part)
-    if plain and len(plain) == len(parts):
-        raise CheckpointError(f"{folder} has no variant {files.variant!r}; leave variant out to use the plain weights")
-    if plain:
-        log.warning("no %r variant of %s; using the plain weights there", files.variant, ", ".join(plain))
+def _has(names: Sequence[str], part: str) -> bool:
+    """Whether a repository is to have a component: of text encoder and tokenizer, both or none."""
+    if part in REQUIRED:
+        return True
+    if part not in COMPONENTS[:6]:
+        return any(name.startswith(f"{part}/") for name in names)
+    number = part.removeprefix("text_encoder").removeprefix("tokenizer")
+    return any(name.startswith((f"text_encoder{number}/", f"tokenizer{number}/")) for name in names)

@@ -39,17 +39,23 @@ def denoise(
     rows: Sequence[Row],
     latents: Tensor,
     noise: Callable[[Row], Tensor],
+    stops: Callable[[int], bool] = lambda index: False,
+    after: Callable[[int, int, Tensor], Tensor] | None = None,
 ) -> Generator[DenoiseStep, Tensor | None, Tensor]:
     """Run the rows of a schedule from the given latents (B, C, h, w) to the last ones, which it returns.
 
-    Yields after each step; latents sent back in replace those of the step.
+    Yields after each step; latents sent back in replace those of the step. `stops` is asked before each step, counted
+    from 0, whether the loop ends there; `after` changes the latents after a step of how many, as a mask does.
     """
     state = State(latents)
     for index, row in enumerate(rows):
+        if stops(index):
+            break
         with torch.no_grad():
             x = state.x
             output = predict(x if row.c_in == 1 else x * row.c_in, row.t)
             state = advance(row, state, output, noise)
+            state = state if after is None else state.with_x(after(index, len(rows), state.x))
         edited = yield DenoiseStep(index, len(rows), row, state.x, x, output)
         if edited is not None:
             state = state.with_x(edited.to(state.x))

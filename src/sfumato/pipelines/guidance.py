@@ -2,29 +2,59 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sfumato.errors import UsageError
 from sfumato.models.attention import Context
 from sfumato.models.blocks import Moment, sinusoidal_embedding
+from sfumato.pipelines.repair import computed_in_float32
+from sfumato.pipelines.residuals import Read, together
+from sfumato.runtime.chunks import tile_starts
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from sfumato.models.unet import UNet2DConditionModel
+    from sfumato.pipelines.conditioning import Branches, Conditioning
+    from sfumato.pipelines.residuals import Added, Steered
 
-__all__ = ["Guidance", "guide", "rescale"]
+__all__ = ["Guidance", "compose", "guide", "guide_both", "rescale"]
 
 # Micro-batches of different prompts that keep their keys and values between steps: about 8 MB each for Stable Diffusion
-# 1.5. More of them are projected anew at each step, half a per cent of its time.
+# 1.5. More of them are projected again at each step, half a per cent of its time.
 KEPT = 4
 
 
 def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance (arXiv 2207.12598, eq. 6): away from the negative prompt, towards the prompt."""
     return unconditional + scale * (conditional - unconditional)
+
+
+def compose(branches: Sequence[Tensor], weights: Branches) -> Tensor:
+    """What joined prompts predict together (arXiv 2206.01714, eq. 11): u + sum of w_i (c_i - u).
+
+    branches: u and then every c_i, or these alone, of which it is the mean by their positive weights.
+    """
+    if not weights:
+        return branches[-1]
+    conditional = branches[-len(weights) :]
+    if len(branches) == len(weights):
+        positive = [weight.clamp(min=1e-6) for weight in weights]
+        total = torch.stack(positive).sum(0)
+        return torch.stack([one * (w / total).to(one) for one, w in zip(conditional, positive, strict=True)]).sum(0)
+    u = branches[0]
+    return u + torch.stack([w.to(one) * (one - u) for one, w in zip(conditional, weights, strict=True)]).sum(0)
+
+
+def guide_both(none: Tensor, image: Tensor, both: Tensor, image_scale: float, scale: float) -> Tensor:
+    """Guidance by an image and a prompt (InstructPix2Pix, arXiv 2211.09800, eq. 3): towards the image, then the two."""
+    return none + image_scale * (image - none) + scale * (both - image)
 
 
 def rescale(guided: Tensor, conditional: Tensor, factor: float) -> Tensor:
@@ -34,74 +64,170 @@ def rescale(guided: Tensor, conditional: Tensor, factor: float) -> Tensor:
     return factor * (guided * spread) + (1 - factor) * guided
 
 
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """One micro-batch: what it is told, what the U-Net reads of that, and its extra channels for all branches."""
+
+    told: Conditioning
+    read: Read
+    extra: Tensor | None
+
+
 @dataclass(kw_only=True)
 class Guidance:
     """The U-Net together with what it is told.
 
-    embeds (B, S, C); negative_embeds the same, or None for no guidance; `replace_embeds` changes both between steps.
-    micro_batch: pictures per call of the U-Net, all if None. Predictions come back in float32 (float64 if the U-Net
-    is), so that guidance does not round twice.
+    `tell` and `steer` change what it is told between steps; a scale of at most 1 is no guidance. image_scale: of the
+    second of three branches, which reads the image alone. micro_batch: images per call of the U-Net, all if None; tile:
+    the side of the latents that it reads at once, all if None; step: which one it is, counted from 0, and of how many.
+    Predictions come back in float32 (float64 if the U-Net is), so that guidance does not round twice.
     """
 
     unet: UNet2DConditionModel
-    embeds: Tensor
-    negative_embeds: Tensor | None
+    conditioning: Conditioning
     scale: float
     rescale: float = 0.0
+    image_scale: float = 1.0
     micro_batch: int | None = None
-    _contexts: list[Context] = field(default_factory=list, init=False)
+    tile: int | None = None
+    step: tuple[int, int] = (0, 1)
+    _read: list[_Part] = field(default_factory=list, init=False)  # for each micro-batch
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         """Scaled latents (B, C, h, w) at timestep t -> the prediction (B, C, h, w)."""
         narrow = x.to(self.unet.dtype)
         size = self.micro_batch or x.shape[0]
-        if not self._contexts or self._contexts[0].states.dtype != narrow.dtype:  # a repair changes the precision
-            self._contexts = self._read(size)
-        moment = self.unet.moment(narrow[:size], t, timestep_cond=self._scale_condition(narrow[:1]))
-        parts = zip(narrow.split(size), self._contexts, strict=True)
-        return torch.cat([self._predict(part, moment, context).to(x.dtype) for part, context in parts])
+        if not self._read or self._read[0].read.context.states.dtype != narrow.dtype:  # a repair changes the precision
+            self._read = self._reading(size)
+        moments: dict[int, Moment] = {}  # one where nothing but time is in it, else as many as are different
+        predicted = []
+        for part, own in zip(narrow.split(size), self._read, strict=True):
+            read, told = own.read, own.told
+            shared = id(read) if read.with_time else 0
+            if shared not in moments:
+                moments[shared] = self._moment(part, t, dict(read.with_time))
+            beside = (self._added(one, part, t, read) for one in told.steered if one.active(*self.step))
+            residuals = together(beside, read.context)
+            if own.extra is not None:
+                part = torch.cat([part.repeat(own.extra.shape[0] // part.shape[0], 1, 1, 1), own.extra], dim=1)
+            predicted.append(self._in_tiles(part, moments[shared], read.context, residuals, told.weights).to(x.dtype))
+        return torch.cat(predicted)
 
-    def _predict(self, x: Tensor, moment: Moment, context: Context) -> Tensor:
-        output = self.unet(x, moment, context, return_dict=False)[0]
-        if self.negative_embeds is None:
+    def _moment(self, x: Tensor, t: float, with_time: dict[str, Tensor]) -> Moment:
+        labels, condition = with_time.pop("class_labels", None), with_time.pop("timestep_cond", None)
+        condition = self._scale_condition(x[:1]) if condition is None else condition
+        return self.unet.moment(x, t, labels, condition, with_time or None)
+
+    def _in_tiles(
+        self, x: Tensor, moment: Moment, context: Context, residuals: dict[str, Any], weights: Branches
+    ) -> Tensor:
+        """The prediction tile by tile, blended where tiles overlap (MultiDiffusion, arXiv 2302.08113, eq. 5)."""
+        size = max(x.shape[2:]) if self.tile is None else self.tile
+        if max(x.shape[2:]) <= size:
+            return self._predict(x, moment, context, residuals, weights)
+        rows, columns = ([slice(start, start + size) for start in tile_starts(side, size)] for side in x.shape[2:])
+        total, shares = torch.zeros((), device=x.device), torch.zeros(x.shape[2:], device=x.device)
+        for row in rows:
+            for column in columns:
+                tile = self._predict(x[:, :, row, column], moment, context, {}, weights)
+                down, across = (_ramp(side, tile) for side in tile.shape[2:])
+                window = down[:, None] * across
+                total = total if total.ndim else tile.new_zeros(*tile.shape[:2], *x.shape[2:])
+                total[:, :, row, column] += tile * window
+                shares[row, column] += window
+        return total / shares
+
+    @staticmethod
+    def _added(steered: Steered, x: Tensor, t: float, read: Read) -> Added:
+        """In the network's own precision, but where the U-Net is being repaired."""
+        repaired = x.dtype == torch.float32 and steered.network.dtype in (torch.float16, torch.bfloat16)
+        with computed_in_float32(steered.network) if repaired else nullcontext():
+            return {where: [one.to(x.dtype) for one in own] for where, own in steered.added(x, t, read).items()}
+
+    def _predict(
+        self, x: Tensor, moment: Moment, context: Context, residuals: dict[str, Any], weights: Branches
+    ) -> Tensor:
+        output = self.unet(x, moment, context, return_dict=False, **residuals)[0]
+        if self.unet.config.is_k:  # k-diffusion's velocity has the other sign, and a variance that nobody reads
+            output = -output[:, :-1]
+        if self._told.branches == 1:
             return output
-        unconditional, conditional = output.to(_wide(output)).chunk(2)
-        guided = guide(unconditional, conditional, self.scale)
+        every = output.to(_wide(output)).chunk(self._told.branches)
+        unconditional, conditional = every[0], compose(every, weights)
+        if len(every) == 3 and not weights:
+            guided = guide_both(unconditional, every[1], conditional, self.image_scale, self.scale)
+        elif self._told.branches == self._told.prompts:
+            return conditional
+        else:
+            guided = guide(unconditional, conditional, self.scale)
         return rescale(guided, conditional, self.rescale) if self.rescale > 0 else guided
 
-    def _read(self, size: int) -> list[Context]:
+    @property
+    def _told(self) -> Conditioning:
+        return self.conditioning if self.scale > 1 else self.conditioning.unguided
+
+    def _reading(self, size: int) -> list[_Part]:
         """What each micro-batch reads; those that read the same share it, and with it what layers make of it."""
-        negatives = self.negative_embeds.split(size) if self.negative_embeds is not None else None
-        contexts: list[Context] = []
-        for index, embeds in enumerate(self.embeds.split(size)):
-            states = (embeds if negatives is None else torch.cat([negatives[index], embeds])).to(self.unet.dtype)
-            same = (one for one in contexts[-1:] if torch.equal(one.states, states))
-            contexts.append(next(same, None) or Context(states, keep=self.embeds.shape[0] <= KEPT * size))
-        for context in dict.fromkeys(contexts):
+        every: list[_Part] = []
+        keep, dtype = self.conditioning.pictures <= KEPT * size, self.unet.dtype
+        for part in self._told.split(size):
+            states, with_time = part.joined("embeds").to(dtype), part.with_time
+            if every and every[-1].read.reads(states, with_time):
+                read = every[-1].read
+            else:
+                images = [one.told(self.unet, part.branches, part.pictures, states) for one in part.images]
+                read = Read(Context(states, keep=keep, images=images), with_time)
+            every.append(_Part(part, read, part.joined("extra").to(dtype) if part.extra else None))
+        for context in {id(part.read): part.read.context for part in every}.values():
             if context.keep:
                 self.unet.read(context)
-        return contexts
+        return every
 
     def one_at_a_time(self) -> None:
-        """From here on, one picture per call of the U-Net."""
-        self.micro_batch, self._contexts = 1, []
+        """From here on, one image per call of the U-Net."""
+        self.micro_batch, self._read = 1, []
 
-    def replace_embeds(self, embeds: Tensor) -> None:
-        """Read other embeddings: (B, S, C), which ends guidance, or (2B, S, C) with the negative ones first."""
-        self._contexts = []
-        batch = self.embeds.shape[0]
-        if embeds.shape[0] == batch:
-            self.embeds, self.negative_embeds = embeds, None
-        else:
-            self.negative_embeds, self.embeds = embeds.chunk(2)
+    def steer(self, scale: float, rescale: float) -> None:
+        """Guide otherwise from here on; a model distilled for guidance keeps to the scale it was told at first.
+
+        Raises `UsageError` for guidance that begins without negative embeddings.
+        """
+        self.rescale = rescale
+        if scale == self.scale or self.unet.config.reads_guidance:
+            return
+        if scale > 1 >= self.scale and self.conditioning.branches == self.conditioning.prompts:
+            raise UsageError(
+                f"guidance_scale became {scale:g} between steps, but there are no negative embeddings; begin with a "
+                "guidance_scale above 1, or have the callback return prompt_embeds with the negative ones first"
+            )
+        if (scale > 1) != (self.scale > 1):
+            self._read = []
+        self.scale = scale
+
+    def change(self, prompts: Conditioning) -> None:
+        """Read other prompts from here on."""
+        self._read = []
+        told = {"embeds": prompts.embeds, "pooled": prompts.pooled, "weights": prompts.weights}
+        self.conditioning = replace(self.conditioning, **told)
+
+    def tell(self, **joined: Tensor) -> None:
+        """Read other embeddings, pooled prompts or sizes: (B, …), which ends guidance, or (2B, …), negative first."""
+        self._read = []
+        self.conditioning = self.conditioning.told(**joined)
 
     def _scale_condition(self, x: Tensor) -> Tensor | None:
         """Models distilled for guidance read the scale itself (arXiv 2310.04378, section 4.2)."""
         channels = self.unet.config.time_cond_proj_dim
-        if channels is None:
+        if channels is None or not self.unet.config.reads_guidance:
             return None
         scale = torch.full((x.shape[0],), (self.scale - 1) * 1000, device=x.device)
         return sinusoidal_embedding(scale, channels, flip_sin_to_cos=False, freq_shift=1).to(x.dtype)
+
+
+def _ramp(side: int, like: Tensor) -> Tensor:
+    """Weights (side,) that rise from the ends to the middle of a tile."""
+    place = torch.arange(side, dtype=torch.float32, device=like.device)
+    return torch.minimum(place + 1, side - place)
 
 
 def _wide(x: Tensor) -> torch.dtype:

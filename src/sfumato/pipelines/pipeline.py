@@ -1,105 +1,182 @@
-"""The public pipelines: the ecosystem's calls on top of the one way from a request to a picture."""
+"""A checkpoint that is ready to generate: what all pipelines have in common, whatever arguments their calls take."""
 
 from __future__ import annotations
 
 import logging
-import secrets
-from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 
-from sfumato.checkpoints.suggested import suggested_settings
-from sfumato.errors import ConfigError, UnknownArgument, UsageError, suggest
-from sfumato.images import to_arrays, to_pixels
-from sfumato.models.attention import attention_for
-from sfumato.pipelines import recipe
-from sfumato.pipelines.arguments import refuse, request_from, split_keywords
+from sfumato.ecosystem import meaning
+from sfumato.errors import ConfigError, UsageError
+from sfumato.harmless import asked_device, asked_dtype, say_safe
+from sfumato.models.base import Model
+from sfumato.pipelines.adapting import Adapting
+from sfumato.pipelines.arguments import refuse_unknown_parts, split_keywords, split_places
 from sfumato.pipelines.components import (
     COMPONENTS,
-    INDEX,
+    FLAGS,
     ComponentFiles,
-    check_component,
-    choose_scheduler,
-    load_components,
+    Index,
     save_components,
     up_to_date,
 )
+from sfumato.pipelines.draw import draw
+from sfumato.pipelines.parts import Parts, check_latents
 from sfumato.pipelines.place import Place
 from sfumato.pipelines.progress import Progress
-from sfumato.pipelines.result import Result, StableDiffusionPipelineOutput, Step
-from sfumato.pipelines.run import Run
-from sfumato.pipelines.stages import Given
+from sfumato.pipelines.result import StableDiffusionPipelineOutput
+from sfumato.pipelines.source import FILE_OPTIONS, load_components, open_source
+from sfumato.pipelines.steering import Steering
+from sfumato.pipelines.surface import Surface
 from sfumato.pipelines.words import Words
-from sfumato.request import GenerateRequest
-from sfumato.runtime.device import parse_device
-from sfumato.runtime.generators import generator_for
+from sfumato.request import as_request
+from sfumato.values import shown
 
 if TYPE_CHECKING:
     from os import PathLike
 
-    from torch import Tensor
-
-    from sfumato.models import AutoencoderKL, AutoencoderTiny, CLIPTextModel, UNet2DConditionModel
+    from sfumato.models import (
+        AutoencoderKL,
+        AutoencoderTiny,
+        CLIPTextModel,
+        CLIPVisionModelWithProjection,
+        StableUnCLIPImageNormalizer,
+        UNet2DConditionModel,
+    )
+    from sfumato.pipelines.result import Result, Step
+    from sfumato.pipelines.source import Source
+    from sfumato.request import GenerateRequest
     from sfumato.schedulers.base import Scheduler
-    from sfumato.schedulers.noise import Generators
     from sfumato.text.tokenizer import CLIPTokenizer
 
-__all__ = ["DiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionPipeline"]
+__all__ = ["DiffusionPipeline"]
 
 log = logging.getLogger("sfumato")
 
-CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-Callback = Callable[["DiffusionPipeline", int, Any, dict[str, Any]], dict[str, Any] | None]
+T = TypeVar("T")
 
 
-class DiffusionPipeline:
-    """A Stable Diffusion checkpoint, ready to draw.
+class _Part(Generic[T]):
+    """A field of a pipeline's `Parts`, as an attribute of the pipeline."""
 
-    Its parts are attributes and may be replaced by assignment: `vae`, `text_encoder`, `tokenizer`, `unet`, `scheduler`.
-    `suggested` holds the settings its checkpoint asks for, as keywords of a `GenerateRequest`; `words` what a
-    small model knows, None for others.
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, pipeline: DiffusionPipeline, owner: type) -> T:
+        return getattr(pipeline.parts, self.name)
+
+    def __set__(self, pipeline: DiffusionPipeline, value: Any) -> None:
+        if isinstance(getattr(value, "_orig_mod", None), Model):  # what torch.compile makes of a model
+            value = value._orig_mod
+            value.compile()
+            log.info("%s", meaning("torch.compile"))
+        pipeline.parts = replace(pipeline.parts, **{self.name: value})
+
+
+class DiffusionPipeline(Surface, Adapting):
+    """A Stable Diffusion checkpoint that is ready to generate images.
+
+    Its components are attributes that can be replaced by assignment: `vae`, `text_encoder`, `tokenizer`, `unet`,
+    `scheduler` and, in families with two text encoders, `text_encoder_2` and `tokenizer_2`; None for those it lacks.
+    `suggested` contains the checkpoint's own default settings, as keywords of a `GenerateRequest`; `words` the
+    vocabulary of a small model, None for others. `parts` is all of them as one value, `place` how they are placed on
+    this machine. `refiner` is the pipeline that takes over if a request asks for one.
     """
 
-    vae: AutoencoderKL | AutoencoderTiny
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
-    unet: UNet2DConditionModel
-    scheduler: Scheduler
-    name: str
-    suggested: dict[str, Any]
-    words: Words | None
-    _saved_as: ClassVar[str] = "StableDiffusionPipeline"
+    refiner: DiffusionPipeline | None
+
+    vae: _Part[AutoencoderKL | AutoencoderTiny] = _Part()
+    text_encoder: _Part[CLIPTextModel] = _Part()
+    text_encoder_2: _Part[CLIPTextModel | None] = _Part()
+    tokenizer: _Part[CLIPTokenizer] = _Part()
+    tokenizer_2: _Part[CLIPTokenizer | None] = _Part()
+    unet: _Part[UNet2DConditionModel] = _Part()
+    scheduler: _Part[Scheduler] = _Part()
+    image_encoder: _Part[CLIPVisionModelWithProjection | None] = _Part()
+    image_normalizer: _Part[StableUnCLIPImageNormalizer | None] = _Part()
+    image_noising_scheduler: _Part[Scheduler | None] = _Part()
+    low_res_scheduler: _Part[Scheduler | None] = _Part()
+    name: _Part[str] = _Part()
+    suggested: _Part[dict[str, Any]] = _Part()
+    words: _Part[Words | None] = _Part()
+    index: ClassVar[Index] = Index("StableDiffusionPipeline")
+    output: ClassVar[type[Any]] = StableDiffusionPipelineOutput
+    _corrects_scheduler: ClassVar[bool] = True
+    # Whether image to image shortens a few-step schedule by its strength, where this class and no family decides it.
+    _shortens: ClassVar[bool | None] = None
 
     def __init__(
         self,
         *,
         vae: AutoencoderKL | AutoencoderTiny,
-        text_encoder: CLIPTextModel,
-        tokenizer: CLIPTokenizer,
         unet: UNet2DConditionModel,
         scheduler: Scheduler,
+        text_encoder: CLIPTextModel | None = None,
+        text_encoder_2: CLIPTextModel | None = None,
+        tokenizer: CLIPTokenizer | None = None,
+        tokenizer_2: CLIPTokenizer | None = None,
+        controlnet: Any = None,
         safety_checker: None = None,
         feature_extractor: Any = None,
-        image_encoder: None = None,
+        image_encoder: CLIPVisionModelWithProjection | None = None,
+        image_normalizer: StableUnCLIPImageNormalizer | None = None,
+        image_noising_scheduler: Scheduler | None = None,
+        low_res_scheduler: Scheduler | None = None,
+        depth_estimator: None = None,
+        watermarker: None = None,
         requires_safety_checker: bool = False,
+        force_zeros_for_empty_prompt: bool | None = None,
+        requires_aesthetics_score: bool | None = None,
+        max_noise_level: int | None = None,
+        add_watermarker: bool | None = None,
     ) -> None:
-        """From its parts. There is no safety checker; one that is passed raises `UsageError`."""
-        if safety_checker is not None or image_encoder is not None:
-            raise UsageError("Sfumato has no safety checker and no image encoder; leave them out or pass None")
-        self.name, self.suggested, self.words = "unnamed", {}, None
-        self.sliced = False
-        self.place = Place()
-        self._progress = Progress()
-        self._home: torch.device | None = None
-        self.vae, self.text_encoder, self.tokenizer = vae, text_encoder, tokenizer
-        self.unet, self.scheduler = unet, up_to_date(scheduler)
+        """Create a pipeline from its parts.
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in COMPONENTS:
-            check_component(name, value)
-        super().__setattr__(name, value)
+        There is no safety checker and no watermark; requesting one raises `UsageError`. force_zeros_for_empty_prompt:
+        whether a missing negative prompt means zeros instead of an empty text; if None, zeros for pipelines that have
+        this flag, as in the ecosystem. requires_aesthetics_score: whether the U-Net expects one; if None, inferred from
+        its shapes. controlnet: one or a list of them, for pipelines that use them.
+        """
+        refuse_unknown_parts(
+            {"safety_checker": safety_checker, "depth_estimator": depth_estimator, "watermarker": watermarker}
+            | {"add_watermarker": add_watermarker}
+        )
+        parts = Parts(
+            vae=vae,
+            text_encoder=text_encoder,
+            text_encoder_2=text_encoder_2,
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer_2,
+            unet=unet,
+            scheduler=scheduler,
+            image_encoder=image_encoder,
+            image_normalizer=image_normalizer,
+            image_noising_scheduler=image_noising_scheduler,
+            low_res_scheduler=low_res_scheduler,
+            controlnet=controlnet,
+        )
+        if force_zeros_for_empty_prompt is None and "force_zeros_for_empty_prompt" in self.index.flags:
+            force_zeros_for_empty_prompt = True
+        flags = (force_zeros_for_empty_prompt, requires_aesthetics_score, max_noise_level)
+        self._begin(parts.told(dict(zip(FLAGS, flags, strict=True))))
+
+    def _begin(self, parts: Parts, place: Place | None = None) -> None:
+        family, ours = parts.family, "text_encoder_2" in self.index.parts
+        if bool(family.sizes) != ours:
+            raise UsageError(f"{type(self).__name__} does not support {family.title}; use {family.pipeline}")
+        if (parts.controlnet is not None) != ("controlnet" in self.index.parts):
+            lacks = "needs a ControlNet; pass controlnet=…" if parts.controlnet is None else "takes no ControlNet"
+            raise UsageError(f"{type(self).__name__} {lacks}")
+        if self._shortens is not None:
+            parts = replace(parts, family=replace(family, shortens=self._shortens))
+        self.parts = replace(parts, scheduler=up_to_date(parts.scheduler)) if self._corrects_scheduler else parts
+        self.place = place or Place()
+        self.refiner = None
+        self.progress = Progress()
+        self._steering = Steering()
 
     @classmethod
     def from_pretrained(
@@ -114,64 +191,115 @@ class DiffusionPipeline:
     ) -> DiffusionPipeline:
         """Load a checkpoint from a folder, the hub's cache or the hub, onto the CPU.
 
-        torch_dtype (or dtype): precision of the weights, one or one per component; float32 if None. variant: infix of
-        the file names ("fp16"). use_safetensors: False allows pickled weights. Any component (`vae=…`, `scheduler=…`)
-        takes the place of the stored one. Hub keywords: cache_dir, revision, token, local_files_only, force_download.
-        Raises `CheckpointError` naming the file or key that is wrong, `UnknownArgument` for a keyword that does not
-        exist.
+        torch_dtype (or dtype): precision of the weights, one for all or one per component; float32 if None. variant:
+        infix of the file names ("fp16"). use_safetensors: False allows pickled weights. Any component (`vae=…`,
+        `scheduler=…`) replaces the stored one. Hub keywords: cache_dir, revision, token, local_files_only,
+        force_download. device_map: the device to move it to, "auto" for the best one available. Raises
+        `CheckpointError` naming the wrong file or key, and `UnknownArgument` for a keyword that does not exist.
         """
+        dtypes, device = asked_dtype(torch_dtype, dtype, each=True), asked_device(keywords)
         given, hub = split_keywords(keywords)
-        files = ComponentFiles(variant, use_safetensors)
-        return cls.from_files(name, files, torch_dtype or dtype, given, hub)
+        source = open_source(name, ComponentFiles(variant, use_safetensors), hub, given=given)
+        pipeline = cls.from_source(source, dtypes, given)
+        return pipeline if device is None else pipeline.to(device)
 
     @classmethod
-    def from_files(
+    def from_single_file(
         cls,
         name: str | PathLike[str],
-        files: ComponentFiles,
+        *,
+        torch_dtype: torch.dtype | dict[str, torch.dtype] | None = None,
+        dtype: torch.dtype | dict[str, torch.dtype] | None = None,
+        use_safetensors: bool | None = None,
+        disable_mmap: bool = False,
+        **keywords: Any,
+    ) -> DiffusionPipeline:
+        """Load a checkpoint in a single file, in the original layout, onto the CPU.
+
+        Sfumato detects what it is from its weights.
+
+        name: a path, a hub id with a file name, or a hub URL. These override what is detected: `family` (families.py),
+        `prediction_type`, `config` (a similar checkpoint that supplies configs and missing components),
+        `original_config` (a YAML file). ema: use the averaged weights of the U-Net; use_safetensors: False allows
+        pickled weights; disable_mmap: read the weights instead of mapping them. Otherwise like `from_pretrained`.
+        """
+        dtypes, device = asked_dtype(torch_dtype, dtype, each=True), asked_device(keywords)
+        options = {key: keywords.pop(key) for key in FILE_OPTIONS if key in keywords}
+        given, hub = split_keywords(keywords, "from_single_file")
+        files = ComponentFiles(use_safetensors=use_safetensors, copy=disable_mmap)
+        source = open_source(name, files, hub, given=given, options=options)
+        pipeline = cls.from_source(source, dtypes, given)
+        return pipeline if device is None else pipeline.to(device)
+
+    @classmethod
+    def from_source(
+        cls,
+        source: Source,
         dtypes: torch.dtype | Mapping[str, torch.dtype] | None,
         given: Mapping[str, Any],
-        hub: Mapping[str, Any],
     ) -> DiffusionPipeline:
-        """What `from_pretrained` does once its keywords are sorted into components and options of the hub."""
-        parts, folder, index = load_components(name, files, dtypes, given, hub)
-        target = cls._for_index(str(index.get("_class_name")), str(folder / INDEX))
-        if (index.get("safety_checker") or [None])[0] and given.get("safety_checker", True) is not None:
-            log.warning("the safety checker of this checkpoint is not loaded: Sfumato shows every picture it draws")
-        pipeline = target(**parts)
-        pipeline.name, pipeline.suggested = str(name), suggested_settings(folder)
-        pipeline.words = Words.from_folder(folder)
+        """Load a checkpoint that `from_pretrained` or `from_single_file` has found."""
+        target = cls._for_index(source.class_name, str(source.where))
+        components = load_components(source, dtypes or torch.float32, given)
+        if source.has_safety_checker and given.get("safety_checker", True) is not None:
+            log.warning("the safety checker of this checkpoint is not loaded; Sfumato returns every image")
+        refuse_unknown_parts(given)
+        known = {"suggested": source.suggested, "words": source.words, "options": source.options}
+        parts = Parts(**components, family=source.family, name=source.name, **known)
+        return target._over(parts.told({flag: given.get(flag, source.flags[flag]) for flag in FLAGS}))
+
+    @classmethod
+    def _over(cls, parts: Parts, place: Place | None = None) -> Self:
+        """A pipeline over parts that are loaded, and stand where another's do if it is told so."""
+        pipeline = cls.__new__(cls)
+        pipeline._begin(parts, place)
         return pipeline
 
     @classmethod
     def _for_index(cls, class_name: str, where: str) -> type[DiffusionPipeline]:
-        known = {one.__name__: one for one in (StableDiffusionPipeline, StableDiffusionImg2ImgPipeline)}
+        # Those right below this class have the ecosystem's names; the modules in `public` define them.
+        known = {one.__name__: one for one in DiffusionPipeline.__subclasses__()}
         if class_name not in known:
             raise ConfigError(f"{where}: {class_name} is not supported; supported are {', '.join(known)}")
         return known[class_name] if cls is DiffusionPipeline else cls
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> Self:
-        """The same parts, shared and not copied, behind another pipeline's call."""
-        new = cls(**(pipeline.components | components))
-        new.name, new.suggested, new.words = pipeline.name, pipeline.suggested, pipeline.words
-        return new
+        """A pipeline of this class with the components of another one, which are shared, not copied.
+
+        Raises `UsageError` for anything but a pipeline, and for a family that this class does not support.
+        """
+        if not isinstance(pipeline, DiffusionPipeline):
+            raise UsageError(f"from_pipe takes a pipeline from sfumato, not {shown(pipeline)}")
+        given, _ = split_keywords(components, "from_pipe")
+        refuse_unknown_parts(given)
+        if "controlnet" not in cls.index.parts:
+            given = {"controlnet": None} | given
+        parts = replace(
+            pipeline.parts, controls=(), **{part: value for part, value in given.items() if part in COMPONENTS}
+        )
+        return cls._over(parts.told({flag: given.get(flag) for flag in FLAGS}), pipeline.place)
 
     def save_pretrained(
-        self, folder: str | PathLike[str], *, variant: str | None = None, max_shard_size: int | str = "10GB"
+        self,
+        folder: str | PathLike[str],
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
     ) -> None:
-        """Write the pipeline into a folder that the ecosystem's own libraries read too. Raises `OutputError`."""
-        save_components(self.components, folder, self._saved_as, variant=variant, max_shard_size=max_shard_size)
+        """Write the pipeline into a folder that the ecosystem's libraries can read.
 
-    @property
-    def components(self) -> dict[str, Any]:
-        """The parts by name."""
-        return {part: getattr(self, part) for part in COMPONENTS}
+        Raises `OutputError`. Only fused adapters are saved, as part of the weights.
+        """
+        self._fit()
+        say_safe(safe_serialization=safe_serialization)
+        flags = self.parts.flags | {"requires_safety_checker": False}
+        save_components(self.components, folder, self.index, flags, variant=variant, max_shard_size=max_shard_size)
 
     @property
     def device(self) -> torch.device:
-        """Where pictures are drawn: where the U-Net is, or comes to be for its stage."""
-        return self._home or self.unet.device
+        """The device that generates images: where the U-Net is, or will be for its stage."""
+        return self.place.device_of(self.parts)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -181,98 +309,57 @@ class DiffusionPipeline:
     @property
     def vae_scale_factor(self) -> int:
         """Pixels per latent pixel, along each side."""
-        return self.vae.config.scale_factor
+        return self.parts.vae_scale_factor
 
     def size_of(self, request: GenerateRequest) -> tuple[int, int]:
-        """Width and height in pixels that a request asks for, or the checkpoint's own."""
-        own = self.unet.config.sample_size or 64
-        height, width = (own, own) if isinstance(own, int) else own
-        return request.width or width * self.vae_scale_factor, request.height or height * self.vae_scale_factor
-
-    def read_picture(self, image: Any, size: tuple[int, int] | None) -> Tensor:
-        """What image-to-image starts from, as the autoencoder reads it; `size` (width, height) if one is asked for."""
-        return to_pixels(image, self.vae_scale_factor, size)
+        """Width and height in pixels: those of the request, or else the checkpoint's own."""
+        return self.parts.size_of(request)
 
     def to(self, *places: str | torch.device | torch.dtype | None, **named: Any) -> Self:
-        """Move the models to a device, a precision, or both; returns the pipeline itself.
+        """Move the models to a device, a precision, or both. Returns the pipeline.
 
-        Takes `device` and `dtype` in any order or by name. Raises `UsageError` for a device that is not there.
+        Takes `device` and `dtype` in any order or by name. Raises `UsageError` for a device that is not available.
         """
-        wanted = [*places, named.pop("device", None), named.pop("dtype", None) or named.pop("torch_dtype", None)]
-        named.pop("silence_dtype_warnings", None)
-        if named:
-            raise UnknownArgument(f"to() has no argument {next(iter(named))!r}; it takes device and dtype")
-        dtype = next((place for place in wanted if isinstance(place, torch.dtype)), None)
-        named_device = next((place for place in wanted if isinstance(place, (str, torch.device))), None)
-        device = None if named_device is None else parse_device(str(named_device))
-        for model in (self.vae, self.text_encoder, self.unet):
-            away = self._home is not None or model.device.type == "meta"
-            model.to(device=None if away else device, dtype=dtype)
-            if device is not None and not (self.sliced and model is self.unet):
-                model.set_attention(attention_for(device))
-        if self._home is not None:
-            self._home = device or self._home
+        device, dtype = split_places(places, named)
+        self.place.move(self.parts, device, dtype)
+        self._fit()
         if self.device.type == "cpu" and self.dtype == torch.float16:
-            log.warning("float16 is very slow on a CPU; bfloat16 or float32 draws the same picture sooner")
+            log.warning("float16 is very slow on a CPU; bfloat16 or float32 gives the same image faster")
         return self
 
-    def stay_home(self, device: torch.device) -> None:
-        """Leave the networks where they are; each comes to this device for its own stage, and leaves it after."""
-        self._home = device
-
     def largest_batch(self, request: GenerateRequest) -> int:
-        """How many pictures of a request's size fit into memory at once, as it is free now; nothing is drawn."""
-        return self.place.largest_batch(self, request)
+        """How many images of a request's size fit in memory at once, given what is free now. Generates nothing."""
+        return self.place.largest_batch(self.parts, as_request(request))
 
     def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
-        """Compute attention in slices: "auto" half the heads, "max" one, or a number of heads. Same picture."""
-        if slice_size is None:
-            return self.disable_attention_slicing()
-        self.unet.set_attention_slice(slice_size)
-        self.sliced = True
-        return None
+        """Compute attention in slices: "auto" half the heads, "max" one, or a number of heads. Same image."""
+        self.place.slice_attention(self.parts, slice_size)
 
     def disable_attention_slicing(self) -> None:
-        """Compute attention as the device does it best."""
-        self.unet.set_attention(attention_for(self.device))
-        self.sliced = False
+        """Compute attention in the best way for the device."""
+        self.place.slice_attention(self.parts, None)
 
     def set_progress_bar_config(self, **config: Any) -> None:
-        """Settings of the progress bar of calls, as `tqdm` takes them: `disable=True`, `desc="…"`, `leave=False`."""
-        self._progress = Progress(config)
+        """Configure the progress bar of calls with arguments of `tqdm`: `disable=True`, `desc="…"`, `leave=False`."""
+        self.progress = Progress(config)
 
     def stream(self, request: GenerateRequest) -> Generator[Step, None, Result]:
-        """Draw a request step by step: yields each finished `Step`, and returns the `Result`.
+        """Generate a request step by step: yields each finished `Step` and returns the `Result`.
 
-        Image i is drawn with seed + i, whatever the batch, so each can be drawn again alone.
+        Image i uses seed + i, whatever the batch, so each image can be generated again alone. Raises `UsageError` if a
+        request needs a refiner and this pipeline has none, or one for other latents.
         """
-        request = request.replace(seed=secrets.randbits(32) if request.seed is None else request.seed)
-        width, height = self.size_of(request)
-        if request.image is None:
-            request = request.replace(width=width, height=height)
-        seeds = request.seeds
-        generators = [generator_for(request.rng, seed) for seed in seeds]
-        scheduler = choose_scheduler(request.scheduler, self.scheduler)
-        run = Run(self, request, Given(generators=generators), scheduler)
-        loop = run.latents()
-        while True:
-            try:
-                step = next(loop)
-            except StopIteration as end:
-                images = run.pictures(end.value)
-                break
-            yield Step(
-                step.index + 1,
-                step.total,
-                step.row.t,
-                step.latents,
-                lambda s=step: run.preview(s.original()),
+        if as_request(request).refiner is None:
+            return draw(self.parts, self.place, request)
+        if self.refiner is None:
+            raise UsageError(
+                "the request needs a refiner, which is not loaded; load it and assign it to pipeline.refiner"
             )
-        recipes = recipe.describe(self, run, request, seeds)
-        return Result(images, request, seeds, recipes, tuple(run.notes), run.seconds, run.plan)
+        check_latents(self.parts, self.refiner.parts)
+        return draw(self.parts, self.place, request, (self.refiner.parts, self.refiner.place))
 
     def generate(self, request: GenerateRequest, on_step: Callable[[Step], None] | None = None) -> Result:
-        """Draw a request; `on_step` is called after each step, for progress and previews."""
+        """Generate a request. `on_step` is called after each step, for progress and previews."""
         steps = self.stream(request)
         while True:
             try:
@@ -281,161 +368,3 @@ class DiffusionPipeline:
                 return end.value
             if on_step is not None:
                 on_step(step)
-
-    def _call(
-        self,
-        request: GenerateRequest,
-        given: Given,
-        output_type: str,
-        return_dict: bool,
-        callback: Callback | None,
-        names: Sequence[str],
-    ) -> StableDiffusionPipelineOutput | tuple[Any, None]:
-        """Draw in the ecosystem's way: the caller's generators, callbacks between steps, several kinds of output."""
-        if output_type not in OUTPUT_TYPES:
-            raise UsageError(
-                f"there is no output_type {output_type!r}{suggest(output_type, OUTPUT_TYPES)}; "
-                "use pil, np, pt or latent"
-            )
-        for name in names:
-            if name not in CALLBACK_TENSORS:
-                raise UsageError(
-                    f"callback_on_step_end_tensor_inputs: {name!r} is not one of {', '.join(CALLBACK_TENSORS)}"
-                )
-        run = Run(self, request, given, self.scheduler)
-        loop = run.latents()
-        edited: Tensor | None = None
-        with self._progress.bar() as bar:
-            while True:
-                try:
-                    step = loop.send(edited)
-                except StopIteration as end:
-                    latents = end.value
-                    break
-                bar.advance(step.index + 1, step.total)
-                edited = None if callback is None else self._call_back(callback, run, step, names)
-        if output_type == "latent":
-            images: Any = latents.to(self.unet.dtype)
-        else:
-            draw = {"pil": run.pictures, "np": lambda x: to_arrays(run.pixels(x)), "pt": run.pixels}
-            images = draw[output_type](latents)
-        return StableDiffusionPipelineOutput(images, None, tuple(run.notes)) if return_dict else (images, None)
-
-    def _call_back(self, callback: Callback, run: Run, step: Any, names: Sequence[str]) -> Tensor | None:
-        guidance = run.guidance
-        latents = step.latents.to(self.unet.dtype)
-        embeds = (
-            guidance.embeds
-            if guidance.negative_embeds is None
-            else torch.cat([guidance.negative_embeds, guidance.embeds])
-        )
-        tensors = {"latents": latents, "prompt_embeds": embeds, "negative_prompt_embeds": guidance.negative_embeds}
-        timestep = run.scheduler.timesteps[step.index - step.total]
-        changes = callback(self, step.index, timestep, {name: tensors[name] for name in names}) or {}
-        if changes.get("prompt_embeds", embeds) is not embeds:
-            guidance.replace_embeds(changes["prompt_embeds"])
-        changed = changes.get("latents", latents)
-        # Untouched latents stay in the loop's own precision.
-        return None if changed is latents and torch.equal(latents, step.latents.to(latents.dtype)) else changed
-
-
-class StableDiffusionPipeline(DiffusionPipeline):
-    """Text to image."""
-
-    def __call__(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 50,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
-        guidance_scale: float = 7.5,
-        negative_prompt: str | Sequence[str] | None = None,
-        num_images_per_prompt: int | None = 1,
-        eta: float = 0.0,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        guidance_rescale: float = 0.0,
-        clip_skip: int | None = None,
-        callback_on_step_end: Callback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        **unknown: Any,
-    ) -> StableDiffusionPipelineOutput | tuple[Any, None]:
-        """Draw pictures from words; every argument means what it means in the ecosystem.
-
-        Returns an object with `.images`, or a tuple with `return_dict=False`. Raises `UsageError` for wrong values and
-        `UnknownArgument` for arguments that do not exist.
-        """
-        refuse(unknown, StableDiffusionPipeline.__call__)
-        request = request_from(
-            prompt, prompt_embeds, height=height, width=width, steps=num_inference_steps, timesteps=timesteps,
-            sigmas=sigmas, guidance_scale=guidance_scale, negative_prompt=negative_prompt, count=num_images_per_prompt,
-            eta=eta, guidance_rescale=guidance_rescale, clip_skip=clip_skip,
-        )  # fmt: skip
-        given = Given(
-            generators=generator,
-            latents=latents,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-        )
-        return self._call(
-            request, given, output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs
-        )
-
-
-class StableDiffusionImg2ImgPipeline(DiffusionPipeline):
-    """Image to image: the same loop, begun later, from a picture."""
-
-    _saved_as = "StableDiffusionImg2ImgPipeline"
-
-    def __call__(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        image: Any = None,
-        strength: float = 0.8,
-        num_inference_steps: int = 50,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
-        guidance_scale: float = 7.5,
-        negative_prompt: str | Sequence[str] | None = None,
-        num_images_per_prompt: int | None = 1,
-        eta: float = 0.0,
-        generator: Generators = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        clip_skip: int | None = None,
-        callback_on_step_end: Callback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        **unknown: Any,
-    ) -> StableDiffusionPipelineOutput | tuple[Any, None]:
-        """Redraw a picture by words; `strength` says how far to leave it, from 0 to 1 (wholly).
-
-        `image` is a PIL image, an array in [0, 1], a tensor, or a list of these. Otherwise as
-        `StableDiffusionPipeline`.
-        """
-        refuse(unknown, StableDiffusionImg2ImgPipeline.__call__)
-        if image is None:
-            raise UsageError(
-                "image is missing: image-to-image starts from a picture; for none, use StableDiffusionPipeline"
-            )
-        request = request_from(
-            prompt, prompt_embeds, steps=num_inference_steps, timesteps=timesteps, sigmas=sigmas, strength=strength,
-            guidance_scale=guidance_scale, negative_prompt=negative_prompt, count=num_images_per_prompt, eta=eta,
-            clip_skip=clip_skip,
-        )  # fmt: skip
-        given = Given(
-            generators=generator,
-            image=image,
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-        )
-        return self._call(
-            request, given, output_type, return_dict, callback_on_step_end, callback_on_step_end_tensor_inputs
-        )

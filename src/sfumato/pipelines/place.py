@@ -8,22 +8,28 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sfumato.adapters.outfit import kept_bytes, wear
 from sfumato.errors import SfumatoError, UsageError
 from sfumato.kernels import Kernels, kernels_for
 from sfumato.models.attention import attention_for, chunked, upcast
 from sfumato.models.base import Model
-from sfumato.models.packed import is_packed, kernel_attention, pack, packable, unpack
-from sfumato.pipelines.recipe import fingerprint
+from sfumato.models.packed import is_packed, kernel_attention, pack, unpack
+from sfumato.models.text_encoder import CLIPTextModelWithProjection
+from sfumato.pipelines.fingerprint import fingerprint
 from sfumato.runtime.choices import DTYPE_BYTES, PARTS, Part, Plan, Sizes, Wishes, count_parameters
 from sfumato.runtime.device import dtype_name, release_memory
 from sfumato.runtime.facts import read_facts, refreshed
 from sfumato.runtime.numerics import softmax_dtype
+from sfumato.runtime.onednn import packable
 from sfumato.runtime.plan import largest_batch, plan
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
-    from sfumato.pipelines.pipeline import DiffusionPipeline
+    from sfumato.adapters.outfit import Worn
+    from sfumato.pipelines.parts import Parts
     from sfumato.request import GenerateRequest
     from sfumato.runtime.facts import Facts
 
@@ -33,7 +39,11 @@ log = logging.getLogger("sfumato")
 
 
 class Place:
-    """How one pipeline stands on its machine, and what its user wished for."""
+    """How one checkpoint stands on its machine, and what its user wished for.
+
+    `home` is the device that each network comes to for its own stage and leaves after it, None where all stay as they
+    are; `sliced` says that the U-Net's attention is cut as its user wished; `kept` are networks of the last request.
+    """
 
     def __init__(
         self,
@@ -41,80 +51,138 @@ class Place:
         facts: Facts | None = None,
         *,
         may_reload: bool = False,
+        home: torch.device | None = None,
     ) -> None:
         """may_reload: networks may leave the host's memory, and come back as they are in their files."""
         self.wishes = wishes or Wishes()
         self.may_reload = may_reload
         self.facts = facts
+        self.home = home
+        self.sliced = False
+        self._device_chosen = facts is not None and not self.wishes.asked("device")
         self._said: set[str] = set()
+        self.kept: dict[Any, Model] = {}
         self._hosts: dict[Model, dict[Tensor, Tensor]] = {}
 
-    def plan(self, pipeline: DiffusionPipeline, request: GenerateRequest) -> Plan | None:
+    def device_of(self, parts: Parts) -> torch.device:
+        """Where images are generated: where the U-Net is, or comes to be for its stage."""
+        return self.home or parts.unet.device
+
+    def move(self, parts: Parts, device: torch.device | None, dtype: torch.dtype | None) -> None:
+        """Move the networks to a device, a precision, or both."""
+        for model in parts.networks.values():
+            away = self.home is not None or model.device.type == "meta"
+            model.to(device=None if away else device, dtype=dtype)
+            if device is not None and not (self.sliced and model is parts.unet):
+                model.set_attention(attention_for(device))
+        if self.home is not None:
+            self.home = device or self.home
+
+    def take_turns(self, parts: Parts, device: torch.device) -> None:
+        """Have networks be on a device for their own stage only; on a CPU, in memory, where they can be read again."""
+        if device.type == "cpu" and not self.may_reload:
+            return
+        self.move(parts, torch.device("cpu"), None)
+        self.home = device
+        self.wishes = dataclasses.replace(self.wishes, offload="staged")
+
+    def slice_attention(self, parts: Parts, slice_size: str | int | None) -> None:
+        """Have the U-Net compute attention in slices of this size; None: as the device does it best."""
+        if slice_size is None:
+            parts.unet.set_attention(attention_for(self.device_of(parts)))
+        else:
+            parts.unet.set_attention_slice(slice_size)
+        self.sliced = slice_size is not None
+
+    def fitted(self, parts: Parts, image: Any) -> Any:
+        """An image to start from, as it can be drawn from here: as it is, where any size can."""
+        return image
+
+    def plan(self, parts: Parts, request: GenerateRequest, worn: Sequence[Worn] = ()) -> Plan | None:
         """The plan of a run, with the device and precisions as they are; None in float64, which nobody plans for.
 
-        Raises `MemoryPlanError` if the request does not fit.
+        worn: the adapters it wears. Raises `MemoryPlanError` if the request does not fit.
         """
-        known = self._known(pipeline)
+        known = self._known(parts, worn)
         return None if known is None else plan(known[0], known[1], request, known[2])
 
-    def largest_batch(self, pipeline: DiffusionPipeline, request: GenerateRequest) -> int:
-        """How many pictures of a request's size fit into one call of the U-Net, as things are now."""
-        known = self._known(pipeline)
+    def largest_batch(self, parts: Parts, request: GenerateRequest) -> int:
+        """How many images of a request's size fit into one call of the U-Net, as things are now."""
+        known = self._known(parts)
         if known is None:
-            raise UsageError("there is no plan for float64; move the pipeline to float32, float16 or bfloat16")
+            raise UsageError("float64 cannot be planned; move the pipeline to float32, float16 or bfloat16")
         return largest_batch(known[0], known[1], request, known[2])
 
-    def _known(self, pipeline: DiffusionPipeline) -> tuple[Facts, Sizes, Wishes] | None:
+    def _known(self, parts: Parts, worn: Sequence[Worn] = ()) -> tuple[Facts, Sizes, Wishes] | None:
         """What a plan is made from."""
-        dtypes = {part: dtype_name(getattr(pipeline, part).dtype) for part in PARTS}
-        if not set(dtypes.values()) <= DTYPE_BYTES.keys():
+        dtypes = {part: dtype_name(next(iter(stage.values())).dtype) for part in PARTS if (stage := parts.stage(part))}
+        if not {dtype_name(network.dtype) for network in parts.networks.values()} <= DTYPE_BYTES.keys():
             return None
-        device = str(pipeline.device)
-        if self.facts is None or self.facts.accelerator != pipeline.device.type:
-            self.facts = read_facts(device)
+        device = self.device_of(parts)
+        if self.facts is None or self.facts.accelerator != device.type:
+            self.facts, self._device_chosen = read_facts(str(device)), False
         else:
             self.facts = refreshed(self.facts)
         as_they_are = {f"{part}_dtype": dtype for part, dtype in dtypes.items()}
-        wishes = dataclasses.replace(self.wishes, device=device, dtype=None, **as_they_are)
-        if pipeline.vae.use_tiling:
+        if not self._device_chosen or device.index:
+            as_they_are["device"] = str(device)
+        if any(network.device.type == "meta" for network in parts.networks.values()):
+            as_they_are["offload"] = "staged"
+        elif device.type == "cpu" and not self.may_reload:
+            as_they_are["offload"] = "none"
+        wishes = self.wishes.settled_as(as_they_are)
+        if parts.vae.use_tiling:
             wishes = dataclasses.replace(wishes, vae_tiling=True)
-        if any(getattr(pipeline, part).device.type == "meta" for part in PARTS):
-            wishes = dataclasses.replace(wishes, offload="staged")
-        elif pipeline.device.type == "cpu" and not self.may_reload:
-            wishes = dataclasses.replace(wishes, offload="none")
-        return self.facts, _sizes(pipeline), wishes
+        return self.facts, _sizes(parts, worn), wishes
 
-    def bring(self, pipeline: DiffusionPipeline, part: str, plan: Plan | None, notes: list[str]) -> None:
-        """Have a network in memory, as fast as it gets; `notes` are told what kept it from being faster."""
-        self._load(getattr(pipeline, part), pipeline.device, plan)
-        self._make_ready(pipeline, part, plan, notes)
+    def bring(self, parts: Parts, part: str, plan: Plan | None, notes: list[str], worn: Sequence[Worn] = ()) -> None:
+        """Have the networks of a stage in memory, with the adapters they are to wear, as fast as they get.
 
-    def leave(self, pipeline: DiffusionPipeline, part: str, plan: Plan | None) -> None:
-        """Let a network leave memory after its stage, where the plan says so.
-
-        It goes from an accelerator to the host's memory, and from there back to the file it came from.
+        `notes` are told what kept them from more.
         """
-        model = getattr(pipeline, part)
+        for role in parts.stage(part):
+            self._load(parts, role, plan, worn)
+            self._make_ready(parts, role, plan, notes)
+
+    def dress(self, parts: Parts, fused: Sequence[Worn]) -> None:
+        """Have the networks that are in memory wear this, as their own."""
+        for role, model in parts.adaptable.items():
+            if model.device.type != "meta":
+                wear(model, role, fused, fused=bool(fused))
+
+    def leave(self, parts: Parts, part: str, plan: Plan | None) -> None:
+        """Let the networks of a stage leave memory after it, where the plan says so.
+
+        They go from an accelerator to the host's memory, and from there back to the file they came from.
+        """
         if plan is None or plan.offload != "staged":
             return
-        if model in self._hosts:
-            for tensor, host in self._hosts.pop(model).items():
-                tensor.data = host  # the copy that it came from; what is on the accelerator is let go
-        elif self.may_reload and model.can_reload:
-            model.fingerprint = fingerprint(model)
-            model.forget()
-            release_memory(torch.device("cpu"))
+        for model in parts.stage(part).values():
+            if model in self._hosts:
+                for tensor, host in self._hosts.pop(model).items():
+                    tensor.data = host  # the copy that it came from; what is on the accelerator is let go
+            elif self.may_reload and model.can_reload:
+                model.fingerprint = fingerprint(model)
+                model.forget()
+                release_memory(torch.device("cpu"))
 
-    def _load(self, model: Model, device: torch.device, plan: Plan | None) -> None:
+    def _load(self, parts: Parts, role: str, plan: Plan | None, worn: Sequence[Worn]) -> None:
+        model, device = parts.networks[role], self.device_of(parts)
         if model.device.type == "meta":
             model.reload()
-        if plan is not None and plan.offload == "staged" and model.device.type != device.type:
+        staged = plan is not None and plan.offload == "staged" and model.device.type != device.type
+        if (worn or model.overlay is not None) and role in parts.adaptable:
+            wear(model, role, worn, fused=bool(worn) and worn == parts.outfit.fused)
+        if staged:
             self._hosts[model] = to_accelerator(model, device)
         if plan is not None and plan.engine == "torch" and plan.memory_format == "channels_last":
-            model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+            unpack(model)
+            for weight in model.parameters():
+                if weight.ndim == 4:
+                    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
-    def _make_ready(self, pipeline: DiffusionPipeline, part: str, plan: Plan | None, notes: list[str]) -> None:
-        model = getattr(pipeline, part)
+    def _make_ready(self, parts: Parts, role: str, plan: Plan | None, notes: list[str]) -> None:
+        model = parts.networks[role]
         if plan is None:
             if is_packed(model):
                 unpack(model)
@@ -126,17 +194,19 @@ class Place:
                 kept = fingerprint(model)
                 pack(model, kernels)
                 model.fingerprint = kept
-                release_memory(pipeline.device)
-        if not (pipeline.sliced and part == "unet"):
+                release_memory(self.device_of(parts))
+            else:
+                pack(model, kernels)  # what adapters have changed, and what has its own weights again
+        if not (self.sliced and role == "unet"):
             model.set_attention(_attention(model, plan, kernels))
-        if plan.compile and part == "unet" and model._compiled_call_impl is None:
+        if plan.compile and role == "unet" and model._compiled_call_impl is None:
             model.compile(mode="max-autotune-no-cudagraphs", dynamic=False)
 
     def _kernels(self, dtype: torch.dtype, notes: list[str]) -> Kernels | None:
         try:
             return kernels_for(dtype)
         except SfumatoError as error:
-            self._say(f"slower than it could be: {error}", notes)
+            self._say(f"running without the fast kernels: {error}", notes)
             return None
 
     def _say(self, note: str, notes: list[str]) -> None:
@@ -171,11 +241,22 @@ def _attention(model: Model, plan: Plan, kernels: Kernels | None) -> Any:
     return upcast(attention, getattr(torch, wide)) if wide != dtype_name(model.dtype) else attention
 
 
-def _sizes(pipeline: DiffusionPipeline) -> Sizes:
-    parts: dict[str, Any] = {}
+def _sizes(parts: Parts, worn: Sequence[Worn]) -> Sizes:
+    values: dict[str, Part] = {}
+    kept = {part: sum(kept_bytes(model, role, worn) for role, model in parts.stage(part).items()) for part in PARTS}
     for part in PARTS:
-        model = getattr(pipeline, part)
-        numbers = count_parameters(model.config)  # a packed model has fewer, and one that is away none
-        parts[part] = Part(numbers, numbers * model.dtype.itemsize)
-        parts[f"{part}_config"] = model.config
-    return Sizes(name=pipeline.name, tokens=pipeline.tokenizer.model_max_length, **parts)
+        values[part] = Part(0, 0)
+        for model in parts.stage(part).values():
+            projected = isinstance(model, CLIPTextModelWithProjection)
+            numbers = count_parameters(model.config, projected=projected)  # a packed model has fewer, one away none
+            values[part] += Part(numbers, numbers * model.dtype.itemsize)
+    return Sizes(
+        name=parts.name,
+        tokens=parts.prompt_tokens,
+        kept={part: size for part, size in kept.items() if size and worn},
+        text_encoder_configs=tuple(encoder.config for encoder in parts.encoders),
+        unet_config=parts.unet.config,
+        vae_config=parts.vae.config,
+        control_configs=tuple(network.config for network in parts.controls),
+        **values,
+    )

@@ -1,75 +1,128 @@
-"""How a picture came to be, in words a program can repeat."""
+"""How an image came to be, in words a program can repeat."""
 
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
+import json
 from typing import TYPE_CHECKING, Any
 
+from sfumato.errors import ConfigError, UsageError
+from sfumato.files import expanded, file_hash
+from sfumato.pipelines.components import scheduler_from_recipe
+from sfumato.pipelines.fingerprint import fingerprint
 from sfumato.pipelines.result import versions
+from sfumato.request import GenerateRequest
+from sfumato.runtime.choices import NETWORKS
 from sfumato.runtime.device import dtype_name
+from sfumato.values import check_value
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
-    from sfumato.models.base import Model
-    from sfumato.pipelines.pipeline import DiffusionPipeline
-    from sfumato.pipelines.run import Run
-    from sfumato.request import GenerateRequest
+    import torch
 
-__all__ = ["describe", "file_hash", "fingerprint", "weights_hash"]
+    from sfumato.pipelines.parts import Parts
+    from sfumato.schedulers.base import Scheduler
 
-# Values of each tensor that are looked at: enough to tell two trainings apart, few enough to cost milliseconds.
-SAMPLES = 64
+__all__ = ["checked", "describe", "joined_hash", "model_digest", "pictures", "weights_hash"]
 
 
 def describe(
-    pipeline: DiffusionPipeline, run: Run, request: GenerateRequest, seeds: Sequence[int]
+    parts: Parts,
+    scheduler: Scheduler,
+    device: torch.device,
+    request: GenerateRequest,
+    notes: Sequence[str],
+    refiner: Parts | None = None,
+    adapters: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """A recipe for each picture: a request for it alone, and everything else its pixels depend on."""
+    """A recipe for each image: a request for it alone, and everything else its pixels depend on.
+
+    scheduler and device: what the run used; notes: what it did without being asked; refiner: what took over; adapters:
+    the hashes that other programs know them by.
+    """
     shared = {
-        "model": {"name": pipeline.name, "weights": weights_hash(pipeline)},
-        "scheduler": {"class": type(run.scheduler).__name__, "config": run.scheduler.config.to_dict()},
-        "device": pipeline.device.type,
-        "dtype": dtype_name(pipeline.dtype),
+        "model": {"name": parts.name, "weights": weights_hash(parts)}
+        | ({"options": parts.options} if parts.options else {}),
+        "scheduler": {"class": type(scheduler).__name__, "config": scheduler.config.to_dict()},
+        "device": device.type,
+        "dtype": dtype_name(parts.unet.dtype),
         "versions": versions(),
-        "notes": list(run.notes),
+        "notes": list(notes),
     }
-    if request.image is not None:
-        shared["image"] = {"sha256": file_hash(Path(request.image).expanduser())}
+    if refiner is not None:
+        shared["refiner"] = {"name": refiner.name, "weights": weights_hash(refiner)}
+    if adapters:
+        shared["adapters"] = dict(adapters)
+    shared |= {name: {"sha256": file_hash(expanded(file))} for name, file in request.pictures.items()}
     recipes = []
-    for index, seed in enumerate(seeds):
-        place = index // request.count
-        negative = request.negative_prompt if request.negative_prompt is None else request.negative_prompts[place]
-        alone = request.replace(prompt=request.prompts[place], negative_prompt=negative, seed=seed, count=1)
-        recipes.append({"request": alone.to_dict() | {"seed": seed}, **shared})
+    for index, seed in enumerate(request.seeds):
+        alone = request.alone(index // request.count).replace(seed=seed)
+        recipes.append({"request": alone.to_dict(), **shared})
     return recipes
 
 
-def weights_hash(pipeline: DiffusionPipeline) -> str:
-    """The hash of a whole checkpoint: that of its networks' fingerprints."""
-    parts = [fingerprint(model) for model in (pipeline.text_encoder, pipeline.unet, pipeline.vae)]
-    return hashlib.sha256("".join(parts).encode()).hexdigest()[:32]
+def checked(recipe: Mapping[str, Any], where: object) -> tuple[GenerateRequest, Scheduler]:
+    """The request and the scheduler of a recipe, all of whose parts are there and of their type.
 
-
-def fingerprint(model: Model) -> str:
-    """A hash of names, shapes and the signs of a sample of all weights of a network.
-
-    Signs survive every cast between precisions, so a checkpoint has one hash in all of them; another training flips
-    some of the tens of thousands that are looked at.
+    Raises `UsageError` naming `where` the recipe stands, and the part that is not so.
     """
-    if model.fingerprint is not None:
-        return model.fingerprint
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        flat = tensor.detach().flatten()
-        part = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
-        digest.update(part.signbit().cpu().numpy().tobytes())
-    return digest.hexdigest()[:32]
+    wanted: dict[str, dict[str, Any]] = {"model": {"name": str, "weights": str}}
+    wanted |= {"scheduler": {"class": str, "config": dict[str, Any]}}
+    if isinstance(recipe["request"].get("refiner"), str):
+        wanted["refiner"] = {"name": str, "weights": str}
+    wanted |= {name: {"sha256": str} for name in pictures(recipe["request"])}
+    if "coreml" in recipe:
+        wanted["coreml"] = {"engine": str, "kind": str, "compute_unit": str}
+    for name in ("adapters", "embeddings"):
+        files = recipe["request"].get(name) or ()
+        for one in files if isinstance(files, list | tuple) else (files,):
+            if not (isinstance(one, dict) and isinstance(one.get("sha256"), str)):
+                raise UsageError(
+                    f"the recipe of {where} does not say which files its {name} are; the image may have been edited"
+                )
+    for control in recipe["request"].get("controls") or ():
+        if not (isinstance(control, dict) and {"sha256", "weights"} <= control.keys()):
+            raise UsageError(
+                f"the recipe of {where} does not say which files its controls are; the image may have been edited"
+            )
+    for prompt in recipe["request"].get("image_prompts") or ():
+        if not (isinstance(prompt, dict) and "hashes" in prompt):
+            raise UsageError(f"the recipe of {where} does not say which images it was prompted with; it may be edited")
+    try:
+        check_value("", "dtype", recipe.get("dtype"), str)
+        for key, kinds in wanted.items():
+            check_value("", key, recipe.get(key), dict[str, Any])
+            for part, kind in kinds.items():
+                check_value(key, part, recipe[key].get(part), kind)
+    except ConfigError as error:
+        raise UsageError(f"the recipe of {where} is incomplete ({error}); the PNG may have been edited") from error
+    try:
+        scheduler = scheduler_from_recipe(recipe["scheduler"]["class"], recipe["scheduler"]["config"])
+        return GenerateRequest.from_dict(recipe["request"]), scheduler
+    except (ConfigError, UsageError) as error:
+        raise UsageError(f"the recipe of {where} cannot be replayed: {error}") from error
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def pictures(request: Mapping[str, Any]) -> dict[str, str]:
+    """The image files that the request of a recipe names, by what they are, as far as it is what it must be."""
+    mask = request.get("mask")
+    named = dict(request) | {"mask": mask.get("file") if isinstance(mask, dict) else None}
+    return {name: file for name in ("image", "mask", "depth") if isinstance(file := named.get(name), str)}
+
+
+def weights_hash(parts: Parts) -> str:
+    """The hash of a whole checkpoint: that of its networks' fingerprints."""
+    return joined_hash({part: fingerprint(network) for part, network in parts.networks.items()})
+
+
+def model_digest(parts: Parts) -> str:
+    """A hash of all that a checkpoint brings to an image: its weights and its scheduler."""
+    text = json.dumps([type(parts.scheduler).__name__, parts.scheduler.config.to_dict()], sort_keys=True, default=str)
+    return hashlib.sha256((weights_hash(parts) + text).encode()).hexdigest()[:32]
+
+
+def joined_hash(fingerprints: Mapping[str, str]) -> str:
+    """The hash of a whole checkpoint, from the fingerprints of its networks by name."""
+    roles = [role for part in NETWORKS.values() for role in part if role in fingerprints]
+    return hashlib.sha256("".join(fingerprints[role] for role in roles).encode()).hexdigest()[:32]

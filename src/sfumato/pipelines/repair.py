@@ -1,37 +1,35 @@
 """Repairing a stage that left its precision's range: float32 without float32 weights, and a memory of where it helped.
 
-The memory is a small file in the cache folder. Whatever befalls it, pictures are drawn: a damaged file starts anew, and
-one that cannot be written is not; the log says so.
+The memory is a small file in the cache.
 """
 
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from sfumato.errors import CheckpointError, OutputError
-from sfumato.files import cache_folder, output_folder, read_json, write_json
+from sfumato.cache import keep, read_kept
+from sfumato.errors import ConfigError
 from sfumato.models.packed import unpack
-from sfumato.pipelines.recipe import fingerprint
+from sfumato.pipelines.fingerprint import fingerprint
 from sfumato.runtime.device import dtype_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from sfumato.models.base import Model
     from sfumato.schedulers.noise import Generators
 
-__all__ = ["computed_in_float32", "memory_file", "recall", "remember", "saved_randomness"]
+__all__ = ["computed_in_float32", "recall", "remember", "saved_randomness"]
 
-log = logging.getLogger("sfumato")
+# Where in the cache it is kept which components of which checkpoints need float32.
+MEMORY = "float32.json"
 
 
 @contextmanager
@@ -90,11 +88,6 @@ def saved_randomness(generators: Generators, device: torch.device) -> Callable[[
     return go_back
 
 
-def memory_file() -> Path:
-    """Where it is kept which components of which checkpoints need float32."""
-    return cache_folder() / "float32.json"
-
-
 def recall(component: str, model: Model) -> bool:
     """Whether this component of this checkpoint has needed float32 before, on this kind of device in this precision."""
     known = _read().get(_place(component, model))
@@ -105,12 +98,7 @@ def remember(component: str, model: Model) -> None:
     """Keep for later runs that this component needs float32 here."""
     values, place = _read(), _place(component, model)
     values[place] = sorted({*values.get(place, ()), fingerprint(model)})
-    path = memory_file()
-    try:
-        output_folder(path.parent)
-        write_json(path, values)
-    except OutputError as error:
-        log.warning("%s will be found to need float32 again in every run: %s", component, error)
+    keep(MEMORY, values)
 
 
 def _place(component: str, model: Model) -> str:
@@ -118,14 +106,10 @@ def _place(component: str, model: Model) -> str:
 
 
 def _read() -> dict[str, list[str]]:
-    path = memory_file()
-    if not path.is_file():
-        return {}
-    with suppress(CheckpointError):
-        values = read_json(path)
-        if all(isinstance(hashes, list) and all(isinstance(one, str) for one in hashes) for hashes in values.values()):
-            return values
-    log.warning("%s was damaged and starts anew: it holds which checkpoints need float32", path)
-    with suppress(OSError):
-        path.unlink(missing_ok=True)
-    return {}
+    return read_kept(MEMORY, _check)
+
+
+def _check(values: dict[str, Any]) -> None:
+    for hashes in values.values():
+        if not isinstance(hashes, list) or not all(isinstance(one, str) for one in hashes):
+            raise ConfigError("a component needs a list of hashes")

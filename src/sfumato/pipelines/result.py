@@ -1,4 +1,4 @@
-"""What comes out: pictures, and how each of them came to be."""
+"""Results: images, and how each of them was made."""
 
 from __future__ import annotations
 
@@ -7,35 +7,48 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sfumato import __version__
+from sfumato.outputs import Output
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from PIL.Image import Image
     from torch import Tensor
 
     from sfumato.request import GenerateRequest
     from sfumato.runtime.plan import Plan
 
-__all__ = ["Result", "StableDiffusionPipelineOutput", "Step", "versions"]
+__all__ = [
+    "ImagePipelineOutput",
+    "Result",
+    "StableDiffusionPipelineOutput",
+    "StableDiffusionXLPipelineOutput",
+    "Step",
+    "versions",
+]
 
 
-@dataclass(frozen=True)
-class StableDiffusionPipelineOutput:
+@dataclass(frozen=True, eq=False)
+class StableDiffusionPipelineOutput(Output):
     """What a pipeline call returns: images as PIL images, an array or a tensor.
 
-    `nsfw_content_detected` is None, as there is no safety checker; `notes` says what was done without being asked for.
+    `nsfw_content_detected` is None, because there is no safety checker. `notes` lists what Sfumato did on its own.
     """
 
     images: Any
     nsfw_content_detected: list[bool] | None = None
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
-    def __getitem__(self, index: int | str) -> Any:
-        return getattr(self, index) if isinstance(index, str) else (self.images, self.nsfw_content_detected)[index]
 
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.images, self.nsfw_content_detected))
+@dataclass(frozen=True, eq=False)
+class StableDiffusionXLPipelineOutput(Output):
+    """The same of the pipelines of Stable Diffusion XL, which have `images` alone; and `notes`."""
+
+    images: Any
+    notes: tuple[str, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True, eq=False)
+class ImagePipelineOutput(StableDiffusionXLPipelineOutput):
+    """The same of upscalers and unCLIP."""
 
 
 @dataclass(frozen=True)
@@ -47,19 +60,24 @@ class Step:
     timestep: float
     latents: Tensor
     _preview: Any = field(repr=False)
+    _original: Any = field(repr=False, default=None)
+
+    def original(self) -> Tensor:
+        """The clean latents (B, C, h, w) that the model had in mind at this step."""
+        return self._original()
 
     def preview(self) -> list[Image]:
-        """The pictures the model has in mind at this point; costs one decoding."""
+        """The images as the model expects them at this point. Costs one VAE decoding."""
         return self._preview()
 
 
 @dataclass(frozen=True)
 class Result:
-    """The pictures of a request.
+    """The images of a request.
 
-    images, and for each its seed and its recipe (what a PNG carries); the request with everything it left open filled
-    in; notes: what was done without being asked for, such as words that did not fit; seconds spent in each stage; the
-    plan it was drawn by, None in float64 and for converted models.
+    images, with a seed and a recipe (what a PNG contains) for each; the request with all open fields filled in; notes:
+    what Sfumato decided itself, such as dropping words that did not fit; seconds per stage; the plan, which is None in
+    float64 and for Core ML models; the control images as the networks saw them.
     """
 
     images: list[Image]
@@ -69,10 +87,11 @@ class Result:
     notes: tuple[str, ...]
     seconds: dict[str, float]
     plan: Plan | None = None
+    controls: tuple[Image, ...] = ()
 
 
 def versions() -> dict[str, str]:
-    """The versions a picture depends on."""
+    """The versions an image depends on."""
     import torch
 
     return {"sfumato": __version__, "torch": torch.__version__, "python": platform.python_version()}

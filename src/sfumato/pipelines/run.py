@@ -1,4 +1,4 @@
-"""The way from a request to latents and pixels: every picture takes it, whoever asks."""
+"""The path from a request to latents and pixels, which all pipelines share."""
 
 from __future__ import annotations
 
@@ -7,22 +7,30 @@ import logging
 import time
 from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from sfumato.errors import MemoryPlanError, UsageError
-from sfumato.images import open_image, to_pictures
+from sfumato.images import open_image, size_notes, to_pictures
 from sfumato.pipelines import stages
+from sfumato.pipelines.additions import Added, added
+from sfumato.pipelines.altered import altered, with_switched
+from sfumato.pipelines.controlling import steering, with_networks
 from sfumato.pipelines.denoise import DenoiseStep, denoise
 from sfumato.pipelines.finite import FiniteWatch
 from sfumato.pipelines.guidance import Guidance
+from sfumato.pipelines.image_prompts import see
 from sfumato.pipelines.repair import saved_randomness
+from sfumato.pipelines.stages import Given
+from sfumato.pipelines.steering import Steering
+from sfumato.pipelines.tasks import task_for
+from sfumato.pipelines.tasks.task import Tools, handover, noise_level, takes_over
 from sfumato.runtime.choices import check_sides
 from sfumato.runtime.device import ran_out_of_memory, release_memory, reused_memory
-from sfumato.schedulers.noise import GaussianNoise
+from sfumato.schedulers.sigma import SigmaScheduler
+from sfumato.text.prompt import plain_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,11 +38,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from sfumato.pipelines.pipeline import DiffusionPipeline
-    from sfumato.pipelines.stages import Conditioning, Given
-    from sfumato.request import GenerateRequest
+    from sfumato.pipelines.conditioning import Conditioning
+    from sfumato.pipelines.parts import Parts
+    from sfumato.pipelines.place import Place
+    from sfumato.pipelines.tasks.task import Beginning, Task
+    from sfumato.request import GenerateRequest, GuidanceInterval
     from sfumato.runtime.plan import Plan
-    from sfumato.schedulers.base import Scheduler
+    from sfumato.schedulers.base import Scheduler, Table
     from sfumato.schedulers.rows import Row
 
 __all__ = ["Run"]
@@ -44,12 +54,15 @@ log = logging.getLogger("sfumato")
 
 @dataclass
 class Run:
-    """One request on its way through a pipeline; `notes` and `seconds` fill as it goes.
+    """One request on its way through the parts of a checkpoint.
 
-    micro_batch: pictures per call of the U-Net, and pictures decoded at a time; all of them if None.
+    `notes` and `seconds` fill as it goes; `steering` changes its way; `first` is the entry of the schedule that it
+    begins at, once that is known, and `controls` the pictures that networks beside the U-Net see. micro_batch: images
+    per call of the U-Net, and images decoded at a time; all of them if None.
     """
 
-    pipeline: DiffusionPipeline
+    parts: Parts
+    place: Place
     request: GenerateRequest
     given: Given
     scheduler: Scheduler
@@ -57,36 +70,126 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     micro_batch: int | None = None
     plan: Plan | None = field(init=False, default=None)
+    first: int = field(init=False, default=0)
+    controls: list[Image] = field(init=False, default_factory=list)
+    _steps: int = field(init=False, default=1)
     _lean: bool = field(init=False, default=False)
+    _later: dict[int, Conditioning] = field(init=False, default_factory=dict)  # by the step from which it holds
+    bare: Parts = field(init=False)  # without what the request adds to them
     watch: FiniteWatch = field(init=False)
     guidance: Guidance = field(init=False)
+    steering: Steering = field(init=False)
+    task: Task = field(init=False)  # what is drawn from what, once `latents` has read it
+    beginning: Beginning = field(init=False)
+    added: Added = field(init=False)  # nothing, until `latents` has read what the request names
 
     def __post_init__(self) -> None:
+        request = self.request = with_switched(self.request.settled(self.parts.settings), self.parts.unet)
+        self.bare = self.parts
+        self.steering = Steering(request.chosen_scale, request.guidance_rescale, request.clip_skip)
         self.watch = FiniteWatch(self.notes)
+        self.added = Added(self.parts, (), [], request)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the loop runs."""
+        return self.place.device_of(self.parts)
 
     def latents(self) -> Generator[DenoiseStep, Tensor | None, Tensor]:
         """Encode, denoise, return the latents (B, C, h, w); yields after each step and takes edited latents back.
 
         Where a step has gone wrong on an accelerator, which shows after the last one, all steps are yielded again.
         """
-        pipeline, request = self.pipeline, self.request
-        guided = request.guidance_scale > 1 and pipeline.unet.config.time_cond_proj_dim is None
+        if not self.parts.family.encoders and self.given.prompt_embeds is None:
+            self._read_image()
         self._check()
-        self.plan = pipeline.place.plan(pipeline, self._asked())
+        self._add()
+        task = self.task = task_for(self.parts, self.place, self.request, self.given)
+        self._note_size(task)
+        self.scheduler = task.scheduled(self.scheduler)
+        self.plan = self.place.plan(
+            self.parts, self._asked(task.size, self._prompts() * self.request.count), self.added.worn
+        )
         self.micro_batch = self.micro_batch or (None if self.plan is None else self.plan.micro_batch)
-        with torch.no_grad(), self._held("text_encoder"), self._timed("encode"):
-            conditioning = stages.encode_prompt(pipeline, request, self.given, guided=guided, watch=self.watch)
-        self._note_lost(conditioning.lost)
-        if pipeline.words is not None:
-            self._note(pipeline.words.notes(request.prompts))
-        self._set_timesteps()
+        self._set_timesteps(task)
+        self._note_schedule()
+        text = stages.tell_sizes(self.parts, self.request, task.size, self._encode_prompt(guided=task.guided))
         with torch.no_grad():
-            start, latents = self._start(conditioning.embeds.shape[0])
-        with self._held("unet"):
+            self.beginning = beginning = task.begin(
+                text, Tools(self.scheduler, self.device, self._encode_image, self._pass_over, self._see)
+            )
+        self.first = beginning.index
+        conditioning = self._steered(beginning.conditioning, beginning.latents)
+        table = self.scheduler.table(self.first, eta=self.request.eta)
+        self._steps, rows = len(table.rows), table.rows[: self._calls(table)]
+        with self._held("unet"), altered(self.parts.unet, self.request):
             began = time.perf_counter()
-            result = yield from self._denoised(conditioning, self.scheduler.table(start, eta=request.eta).rows, latents)
+            result = yield from self._denoised(replace(beginning, conditioning=conditioning), rows)
             self.seconds["denoise"] = time.perf_counter() - began
         return result
+
+    def _add(self) -> None:
+        """Read what the request adds to the checkpoint, and say what of it fits."""
+        self.added = added(self.parts, self.request)
+        self.parts = self.added.parts
+        if not self.given.steered:
+            self.parts = with_networks(self.parts, self.place, self.request.controls)
+        for report in self.added.reports:
+            self.notes.append(report)
+            log.info("%s", report)
+
+    def _read_image(self) -> None:
+        """Of a family without a prompt: what its image encoder makes of the image, in the prompt's place."""
+        image = self.given.image if self.request.image is None else open_image(self.request.image)
+        if image is None:
+            raise UsageError(f"{self.parts.family.title} reads an image in place of a prompt; give one")
+        if any(self.request.prompts):
+            self._note([f"the prompt has no effect: {self.parts.family.title} reads an image in its place"])
+        embeds = self._see(image)[:, None]
+        given = {"prompt_embeds": embeds, "negative_prompt_embeds": torch.zeros_like(embeds)}
+        self.given = replace(self.given, image=None, pixels=None, **given)
+        self.request = self.request.replace(image=None, prompt="", negative_prompt=None)
+
+    def _steered(self, told: Conditioning, latents: Tensor) -> Conditioning:
+        """What the U-Net is told, with the networks beside it and what they see."""
+        every = self.given.steered
+        if not every:
+            factor = self.parts.vae_scale_factor
+            size = (latents.shape[3] * factor, latents.shape[2] * factor)
+            every, controls, self.controls, notes = steering(self.parts, self.request.controls, size)
+            self.added.request = self.added.request.replace(controls=controls)
+            self._note(notes)
+        seen, prompts = see(self.parts.unet, self.request.image_prompts, self.device)
+        self.added.request = self.added.request.replace(image_prompts=prompts)
+        return replace(told, steered=tuple(one.of(told.pictures, latents) for one in every), images=seen)
+
+    def told(self, *, guided: bool) -> Conditioning:
+        """What the prompts say, of one branch or of both, and nothing drawn."""
+        self._check()
+        self._add()
+        self.plan = self.place.plan(self.parts, self._asked((64, 64), 1))
+        return self._encode_prompt(guided=guided)
+
+    def _calls(self, table: Table) -> int:
+        """How many of the rows are this checkpoint's, and not left to one after it."""
+        end = self.request.denoising_end
+        if end is None:
+            return len(table.rows)
+        calls = int((table.timesteps >= handover(self.scheduler, end)).sum())
+        if not calls:
+            raise UsageError(f"denoising_end {end:g} leaves no steps; raise it, or steps")
+        return calls
+
+    @property
+    def left(self) -> int:
+        """How many calls of the U-Net are left to a checkpoint that goes on from this run's `denoising_end`."""
+        return len(self.scheduler.timesteps) - takes_over(self.scheduler, self.request.denoising_end or 1.0)
+
+    @property
+    def later(self) -> int:
+        """How many calls of the U-Net a second pass will take."""
+        hires = self.request.hires
+        return 0 if hires is None else (hires.steps or self.request.chosen_steps) * self.scheduler.order
 
     def pixels(self, latents: Tensor) -> Tensor:
         """Decode latents to pixels (B, 3, H, W) in [0, 1]."""
@@ -100,6 +203,52 @@ class Run:
         """Decode latents of a step; what has gone wrong in it, and will show at the end of the loop, is grey."""
         return self.pictures(latents.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
 
+    @torch.no_grad()
+    def _encode_prompt(self, *, guided: bool) -> Conditioning:
+        parts, request = self.parts, self.request
+        chosen = self.scheduler.num_inference_steps is not None
+        told = stages.by_step(request, len(self.scheduler.timesteps) if chosen else 1)
+        asked = tuple(told.values())
+        with self._held("text_encoder"), self._timed("encode"):
+            text, lost, notes = stages.encode_prompt(
+                parts, told.pop(1), self.given, self.device, guided=guided, watch=self.watch
+            )
+            for step, later in told.items():
+                more = stages.encode_prompt(parts, later, self.given, self.device, guided=guided, watch=self.watch)
+                self._later[step], notes = more[0], notes + more[2]
+        self._note_lost(lost)
+        self._note(dict.fromkeys(notes))
+        if parts.words is not None:
+            self._note(parts.words.notes(request.prompts, lambda prompt: self._in_words(prompt, asked)))
+        return text
+
+    def _in_words(self, prompt: str, asked: Sequence[GenerateRequest]) -> str:
+        """What a prompt says in words at any of its steps; `asked` is the request as it is at each of them."""
+        place, syntax = self.request.prompts.index(prompt), self.request.prompt_syntax
+        texts = dict.fromkeys(one.prompts[place] for one in asked)
+        return " ".join(plain_words(text, syntax, self.parts.outfit.all_embeddings) for text in texts)
+
+    def _encode_image(self, pixels: Tensor, *, sampled: bool = True) -> Tensor:
+        """Pixels (P, 3, H, W) to scaled latents (B, C, h, w) where the loop runs, in its precision."""
+        batch, generators = self._prompts() * self.request.count, self.given.generators
+        with self._held("vae"), self._timed("encode"):
+            sampled = sampled and self.request.noise.posterior == "sample"
+            latents = stages.encode_image(
+                self.parts.vae, pixels, batch, generators, self.watch, sampled=sampled, axes=self.request.seamless
+            )
+        return latents.to(self.device, self.parts.state_dtype)
+
+    def _pass_over(self, pixels: Tensor) -> None:
+        """Draw what encoding them draws."""
+        if self.request.noise.posterior == "sample":
+            batch = self._prompts() * self.request.count
+            stages.pass_over(self.parts.vae, pixels, batch, self.given.generators)
+
+    def _see(self, image: Any) -> Tensor:
+        """What the image encoder makes of images in any form (P, D), where the loop runs."""
+        with self._held("text_encoder"), self._timed("encode"):
+            return stages.see(self.parts, image, self.watch).to(self.device, self.parts.state_dtype)
+
     def _decoded(self, latents: Tensor) -> Iterator[Tensor]:
         with self._held("vae"):
             for part in latents.split(self.micro_batch or latents.shape[0]):
@@ -108,10 +257,10 @@ class Run:
                 yield pixels
 
     def _decode(self, latents: Tensor) -> Tensor:
-        vae, asked = self.pipeline.vae, self.pipeline.vae.use_tiling
+        vae, asked = self.parts.vae, self.parts.vae.use_tiling
         vae.use_tiling = asked or self._lean or (self.plan is not None and self.plan.vae_tiling)
         try:
-            return stages.decode(vae, latents, self.watch)
+            return stages.decode(vae, latents, self.watch, self.request.seamless)
         finally:
             vae.use_tiling = asked
 
@@ -122,10 +271,10 @@ class Run:
         except Exception as error:
             if self._lean or not ran_out_of_memory(error):
                 raise
-        note = "memory ran out although the plan had room for this; trying again with one picture at a time and tiles"
+        note = "memory ran out, although the plan had room; retrying with one image at a time and tiles"
         self._note([note])
         self._lean = True
-        release_memory(self.pipeline.device)
+        release_memory(self.device)
         shrink()
         try:
             return compute()
@@ -133,148 +282,139 @@ class Run:
             if not ran_out_of_memory(error):
                 raise
             raise MemoryPlanError(
-                "memory ran out twice, also with one picture at a time and tiles; close other programs, or ask for "
-                "smaller pictures (--width, --height)",
+                "memory ran out twice, even with one image at a time and tiles; close other programs, or generate "
+                "smaller images (--width, --height)",
                 needed=0 if self.plan is None else self.plan.peak_bytes,
                 free=0 if self.plan is None else self.plan.free_bytes,
             ) from error
 
-    def _denoised(
-        self, conditioning: Conditioning, rows: Sequence[Row], latents: Tensor
-    ) -> Generator[DenoiseStep, Tensor | None, Tensor]:
+    def _denoised(self, beginning: Beginning, rows: Sequence[Row]) -> Generator[DenoiseStep, Tensor | None, Tensor]:
+        latents, stops = beginning.latents, self.steering.stops
         noise = self.scheduler.noise_source(latents.shape, self.given.generators, latents.device)
+        self.steering.num_timesteps = len(rows)
         go_back = saved_randomness(self.given.generators, latents.device)
         while True:
             self.guidance = Guidance(
-                unet=self.pipeline.unet,
-                embeds=conditioning.embeds,
-                negative_embeds=conditioning.negative_embeds,
-                scale=self.request.guidance_scale,
+                unet=self.parts.unet,
+                conditioning=beginning.conditioning,
+                scale=self.request.chosen_scale,
                 rescale=self.request.guidance_rescale,
+                image_scale=self.request.chosen_image_scale,
+                tile=self.task.tile,
                 micro_batch=self.micro_batch,
             )
-            result = yield from denoise(self._predictor(len(rows)), rows, latents, noise)
+            result = yield from denoise(self._predictor(len(rows)), rows, latents, noise, stops, beginning.after)
             if self.watch.settle():
                 return result
             go_back()
+            self.steering.restart(self.request.chosen_scale, self.request.guidance_rescale)
 
     def _predictor(self, total: int) -> Callable[[Tensor, float], Tensor]:
         """What the loop asks, once for each of its steps."""
         steps = itertools.count(1)
 
         def predict(x: Tensor, t: float) -> Tensor:
-            stage = f"U-Net, step {next(steps)} of {total}"
+            stage = f"U-Net, step {(step := next(steps))} of {total}"
+            if later := self._later.get(step):
+                self.guidance.change(later)
+            scale, interval = self.steering.guidance_scale, self.request.guidance_interval
+            if interval is not None and not interval.holds(step - 1, total, self._noise_level(interval, t)):
+                scale = min(scale, 1.0)
+            self.guidance.step = (step - 1, self._steps)
+            self.guidance.steer(scale, self.steering.guidance_rescale)
             return self.watch.step(
                 stage,
-                self.pipeline.unet,
+                self.parts.unet,
                 lambda: self._with_less(lambda: self.guidance(x, t), self.guidance.one_at_a_time),
             )
 
         return predict
 
+    def _noise_level(self, interval: GuidanceInterval, t: float) -> float:
+        return noise_level(self.scheduler, t) if interval.by_noise else 1.0
+
     @contextmanager
     def _held(self, part: str) -> Iterator[None]:
         """Within the block a network is in memory, and as fast as it gets."""
         with self._timed("prepare"):
-            self.pipeline.place.bring(self.pipeline, part, self.plan, self.notes)
+            self.place.bring(self.parts, part, self.plan, self.notes, self.added.worn)
         try:
             with reused_memory() if part == "vae" and self.plan and self.plan.keep_freed else nullcontext():
                 yield
         finally:
-            self.pipeline.place.leave(self.pipeline, part, self.plan)
+            self.place.leave(self.parts, part, self.plan)
 
-    def _asked(self) -> GenerateRequest:
-        """The request as a plan needs it: with all its pictures, and their size."""
-        factor, image, latents = self.pipeline.vae_scale_factor, self._picture, self.given.latents
-        width, height = self.pipeline.size_of(self.request)
-        if image is not None:
-            height, width = (side * (factor if image.shape[1] == 4 else 1) for side in image.shape[2:])
-        elif latents is not None and self.request.width is None and latents.ndim == 4:
-            height, width = (side * factor for side in latents.shape[2:])
+    def _asked(self, size: tuple[int, int], count: int) -> GenerateRequest:
+        """The request as a plan needs it: with all its images, and their size."""
+        width, height = size
         return self.request.replace(
-            prompt="", negative_prompt=None, count=self._prompts() * self.request.count, width=width, height=height
+            **dict.fromkeys(("negative_prompt", "prompt_2", "negative_prompt_2")),
+            prompt=" AND " * self.request.joined,
+            count=count,
+            width=width,
+            height=height,
         )
 
     def _check(self) -> None:
-        request, given, unet = self.request, self.given, self.pipeline.unet
-        if unet.config.in_channels != self.pipeline.vae.config.latent_channels:
-            raise UsageError(
-                f"this U-Net reads {unet.config.in_channels} channels (inpainting or upscaling), "
-                f"but its VAE makes {self.pipeline.vae.config.latent_channels}; use a text-to-image checkpoint"
-            )
-        if given.prompt_embeds is not None and any(request.prompts):
-            raise UsageError("prompt and prompt_embeds both say what to draw; give one of them")
-        if given.negative_prompt_embeds is not None and request.negative_prompt is not None:
-            raise UsageError("negative_prompt and negative_prompt_embeds exclude each other; give one of them")
-        check_sides(self.pipeline.vae_scale_factor, width=request.width, height=request.height)
+        request, given = self.request, self.given
+        self._check_words()
+        check_sides(self.parts.vae_scale_factor, width=request.width, height=request.height)
         generators = given.generators
         batch = self._prompts() * request.count
         if isinstance(generators, (list, tuple)) and len(generators) != batch:
-            raise UsageError(
-                f"there are {len(generators)} generators for {batch} pictures; give one per picture, or a single one"
-            )
+            raise UsageError(f"got {len(generators)} generators for {batch} images; pass one, or one per image")
+
+    def _check_words(self) -> None:
+        """Words or embeddings; and that all words are read."""
+        request, given = self.request, self.given
+        if given.prompt_embeds is not None and (any(request.prompts) or request.prompt_2):
+            raise UsageError("prompt and prompt_embeds cannot be combined; pass one of them")
+        negative = request.negative_prompt is not None or request.negative_prompt_2 is not None
+        if given.negative_prompt_embeds is not None and negative:
+            raise UsageError("negative_prompt and negative_prompt_embeds cannot be combined; pass one of them")
+        if len(self.parts.family.encoders) < 2 and (request.prompt_2 or request.negative_prompt_2):
+            self._note(["prompt_2 and negative_prompt_2 have no effect: this checkpoint has no second text encoder"])
 
     def _prompts(self) -> int:
         embeds = self.given.prompt_embeds
         return len(self.request.prompts) if embeds is None else embeds.shape[0]
 
-    def _set_timesteps(self) -> None:
-        request, device = self.request, self.pipeline.device
+    def _set_timesteps(self, task: Task) -> None:
+        request, device, more = self.request, self.device, task.grid(self.scheduler)
         if request.timesteps is not None:
-            self.scheduler.set_timesteps(timesteps=list(request.timesteps), device=device)
+            self.scheduler.set_timesteps(timesteps=list(request.timesteps), device=device, **more)
         elif request.sigmas is not None:
-            self.scheduler.set_timesteps(sigmas=list(request.sigmas), device=device)
+            self.scheduler.set_timesteps(sigmas=list(request.sigmas), device=device, **more)
+        elif request.spacing is not None:
+            if not isinstance(self.scheduler, SigmaScheduler):
+                raise UsageError(f"{type(self.scheduler).__name__} chooses its steps itself; omit spacing")
+            self.scheduler.set_spacing(request.spacing, request.chosen_steps, device)
         else:
-            self.scheduler.set_timesteps(request.steps, device=device)
-
-    def _start(self, batch: int) -> tuple[int, Tensor]:
-        """The first entry of the schedule to run, and the latents (batch, C, h, w) to run it on."""
-        pipeline, request, given = self.pipeline, self.request, self.given
-        dtype = torch.float64 if pipeline.unet.dtype == torch.float64 else torch.float32
-        device, generators = pipeline.device, given.generators
-        pixels = self._picture
-        if pixels is not None:
-            start = self._start_index()
-            with self._held("vae"), self._timed("encode"):
-                clean = stages.encode_image(pipeline.vae, pixels, batch, generators, self.watch).to(device, dtype)
-            noise = GaussianNoise(clean.shape, generators, device)().to(dtype)
-            return start, self.scheduler.table(start).noised(clean, noise)
-        width, height = pipeline.size_of(request)
-        factor = pipeline.vae_scale_factor
-        shape = (batch, pipeline.unet.config.in_channels, height // factor, width // factor)
-        latents = given.latents
-        if latents is None:
-            latents = GaussianNoise(shape, generators, device)()
-        elif request.width is None and latents.shape[:2] == shape[:2]:
-            pass  # the size of the latents is the size of the picture
-        elif tuple(latents.shape) != shape:
-            raise UsageError(f"latents must have the shape {shape}, not {tuple(latents.shape)}")
-        return 0, latents.to(device, dtype) * self.scheduler.init_noise_sigma
-
-    @cached_property
-    def _picture(self) -> Tensor | None:
-        """What image-to-image starts from: pixels (P, 3, H, W) in [-1, 1], or latents (P, 4, h, w)."""
-        request = self.request
-        image = self.given.image if request.image is None else open_image(request.image)
-        size = None if request.width is None or request.height is None else (request.width, request.height)
-        return None if image is None else self.pipeline.read_picture(image, size)
-
-    def _start_index(self) -> int:
-        scheduler = self.scheduler
-        steps = scheduler.num_inference_steps or self.request.steps
-        used = min(int(steps * self.request.strength), steps)
-        if used < 1:
-            raise UsageError(
-                f"strength {self.request.strength:g} of {steps} steps leaves none to draw; raise strength or steps"
-            )
-        return (steps - used) * scheduler.order
+            self.scheduler.set_timesteps(request.chosen_steps, device=device, **more)
 
     def _note_lost(self, lost: tuple[str, ...]) -> None:
-        length = self.pipeline.tokenizer.model_max_length
+        length = self.parts.prompt_tokens
         self._note(
-            f"the prompt is longer than the {length} tokens this model reads; it did not see: {text!r}"
-            for text in dict.fromkeys(lost)
+            f"the prompt is longer than the model's {length} tokens; ignored: {text!r}" for text in dict.fromkeys(lost)
         )
+
+    def _note_size(self, task: Task) -> None:
+        request, given = self.request, self.given
+        own = self.parts.size_of(request.replace(width=None, height=None))
+        source = request.image is not None or given.image is not None
+        chosen = request.image is None or request.width is not None or request.height is not None
+        self._note(size_notes(task.size, own, only=self.parts.words is not None, source=source, chosen=chosen))
+
+    def _note_schedule(self) -> None:
+        """A model that predicts noise finds no image in pure noise; schedulers that divide by its share refuse it."""
+        config = self.scheduler.config
+        if config.own("rescale_betas_zero_snr") and config.prediction_type == "epsilon":
+            self._note(
+                [
+                    "rescale_betas_zero_snr starts from pure noise, in which prediction_type 'epsilon' finds no image; "
+                    "if images look gray, set prediction_type to 'v_prediction' or rescale_betas_zero_snr to false"
+                ]
+            )
 
     def _note(self, notes: Iterable[str]) -> None:
         for note in notes:

@@ -1,30 +1,42 @@
-"""The stages before and after the loop: words to embeddings, noise or a picture to latents, latents to a picture."""
+"""The stages before and after the loop: words to embeddings, noise or an image to latents, latents to an image."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sfumato.errors import UsageError
+from sfumato.errors import NonFiniteError, UsageError
+from sfumato.families import AESTHETIC_SCORES
 from sfumato.images import from_pixels
+from sfumato.models.image_encoder import clip_pixels
+from sfumato.models.seamless import seamless, wrapped
 from sfumato.models.tiny_vae import AutoencoderTiny
 from sfumato.models.vae import AutoencoderKL
+from sfumato.pipelines.conditioning import Conditioning
+from sfumato.runtime.generators import RandomSource
 from sfumato.schedulers.noise import GaussianNoise
-from sfumato.text.prompt import encode_prompts
+from sfumato.text.grammars import subprompts
+from sfumato.text.prompt import alike, encode_prompts
+from sfumato.text.schedules import at_step
+from sfumato.values import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import Tensor
 
+    from sfumato.pipelines.conditioning import Branches
     from sfumato.pipelines.finite import FiniteWatch
-    from sfumato.pipelines.pipeline import DiffusionPipeline
-    from sfumato.request import GenerateRequest
+    from sfumato.pipelines.parts import Parts, Reader
+    from sfumato.pipelines.residuals import Steered
+    from sfumato.request import Framing, GenerateRequest
     from sfumato.schedulers.noise import Generators
+    from sfumato.text.prompt import PromptEmbeds
 
-__all__ = ["Conditioning", "Given", "decode", "encode_image", "encode_prompt"]
+__all__ = ["Given", "by_step", "decode", "encode_image", "encode_prompt", "pass_over", "see", "tell_sizes"]
 
 Autoencoder = AutoencoderKL | AutoencoderTiny
 
@@ -33,94 +45,276 @@ Autoencoder = AutoencoderKL | AutoencoderTiny
 class Given:
     """What a caller may hand over ready-made beside the request.
 
-    generators: one for the whole batch, one per image, or None; latents (B, C, h, w): the initial noise;
-    prompt_embeds and negative_prompt_embeds (P, S, C) in place of the words; image: a picture, array or tensor to
-    start from.
+    generators: one for the whole batch, one per image, or None; latents (B, C, h, w): the initial noise or, of image to
+    image, what the loop begins with; prompt_embeds and negative_prompt_embeds (P, S, C) in place of the words, with
+    pooled_prompt_embeds and negative_pooled_prompt_embeds (P, C) where a family reads such; image: an image, array or
+    tensor to start from, and pixels the same (P, 3, H, W) where it is already as the autoencoder reads it; mask_image:
+    what of it is painted, with padding_mask_crop the margin of what is cropped, and masked_image_latents (P, 4, h, w)
+    what stays of it where a caller has that; depth_map (P, H, W): how near each pixel is; image_embeds (P, D): what the
+    image encoder makes of images; steered: the pipeline's own networks beside the
+    U-Net, and what they see.
     """
 
     generators: Generators = None
     latents: Tensor | None = None
     prompt_embeds: Tensor | None = None
     negative_prompt_embeds: Tensor | None = None
+    pooled_prompt_embeds: Tensor | None = None
+    negative_pooled_prompt_embeds: Tensor | None = None
     image: Any = None
+    pixels: Tensor | None = None
+    mask_image: Any = None
+    masked_image_latents: Tensor | None = None
+    padding_mask_crop: int | None = None
+    depth_map: Tensor | None = None
+    image_embeds: Tensor | None = None
+    steered: tuple[Steered, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise `UsageError` for what is of another type or shape."""
+        generators = self.generators if isinstance(self.generators, (list, tuple)) else [self.generators]
+        if self.generators is not None and not all(isinstance(one, RandomSource) for one in generators):
+            raise UsageError(
+                f"generator must be a torch.Generator, or a list with one per image, not {shown(generators)}"
+            )
+        shapes = {
+            "latents": "B, C, h, w",
+            "masked_image_latents": "P, C, h, w",
+            "depth_map": "P, H, W",
+            "image_embeds": "P, D",
+        }
+        shapes |= dict.fromkeys(("prompt_embeds", "negative_prompt_embeds"), "P, S, C")
+        shapes |= dict.fromkeys(("pooled_prompt_embeds", "negative_pooled_prompt_embeds"), "P, C")
+        for name, shape in shapes.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+                what = value.dtype if isinstance(value, torch.Tensor) else shown(value)
+                raise UsageError(f"{name} must be a tensor of floating-point numbers, not {what}")
+            if value.ndim != shape.count(",") + 1 or not value.numel():
+                raise UsageError(f"{name} must have the shape ({shape}), not {tuple(value.shape)}")
 
 
 @dataclass(frozen=True)
-class Conditioning:
-    """Embeddings (B, S, C) of the prompts and, where there is guidance, of the negative ones; and what did not fit."""
+class _Told:
+    """What one branch of guidance says: embeddings (P, S, C), pooled prompts (P, C) or None, and what did not fit.
+
+    notes: what in the prompts was not done.
+    """
 
     embeds: Tensor
-    negative_embeds: Tensor | None
-    lost: tuple[str, ...]
+    pooled: Tensor | None
+    lost: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def by_step(request: GenerateRequest, steps: int) -> dict[int, GenerateRequest]:
+    """The request as its prompts are at each step where they change, the first one (1) included."""
+    names = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
+    texts = {name: value for name in names if (value := getattr(request, name)) is not None}
+    if request.prompt_syntax != "a1111" or "[" not in str(texts):
+        return {1: request}
+    found: dict[int, GenerateRequest] = {}
+    for step in range(1, steps + 1):
+        told = {
+            name: at_step(value, step, steps)
+            if isinstance(value, str)
+            else tuple(at_step(one, step, steps) for one in value)
+            for name, value in texts.items()
+        }
+        if not found or any(getattr(found[max(found)], name) != value for name, value in told.items()):
+            found[step] = request.replace(**told)
+    return found
 
 
 def encode_prompt(
-    pipeline: DiffusionPipeline, request: GenerateRequest, given: Given, *, guided: bool, watch: FiniteWatch
-) -> Conditioning:
-    """Encode each prompt once, repeated for each of its pictures. Raises `UsageError` where embeddings do not fit."""
-    embeds, lost = _encode(pipeline, request.prompts, request.clip_skip, given.prompt_embeds, watch)
-    negative = None
+    parts: Parts, request: GenerateRequest, given: Given, device: torch.device, *, guided: bool, watch: FiniteWatch
+) -> tuple[Conditioning, tuple[str, ...], tuple[str, ...]]:
+    """Encode each prompt once, repeated for each of its images.
+
+    Also returns the words that did not fit, and a sentence for each thing in the prompts that was not done.
+
+    device: where the U-Net reads it. Raises `UsageError` where embeddings do not fit.
+    """
+    ready = (given.prompt_embeds, given.pooled_prompt_embeds)
+    how = {"clip_skip": request.clip_skip, "syntax": request.prompt_syntax}
+    joined, weights = _joined_prompts(request)
+    told = [_tell(parts, texts, how, ready, device, watch) for texts in joined]
     if guided:
-        texts = _negatives(request, embeds.shape[0])
-        negative, lost_negative = _encode(pipeline, texts, request.clip_skip, given.negative_prompt_embeds, watch)
-        lost += lost_negative
-        if negative.shape != embeds.shape:
-            raise UsageError(
-                f"prompt_embeds {tuple(embeds.shape)} and negative_prompt_embeds {tuple(negative.shape)} "
-                "must have the same shape"
-            )
-        negative = negative.repeat_interleave(request.count, dim=0)
-    return Conditioning(embeds.repeat_interleave(request.count, dim=0), negative, tuple(text for text in lost if text))
+        told.insert(0, _tell_not(parts, request, given, told[0], device, watch))
+    if request.prompt_syntax != "plain" and all(one.embeds.shape[1] % parts.prompt_tokens == 0 for one in told):
+        every = alike([one.embeds for one in told], parts.prompt_tokens)
+        told = [replace(one, embeds=embeds) for one, embeds in zip(told, every, strict=True)]
+    _check_told(parts, told)
+
+    def repeated(branches: Iterable[Tensor]) -> Branches:
+        return tuple(branch.repeat_interleave(request.count, dim=0) for branch in branches)
+
+    pooled = [one.pooled for one in told if one.pooled is not None]
+    lost = tuple(text for one in reversed(told) for text in one.lost if text)
+    notes = tuple(dict.fromkeys(note for one in told for note in one.notes))
+    weights = repeated(torch.tensor(row, device=device)[:, None, None, None] for row in weights)
+    return Conditioning(repeated(one.embeds for one in told), repeated(pooled), weights=weights), lost, notes
 
 
-def _negatives(request: GenerateRequest, prompts: int) -> Sequence[str]:
-    return request.negative_prompts if len(request.prompts) == prompts else request.negative_prompts[:1] * prompts
+def _joined_prompts(request: GenerateRequest) -> tuple[list[list[list[str]]], list[list[float]]]:
+    """The texts for each text encoder, once for each prompt that A1111's `AND` joins; and the weight of each of these.
+
+    Where another prompt of the batch has more, the first one is there again, with the weight 0. One alone has none.
+    """
+    every = [[subprompts(one, request.prompt_syntax) for one in texts] for texts in request.texts]
+    count = max(len(one) for texts in every for one in texts)
+    texts = [[[one[i][0] if i < len(one) else one[0][0] for one in prompts] for prompts in every] for i in range(count)]
+    weights = [[one[i][1] if i < len(one) else 0.0 for one in every[0]] for i in range(count)]
+    return texts, weights if weights != [[1.0] * len(every[0])] else []
 
 
-def _encode(
-    pipeline: DiffusionPipeline, texts: Sequence[str], clip_skip: int | None, given: Tensor | None, watch: FiniteWatch
-) -> tuple[Tensor, tuple[str, ...]]:
-    """Embeddings (P, S, C) as the U-Net reads them, the given ones or those of the texts; and what did not fit."""
-    encoder, device, dtype = pipeline.text_encoder, pipeline.device, pipeline.dtype
-    lost: tuple[str, ...] = ()
+def _tell_not(
+    parts: Parts, request: GenerateRequest, given: Given, told: _Told, device: torch.device, watch: FiniteWatch
+) -> _Told:
+    """The negative branch, for as many prompts as the other has."""
+    ready = (given.negative_prompt_embeds, given.negative_pooled_prompt_embeds)
+    if ready[0] is None and request.negative_prompt is None and parts.family.absent_negative == "zeros":
+        return _Told(torch.zeros_like(told.embeds), None if told.pooled is None else torch.zeros_like(told.pooled))
+    prompts = told.embeds.shape[0]
+    texts = [one if len(one) == prompts else one[:1] * prompts for one in request.negative_texts]
+    skip = request.clip_skip if parts.family.clip_skip == "both" else None
+    skip = skip if request.negative_clip_skip is None else request.negative_clip_skip
+    return _tell(parts, texts, {"clip_skip": skip, "syntax": request.prompt_syntax}, ready, device, watch)
 
-    def embeds() -> Tensor:
-        nonlocal lost
-        if given is not None:
-            return given.to(device, dtype)
-        encoded = encode_prompts(pipeline.tokenizer, encoder, texts, clip_skip=clip_skip)
-        lost = encoded.lost
-        return encoded.embeds.to(device, dtype)
 
-    return watch.finite("text encoder", encoder, embeds), lost
+def _tell(
+    parts: Parts,
+    texts: Sequence[Sequence[str]],
+    how: dict[str, Any],
+    ready: tuple[Tensor | None, Tensor | None],
+    device: torch.device,
+    watch: FiniteWatch,
+) -> _Told:
+    """One branch as the U-Net reads it: what is ready, or the texts, a sequence of them for each text encoder."""
+    embeds, pooled = (None if one is None else one.to(device, parts.unet.dtype) for one in ready)
+    if any(one is not None and not torch.isfinite(one).all() for one in (embeds, pooled)):
+        raise NonFiniteError("prompt embeddings", "pass others")
+    if embeds is not None:
+        return _Told(embeds, pooled)
+    every, lost, notes = [], [], []
+    for reader, prompts in zip(parts.readers, texts, strict=False):
+        encoded = _read(reader, prompts, how | {"embeddings": parts.outfit.all_embeddings}, watch)
+        every.append(encoded.embeds.to(device, parts.unet.dtype))
+        lost += encoded.lost
+        notes += encoded.notes
+        if pooled is None and (reader.how.projected or reader.how.pooled) and encoded.pooled is not None:
+            pooled = encoded.pooled.to(device, parts.unet.dtype)
+    every = every if how["syntax"] == "plain" else alike(every, parts.prompt_tokens)
+    return _Told(torch.cat(every, dim=-1), pooled, tuple(lost), tuple(notes))
+
+
+def _read(reader: Reader, prompts: Sequence[str], how: Mapping[str, Any], watch: FiniteWatch) -> PromptEmbeds:
+    """What one text encoder makes of prompts, all of it finite."""
+    how = {"layer": reader.how.layer, "normalized": reader.how.normalized, **how}
+    found: list[PromptEmbeds] = []
+
+    def encode() -> Tensor:
+        found[:] = [encode_prompts(reader.tokenizer, reader.encoder, prompts, **how)]
+        embeds, pooled = found[0].embeds, found[0].pooled  # of different layers, and both have to be finite
+        return embeds if pooled is None else torch.cat([embeds.flatten(1), pooled], dim=1)
+
+    watch.finite(reader.role.replace("_", " "), reader.encoder, encode)
+    return found[0]
+
+
+def _check_told(parts: Parts, told: Sequence[_Told]) -> None:
+    shapes = [tuple(one.embeds.shape) for one in reversed(told)]
+    if len(set(shapes)) > 1:
+        raise UsageError(f"prompt_embeds {shapes[0]} and negative_prompt_embeds {shapes[1]} must have the same shape")
+    reads = parts.unet.config.per_block("cross_attention_dim")[0]
+    if shapes[0][-1] != reads:
+        raise UsageError(f"the embeddings have {shapes[0][-1]} values per token, but this U-Net needs {reads}")
+    if parts.family.sizes and any(one.pooled is None for one in told):
+        raise UsageError(
+            "this model also needs pooled embeddings: pass pooled_prompt_embeds and, with "
+            "negative_prompt_embeds, negative_pooled_prompt_embeds"
+        )
+    counts = [one.pooled.shape[0] for one in told if one.pooled is not None]
+    if any(count != shapes[0][0] for count in counts):
+        raise UsageError(f"got {shapes[0][0]} prompts and {counts[-1]} pooled_prompt_embeds; pass one per prompt")
+
+
+def tell_sizes(parts: Parts, request: GenerateRequest, size: tuple[int, int], text: Conditioning) -> Conditioning:
+    """Add the sizes that a family reads beside the pooled prompts, for images of `size` (width, height)."""
+    names = parts.family.sizes
+    if not names:
+        return text
+    own: dict[str, Any] = {"original_size": size[::-1], "crops_coords_top_left": (0, 0), "target_size": size[::-1]}
+    positive = own | {"aesthetic_score": AESTHETIC_SCORES[0]} | _said(request.framing)
+    negative = positive | {"aesthetic_score": AESTHETIC_SCORES[1]} | _said(request.negative_framing)
+    rows = []
+    for values in [negative] * (text.branches - text.prompts) + [positive] * text.prompts:
+        numbers = [number for name in names for number in _numbers(values[name])]
+        # In float32 whatever the U-Net is: bfloat16 does not tell 1024 and 1027 apart.
+        row = torch.tensor([numbers], dtype=torch.float32, device=text.embeds[0].device)
+        rows.append(row.expand(text.pictures, -1))
+    return replace(text, sizes=tuple(rows))
+
+
+def _said(framing: Framing | None) -> dict[str, Any]:
+    return {} if framing is None else {name: value for name, value in vars(framing).items() if value is not None}
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 @torch.no_grad()
-def encode_image(vae: Autoencoder, pixels: Tensor, batch: int, generators: Generators, watch: FiniteWatch) -> Tensor:
+def encode_image(
+    vae: Autoencoder,
+    pixels: Tensor,
+    batch: int,
+    generators: Generators,
+    watch: FiniteWatch,
+    *,
+    sampled: bool = True,
+    axes: str | None = None,
+) -> Tensor:
     """Pixels (P, 3, H, W) in [-1, 1] -> scaled latents (batch, C, h, w) in float32.
 
-    Latents given in place of pixels (P, 4, h, w) are taken as they are. Raises `UsageError` where P does not divide
-    the batch.
+    sampled: with the noise of the posterior, and not its mean; axes: along which the image is seamless. Latents given
+    in place of pixels (P, C, h, w) are taken as they are. Raises `UsageError` where P does not divide the batch.
     """
     count = pixels.shape[0]
     if batch % count:
-        raise UsageError(f"{count} images cannot be shared out to {batch} pictures; give one, or one per prompt")
-    if pixels.shape[1] == 4:
+        raise UsageError(f"got {count} images for a batch of {batch}; pass one image, or one per prompt")
+    if pixels.shape[1] == vae.config.latent_channels != vae.config.in_channels:
         return pixels.float().repeat(batch // count, 1, 1, 1)
-    if isinstance(generators, (list, tuple)):
-        # Each picture draws with its own generator, so each needs its own copy of the image.
-        pixels = pixels.repeat(batch // count, 1, 1, 1)
-    # Drawn before, and so only once, however often the picture is encoded.
-    noise = None if isinstance(vae, AutoencoderTiny) else _posterior_noise(vae, pixels, generators)
+    if vae.config.in_channels != pixels.shape[1]:
+        raise UsageError(f"this VAE needs images with {vae.config.in_channels} channels; use one for RGB")
+    pixels = _for_each(generators, pixels, batch) if sampled else pixels
+    # Drawn before, and so only once, however often the image is encoded.
+    noise = _posterior_noise(vae, pixels, generators) if sampled and not isinstance(vae, AutoencoderTiny) else None
 
     def encode() -> Tensor:
-        encoded: Any = vae.encode(pixels.to(vae.device, vae.dtype), return_dict=False)
-        return encoded[0] if noise is None else encoded[0].at(noise)
+        with _seamless(vae, axes):
+            encoded: Any = vae.encode(pixels.to(vae.device, vae.dtype), return_dict=False)
+        if isinstance(vae, AutoencoderTiny):
+            return encoded[0]
+        return encoded[0].mode() if noise is None else encoded[0].at(noise)
 
     latents = watch.finite("VAE encoder", vae, encode)
-    shift = vae.config.shift_factor or 0.0
-    latents = (latents.float() - shift) * vae.config.scaling_factor
+    latents = vae.scaled(latents.float())
     return latents.repeat(batch // latents.shape[0], 1, 1, 1)
+
+
+def pass_over(vae: Autoencoder, pixels: Tensor, batch: int, generators: Generators) -> None:
+    """Draw what `encode_image` draws, where the ecosystem encodes an image that nothing reads."""
+    if pixels.shape[1] == 3 and not isinstance(vae, AutoencoderTiny):
+        _posterior_noise(vae, _for_each(generators, pixels, batch), generators)
+
+
+def _for_each(generators: Generators, pixels: Tensor, batch: int) -> Tensor:
+    """Where each image draws with its own generator, a copy of the pixels for each."""
+    several = isinstance(generators, (list, tuple))
+    return pixels.repeat(batch // pixels.shape[0], 1, 1, 1) if several else pixels
 
 
 def _posterior_noise(vae: AutoencoderKL, pixels: Tensor, generators: Generators) -> Tensor:
@@ -129,12 +323,40 @@ def _posterior_noise(vae: AutoencoderKL, pixels: Tensor, generators: Generators)
 
 
 @torch.no_grad()
-def decode(vae: Autoencoder, latents: Tensor, watch: FiniteWatch) -> Tensor:
-    """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W) in [0, 1]."""
-    shift = vae.config.shift_factor or 0.0
-    unscaled = latents / vae.config.scaling_factor + shift
+def see(parts: Parts, image: Any, watch: FiniteWatch) -> Tensor:
+    """Images in any form, or pixels (P, 3, S, S) as `clip_pixels` makes them -> their embeddings (P, D).
+
+    Raises `UsageError` where a checkpoint has no image encoder.
+    """
+    encoder = parts.image_encoder
+    if encoder is None:
+        raise UsageError("this checkpoint needs an image encoder, which is not here; pass image_encoder=…")
+    pixels = (
+        image if isinstance(image, torch.Tensor) and image.ndim == 4 else clip_pixels(image, encoder.config.image_size)
+    )
+    pixels = pixels.to(encoder.device)
+    return watch.finite("image encoder", encoder, lambda: encoder(pixels.to(encoder.dtype)).image_embeds)
+
+
+@torch.no_grad()
+def decode(vae: Autoencoder, latents: Tensor, watch: FiniteWatch, axes: str | None = None) -> Tensor:
+    """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W) in [0, 1]; axes: along which the image is seamless."""
+    unscaled = vae.unscaled(latents)
+    # In tiles, a seamless image is decoded with a margin of itself around it, so that tiles blend where it ends.
+    margin = vae.tile_latent_min_size // 4 if axes and vae.use_tiling else 0
+    unscaled = wrapped(unscaled, margin, margin, axes or "")
 
     def sample() -> Tensor:
-        return vae.decode(unscaled.to(vae.device, vae.dtype), return_dict=False)[0]
+        with _seamless(vae, axes if not margin else None):
+            return vae.decode(unscaled.to(vae.device, vae.dtype), return_dict=False)[0]
 
-    return from_pixels(watch.finite("VAE decoder", vae, sample))
+    pixels = from_pixels(watch.finite("VAE decoder", vae, sample))
+    for axis, dim in (("x", 3), ("y", 2)):
+        if margin and axis in (axes or ""):
+            cut = margin * vae.config.scale_factor
+            pixels = pixels.narrow(dim, cut, latents.shape[dim] * vae.config.scale_factor)
+    return pixels
+
+
+def _seamless(vae: Autoencoder, axes: str | None) -> AbstractContextManager[None]:
+    return seamless(vae, axes) if axes else nullcontext()

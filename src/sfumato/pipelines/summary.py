@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Any
 from sfumato.checkpoints.locate import locate_folder
 from sfumato.checkpoints.suggested import suggested_settings
 from sfumato.checkpoints.weights import find_weights, read_headers
-from sfumato.configs import UNet2DConditionConfig, parse
+from sfumato.configs import parse
 from sfumato.errors import CheckpointError
+from sfumato.families import find
 from sfumato.files import read_json
-from sfumato.pipelines.components import COMPONENTS, INDEX, ComponentFiles, component_class
+from sfumato.pipelines.components import COMPONENTS, ComponentFiles, component_class, read_index
 from sfumato.pipelines.words import Words
-from sfumato.text.tokenizer import prompt_length
+from sfumato.text.tokenizer import prompt_tokens
 
 if TYPE_CHECKING:
     from os import PathLike
     from pathlib import Path
+
+    from sfumato.configs import UNet2DConditionConfig
 
 __all__ = ["summarize"]
 
@@ -28,24 +31,23 @@ def summarize(name: str | PathLike[str], *, variant: str | None = None) -> dict[
     """Family, size, and for each part its class, parameters, bytes and precision. Raises `CheckpointError`."""
     files = ComponentFiles(variant)
     folder = locate_folder(name, files.select, local_files_only=True)
-    index = read_json(folder / INDEX)
+    index = read_index(folder)
     if variant and not any(folder.glob(f"*/*.{variant}*.*")):
-        raise CheckpointError(f"{folder} has no variant {variant!r}; leave variant out to see the plain weights")
-    parts = {part: _part(folder, index, part, files) for part in COMPONENTS}
-    unet, _ = parse(UNet2DConditionConfig, read_json(folder / "unet" / "config.json"))
-    vae = parts["vae"].pop("config")
-    size = unet.sample_size or 64
-    height, width = (size, size) if isinstance(size, int) else size
-    path = folder / "tokenizer" / "tokenizer_config.json"
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+        raise CheckpointError(f"{folder} has no variant {variant!r}; omit variant to see the plain weights")
+    classes = {part: component_class(folder, index, part) for part in COMPONENTS}
+    parts = {part: _part(folder, part, cls, files) for part, cls in classes.items() if cls is not None}
+    unet, vae = parts["unet"]["config"], parts["vae"]["config"]
+    height, width = unet.latent_size
+    scheduler = classes["scheduler"].from_pretrained(folder, subfolder="scheduler")
+    prediction_type = scheduler.config.prediction_type
     words = Words.from_folder(folder)
     return {
         "name": str(name),
-        "family": _family(unet),
+        "family": _family(unet, sum(part.startswith("text_encoder") for part in parts), prediction_type),
         "width": width * vae.scale_factor,
         "height": height * vae.scale_factor,
-        "prediction_type": scheduler.get("prediction_type", "epsilon"),
-        "prompt_tokens": prompt_length(read_json(path) if path.is_file() else {}),
+        "prediction_type": prediction_type,
+        "prompt_tokens": prompt_tokens(folder),
         "parts": {
             part: {key: value for key, value in facts.items() if key != "config"} for part, facts in parts.items()
         },
@@ -56,8 +58,7 @@ def summarize(name: str | PathLike[str], *, variant: str | None = None) -> dict[
     }
 
 
-def _part(folder: Path, index: dict[str, Any], part: str, files: ComponentFiles) -> dict[str, Any]:
-    cls = component_class(folder, index, part)
+def _part(folder: Path, part: str, cls: Any, files: ComponentFiles) -> dict[str, Any]:
     facts: dict[str, Any] = {"class": cls.__name__}
     if not hasattr(cls, "weights_name"):
         return facts
@@ -69,12 +70,14 @@ def _part(folder: Path, index: dict[str, Any], part: str, files: ComponentFiles)
     facts["parameters"] = sum(header.count for header in headers)
     facts["bytes"] = sum(header.bytes for header in headers)
     facts["dtype"] = dtypes.most_common(1)[0][0] if dtypes else ""
-    facts["config"], _ = parse(cls.config_class, read_json(folder / part / "config.json"))
+    path = folder / part / "config.json"
+    facts["config"], _ = parse(cls.config_class, read_json(path), path)
     return facts
 
 
-def _family(unet: UNet2DConditionConfig) -> str:
-    """Stable Diffusion 1.x and 2.x differ in the width of the text they read."""
+def _family(unet: UNet2DConditionConfig, encoders: int, prediction_type: str) -> str:
+    """The title of the family that the U-Net is of, if it is as wide as that."""
     width = unet.per_block("cross_attention_dim")[0]
-    known = {768: "Stable Diffusion 1.x", 1024: "Stable Diffusion 2.x"}
-    return known.get(width, "a Stable Diffusion model of its own shape")
+    found = find(unet.to_dict(), encoders=encoders, prediction_type=prediction_type)
+    known = (row.title for row in found if row.unet.get("cross_attention_dim") == width)
+    return next(known, "a custom, smaller Stable Diffusion architecture")

@@ -1,57 +1,96 @@
-"""Which words a small model knows, so that a prompt without any of them is answered honestly."""
+"""Which words a small model knows, so that it can say which words of a prompt it does not."""
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from sfumato.files import read_json
+from sfumato.values import Within, check_value
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 __all__ = ["Words"]
 
-# They stand in names ("slice of pizza") without being the thing that is drawn.
-SMALL = frozenset(["a", "an", "and", "at", "for", "in", "of", "on", "the", "to", "with"])
+Name = Annotated[str, Within(1, 100)]
+Names = Annotated[tuple[Name, ...], Within(1, 1000)]
+Kinds = Annotated[dict[Name, Names], Within(1, 10**4)]
+# Words without a meaning of their own here, some of them parts of names ("slice of pizza").
+SMALL = frozenset(
+    ["a", "an", "and", "are", "at", "by", "for", "from", "in", "is", "it", "its", "of", "on", "that", "the", "this"]
+) | {"to", "very", "with"}
 
 
 @dataclass(frozen=True)
 class Words:
-    """What a checkpoint can draw: its names of things, and its styles."""
+    """What a checkpoint with a small vocabulary knows.
+
+    names: one name of each thing; styles: names of styles; words: words that mean a thing; grammar: all words it was
+    trained with, such as colors and prepositions.
+    """
 
     names: tuple[str, ...]
     styles: tuple[str, ...]
     words: frozenset[str]
+    grammar: frozenset[str] = frozenset()
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self | None:
-        """From `words.json` beside the index; None for a checkpoint without, which is one of many words."""
+        """From `words.json` beside the index; None for a checkpoint without one, which knows the world.
+
+        Raises `CheckpointError` or `ConfigError` for a file that is not such a list.
+        """
         path = folder / "words.json"
-        if not path.is_file():
+        if not os.path.lexists(path):
             return None
-        told = read_json(path)
+        told: dict[str, Any] = {"said": ["a"]} | read_json(path)
+        for key, kind in (("concepts", Kinds), ("styles", Kinds), ("said", Names)):
+            check_value(str(path), key, told.get(key), kind)
         names = [name for names in told["concepts"].values() for name in names]
         first = tuple(names[0] for names in told["concepts"].values())
-        return cls(first, tuple(told["styles"]), frozenset(_words(" ".join(names))))
+        # Styles, colors and numbers occur in names too ("flat shoe", "blue heart") and are not things by themselves.
+        said = [*told["said"], *(word for words in told["styles"].values() for word in words)]
+        alone = {name for name in names if " " not in name}
+        things, grammar = set(_words(" ".join(names))), set(_words(" ".join(said)))
+        return cls(first, tuple(told["styles"]), frozenset((things - grammar) | alone), frozenset(things | grammar))
 
-    def notes(self, prompts: Sequence[str]) -> list[str]:
-        """A sentence for each prompt that names nothing this model can draw."""
-        unknown = [prompt for prompt in dict.fromkeys(prompts) if prompt.strip() and not self._knows(prompt)]
-        # From different parts of the list, which is sorted by kind.
-        examples = ", ".join(self.names[len(self.names) * part // 4] for part in (1, 2, 3))
-        return [
-            f"the small model does not know {prompt!r}, so the picture is a guess; of the {len(self.names)} things it "
-            f"knows, try one such as {examples} ('sfumato show' tells more)"
-            for prompt in unknown
-        ]
+    def notes(self, prompts: Sequence[str], read: Callable[[str], str] = str) -> list[str]:
+        """A sentence for each prompt that this model knows only in part, or not at all.
 
-    def _knows(self, prompt: str) -> bool:
-        words = _words(prompt)
-        return not self.words.isdisjoint(words | {word.removesuffix("s") for word in words})
+        read: from a prompt to what it says in words, without the syntax that stands around them.
+        """
+        return [note for prompt in dict.fromkeys(prompts) for note in self._notes(prompt, read(prompt))]
+
+    def _notes(self, prompt: str, said: str) -> list[str]:
+        words = _words(said)
+        if not said.strip():
+            return []
+        unknown = [word for word in words if not _forms(word) & self.grammar]
+        if not any(_forms(word) & self.words for word in words):
+            # From different parts of the list, which is sorted by kind.
+            examples = ", ".join(self.names[len(self.names) * part // 4] for part in (1, 2, 3))
+            return [
+                f"the small model does not know {prompt!r}, so the image is a guess; of the {len(self.names)} things "
+                f"it knows, try one such as {examples} ('sfumato show' lists all)"
+            ]
+        if unknown:
+            listed = ", ".join(map(repr, unknown[:6])) + (", …" if len(unknown) > 6 else "")
+            return [
+                f"the small model knows {prompt!r} only in part and ignores {listed}; the image will not "
+                "match the prompt"
+            ]
+        return []
 
 
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text.lower())) - SMALL
+def _words(text: str) -> dict[str, None]:
+    """The words of a text that mean something, each once, in their order."""
+    return dict.fromkeys(word for word in re.findall(r"\w+", text.lower()) if word not in SMALL)
+
+
+def _forms(word: str) -> set[str]:
+    """A word, and what it is the plural of, if it is one."""
+    return {word, word.removesuffix("s"), word.removesuffix("es"), re.sub("ies$", "y", word)}

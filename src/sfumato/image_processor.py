@@ -1,0 +1,111 @@
+"""Images between PIL, arrays and tensors, by the names that the ecosystem's code calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sfumato.configs import Config
+from sfumato.ecosystem import absent
+from sfumato.errors import UsageError, suggest
+from sfumato.images import from_pixels, to_arrays, to_pictures, to_pixels
+
+__all__ = ["VaeImageProcessor"]
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+class VaeImageProcessor:
+    """Converts images for an autoencoder, and back. `vae_scale_factor`: pixels per latent pixel, along each side.
+
+    With `do_normalize=False`, tensors are in [0, 1] and not in [-1, 1]; with `do_resize=False`, images keep their size.
+    Latents (B, 4, h, w) are passed through unchanged.
+    """
+
+    def __init__(
+        self,
+        do_resize: bool = True,
+        vae_scale_factor: int = 8,
+        vae_latent_channels: int = 4,
+        do_normalize: bool = True,
+        do_convert_rgb: bool = True,
+    ) -> None:
+        told = {"do_resize": do_resize, "vae_scale_factor": vae_scale_factor, "do_normalize": do_normalize}
+        told |= {"vae_latent_channels": vae_latent_channels, "do_convert_rgb": do_convert_rgb}
+        self.config = Config(extra=told)
+
+    def preprocess(self, image: Any, height: int | None = None, width: int | None = None) -> Tensor:
+        """An image, array or tensor, or a list of one of them -> (B, 3, H, W) float32.
+
+        PIL images are resized to the size given, or down to multiples of the scale factor.
+        """
+        factor = self.config.vae_scale_factor if self.config.do_resize else 1
+        if isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == self.config.vae_latent_channels:
+            return image
+        first = image[0] if isinstance(image, (list, tuple)) and image else image
+        size = None
+        if isinstance(first, Image.Image):
+            wide, high = (side or own for side, own in zip((width, height), first.size, strict=True))
+            size = (max(factor, wide - wide % factor), max(factor, high - high % factor))
+        pixels = to_pixels(image, factor, size)
+        return pixels if self.config.do_normalize else self.denormalize(pixels)
+
+    def postprocess(
+        self, image: Tensor, output_type: str = "pil", do_denormalize: list[bool] | None = None
+    ) -> list[Image.Image] | np.ndarray | Tensor:
+        """What an autoencoder decodes, (B, 3, H, W) -> PIL images, an array (B, H, W, 3) or a tensor in [0, 1].
+
+        "latent" returns it unchanged; do_denormalize: for each image, whether it is in [-1, 1]. Raises `UsageError`.
+        """
+        if output_type not in OUTPUT_TYPES:
+            near = suggest(output_type, OUTPUT_TYPES)
+            raise UsageError(f"there is no output_type {output_type!r}{near}; use pil, np, pt or latent")
+        if output_type == "latent":
+            return image
+        wanted = [self.config.do_normalize] * len(image) if do_denormalize is None else do_denormalize
+        rows = zip(image, wanted, strict=True)
+        pixels = torch.stack([self.denormalize(one) if normalized else one for one, normalized in rows])
+        if output_type == "pt":
+            return pixels
+        return self.pt_to_numpy(pixels) if output_type == "np" else to_pictures(pixels)
+
+    @staticmethod
+    def normalize(images: Any) -> Any:
+        """[0, 1] to [-1, 1]."""
+        return 2 * images - 1
+
+    @staticmethod
+    def denormalize(images: Tensor) -> Tensor:
+        """[-1, 1] to [0, 1], clipped."""
+        return from_pixels(images)
+
+    @staticmethod
+    def numpy_to_pil(images: np.ndarray) -> list[Image.Image]:
+        """An array (H, W, C) or (B, H, W, C) in [0, 1] -> PIL images."""
+        batch = images[None] if images.ndim == 3 else images
+        return to_pictures(torch.from_numpy(np.ascontiguousarray(batch)).permute(0, 3, 1, 2))
+
+    @staticmethod
+    def pil_to_numpy(images: Image.Image | list[Image.Image]) -> np.ndarray:
+        """PIL images -> a float32 array (B, H, W, C) in [0, 1]."""
+        several = images if isinstance(images, list) else [images]
+        return np.stack([np.array(one).astype(np.float32) / 255.0 for one in several])
+
+    @staticmethod
+    def numpy_to_pt(images: np.ndarray) -> Tensor:
+        """An array (B, H, W) or (B, H, W, C) -> a tensor (B, C, H, W)."""
+        batch = images[..., None] if images.ndim == 3 else images
+        return torch.from_numpy(batch.transpose(0, 3, 1, 2))
+
+    @staticmethod
+    def pt_to_numpy(images: Tensor) -> np.ndarray:
+        """A tensor (B, C, H, W) -> a float32 array (B, H, W, C)."""
+        return to_arrays(images)
+
+
+def __getattr__(name: str) -> Any:
+    raise absent("package", name, __name__)

@@ -1,0 +1,31 @@
+"""What the ecosystem's calls return: a record that is a mapping too and, by number, a tuple."""
+
+# pyright: reportIncompatibleMethodOverride=false
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+__all__ = ["Output"]
+
+
+@dataclass(frozen=True, eq=False)
+class Output(dict[str, Any]):
+    """Base of frozen dataclasses whose fields can be read as `out.sample`, `out["sample"]` or `out[0]`.
+
+    As in the ecosystem, the mapping and the tuple omit None, and iterating yields the names. Fields declared with
+    `compare=False` are only attributes.
+    """
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if field.compare and (value := getattr(self, field.name)) is not None:
+                self[field.name] = value
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """All values that are not None, in order."""
+        return tuple(self.values())

@@ -1,0 +1,162 @@
+"""The controls of a request: networks found, read and kept, and pictures as they see them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sfumato.checkpoints.control_file import open_control_file
+from sfumato.checkpoints.locate import locate_folder
+from sfumato.checkpoints.locate_file import is_single_file
+from sfumato.checkpoints.weights import find_weights, read_headers
+from sfumato.configs import ControlNetConfig, T2IAdapterConfig, parse
+from sfumato.errors import CheckpointError, UsageError
+from sfumato.files import expanded, file_hash, read_json
+from sfumato.images import open_image
+from sfumato.models import ControlNetModel, T2IAdapter
+from sfumato.models.base import select_model_files
+from sfumato.pipelines.fingerprint import fingerprint
+from sfumato.pipelines.parts import check_control
+from sfumato.pipelines.residuals import steered_by
+from sfumato.preprocess import control_image, control_pixels
+from sfumato.runtime.choices import Part
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from PIL.Image import Image
+
+    from sfumato.checkpoints.single_file import SingleFile
+    from sfumato.pipelines.parts import Parts
+    from sfumato.pipelines.place import Place
+    from sfumato.pipelines.residuals import Steered
+    from sfumato.request import Control, GenerateRequest
+    from sfumato.runtime.choices import Sizes
+
+__all__ = ["ControlSource", "open_control", "steering", "with_networks", "with_sizes"]
+
+CLASSES: dict[str, Any] = {cls.__name__: cls for cls in (ControlNetModel, T2IAdapter)}
+
+
+@dataclass(frozen=True)
+class ControlSource:
+    """Where a network beside the U-Net comes from: a folder, or one file of which the header has been read."""
+
+    place: Path
+    cls: Any
+    file: SingleFile | None = None
+
+    @property
+    def config(self) -> ControlNetConfig | T2IAdapterConfig:
+        """Its config."""
+        if self.file is not None:
+            return parse(self.cls.config_class, self.file.config(self.cls.role), self.place)[0]
+        path = self.place / "config.json"
+        return parse(self.cls.config_class, read_json(path), path)[0]
+
+    @property
+    def size(self) -> Part:
+        """Its parameters and bytes, from headers."""
+        if self.file is not None:
+            part = self.file.part(self.cls.role)
+            return Part(part.parameters, part.bytes)
+        headers = read_headers(find_weights(self.place, self.cls.weights_name)).values()
+        return Part(sum(header.count for header in headers), sum(header.bytes for header in headers))
+
+    def load(self, dtype: torch.dtype) -> Any:
+        """The network with its weights, on the CPU."""
+        if self.file is not None:
+            return self.cls.from_file(self.file, dtype=dtype)
+        return self.cls.from_folder(self.place, dtype=dtype)
+
+
+def open_control(name: str, *, local_files_only: bool = True, **hub: Any) -> ControlSource:
+    """A network by folder, file or hub id; no weight is read, and by itself nothing is downloaded.
+
+    Raises `CheckpointError` for what is no such network, saying what it is instead.
+    """
+    hub = {"local_files_only": local_files_only, **hub}
+    if is_single_file(name):
+        file = open_control_file(name, **hub)
+        adapter = "t2i_adapter" in file.detected.parts
+        return ControlSource(file.path, T2IAdapter if adapter else ControlNetModel, file)
+
+    def select(names: Sequence[str], strict: bool) -> list[str]:
+        return select_model_files(names, "", ControlNetModel.weights_name, strict=strict)
+
+    folder = locate_folder(name, select, **hub)
+    if (folder / "model_index.json").is_file():
+        raise CheckpointError(f"{name} is a whole checkpoint, not a ControlNet; give the folder of a ControlNet")
+    found = str(read_json(folder / "config.json").get("_class_name"))
+    if found not in CLASSES:
+        raise CheckpointError(f"{name} is a {found}, not a ControlNet; give the folder of a ControlNet")
+    return ControlSource(folder, CLASSES[found])
+
+
+def with_sizes(sizes: Sizes, request: GenerateRequest) -> Sizes:
+    """A checkpoint's sizes with those of the networks that a request runs beside its U-Net."""
+    sources = [open_control(name) for name in dict.fromkeys(control.model for control in request.controls)]
+    unet = sum((source.size for source in sources), sizes.unet)
+    configs = tuple(source.config for source in sources)
+    return dataclasses.replace(sizes, unet=unet, control_configs=configs) if sources else sizes
+
+
+def with_networks(parts: Parts, place: Place, controls: Sequence[Control]) -> Parts:
+    """The parts with the networks that controls name, one for each, which are kept for the next request.
+
+    Raises `CheckpointError` for a file that is something else, and `UsageError` for one of another family, or with
+    other weights than a recipe says.
+    """
+    if not (controls or parts.controls or place.kept):
+        return parts
+    kept: dict[Any, Any] = {}
+    every = []
+    for control in controls:
+        source = open_control(control.model)
+        every.append(source.place)
+        key = (source.place, source.place.stat().st_mtime_ns, parts.unet.dtype)
+        if key not in kept:
+            network = place.kept.get(key) or source.load(parts.unet.dtype)
+            check_control(parts.unet, network)
+            if place.home is None and network.device.type != "meta":
+                network.to(parts.unet.device)
+            kept[key] = network
+        if control.weights not in (None, fingerprint(kept[key])):
+            raise UsageError(f"{control.model} has other weights than the recipe was made with; give the right ones")
+    place.kept = kept
+    networks = {key[0]: network for key, network in kept.items()}
+    return dataclasses.replace(parts, controlnet=None, controls=tuple(networks[one] for one in every))
+
+
+def steering(
+    parts: Parts, controls: Sequence[Control], size: tuple[int, int]
+) -> tuple[tuple[Steered, ...], tuple[Control, ...], list[Image], list[str]]:
+    """How each network steers images of `size` (width, height), in the order of `Parts.controls`.
+
+    Also the controls with the hashes of what they are, the pictures as the networks see them, and a sentence for each
+    picture that was cropped, padded or stretched. Raises `UsageError`.
+    """
+    steered, told, pictures, notes = [], [], [], []
+    for control, network in zip(controls, parts.controls, strict=True):
+        sha256 = file_hash(expanded(control.image), None) if expanded(control.image).is_file() else None
+        if control.sha256 not in (None, sha256):
+            raise UsageError(f"{control.image} is not the image that the recipe was made with; restore it")
+        picture, note = control_image(open_image(control.image), size, control.fit, control.preprocessor)
+        notes += [f"the control picture {control.image} of {note}"] if note else []
+        pictures.append(picture)
+        told.append(control.replace(sha256=sha256, weights=fingerprint(network)))
+        how = {"scale": control.scale, "start": control.start, "end": control.end, "layers": control.layers or ()}
+        how["guess"] = control.guess or getattr(network.config, "global_pool_conditions", False)
+        pixels = control_pixels(picture)
+        if network.config.conditioning_channels == 1:
+            pixels = pixels.mean(dim=1, keepdim=True)
+        one = steered_by(network, pixels, **how)
+        if control.layers is not None and len(control.layers) != one.count:
+            scales = f"{len(control.layers)} scales for them"
+            raise UsageError(f"this network has {one.count} layers, and there are {scales}; give one for each")
+        steered.append(one)
+    return tuple(steered), tuple(told), pictures, notes

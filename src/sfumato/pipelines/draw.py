@@ -1,0 +1,98 @@
+"""All passes of a request: the first one, a second one over its enlarged image, and a refiner's."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Generator
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from sfumato.adapters.named import with_named_adapters
+from sfumato.pipelines import recipe
+from sfumato.pipelines.components import choose_scheduler
+from sfumato.pipelines.hires import enlarged
+from sfumato.pipelines.result import Result, Step
+from sfumato.pipelines.run import Run
+from sfumato.pipelines.stages import Given
+from sfumato.request import Hires
+from sfumato.runtime.generators import generator_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sfumato.pipelines.parts import Parts
+    from sfumato.pipelines.place import Place
+    from sfumato.request import GenerateRequest
+
+__all__ = ["draw"]
+
+
+def draw(
+    parts: Parts, place: Place, request: GenerateRequest, refiner: tuple[Parts, Place] | None = None
+) -> Generator[Step, None, Result]:
+    """Draw a request step by step: yields each finished `Step`, and returns the `Result`.
+
+    Image i is generated with seed + i, whatever the batch, so each can be generated again alone. refiner: what goes on
+    from the request's `denoising_end`, in the rest of the same schedule, and decodes.
+    """
+    request = with_named_adapters(request.settled(parts.settings))
+    request = request.replace(seed=secrets.randbits(32) if request.seed is None else request.seed)
+    width, height = parts.size_of(request)
+    if request.image is None:
+        request = request.replace(width=width, height=height)
+    generators = [generator_for(request.rng, seed, request.noise) for seed in request.seeds]
+    run = Run(parts, place, request, Given(generators=generators), choose_scheduler(request.scheduler, parts.scheduler))
+    runs = [run]
+    latents = yield from _watched(run, after=lambda: run.later if refiner is None else run.left)
+    if request.hires is not None:
+        run = _second_pass(run, latents)
+        latents = yield from _watched(run, before=runs[0].steering.num_timesteps)
+        runs.append(run)
+    if refiner is not None:
+        run = Run(*refiner, _refining(request), Given(generators=generators, image=latents), run.scheduler)
+        latents = yield from _watched(run, before=runs[0].steering.num_timesteps)
+        runs.append(run)
+    images = [runs[0].task.finish(picture) for picture in run.pictures(latents)]
+    notes = tuple(dict.fromkeys(note for one in runs for note in one.notes))
+    seconds = {stage: sum(one.seconds.get(stage, 0.0) for one in runs) for one in runs for stage in one.seconds}
+    told = runs[0].added.request.replace(image=request.image)
+    other = None if refiner is None else refiner[0]
+    recipes = recipe.describe(parts, runs[0].scheduler, run.device, told, notes, other, runs[0].added.hashes)
+    return Result(images, request, request.seeds, recipes, notes, seconds, runs[0].plan, tuple(runs[0].controls))
+
+
+def _second_pass(first: Run, latents: Tensor) -> Run:
+    """What goes over the enlarged image of a run, with noise of the same seeds that begins anew."""
+    request, unit = first.request, first.parts.vae_scale_factor
+    second = request.second_pass((latents.shape[3] * unit, latents.shape[2] * unit), unit)
+    image = enlarged(latents, request.hires or Hires(), unit, first.pictures)
+    generators = [generator_for(request.rng, seed, request.noise) for seed in request.seeds]
+    scheduler = choose_scheduler(second.scheduler, first.parts.scheduler)
+    given = Given(generators=generators, image=image, pixels=image if isinstance(image, Tensor) else None)
+    return Run(first.bare, first.place, second, given, scheduler)
+
+
+def _refining(request: GenerateRequest) -> GenerateRequest:
+    """What is left to a refiner of a request: the rest of it, without what is for a second text encoder."""
+    others = ("refiner", "denoising_end", "image", "mask", "width", "height", "prompt_2", "negative_prompt_2")
+    added = {"adapters": (), "embeddings": (), "controls": (), "image_prompts": ()}
+    return request.replace(**dict.fromkeys(others), **added, denoising_start=request.denoising_end)
+
+
+def _watched(run: Run, before: int = 0, after: Callable[[], int] = lambda: 0) -> Generator[Step, None, Tensor]:
+    """The steps of a run, counted among those that others take before and after it; returns the latents."""
+    loop = run.latents()
+    while True:
+        try:
+            step = next(loop)
+        except StopIteration as end:
+            return end.value
+        yield Step(
+            before + step.index + 1,
+            before + step.total + after(),
+            step.row.t,
+            step.latents,
+            lambda s=step: run.preview(s.original()),
+            step.original,
+        )

@@ -1,0 +1,50 @@
+"""Between the two passes of a request (`Hires`): a finished image is enlarged, as latents or as pixels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from PIL import Image
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from sfumato.request import Hires
+
+__all__ = ["enlarged"]
+
+# How latents are interpolated, and whether what would alias is smoothed first.
+LATENT = {
+    "latent": ("bilinear", False), "latent-antialiased": ("bilinear", True), "latent-bicubic": ("bicubic", False),
+    "latent-bicubic-antialiased": ("bicubic", True), "latent-nearest": ("nearest", False),
+    "latent-nearest-exact": ("nearest-exact", False),
+}  # fmt: skip
+
+
+def enlarged(
+    latents: Tensor, hires: Hires, unit: int, pictures: Callable[[Tensor], list[Image.Image]]
+) -> Tensor | list[Image.Image]:
+    """Latents (B, C, h, w) as the second pass begins with them: latents (B, C, h', w'), or images of that size.
+
+    unit: pixels per latent pixel; pictures: decodes latents, which only an upscaler of pixels needs.
+    """
+    height, width = (side * unit for side in latents.shape[2:])
+    whole, kept = hires.sizes(width, height, unit)
+    if hires.upscaler in LATENT:
+        mode, smooth = LATENT[hires.upscaler]
+        size = [side // unit for side in reversed(whole)]
+        more: dict[str, Any] = {"antialias": True} if smooth else {}
+        top, left, bottom, right = _middle(whole, kept, unit)
+        return F.interpolate(latents, size=size, mode=mode, **more)[:, :, top:bottom, left:right]
+    top, left, bottom, right = _middle(whole, kept, 1)
+    images = [image.resize(whole, Image.Resampling.LANCZOS) for image in pictures(latents)]
+    return [image.crop((left, top, right, bottom)) for image in images]
+
+
+def _middle(whole: tuple[int, int], kept: tuple[int, int], unit: int) -> tuple[int, int, int, int]:
+    """Top, left, bottom and right of what is kept, in units."""
+    left, top = ((more - less) // unit // 2 for more, less in zip(whole, kept, strict=True))
+    return top, left, top + kept[1] // unit, left + kept[0] // unit

@@ -1,0 +1,74 @@
+"""The ecosystem's pipelines by task: whichever family a checkpoint is of, the pipeline that does this with it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sfumato.errors import UsageError
+from sfumato.pipelines.pipeline import DiffusionPipeline
+from sfumato.pipelines.public.inpainting import StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPipeline
+from sfumato.pipelines.public.latent_consistency import (
+    LatentConsistencyModelImg2ImgPipeline,
+    LatentConsistencyModelPipeline,
+)
+from sfumato.pipelines.public.stable_diffusion import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
+from sfumato.pipelines.public.stable_diffusion_xl import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+__all__ = ["AutoPipelineForImage2Image", "AutoPipelineForInpainting", "AutoPipelineForText2Image"]
+
+# The pipelines of each family, by task.
+KIN = (
+    {
+        "text": StableDiffusionPipeline,
+        "image": StableDiffusionImg2ImgPipeline,
+        "mask": StableDiffusionInpaintPipeline,
+    },
+    {
+        "text": StableDiffusionXLPipeline,
+        "image": StableDiffusionXLImg2ImgPipeline,
+        "mask": StableDiffusionXLInpaintPipeline,
+    },
+    {"text": LatentConsistencyModelPipeline, "image": LatentConsistencyModelImg2ImgPipeline},
+)
+
+
+class _Auto:
+    task: ClassVar[str]
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        name = type(self).__name__
+        raise UsageError(f"{name} is created with {name}.from_pretrained or {name}.from_pipe")
+
+    @classmethod
+    def from_pretrained(cls, name: str | PathLike[str], **keywords: Any) -> DiffusionPipeline:
+        """Load a checkpoint for this task; keywords as in `DiffusionPipeline.from_pretrained`."""
+        return cls.from_pipe(DiffusionPipeline.from_pretrained(name, **keywords))
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> DiffusionPipeline:
+        """The pipeline for this task with the same parts, shared, not copied. Raises `UsageError` if there is none."""
+        for kin in KIN:
+            if cls.task in kin and isinstance(pipeline, tuple(kin.values())):
+                return kin[cls.task].from_pipe(pipeline, **components)
+        raise UsageError(f"there is no {cls.__name__} for a {type(pipeline).__name__}")
+
+
+class AutoPipelineForText2Image(_Auto):
+    """Text-to-image with any checkpoint."""
+
+    task = "text"
+
+
+class AutoPipelineForImage2Image(_Auto):
+    """Image-to-image with any checkpoint."""
+
+    task = "image"
+
+
+class AutoPipelineForInpainting(_Auto):
+    """Inpainting with any checkpoint."""
+
+    task = "mask"

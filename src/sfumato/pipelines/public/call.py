@@ -1,0 +1,157 @@
+"""The ecosystem's way to draw: its arguments as a request, callbacks between steps, several kinds of output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
+
+from sfumato.errors import UsageError, suggest
+from sfumato.images import to_arrays
+from sfumato.pipelines.arguments import not_here, request_from
+from sfumato.pipelines.public.callbacks import StepEnd, older, tensor_names
+from sfumato.pipelines.run import Run
+from sfumato.pipelines.stages import Given
+from sfumato.request import Framing
+from sfumato.values import check_argument, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from sfumato.pipelines.pipeline import DiffusionPipeline
+    from sfumato.pipelines.public.callbacks import Callback
+    from sfumato.request import GenerateRequest
+
+__all__ = ["call"]
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+# Arguments of the ecosystem's calls, in whatever signature they stand, and the fields that they are of a request…
+REQUEST = {
+    "prompt": "prompt",
+    "prompt_2": "prompt_2",
+    "negative_prompt": "negative_prompt",
+    "negative_prompt_2": "negative_prompt_2",
+    "height": "height",
+    "width": "width",
+    "num_inference_steps": "steps",
+    "timesteps": "timesteps",
+    "sigmas": "sigmas",
+    "strength": "strength",
+    "guidance_scale": "guidance_scale",
+    "guidance_rescale": "guidance_rescale",
+    "num_images_per_prompt": "count",
+    "eta": "eta",
+    "clip_skip": "clip_skip",
+    "image_guidance_scale": "image_guidance_scale",
+    "noise_level": "noise_level",
+    "original_inference_steps": "original_inference_steps",
+    "denoising_start": "denoising_start",
+    "denoising_end": "denoising_end",
+}
+# … of a `Framing` in one of those fields…
+FRAMING = {
+    **{name: ("framing", name) for name in Framing.__dataclass_fields__},
+    **{f"negative_{name}": ("negative_framing", name) for name in Framing.__dataclass_fields__},
+}
+# … and of what is given ready-made. The others say how to draw, and are `_draw`'s.
+GIVEN = {
+    "generator": "generators",
+    "latents": "latents",
+    "image": "image",
+    "mask_image": "mask_image",
+    "masked_image_latents": "masked_image_latents",
+    "padding_mask_crop": "padding_mask_crop",
+    "depth_map": "depth_map",
+    "image_embeds": "image_embeds",
+    "prompt_embeds": "prompt_embeds",
+    "negative_prompt_embeds": "negative_prompt_embeds",
+    "pooled_prompt_embeds": "pooled_prompt_embeds",
+    "negative_pooled_prompt_embeds": "negative_pooled_prompt_embeds",
+    "steered": "steered",
+}
+
+
+def call(pipeline: DiffusionPipeline, arguments: Mapping[str, Any]) -> Any:
+    """Draw what the arguments of a pipeline's call say, by the names they have in its signature.
+
+    `self` and `unknown` among them are passed over. Returns the pipeline's `output`, or its values in a tuple.
+    """
+    given = Given(**{GIVEN[name]: value for name, value in arguments.items() if name in GIVEN})
+    if given.padding_mask_crop is not None and arguments["output_type"] != "pil":
+        raise UsageError("padding_mask_crop returns PIL images; omit output_type, or the crop")
+    if given.image is not None and pipeline._image_processor is not None:
+        given = replace(given, pixels=pipeline.image_processor.preprocess(given.image))
+    asked = {REQUEST[name]: value for name, value in arguments.items() if name in REQUEST}
+    framed: dict[str, dict[str, Any]] = {}
+    for name, (field, part) in FRAMING.items():
+        if name in arguments:
+            framed.setdefault(field, {})[part] = arguments[name]
+    asked |= {field: Framing(**values) for field, values in framed.items()}
+    if "cross_attention_kwargs" in arguments:
+        asked["adapter_scale"] = _adapter_scale(arguments["cross_attention_kwargs"])
+    if "callback" in arguments:
+        arguments = dict(arguments) | older(arguments["callback"], arguments["callback_steps"])
+    request = request_from(prompt_embeds=given.prompt_embeds, **asked)
+    known = (*REQUEST, *FRAMING, *GIVEN, "self", "unknown", "cross_attention_kwargs", "callback", "callback_steps")
+    how = {name: value for name, value in arguments.items() if name not in known}
+    return _draw(pipeline, request, given, **how)
+
+
+def _adapter_scale(given: Mapping[str, Any] | None) -> Any:
+    """What `cross_attention_kwargs` says: {"scale": 0.5} multiplies the weights of all adapters."""
+    if given is not None and not isinstance(given, Mapping):
+        raise UsageError(f"cross_attention_kwargs must be a dict such as {{'scale': 0.5}}, not {shown(given)}")
+    if (given or {}).keys() - {"scale"}:
+        raise not_here("cross_attention_kwargs")
+    return (given or {}).get("scale", 1.0)
+
+
+def _draw(
+    pipeline: DiffusionPipeline,
+    request: GenerateRequest,
+    given: Given,
+    *,
+    output_type: str,
+    return_dict: bool,
+    callback_on_step_end: Callback | None,
+    callback_on_step_end_tensor_inputs: Sequence[str],
+) -> Any:
+    check_argument("return_dict", return_dict, bool)
+    if not (isinstance(output_type, str) and output_type in OUTPUT_TYPES):
+        raise UsageError(
+            f"there is no output_type {shown(output_type)}{suggest(output_type, OUTPUT_TYPES)}; "
+            "use pil, np, pt or latent"
+        )
+    callback = callback_on_step_end
+    names = tensor_names(callback, callback_on_step_end_tensor_inputs, pipeline._callback_tensor_inputs)
+    step_end = None if callback is None else StepEnd(callback, names, pipeline.dtype)
+    run = Run(pipeline.parts, pipeline.place, request, given, pipeline.scheduler)
+    pipeline._steering = run.steering
+    loop = run.latents()
+    edited: Tensor | None = None
+    with pipeline.progress.bar() as bar:
+        while True:
+            try:
+                step = loop.send(edited)
+            except StopIteration as end:
+                latents = end.value
+                break
+            bar.advance(step.index + 1, step.total)
+            timestep = run.scheduler.timesteps[run.first + step.index]
+            edited = step_end and step_end(pipeline, step.index, timestep, step.latents, run)
+    if output_type == "latent":
+        images: Any = latents.to(pipeline.dtype)
+    else:
+        draw = {
+            "pil": lambda x: [run.task.finish(picture) for picture in run.pictures(x)],
+            "np": lambda x: to_arrays(run.pixels(x)),
+            "pt": run.pixels,
+        }
+        images = draw[output_type](latents)
+    output = pipeline.output(images, notes=tuple(run.notes))
+    if return_dict:
+        return output
+    return tuple(getattr(output, field.name) for field in fields(output) if field.compare)

@@ -1,0 +1,120 @@
+"""The ecosystem's `callback_on_step_end`: what it is shown after a step, and what it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sfumato.errors import UsageError
+from sfumato.values import shown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sfumato.pipelines.run import Run
+
+__all__ = ["Callback", "StepEnd", "older", "tensor_names"]
+
+# What callbacks may see and change, by the ecosystem's names, and the fields of a `Conditioning` that it is.
+TOLD = {"prompt_embeds": "embeds", "add_text_embeds": "pooled", "add_time_ids": "sizes"}
+# The same of what its further channels hold, in a family's own words.
+FURTHER = {"mask": "mask", "masked image latents": "masked_image_latents", "depth": "depth_mask"}
+FURTHER |= {"image latents": "image_latents"}
+ONE_CHANNEL = ("mask", "depth")
+Callback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None]
+
+
+def tensor_names(callback: Callback | None, names: Sequence[str], known: Sequence[str]) -> Sequence[str]:
+    """What a callback wants to see: its own `tensor_inputs`, else `names`. Raises `UsageError` for an unknown one."""
+    if callback is not None and not callable(callback):
+        raise UsageError(
+            "callback_on_step_end must be a function (pipeline, index, timestep, tensors) -> tensors, "
+            f"not {shown(callback)}"
+        )
+    names = getattr(callback, "tensor_inputs", names)
+    if not isinstance(names, (list, tuple)):
+        raise UsageError(f"callback_on_step_end_tensor_inputs must be a list of names, not {shown(names)}")
+    for name in names:
+        if name not in known:
+            raise UsageError(f"callback_on_step_end_tensor_inputs: {name!r} is not one of {', '.join(known)}")
+    return names
+
+
+def older(callback: Any, every: int) -> dict[str, Any]:
+    """The arguments that say what older ones do: `callback(step, timestep, latents)` after each `every` steps."""
+    if callback is None:
+        return {"callback_on_step_end": None, "callback_on_step_end_tensor_inputs": ()}
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise UsageError(f"callback_steps must be a whole number of at least 1, not {every!r}")
+
+    def follow(pipeline: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> None:
+        order, calls = pipeline.scheduler.order, pipeline.num_timesteps
+        steps = pipeline.scheduler.num_inference_steps
+        first = 0 if steps is None else calls - steps * order  # calls that PNDM begins with
+        if (index + 1 == calls or (index + 1 > first and (index + 1) % order == 0)) and index % every == 0:
+            callback(index // order, timestep, tensors["latents"])
+
+    return {"callback_on_step_end": follow, "callback_on_step_end_tensor_inputs": ("latents",)}
+
+
+class StepEnd:
+    """The callback of one call, with the tensors it was shown and gave back, which it sees again after the next step.
+
+    callback(pipeline, index, timestep, tensors by name) -> the tensors it changes; None for none.
+    """
+
+    def __init__(self, callback: Callback, names: Sequence[str], dtype: torch.dtype) -> None:
+        """dtype: in which the callback is shown latents."""
+        self.callback, self.names, self.dtype = callback, names, dtype
+        self._tensors: dict[str, Any] = {}
+
+    def __call__(self, pipeline: Any, index: int, timestep: Any, latents: Tensor, run: Run) -> Tensor | None:
+        """Call back, have the run go on with what was changed, and return the latents (B, C, h, w) if they were."""
+        if index == 0:
+            told = run.guidance.conditioning
+            self._tensors = {"negative_prompt_embeds": told.embeds[0] if told.branches > 1 else None} | _own(run)
+        shown = self._tensors["latents"] = latents.to(self.dtype)
+        before = dict(self._tensors)
+        changes = self.callback(pipeline, index, timestep, {name: before.get(name) for name in self.names}) or {}
+        self._tensors |= {name: changes[name] for name in before.keys() & changes.keys()}
+        own, further = _own(run), _further(run)
+        # What is told may also be changed in place; untouched latents stay in the loop's own precision.
+        changed = {
+            name
+            for name in own.keys() & before.keys()
+            if self._tensors[name] is not before[name]
+            or (name in self.names and not torch.equal(before[name], own[name]))
+        }
+        if fields := {TOLD[name]: self._tensors[name].clone() for name in changed - further.keys()}:
+            run.guidance.tell(**fields)
+        if changed & further.keys():
+            _change(run, [self._tensors[name].clone() for name in further])
+        after = self._tensors["latents"]
+        return None if after is shown and torch.equal(latents.to(self.dtype), shown) else after
+
+
+def _own(run: Run) -> dict[str, Tensor]:
+    """Copies of all that a run is told, by the ecosystem's names."""
+    told = run.guidance.conditioning
+    return {name: told.joined(field) for name, field in TOLD.items() if getattr(told, field)} | _further(run)
+
+
+def _further(run: Run) -> dict[str, Tensor]:
+    """What else a run reads beside the latents, for each branch (branches · B, C, h, w), by the ecosystem's names."""
+    told, kept = run.guidance.conditioning, run.beginning.after
+    if not told.extra:
+        return {} if kept is None else {"mask": torch.cat([kept.mask] * told.branches)}
+    every = torch.cat(told.extra * (told.branches // len(told.extra)))
+    widths = [1 if name in ONE_CHANNEL else 4 for name in run.parts.family.extra]
+    parts = every.split([*widths[:-1], every.shape[1] - sum(widths[:-1])], dim=1)
+    return {FURTHER[name]: part for name, part in zip(run.parts.family.extra, parts, strict=True) if name in FURTHER}
+
+
+def _change(run: Run, parts: list[Tensor]) -> None:
+    told, kept = run.guidance.conditioning, run.beginning.after
+    if told.extra:
+        run.guidance.tell(extra=torch.cat(parts, dim=1))
+    elif kept is not None:
+        kept.mask = parts[0][: told.pictures]

@@ -1,0 +1,156 @@
+"""Inpainting under the ecosystem's names, with checkpoints that were made for it and with plain ones.
+
+As in the ecosystem, pictures are what the autoencoder makes of them, also where the mask keeps them; `generate` hands
+over the image itself there. Two differences, where the ecosystem is wrong: of one image and a list of generators, each
+picture is encoded with its own one and not with the first; and latents have the mean and spread that an autoencoder
+says, also where an image is encoded.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sfumato.errors import UsageError
+from sfumato.pipelines.arguments import refuse
+from sfumato.pipelines.components import Index
+from sfumato.pipelines.pipeline import DiffusionPipeline
+from sfumato.pipelines.public.call import call
+from sfumato.pipelines.public.prompts import OnePromptPipeline, TwoPromptPipeline
+from sfumato.pipelines.public.stable_diffusion_xl import ABSENT, PARTS, TENSORS, Output, Size
+from sfumato.pipelines.result import StableDiffusionXLPipelineOutput
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor
+
+    from sfumato.pipelines.public.callbacks import Callback
+    from sfumato.pipelines.result import StableDiffusionPipelineOutput
+    from sfumato.schedulers.noise import Generators
+
+__all__ = ["StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline"]
+
+MASKED = ("mask", "masked_image_latents")
+
+
+def _check_given(image: Any, mask: Any) -> None:
+    if image is None or mask is None:
+        missing = "image" if image is None else "mask_image"
+        raise UsageError(f"{missing} is missing; inpainting needs an image and a mask, white where it is painted")
+
+
+class StableDiffusionInpaintPipeline(OnePromptPipeline, DiffusionPipeline):
+    """Paint a part of an image."""
+
+    index = Index("StableDiffusionInpaintPipeline")
+    _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds", *MASKED)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        image: Any = None,
+        mask_image: Any = None,
+        masked_image_latents: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        padding_mask_crop: int | None = None,
+        strength: float = 1.0,
+        num_inference_steps: int = 50,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        guidance_scale: float = 7.5,
+        negative_prompt: str | Sequence[str] | None = None,
+        num_images_per_prompt: int | None = 1,
+        eta: float = 0.0,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **unknown: Any,
+    ) -> StableDiffusionPipelineOutput | tuple[Any, None]:
+        """Paint by words what `mask_image` shows in white; every argument means what it means in the ecosystem.
+
+        `image` and `mask_image` are resized to `height` and `width`, or else to the checkpoint's own size; the mask is
+        then black or white. Both are PIL images, arrays or tensors in [0, 1], or lists of these; `image` may also be
+        latents. `padding_mask_crop` paints only the mask and so many pixels around it, enlarged, and puts that back.
+        Otherwise as `StableDiffusionPipeline`.
+        """
+        refuse(unknown, StableDiffusionInpaintPipeline.__call__)
+        _check_given(image, mask_image)
+        return call(self, locals())
+
+
+class StableDiffusionXLInpaintPipeline(TwoPromptPipeline, DiffusionPipeline):
+    """Paint a part of an image, with Stable Diffusion XL."""
+
+    index = Index(
+        "StableDiffusionXLInpaintPipeline",
+        PARTS,
+        ABSENT,
+        ("requires_aesthetics_score", "force_zeros_for_empty_prompt"),
+    )
+    output = StableDiffusionXLPipelineOutput
+    _callback_tensor_inputs = (*TENSORS, *MASKED)
+    _corrects_scheduler = False
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        prompt_2: str | Sequence[str] | None = None,
+        image: Any = None,
+        mask_image: Any = None,
+        masked_image_latents: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        padding_mask_crop: int | None = None,
+        strength: float = 0.9999,
+        num_inference_steps: int = 50,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+        denoising_start: float | None = None,
+        denoising_end: float | None = None,
+        guidance_scale: float = 7.5,
+        negative_prompt: str | Sequence[str] | None = None,
+        negative_prompt_2: str | Sequence[str] | None = None,
+        num_images_per_prompt: int | None = 1,
+        eta: float = 0.0,
+        generator: Generators = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+        guidance_rescale: float = 0.0,
+        original_size: Size | None = None,
+        crops_coords_top_left: Size = (0, 0),
+        target_size: Size | None = None,
+        negative_original_size: Size | None = None,
+        negative_crops_coords_top_left: Size = (0, 0),
+        negative_target_size: Size | None = None,
+        aesthetic_score: float = 6.0,
+        negative_aesthetic_score: float = 2.5,
+        clip_skip: int | None = None,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **unknown: Any,
+    ) -> Output:
+        """Paint by words what `mask_image` shows in white.
+
+        Images and masks as in `StableDiffusionInpaintPipeline`, all else as in `StableDiffusionXLImg2ImgPipeline`. The
+        default strength leaves the first step out, and so keeps a trace of what was there.
+        """
+        refuse(unknown, StableDiffusionXLInpaintPipeline.__call__)
+        _check_given(image, mask_image)
+        arguments = locals()
+        if "aesthetic_score" not in self.parts.family.sizes:
+            arguments = arguments | {"negative_crops_coords_top_left": None}
+        return call(self, arguments)

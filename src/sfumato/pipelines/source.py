@@ -1,0 +1,351 @@
+"""Where the parts of a pipeline come from, a folder or one file, which are asked in the same words."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sfumato.checkpoints.family import family_of, settings_of
+from sfumato.checkpoints.locate import full_name, locate_folder
+from sfumato.checkpoints.locate_file import is_single_file
+from sfumato.checkpoints.single_file import SingleFile, open_single_file
+from sfumato.checkpoints.suggested import suggested_settings
+from sfumato.checkpoints.weights import find_weights, read_headers
+from sfumato.configs import one_of, parse
+from sfumato.errors import CheckpointError, ConfigError, UsageError
+from sfumato.files import read_json
+from sfumato.models import CLIPTextModelWithProjection
+from sfumato.models.base import Model
+from sfumato.pipelines.components import (
+    COMPONENTS,
+    FLAGS,
+    INDEX,
+    REQUIRED,
+    WITH_WEIGHTS,
+    ComponentFiles,
+    check_component,
+    class_of_file,
+    component_class,
+    network_class,
+    read_index,
+)
+from sfumato.pipelines.words import Words
+from sfumato.runtime.choices import NETWORKS, Part, count_parameters
+from sfumato.text.tokenizer import CLIPTokenizer, prompt_tokens
+from sfumato.text.vocabulary import clip_tokenizer
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from sfumato.families import Family
+
+__all__ = ["FILE_OPTIONS", "Folder", "OneFile", "Source", "load_components", "open_source"]
+
+log = logging.getLogger("sfumato")
+
+# What may be said of a checkpoint in one file when it is opened (checkpoints/single_file.py).
+FILE_OPTIONS = ("family", "prediction_type", "config", "original_config", "ema")
+# Of each part, the only one or by role with a "default"; None for the precision that it is stored in.
+Dtypes = torch.dtype | Mapping[str, torch.dtype] | None
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A checkpoint in a folder of this machine, which of its weight files are meant, and how it was called."""
+
+    path: Path
+    name: str
+    files: ComponentFiles = field(default_factory=ComponentFiles)
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """`model_index.json`."""
+        return read_index(self.path)
+
+    @property
+    def where(self) -> Path:
+        """The file that says what its parts are."""
+        return self.path / INDEX
+
+    @property
+    def class_name(self) -> str:
+        """The ecosystem's class that draws with it."""
+        return str(self.index.get("_class_name"))
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """What its index says of its family."""
+        return {flag: self.index.get(flag) for flag in FLAGS}
+
+    @property
+    def has_safety_checker(self) -> bool:
+        """Whether there is one, which is not loaded."""
+        return bool((self.index.get("safety_checker") or [None])[0])
+
+    @property
+    def family(self) -> Family:
+        """Its family."""
+        return family_of(self.path)
+
+    @property
+    def suggested(self) -> dict[str, Any]:
+        """The settings that it asks for, as fields of a `GenerateRequest`."""
+        return suggested_settings(self.path)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is generated with where a request leaves it open: what it asks for, else what its family wants."""
+        return settings_of(self.family) | self.suggested
+
+    @property
+    def words(self) -> Words | None:
+        """What a small model knows, None for others."""
+        return Words.from_folder(self.path)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a prompt may have."""
+        return prompt_tokens(self.path)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What was said to open it, that is nothing."""
+        return {}
+
+    def class_of(self, part: str) -> Any:
+        """Our class of a part; None for one that it lacks. Raises `CheckpointError` or `ConfigError`."""
+        return component_class(self.path, self.index, part)
+
+    def config(self, role: str) -> Any:
+        """The config of a network."""
+        path = self.path / role / "config.json"
+        return parse(self.class_of(role).config_class, read_json(path), path)[0]
+
+    def size(self, role: str) -> Part:
+        """Parameters and bytes of a network, from headers; counted where pickled weights have none."""
+        cls, files = self.class_of(role), self._weights(role)
+        if self.files.use_safetensors is False:
+            numbers = count_parameters(self.config(role), projected=issubclass(cls, CLIPTextModelWithProjection))
+            return Part(numbers, sum(file.stat().st_size for file in files))
+        headers = read_headers(files).values()
+        return Part(sum(header.count for header in headers), sum(header.bytes for header in headers))
+
+    def load(self, part: str, dtype: torch.dtype | None = None) -> Any:
+        """A part as our class, with its weights in a precision, their own if None."""
+        cls = self.class_of(part)
+        if issubclass(cls, WITH_WEIGHTS):
+            options = {"variant": self.files.variant, "use_safetensors": self.files.use_safetensors}
+            how = {"dtype": dtype, "copy": self.files.copy, "later": self.files.later}
+            return cls.from_folder(self.path / part, **options, **how)
+        if issubclass(cls, CLIPTokenizer):
+            return cls.from_folder(self.path / part)
+        return cls.from_pretrained(self.path, subfolder=part)
+
+    def check(self, given: Mapping[str, Any]) -> list[str]:
+        """The networks that lack the variant asked for, and fall back to their plain weights.
+
+        given: what is not taken from here. Raises `CheckpointError` where none has it.
+        """
+        variant = self.files.variant
+        if variant is None:
+            return []
+        roles = [role for roles in NETWORKS.values() for role in roles]
+        parts = [role for role in roles if role not in given and (role in REQUIRED or (self.path / role).is_dir())]
+        plain = [part for part in parts if not any(f".{variant}" in path.name for path in self._weights(part))]
+        if plain and len(plain) == len(parts):
+            raise CheckpointError(f"{self.path} has no variant {variant!r}; omit variant to use the plain weights")
+        return plain
+
+    def _weights(self, role: str) -> list[Path]:
+        options = {"variant": self.files.variant, "use_safetensors": self.files.use_safetensors}
+        return find_weights(self.path / role, network_class(role).weights_name, **options)
+
+
+@dataclass(frozen=True)
+class OneFile:
+    """A checkpoint in one file; what it lacks may be in the folder that it takes its configs from."""
+
+    file: SingleFile
+    name: str
+    files: ComponentFiles = field(default_factory=ComponentFiles)
+    flags = dict.fromkeys(FLAGS)
+    suggested: Mapping[str, Any] = field(default_factory=dict)
+    words = None
+    has_safety_checker = False
+
+    @property
+    def path(self) -> Path:
+        """Where the file is."""
+        return self.file.path
+
+    @property
+    def where(self) -> Path:
+        """The same."""
+        return self.path
+
+    @property
+    def class_name(self) -> str:
+        """The ecosystem's class that draws with it."""
+        return self.family.pipeline
+
+    @property
+    def family(self) -> Family:
+        """Its family, with the steps that its name asks for."""
+        return replace(self.file.detected.family, steps=self.file.detected.steps)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What is generated with where a request leaves it open."""
+        return settings_of(self.family)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a prompt may have."""
+        there = [role for role in ("tokenizer", "tokenizer_2") if self._beside(role)]
+        return 77 if self.file.folder is None or not there else prompt_tokens(self.file.folder)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What was said to open it, as recipes repeat it."""
+        return dict(self.file.options)
+
+    def class_of(self, part: str) -> Any:
+        """Our class of a part; None for one that its family has not."""
+        return class_of_file(self.file.detected.family, self.file.detected.scheduler, part)
+
+    def config(self, role: str) -> Any:
+        """The config of a network. Raises `CheckpointError` for one that is not there."""
+        folder = self._instead(role)
+        if folder is not None:
+            return folder.config(role)
+        return parse(self.class_of(role).config_class, self.file.config(role), self.path)[0]
+
+    def size(self, role: str) -> Part:
+        """Parameters and bytes of a network, from headers."""
+        folder = self._instead(role)
+        if folder is not None:
+            return folder.size(role)
+        part = self.file.part(role)
+        return Part(part.parameters, part.bytes)
+
+    def load(self, part: str, dtype: torch.dtype | None = None) -> Any:
+        """A part as our class, with its weights in a precision, most of their own if None."""
+        cls, folder = self.class_of(part), self._instead(part)
+        if folder is not None:
+            return folder.load(part, dtype)
+        if issubclass(cls, Model):
+            return cls.from_file(self.file, dtype=dtype, copy=self.files.copy, later=self.files.later)
+        if issubclass(cls, CLIPTokenizer):
+            encoders = self.file.detected.family.encoders
+            role = part.replace("tokenizer", "text_encoder")
+            return clip_tokenizer(next(one.pad for one in encoders if one.role == role))
+        return cls.from_config(self.file.detected.scheduler)
+
+    def check(self, given: Mapping[str, Any]) -> list[str]:
+        """Raise `CheckpointError` naming all parts that are neither in the file nor given nor where its configs are."""
+        missing = self.file.missing
+        lacking = [role for role in missing if role not in given and self._instead(role) is None]
+        if lacking:
+            more = f"; it also lacks {' and '.join(lacking[1:])}" if lacking[1:] else ""
+            raise CheckpointError(f"{self.path}: {missing[lacking[0]]}{more}")
+        return []
+
+    def _instead(self, part: str) -> Folder | None:
+        """The folder that a part is in, as far as it is not in the file."""
+        if self.file.folder is None or not self._beside(part):
+            return None
+        wanted = part.startswith("tokenizer") or part in self.file.missing
+        files = replace(self.files, use_safetensors=None)
+        return Folder(self.file.folder, self.file.folder.name, files) if wanted else None
+
+    def _beside(self, part: str) -> bool:
+        wanted = ("merges.txt", "tokenizer.json") if part.startswith("tokenizer") else ("*.safetensors*",)
+        folder = self.file.folder
+        return folder is not None and any(any((folder / part).glob(pattern)) for pattern in wanted)
+
+
+Source = Folder | OneFile
+
+
+def open_source(
+    name: str | PathLike[str] | Source,
+    files: ComponentFiles,
+    hub: Mapping[str, Any],
+    *,
+    given: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Source:
+    """A checkpoint by folder, file, hub id, or URL of a file on the hub, downloaded if necessary; no weight is read.
+
+    given: the parts that are not taken from it; options: what is said of a file, by the names of `FILE_OPTIONS`.
+    Raises `CheckpointError`, `DownloadError` or `UsageError`.
+    """
+    given, options = given or {}, {key: value for key, value in (options or {}).items() if value not in (None, False)}
+    if isinstance(name, (Folder, OneFile)):
+        return name
+    if is_single_file(name):
+        if files.variant is not None:
+            raise UsageError(f"{name} is a single file, which has no variants; omit variant")
+        file = open_single_file(name, use_safetensors=files.use_safetensors, **options, **hub)
+        source = OneFile(file, str(name), files)
+        source.check(given)
+        return source
+    if options:
+        raise UsageError(f"{next(iter(options))} applies only to single files, and {name} is not one; omit it")
+    folder = locate_folder(name, lambda names, strict: files.select(names, strict, tuple(given)), **hub)
+    return Folder(folder, full_name(name), files)
+
+
+def load_components(source: Source, dtypes: Dtypes, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Load every component that is not given. Raises `CheckpointError` or `ConfigError` naming file and key."""
+    if plain := source.check(given):
+        log.warning("no %r variant of %s; using the plain weights instead", source.files.variant, ", ".join(plain))
+    loaded: dict[str, Any] = {}
+    for part in COMPONENTS:
+        if part in given:
+            check_component(part, given[part])
+            loaded[part] = given[part]
+        elif source.class_of(part) is not None:
+            loaded[part] = source.load(part, _dtype_of(part, dtypes))
+    _check_together(source.path, loaded)
+    return loaded
+
+
+def _check_together(path: Path, loaded: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` or `CheckpointError` where two parts do not fit, before they meet in the first step."""
+    unet, vae = loaded["unet"].config, loaded["vae"].config
+    roles = [role for role in ("text_encoder", "text_encoder_2") if loaded.get(role) is not None]
+    width = sum(loaded[role].config.hidden_size for role in roles)
+    wide = zip(unet.per_block("cross_attention_dim"), unet.down_block_types, strict=True)
+    ready = not roles or None in loaded.values()  # embeddings come ready where a caller leaves an encoder out
+    for crossed in (crossed for crossed, kind in wide if "CrossAttn" in kind):
+        if crossed != width and not ready:
+            raise ConfigError(
+                f"{path}: unet/config.json has cross_attention_dim = {crossed}, {' and '.join(roles)}/config.json "
+                f"hidden_size = {width}; they belong to different checkpoints"
+            )
+    if unet.out_channels not in (vae.latent_channels, 2 * vae.latent_channels, vae.latent_channels + unet.is_k):
+        raise ConfigError(
+            f"{path}: unet/config.json has out_channels = {unet.out_channels}, vae/config.json latent_channels = "
+            f"{vae.latent_channels}; they belong to different checkpoints"
+        )
+    one_of(str(path / "vae" / "config.json"), "out_channels", vae.out_channels, (1, 3, 4))
+    for role in roles:
+        tokenizer, words = loaded.get(role.replace("text_encoder", "tokenizer")), loaded[role].config.vocab_size
+        if tokenizer is not None and tokenizer.largest_id >= words:
+            raise CheckpointError(
+                f"{path / role.replace('text_encoder', 'tokenizer')} has token ids up to {tokenizer.largest_id}, but "
+                f"the text encoder has only {words}; they belong to different checkpoints"
+            )
+
+
+def _dtype_of(part: str, dtypes: Dtypes) -> torch.dtype | None:
+    if isinstance(dtypes, Mapping):
+        return dtypes.get(part, dtypes.get("default", torch.float32))
+    return dtypes

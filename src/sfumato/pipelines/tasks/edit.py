@@ -1,0 +1,75 @@
+"""Images that a checkpoint reads beside the latents: edited by instructions, or redrawn with their depth kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from sfumato.errors import UsageError
+from sfumato.pipelines.tasks.image_to_image import ImageToImage
+from sfumato.pipelines.tasks.task import Beginning, Task, first_noise
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sfumato.pipelines.conditioning import Conditioning
+    from sfumato.pipelines.tasks.task import Tools
+
+__all__ = ["Depth", "Edit"]
+
+
+@dataclass(frozen=True)
+class Edit(Task):
+    """Begin with noise, and read the image to edit (InstructPix2Pix, arXiv 2211.09800): pixels (P, 3, H, W) or latents.
+
+    Guidance has three branches: of nothing, of the image alone, and of image and prompt.
+    """
+
+    pixels: Tensor
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """That of the image."""
+        factor = self.parts.vae_scale_factor if self.pixels.shape[1] == 4 else 1
+        return self.pixels.shape[3] * factor, self.pixels.shape[2] * factor
+
+    @property
+    def guided(self) -> bool:
+        """By a prompt, and by an image that is kept to at all."""
+        return super().guided and self.request.chosen_image_scale >= 1
+
+    def begin(self, text: Conditioning, tools: Tools) -> Beginning:
+        """Noise (B, C, h, w); the image's latents are its mean and not in the scale of the loop, as in training."""
+        image = tools.encode(self.pixels, sampled=False)
+        if self.pixels.shape[1] == 3 and "scaled image latents" not in self.parts.family.extra:
+            image = self.parts.vae.unscaled(image)
+        latents = first_noise(self, text.pictures, tools) * tools.scheduler.init_noise_sigma
+        if text.branches == 1:
+            return Beginning(0, latents, replace(text, extra=(image,)))
+        branched = {name: getattr(text, name) for name in ("embeds", "pooled", "sizes")}
+        three = {name: (branches[0], *branches) for name, branches in branched.items() if branches}
+        return Beginning(0, latents, replace(text, **three, extra=(torch.zeros_like(image), image, image)))
+
+
+@dataclass(frozen=True)
+class Depth(ImageToImage):
+    """Image to image with a depth map beside the latents: depth (P, H, W) of any scale, larger where it is nearer."""
+
+    depth: Tensor
+
+    def begin(self, text: Conditioning, tools: Tools) -> Beginning:
+        """As image to image; the map becomes as large as the latents, and each image's range -1 to 1."""
+        count, batch, (width, height) = self.depth.shape[0], text.pictures, self.size
+        if batch % count:
+            raise UsageError(f"got {count} depth maps for {batch} images; pass one, or one per image")
+        factor = self.parts.vae_scale_factor
+        size = (height // factor, width // factor)
+        depth = F.interpolate(self.depth.float()[:, None], size=size, mode="bicubic", align_corners=False)
+        low, high = depth.amin(dim=(1, 2, 3), keepdim=True), depth.amax(dim=(1, 2, 3), keepdim=True)
+        spread = torch.where(high > low, high - low, 1.0)  # a flat map is far away everywhere
+        depth = (2 * (depth - low) / spread - 1).repeat(batch // count, 1, 1, 1)
+        told = replace(text, extra=(depth.to(tools.device, self.parts.state_dtype),))
+        return super().begin(told, tools)

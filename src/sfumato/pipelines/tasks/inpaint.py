@@ -1,0 +1,86 @@
+"""Inpainting: what a mask says is painted, and the rest stays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from sfumato.errors import UsageError
+from sfumato.pipelines.tasks.task import Beginning, Kept, Task, first_noise, start_index
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from sfumato.masks import Canvas
+    from sfumato.pipelines.conditioning import Conditioning
+    from sfumato.pipelines.tasks.task import Tools
+
+__all__ = ["Inpaint"]
+
+
+@dataclass(frozen=True)
+class Inpaint(Task):
+    """Paint a part of images, with a checkpoint that reads mask and surroundings or with a plain one."""
+
+    canvas: Canvas
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """That of the canvas."""
+        height, width = self.canvas.mask.shape[2:]
+        return width, height
+
+    def finish(self, picture: Image) -> Image:
+        """What was painted, in the image it belongs to."""
+        return self.canvas.finish(picture)
+
+    def begin(self, text: Conditioning, tools: Tools) -> Beginning:
+        """Noise, or the image's latents (B, C, h, w) with the noise that `strength` says; what stays comes with it."""
+        request, given, batch = self.request, self.given, text.pictures
+        index = start_index(tools.scheduler, request)
+        table = tools.scheduler.table(index)
+        reads_mask = bool(self.parts.family.extra)
+        grey = bool(((self.canvas.coarse > 0) & (self.canvas.coarse < 1)).any())
+        blends, begun = not reads_mask or grey, request.chosen_strength < 1 or request.denoising_start is not None
+        clean = None
+        if blends or (begun and given.latents is None) or request.denoising_start is not None:
+            clean = tools.encode(self.canvas.pixels)
+        noise = first_noise(self, batch, tools)
+        if clean is not None and request.denoising_start is not None:
+            latents = clean
+        elif clean is not None and begun and given.latents is None:
+            latents = table.noised(clean, noise)
+        else:
+            latents = noise * tools.scheduler.init_noise_sigma
+        mask = self._mask(batch).to(latents)
+        told = text
+        if reads_mask:
+            told = replace(text, extra=(torch.cat([(mask > 0).to(mask), self._surroundings(batch, tools)], dim=1),))
+        elif given.masked_image_latents is None and self.canvas.pixels.shape[1] == 3:
+            tools.pass_over(self.canvas.pixels)
+        kept = Kept(mask, clean, noise, table) if blends and clean is not None else None
+        return Beginning(index, latents, told, kept)
+
+    def _mask(self, batch: int) -> Tensor:
+        count = self.canvas.coarse.shape[0]
+        if batch % count:
+            raise UsageError(f"got {count} masks for a batch of {batch}; pass one mask, or one per image")
+        return self.canvas.coarse.repeat(batch // count, 1, 1, 1)
+
+    def _surroundings(self, batch: int, tools: Tools) -> Tensor:
+        """Latents (B, C, h, w) of what stays."""
+        ready = self.given.masked_image_latents
+        if ready is not None:
+            if batch % ready.shape[0]:
+                raise UsageError(f"got {ready.shape[0]} masked_image_latents for {batch} images; pass one per image")
+            ready = ready.repeat(batch // ready.shape[0], 1, 1, 1)
+            return ready.to(tools.device, self.parts.state_dtype)
+        if self.canvas.pixels.shape[1] != 3:
+            raise UsageError(
+                "this checkpoint reads what stays of the image, and latents cannot be masked; pass the image itself, "
+                "or masked_image_latents too"
+            )
+        return tools.encode(self.canvas.kept)

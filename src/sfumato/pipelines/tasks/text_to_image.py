@@ -1,0 +1,44 @@
+"""Text to image: begin with noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sfumato.errors import UsageError
+from sfumato.pipelines.tasks.task import Beginning, Task
+from sfumato.schedulers.noise import GaussianNoise
+
+if TYPE_CHECKING:
+    from sfumato.pipelines.conditioning import Conditioning
+    from sfumato.pipelines.tasks.task import Tools
+
+__all__ = ["TextToImage"]
+
+
+@dataclass(frozen=True)
+class TextToImage(Task):
+    """Begin with noise, the caller's or drawn again."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """As requested; else that of the latents that were given, else the checkpoint's own."""
+        latents, factor = self.given.latents, self.parts.vae_scale_factor
+        if latents is None or self.request.width is not None or latents.ndim != 4:
+            return self.parts.size_of(self.request)
+        return latents.shape[3] * factor, latents.shape[2] * factor
+
+    def begin(self, text: Conditioning, tools: Tools) -> Beginning:
+        """Noise (B, C, h, w) at the start of the schedule."""
+        parts, request, latents = self.parts, self.request, self.given.latents
+        width, height = parts.size_of(request)
+        factor = parts.vae_scale_factor
+        shape = (text.pictures, parts.vae.config.latent_channels, height // factor, width // factor)
+        if latents is None:
+            latents = GaussianNoise(shape, self.given.generators, tools.device)()
+        elif request.width is None and latents.shape[:2] == shape[:2]:
+            pass  # the size of the latents is the size of the image
+        elif tuple(latents.shape) != shape:
+            raise UsageError(f"latents must have the shape {shape}, not {tuple(latents.shape)}")
+        latents = latents.to(tools.device, parts.state_dtype) * tools.scheduler.init_noise_sigma
+        return Beginning(0, latents, text)

@@ -1,0 +1,96 @@
+"""Upscaling: by 4 from pixels, by 2 from latents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from sfumato.errors import UsageError
+from sfumato.pipelines.tasks.task import Beginning, Task, first_noise
+from sfumato.schedulers.noise import GaussianNoise
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sfumato.pipelines.conditioning import Conditioning
+    from sfumato.pipelines.tasks.task import Tools
+    from sfumato.schedulers.base import Scheduler
+
+__all__ = ["Upscale", "UpscaleLatents"]
+
+NOISE_LEVEL = 20
+
+
+@dataclass(frozen=True)
+class Upscale(Task):
+    """Draw images as many times as large as the autoencoder's factor, 4: pixels (P, 3, H, W) are read as they are.
+
+    They get noise of the request's level, which the U-Net is told. tiled: predict in tiles of the size that the
+    checkpoint was trained at, so that memory does not grow with the image.
+    """
+
+    pixels: Tensor
+    tiled: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """That of the result."""
+        factor = self.parts.vae_scale_factor
+        return self.pixels.shape[3] * factor, self.pixels.shape[2] * factor
+
+    @property
+    def tile(self) -> int | None:
+        """The checkpoint's own size."""
+        return max(self.parts.unet.config.latent_size) if self.tiled else None
+
+    def begin(self, text: Conditioning, tools: Tools) -> Beginning:
+        """Noise (B, C, H, W), one latent for each pixel that is read. Raises `UsageError` for too high a level."""
+        parts, batch = self.parts, text.pictures
+        level = NOISE_LEVEL if self.request.noise_level is None else self.request.noise_level
+        if level > parts.max_noise_level:
+            raise UsageError(f"noise_level must be at most {parts.max_noise_level} with this checkpoint, not {level}")
+        if batch % self.pixels.shape[0]:
+            raise UsageError(f"got {self.pixels.shape[0]} images for a batch of {batch}; pass one, or one per prompt")
+        pixels, several = self.pixels, isinstance(self.given.generators, (list, tuple))
+        pixels = pixels.repeat(batch // pixels.shape[0] if several else 1, 1, 1, 1).to(tools.device, parts.state_dtype)
+        noise = GaussianNoise(pixels.shape, self.given.generators, tools.device)().to(pixels)
+        levels = torch.full((pixels.shape[0],), level, device=tools.device)
+        noisy = parts.noising("low_res_scheduler").add_noise(pixels, noise, levels)
+        noisy = noisy.repeat(batch // pixels.shape[0], 1, 1, 1)
+        latents = first_noise(self, batch, tools) * tools.scheduler.init_noise_sigma
+        label = torch.full((batch,), level, device=tools.device)
+        return Beginning(0, latents, replace(text, extra=(noisy,), labels=(label,) * text.branches))
+
+
+@dataclass(frozen=True)
+class UpscaleLatents(Task):
+    """Draw images twice as large: pixels (P, 3, H, W), or their latents (P, 4, h, w) in the scale of the loop."""
+
+    pixels: Tensor
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """That of the result."""
+        factor = self.parts.vae_scale_factor if self.pixels.shape[1] == 4 else 1
+        return 2 * factor * self.pixels.shape[3], 2 * factor * self.pixels.shape[2]
+
+    def scheduled(self, scheduler: Scheduler) -> Scheduler:
+        """The same with what the U-Net of k-diffusion predicts and reads: velocity, and a logarithm of the noise.
+
+        It is Karras et al.'s preconditioning (arXiv 2206.00364, table 1). Raises `UsageError` for another scheduler.
+        """
+        config = scheduler.config
+        if config.own("timestep_type") is None:
+            raise UsageError(f"this upscaler is drawn with EulerDiscreteScheduler, not with {type(scheduler).__name__}")
+        return type(scheduler).from_config(config, prediction_type="v_prediction", timestep_type="continuous")
+
+    def begin(self, text: Conditioning, tools: Tools) -> Beginning:
+        """Noise (B, C, 2h, 2w); what time is told is the noise of the image, none, and the pooled prompt."""
+        image = F.interpolate(tools.encode(self.pixels), scale_factor=2, mode="nearest")
+        latents = first_noise(self, text.pictures, tools) * tools.scheduler.init_noise_sigma
+        none = torch.cat([torch.ones(text.pictures, 64), torch.zeros(text.pictures, 64)], dim=1)
+        told = tuple(torch.cat([none.to(pooled), pooled], dim=1) for pooled in text.pooled)
+        return Beginning(0, latents, replace(text, pooled=(), extra=(image,), time_condition=told))

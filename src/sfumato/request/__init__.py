@@ -1,0 +1,40 @@
+"""What to generate, as one frozen value: `GenerateRequest` and the records that its fields hold."""
+
+from sfumato.request.controls import FITS, PREPROCESSORS, Control, ImagePrompt
+from sfumato.request.details import (
+    LARGEST_SEEDS,
+    AdapterFile,
+    EmbeddingFile,
+    Framing,
+    FreeU,
+    GuidanceInterval,
+    Noise,
+)
+from sfumato.request.generate import MOST_STEPS, SPACINGS, SYNTAXES, GenerateRequest, as_request
+from sfumato.request.hires import UPSCALERS, Hires, share_of
+from sfumato.request.masks import Mask
+from sfumato.request.records import Record
+
+__all__ = [
+    "FITS",
+    "LARGEST_SEEDS",
+    "MOST_STEPS",
+    "PREPROCESSORS",
+    "SPACINGS",
+    "SYNTAXES",
+    "UPSCALERS",
+    "AdapterFile",
+    "Control",
+    "EmbeddingFile",
+    "Framing",
+    "FreeU",
+    "GenerateRequest",
+    "GuidanceInterval",
+    "Hires",
+    "ImagePrompt",
+    "Mask",
+    "Noise",
+    "Record",
+    "as_request",
+    "share_of",
+]

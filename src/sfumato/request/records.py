@@ -1,0 +1,80 @@
+"""What requests are made of: frozen records that are JSON and back, and the ranges of their numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+
+from sfumato.errors import UnknownArgument, UsageError, suggest
+from sfumato.values import Within, check_record, shown
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+__all__ = ["Layers", "Level", "Pixels", "Place", "Record", "Seed", "Share", "Weight", "check_word"]
+
+Share = Annotated[float, Within(0, 1)]
+Pixels = Annotated[int, Within(1, 2**24), "a positive number of pixels, at most 2**24"]
+Seed = Annotated[int, Within(0, 2**63 - 1), "a whole number from 0 to 2**63 - 1"]
+Layers = Annotated[int, Within(0, 1000)]
+Level = Annotated[int, Within(0, 999)]
+Place = Annotated[int, Within(-(2**24), 2**24)]
+Weight = Annotated[float, Within(-1000, 1000)]
+
+
+class Record:
+    """A frozen dataclass that can be converted to JSON and back; `nested` are its fields that hold such records."""
+
+    nested: ClassVar[dict[str, Any]] = {}
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
+            if isinstance(value := getattr(self, f.name), list):  # as JSON has them
+                object.__setattr__(self, f.name, tuple(value))
+        check_record(self, "", UsageError)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed."""
+        return dataclasses.replace(self, **changes)  # pyright: ignore[reportArgumentType]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that differ from their defaults, as JSON values."""
+        return {
+            f.name: _plain(value)
+            for f in dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
+            if (value := getattr(self, f.name)) != f.default
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """The inverse of `to_dict`. Raises `UsageError` for a field that does not exist or is missing."""
+        fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
+        known = [f.name for f in fields]
+        for name in values:
+            if name not in known:
+                raise UnknownArgument(f"a request has no field {name!r}{suggest(name, known)}")
+        if missing := [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]:
+            raise UsageError(f"{cls.__name__} needs {missing[0]!r}")
+        return cls(
+            **values | {name: _records(kind, values[name]) for name, kind in cls.nested.items() if name in values}
+        )
+
+
+def check_word(name: str, value: str, known: Collection[str]) -> None:
+    """Raises `UsageError`, naming the nearest word, unless `value` is one of `known`."""
+    if value not in known:
+        *most, last = known
+        raise UsageError(f"{name} must be {', '.join(most)} or {last}, not {shown(value)}{suggest(value, known)}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Record):
+        return value.to_dict()
+    return list(map(_plain, value)) if isinstance(value, tuple) else value
+
+
+def _records(kind: Any, value: Any) -> Any:
+    """What JSON has in the place of records: an object of one, a list of several; others fail the check."""
+    if isinstance(value, list):
+        return tuple(_records(kind, one) for one in value)
+    return kind.from_dict(value) if isinstance(value, dict) else value

@@ -1,0 +1,194 @@
+"""One check for every value that a file or a caller gives: the annotation of its field, with bounds, is the rule."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cache
+from reprlib import Repr
+from sys import float_info
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from sfumato.errors import ConfigError, SfumatoError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Within", "check_argument", "check_number", "check_record", "check_value", "kinds_of", "reason", "shown"]
+
+
+@dataclass(frozen=True)
+class Within:
+    """Bounds, both included: of a number, of the length of a text, or of a list."""
+
+    low: float
+    high: float
+
+
+# What an annotation without bounds allows: 64 bits, finite numbers, and no more than a sane file holds.
+_BOUNDS: Mapping[Any, Within] = {
+    int: Within(-(2**63), 2**63 - 1),
+    float: Within(-float_info.max, float_info.max),
+    str: Within(0, 2**20),
+    tuple: Within(0, 10**5),
+    dict: Within(0, 10**5),
+}
+_WORDS: dict[Any, tuple[str, str]] = {
+    Any: ("a value", "values"),
+    bool: ("true or false", "true or false"),
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    str: ("text", "strings"),
+}
+_TYPES: dict[Any, Any] = {bool: bool, int: int, float: (int, float), str: str, tuple: (list, tuple), dict: dict}
+_short = Repr()
+_short.maxstring = _short.maxother = 80
+
+
+def shown(value: object) -> str:
+    """A value as an error may show it: never more than a line."""
+    return " ".join(_short.repr(value).split())
+
+
+def reason(error: BaseException) -> str:
+    """What another library says went wrong, as part of a sentence of ours: one line, and not a long one."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def check_value(
+    where: str,
+    key: str,
+    value: object,
+    kind: Any,
+    *,
+    bounds: Mapping[Any, Within] | None = None,
+    error: type[SfumatoError] = ConfigError,
+) -> None:
+    """Raise `error`, naming `where`, the key and what it must be, unless the value is what an annotation says.
+
+    kind: a type such as `float | None`, `tuple[int, ...]`, `dict[str, str]` or `Literal["a", "b"]`; in
+    `Annotated[kind, Within(low, high), words]` the bounds and, in messages, the words are optional. bounds: by type,
+    for what has none of its own.
+    """
+    bounds = _BOUNDS if bounds is None else {**_BOUNDS, **bounds}
+    if not _fits(value, kind, bounds):
+        prefix = f"{where}: " if where else ""
+        raise error(f"{prefix}{key} must be {_wanted(value, kind, bounds)}, not {shown(value)}")
+
+
+def check_argument(name: str, value: object, kind: Any) -> None:
+    """Raise `UsageError` unless an argument of a call is what an annotation says; see `check_value`."""
+    check_value("", name, value, kind, error=UsageError)
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise `UsageError` unless an argument is one number, which may be in an array or a tensor."""
+    try:
+        number = value.item() if hasattr(value, "item") else value
+    except (RuntimeError, ValueError):  # there are several
+        number = None
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
+        raise UsageError(f"{name} must be one number, not {shown(value)}")
+
+
+def check_record(record: Any, where: str, error: type[SfumatoError] = ConfigError) -> None:
+    """`check_value` for every field of a dataclass by its own annotation; defaults are right as they stand there."""
+    for name, kind, default in _fields(type(record)):
+        value = getattr(record, name)
+        if value is not default:
+            check_value(where, name, value, kind, error=error)
+
+
+@cache
+def _fields(cls: Any) -> list[tuple[str, Any, Any]]:
+    kinds = kinds_of(cls)
+    return [(field.name, kinds[field.name], field.default) for field in dataclasses.fields(cls)]
+
+
+@cache
+def kinds_of(cls: Any) -> dict[str, Any]:
+    """The annotations of a dataclass's fields, bounds included."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+@cache
+def _form(kind: Any) -> tuple[Any, Within | None, Any, tuple[Any, ...]]:
+    """A kind without its bounds, these, and what it is made of."""
+    kind, within, _ = _parts(kind)
+    return kind, within, get_origin(kind), get_args(kind)
+
+
+def _parts(kind: Any) -> tuple[Any, Within | None, str | None]:
+    """A kind without its bounds, these, and the words for it."""
+    if get_origin(kind) is not Annotated:
+        return kind, None, None
+    plain, *notes = get_args(kind)
+    bounds = next((note for note in notes if isinstance(note, Within)), None)
+    return plain, bounds, next((note for note in notes if isinstance(note, str)), None)
+
+
+def _fits(value: Any, kind: Any, bounds: Mapping[Any, Within]) -> bool:
+    kind, within, origin, args = _form(kind)
+    if kind is Any or kind is NoneType:
+        return kind is Any or value is None
+    if origin in (Union, UnionType):
+        return any(_fits(value, one, bounds) for one in args)
+    if origin is Literal:
+        return any(type(value) is type(one) and value == one for one in args)
+    base = origin or kind
+    if isinstance(base, type) and dataclasses.is_dataclass(base):
+        return isinstance(value, base)  # which has checked itself
+    if not isinstance(value, _TYPES[base]) or (base is not bool and type(value) is bool):
+        return False
+    within = within or bounds.get(base)
+    size: Any = value if base in (bool, int, float) else len(value)
+    if within is not None and not within.low <= size <= within.high:
+        return False
+    if base is dict:
+        return all(_fits(key, args[0], bounds) and _fits(one, args[1], bounds) for key, one in value.items())
+    if base is not tuple:
+        return True
+    kinds = args[:1] * size if args[-1] is Ellipsis else args
+    return size == len(kinds) and all(_fits(one, own, bounds) for one, own in zip(value, kinds, strict=True))
+
+
+def _wanted(value: object, kind: Any, bounds: Mapping[Any, Within]) -> str:
+    """What a value must be. A whole number out of bounds is told the bound it broke, and not both."""
+    plain, within, words = _parts(kind)
+    options = [one for one in get_args(plain) if one is not NoneType]
+    if get_origin(plain) in (Union, UnionType) and len(options) == 1:
+        return _wanted(value, options[0], bounds)
+    if words is None and plain is int and isinstance(value, int) and not isinstance(value, bool):
+        within = within or bounds[int]
+        low, high = _number(within.low), _number(within.high)
+        return f"at most {high}" if value > within.high else f"a whole number of at least {low}"
+    return _described(kind, bounds)
+
+
+def _described(kind: Any, bounds: Mapping[Any, Within], *, plural: bool = False) -> str:
+    kind, within, words = _parts(kind)
+    if words is not None:
+        return words
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(_described(one, bounds, plural=plural) for one in args if one is not NoneType)
+    if origin is Literal:
+        return " or ".join(map(repr, args))
+    if origin is dict:
+        return f"an object of {_described(args[1], bounds, plural=True)}"
+    if origin is tuple:
+        within = within or (bounds[tuple] if args[-1] is Ellipsis else Within(len(args), len(args)))
+        few, many = _number(within.low), _number(within.high)
+        number = few if few == many else f"{few} to {many}"
+        return f"{'lists' if plural else 'a list'} of {number} {_described(args[0], bounds, plural=True)}"
+    name, within = _WORDS[kind][plural], within or bounds.get(kind)
+    if within is None or within == _BOUNDS.get(kind):
+        return name
+    limits = f"{_number(within.low)} to {_number(within.high)}"
+    return f"{name} of {limits} characters" if kind is str else f"{name} from {limits}"
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"

@@ -1,0 +1,176 @@
+"""How the worker draws: models in memory, what is shown of an image meanwhile, and its file. Needs torch."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sfumato.coreml.pipeline import load_pipeline
+from sfumato.errors import SfumatoError
+from sfumato.files import file_hash, replacing
+from sfumato.jobs.keys import NUMERICS, canonical, image_key, salt_of
+from sfumato.jobs.preview import Colors
+from sfumato.metadata.carriers import read_recipe
+from sfumato.pipelines import stages
+from sfumato.pipelines.components import ComponentFiles
+from sfumato.pipelines.finite import FiniteWatch
+from sfumato.pipelines.loading import load
+from sfumato.pipelines.recipe import model_digest
+from sfumato.pipelines.sizes import read_sizes
+from sfumato.pipelines.source import open_source
+from sfumato.request import GenerateRequest
+from sfumato.runtime.choices import Wishes, task_of
+from sfumato.runtime.device import dtype_name, parse_dtype
+from sfumato.runtime.facts import read_facts
+from sfumato.runtime.plan import plan
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from PIL.Image import Image
+
+    from sfumato.pipelines.pipeline import DiffusionPipeline
+    from sfumato.pipelines.result import Step
+
+__all__ = [
+    "Loaded", "Shown", "colors_of", "encoded", "enlarged", "is_of", "key_of", "load_model", "planned", "settled",
+    "write",
+]  # fmt: skip
+
+# Seconds between two previews, and the longest side of one.
+PREVIEW_SECONDS, PREVIEW_SIDE = 0.2, 256
+
+
+class Loaded:
+    """A model in memory, and what is known of it: `wanted` is what it was asked for by."""
+
+    def __init__(self, wanted: tuple[Any, ...], pipeline: DiffusionPipeline) -> None:
+        self.wanted, self.pipeline = wanted, pipeline
+        self.decode_seconds = 0.0
+        self.colors: Colors | None = None
+        with suppress(Exception):  # of networks that are away, or decode one size only, there are no cheap previews
+            self.colors = colors_of(pipeline)
+
+
+class Shown:
+    """What is shown of one image while it is drawn."""
+
+    def __init__(self, message: Mapping[str, Any], model: Loaded, place: int) -> None:
+        self.message, self.place = message, place
+        self._model, self._began = model, time.perf_counter()
+        self._last = 0.0
+
+    def of(self, step: Step) -> dict[str, Any]:
+        """Seconds that are left, once they can be told, and now and then a preview."""
+        now, told = time.perf_counter(), dict[str, Any]()
+        if step.number == 1:
+            self._first = now
+        else:
+            pace = (now - self._first) / (step.number - 1)
+            told["seconds_left"] = pace * (step.total - step.number) + self._model.decode_seconds
+        colors = self._model.colors
+        wanted = self.message["options"].get("preview", True) and step.number < step.total
+        if wanted and colors is not None and now - self._last > PREVIEW_SECONDS:
+            self._last = now
+            told["preview"] = encoded(enlarged(colors.image(step.original())), "WEBP")
+        return told
+
+    def partial(self, step: Step) -> int | None:
+        """Which of the partial images that were asked for this step is, from 0."""
+        wanted = self.message["options"].get("partials", 0)
+        steps = [step.total * (number + 1) // (wanted + 1) for number in range(wanted)]
+        return steps.index(step.number) if step.number in steps else None
+
+
+def load_model(
+    message: Mapping[str, Any], request: GenerateRequest | None, device: str | None, dtype: str | None
+) -> DiffusionPipeline:
+    """Load a model; "lean": in the way that needs the least memory. request: one that needs a refiner, too."""
+    options, lean = message["options"], message["options"].get("lean", False)
+    if message["kind"] == "core-ml":
+        unit = options.get("compute_unit")
+        pipeline = load_pipeline(message["model"], compute_unit=unit, reduce_memory=lean, local_files_only=True)
+        torch.set_num_threads(read_facts("cpu").free_cores)
+        return pipeline
+    less: dict[str, Any] = {"offload": "staged", "micro_batch": 1} if lean else {}
+    pipeline = load(
+        message["model"], device=device, dtype=parse_dtype(dtype), request=request, local_files_only=True, **less
+    )
+    if lean:
+        pipeline.enable_vae_tiling()
+    if pipeline.device.type == "cpu" and pipeline.place.facts is not None:
+        torch.set_num_threads(pipeline.place.facts.free_cores)
+    pipeline.name = message["name"]
+    return pipeline
+
+
+def colors_of(pipeline: DiffusionPipeline) -> Colors:
+    """The cheap preview of a checkpoint's latents."""
+    vae = pipeline.parts.vae
+    with torch.no_grad():
+        return Colors(
+            lambda latents: stages.decode(vae, latents.to(vae.device, vae.dtype), FiniteWatch([])),
+            vae.config.latent_channels,
+        )
+
+
+def planned(message: Mapping[str, Any], device: str | None, dtype: str | None) -> dict[str, Any]:
+    """What a request takes on this machine, and how much of its prompts is read; of a loaded or any other model."""
+    source = open_source(message["model"], ComponentFiles(), {"local_files_only": True})
+    sizes, facts = read_sizes(source), read_facts(device)
+    request = GenerateRequest.from_dict(message["request"]).settled(source.settings)
+    found, task = plan(facts, sizes, request, Wishes(device=device, dtype=dtype)), task_of(sizes, request)
+    return {
+        "seconds": found.seconds, "peak_bytes": found.peak_bytes, "free_bytes": found.free_bytes,
+        "device": found.device, "dtype": found.unet_dtype, "width": task.width, "height": task.height,
+        "steps": request.chosen_steps, "guidance_scale": request.chosen_scale, "reasons": list(found.reasons),
+    }  # fmt: skip
+
+
+def settled(pipeline: DiffusionPipeline, request: GenerateRequest) -> GenerateRequest:
+    """The request with all that the checkpoint decides."""
+    request = request.settled(pipeline.parts.settings)
+    if request.image is not None:
+        return request
+    width, height = pipeline.parts.size_of(request)
+    return request.replace(width=width, height=height)
+
+
+def key_of(pipeline: DiffusionPipeline, request: GenerateRequest) -> str:
+    """The key of the one image that a request asks for."""
+    numerics = {"version": NUMERICS, "device": pipeline.device.type, "dtype": dtype_name(pipeline.dtype)}
+    source = "" if request.image is None else file_hash(Path(request.image))
+    return image_key(salt_of(model_digest(pipeline.parts), numerics), source, canonical(request))
+
+
+def is_of(path: Path, request: GenerateRequest) -> bool:
+    """Whether a file is the image of a request: drawn before, and only the word of it was lost."""
+    try:
+        return path.is_file() and read_recipe(path)["request"] == json.loads(canonical(request))
+    except (SfumatoError, OSError):
+        return False
+
+
+def write(path: Path, data: bytes) -> None:
+    """A file that is whole or absent."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def enlarged(image: Image) -> Image:
+    """A preview of a pixel a latent, as large as previews are, and smooth."""
+    scale = min(8, PREVIEW_SIDE / max(image.size))
+    return image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))))
+
+
+def encoded(image: Image, kind: str) -> str:
+    """An image as a data URL."""
+    image.save(stream := io.BytesIO(), kind)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(stream.getvalue()).decode()}"

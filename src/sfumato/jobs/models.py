@@ -1,0 +1,160 @@
+"""The models that may be asked for: by name, and never by a path that a request brings."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sfumato.checkpoints.builtin import BUILT_IN, builtin_model
+from sfumato.errors import CheckpointError, SfumatoError, UsageError, suggest
+from sfumato.files import read_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+__all__ = ["Model", "Models"]
+
+# Folders below the one of the models in which others are looked for.
+DEPTH = 3
+CONTROLS = ("ControlNetModel", "T2IAdapter", "MultiAdapter")
+UNITS = ("CPU_AND_GPU", "CPU_AND_NE", "ALL")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What can draw, or change what draws.
+
+    kind: "checkpoint", "core-ml", "lora", "embedding" or "controlnet"; family: what it is, as far as its header tells;
+    suggested: settings that suit it; words: what a small model knows, for the page to suggest; compute_units: of
+    Core ML models, what may run them here, if there is a choice.
+    """
+
+    name: str
+    kind: str
+    path: str
+    family: str = ""
+    width: int | None = None
+    height: int | None = None
+    bytes: int = 0
+    suggested: dict[str, Any] = field(default_factory=dict)
+    words: tuple[str, ...] = ()
+    compute_units: tuple[str, ...] = ()
+
+    def public(self) -> dict[str, Any]:
+        """The fields that are anybody's business."""
+        return {key: value for key, value in asdict(self).items() if key != "path"}
+
+
+class Models:
+    """The built-in model, those of a folder, and those in the hub's cache; looked for again whenever asked to."""
+
+    def __init__(self, folder: Path | None = None, default: str = BUILT_IN, *, cached: bool = True) -> None:
+        """default: the one that draws where none is named; a path is fine, as it is the user's own."""
+        self._folder, self._default, self._cached = folder, default, cached
+        self._lock = threading.Lock()
+        self._found: dict[str, Model] = {one.name: one for one in (_built_in(),)}
+        self.default = default if default == BUILT_IN else self._add_default(default)
+
+    def _add_default(self, name: str) -> str:
+        place = os.path.abspath(os.path.expanduser(name)) if os.path.exists(os.path.expanduser(name)) else name
+        short = os.path.basename(name.rstrip("/\\")) if place != name else name
+        self._found[short] = Model(short, "checkpoint", place)
+        return short
+
+    def all(self, *, look: bool = False) -> list[Model]:
+        """Every model there is; `look` for new ones first."""
+        if look:
+            found = {one.name: one for one in self._look()}
+            with self._lock:
+                kept = {name: one for name, one in self._found.items() if name in (BUILT_IN, self.default)}
+                self._found = found | kept
+        with self._lock:
+            return sorted(self._found.values(), key=lambda one: (one.name != self.default, one.kind, one.name.lower()))
+
+    def get(self, name: str, *kinds: str) -> Model:
+        """The model of a name. Raises `UsageError` naming the nearest one there is."""
+        found = {one.name: one for one in self.all() if not kinds or one.kind in kinds}
+        if name not in found:
+            found = {one.name: one for one in self.all(look=True) if not kinds or one.kind in kinds}
+        if name not in found:
+            raise UsageError(f"there is no model {name[:100]!r} here{suggest(name, found)}; GET /api/models lists them")
+        return found[name]
+
+    def path(self, name: str) -> str:
+        """Where the model of a name is."""
+        return self.get(name).path
+
+    def _look(self) -> Iterator[Model]:
+        if self._cached:
+            from sfumato.checkpoints.cached import cached_models
+
+            for one in cached_models():
+                if one.kind == "checkpoint":
+                    yield Model(one.name or one.repo, "checkpoint", one.repo, bytes=one.bytes)
+        if self._folder is not None:
+            yield from _below(self._folder, self._folder, DEPTH)
+
+
+def _built_in() -> Model:
+    folder = builtin_model()
+    words = read_json(folder / "words.json")
+    names = tuple(names[0] for names in words["concepts"].values())
+    suggested = read_json(folder / "sfumato.json")
+    size = read_json(folder / "unet" / "config.json")["sample_size"] * 8
+    return Model(
+        BUILT_IN, "checkpoint", BUILT_IN, "built-in", size, size, _bytes(folder), suggested, (*names, *words["styles"])
+    )
+
+
+def _below(folder: Path, root: Path, depth: int) -> Iterator[Model]:
+    try:
+        entries = sorted(os.scandir(folder), key=lambda one: one.name)
+    except OSError:
+        return
+    for one in entries:
+        path, name = folder / one.name, (folder / one.name).relative_to(root).as_posix()
+        if one.name.startswith("."):
+            continue
+        if one.is_dir():
+            if (path / "model_index.json").is_file():
+                yield Model(name, "checkpoint", str(path.absolute()), bytes=_bytes(path))
+            elif (path / "config.json").is_file() and _class_of(path) in CONTROLS:
+                yield Model(name, "controlnet", str(path.absolute()), bytes=_bytes(path))
+            elif any(inner.endswith((".mlmodelc", ".mlpackage")) for inner in os.listdir(path)):
+                units = UNITS if sys.platform == "darwin" else ()
+                yield Model(name, "core-ml", str(path.absolute()), bytes=_bytes(path), compute_units=units)
+            elif depth > 1:
+                yield from _below(path, root, depth - 1)
+        elif one.name.endswith(".safetensors") and not one.name.endswith(".vae.safetensors"):
+            yield from _of_file(path, name.removesuffix(".safetensors"))
+
+
+def _of_file(path: Path, name: str) -> Iterator[Model]:
+    from sfumato.checkpoints.about import about_file
+
+    try:
+        told = about_file(path, local_files_only=True)
+    except (CheckpointError, SfumatoError):
+        return
+    kinds = {"a LoRA": "lora", "a textual inversion": "embedding", "a ControlNet": "controlnet"}
+    kind = "checkpoint" if "width" in told else kinds.get(told["family"])
+    if kind is not None:
+        yield Model(
+            name, kind, str(path.absolute()), told["family"], told.get("width"), told.get("height"), told["bytes"],
+            told.get("suggested", {}),
+        )  # fmt: skip
+
+
+def _class_of(folder: Path) -> str:
+    try:
+        return str(read_json(folder / "config.json").get("_class_name"))
+    except CheckpointError:
+        return ""
+
+
+def _bytes(folder: Path) -> int:
+    return sum(os.path.getsize(os.path.join(at, name)) for at, _, names in os.walk(folder) for name in names)

@@ -1,0 +1,79 @@
+"""The worker as its keeper sees it: a process that is told things as lines of JSON, and answers so."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+__all__ = ["Process"]
+
+# Longer than any message: previews and partial images are the largest.
+MOST_LINE = 2**26
+
+
+class Process:
+    """One worker in a folder. `heard(message)` is called in a thread of its own; at the end, with {"is": "gone"}."""
+
+    def __init__(self, folder: Path, heard: Callable[[Process, dict[str, Any]], None], options: list[str]) -> None:
+        # -P: what lies in the folder is never imported. A group of its own: Ctrl-C in a terminal is for the server.
+        command = [sys.executable, "-P", "-m", "sfumato.jobs.worker", *options]
+        self._child = subprocess.Popen(
+            command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=os.name == "posix",
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"},
+        )  # fmt: skip
+        self._lock, self._heard = threading.Lock(), heard
+        self._thread = threading.Thread(target=self._listen, name="sfumato-worker", daemon=True)
+        self._thread.start()
+
+    @property
+    def pid(self) -> int:
+        """The process's number."""
+        return self._child.pid
+
+    def tell(self, **message: Any) -> None:
+        """Send a message; to a worker that is gone, nothing is sent."""
+        line = json.dumps(message).encode() + b"\n"
+        with self._lock, suppress(OSError, ValueError):
+            assert self._child.stdin is not None
+            self._child.stdin.write(line)
+            self._child.stdin.flush()
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._child.kill()
+
+    def end(self, patience: float = 0.0) -> None:
+        """Have it end: it is asked first, and killed if it is still there after `patience` seconds."""
+        with self._lock, suppress(OSError, ValueError):
+            assert self._child.stdin is not None
+            self._child.stdin.close()
+        try:
+            self._child.wait(patience)
+        except subprocess.TimeoutExpired:
+            self._child.kill()
+        self._child.wait()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _listen(self) -> None:
+        assert self._child.stdout is not None
+        with self._child.stdout as stream:
+            while line := stream.readline(MOST_LINE):
+                try:
+                    message = json.loads(line)
+                except ValueError:  # the last words of one that was killed
+                    continue
+                self._heard(self, message)
+        with self._lock, suppress(OSError):
+            assert self._child.stdin is not None
+            self._child.stdin.close()
+        self._heard(self, {"is": "gone", "code": self._child.wait()})

@@ -1,0 +1,227 @@
+"""What is known of jobs and events, in SQLite: whatever was accepted is on the disk before anybody is told so."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sqlite3
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sfumato.errors import OutputError
+from sfumato.values import reason
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+__all__ = ["ENDED", "Event", "Job", "Store"]
+
+log = logging.getLogger("sfumato")
+
+ENDED = ("done", "failed", "cancelled")
+# Events that are kept for those who come back.
+MOST_EVENTS = 10_000
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (
+    number INTEGER PRIMARY KEY, id TEXT UNIQUE NOT NULL, state TEXT NOT NULL, model TEXT NOT NULL,
+    request TEXT NOT NULL, client TEXT NOT NULL, options TEXT NOT NULL, created REAL NOT NULL, started REAL,
+    finished REAL, attempts INTEGER NOT NULL DEFAULT 0, restarts INTEGER NOT NULL DEFAULT 0, error TEXT,
+    notes TEXT NOT NULL DEFAULT '[]');
+CREATE INDEX IF NOT EXISTS jobs_by_state ON jobs (state, number);
+CREATE TABLE IF NOT EXISTS drawn (
+    job TEXT NOT NULL, place INTEGER NOT NULL, image TEXT NOT NULL, PRIMARY KEY (job, place)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS events (seq INTEGER PRIMARY KEY AUTOINCREMENT, type TEXT NOT NULL, data TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS images (
+    key TEXT PRIMARY KEY, path TEXT UNIQUE NOT NULL, bytes INTEGER NOT NULL, changed INTEGER NOT NULL,
+    width INTEGER NOT NULL, height INTEGER NOT NULL, created REAL NOT NULL, prompt TEXT NOT NULL,
+    negative_prompt TEXT NOT NULL, model TEXT NOT NULL, seed TEXT NOT NULL, scheduler TEXT NOT NULL,
+    program TEXT NOT NULL, deleted REAL);
+CREATE INDEX IF NOT EXISTS images_by_time ON images (created DESC, key);
+"""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened: kept under a number for those who come back, or passing (None)."""
+
+    type: str
+    data: dict[str, Any]
+    seq: int | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request on its way: `state` is queued, running, done, failed or cancelled.
+
+    request: a `GenerateRequest` as JSON, its seed fixed; client: who asked; options: what the worker is told beside;
+    attempts: how often a worker began with it; restarts: how often the server went away meanwhile; error: kind and
+    message; images: keys of the images drawn, by their place in the batch. Times are seconds since 1970.
+    """
+
+    number: int
+    id: str
+    state: str
+    model: str
+    request: dict[str, Any]
+    client: str
+    options: dict[str, Any]
+    created: float
+    started: float | None = None
+    finished: float | None = None
+    attempts: int = 0
+    restarts: int = 0
+    error: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+    images: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will become of it."""
+        return self.state in ENDED
+
+
+class Store:
+    """The database of a folder. Every method is one transaction, and may be called from any thread."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or make it; one that is damaged is put aside. Raises `OutputError` where it cannot be written."""
+        self._lock = threading.RLock()
+        try:
+            self._open(path)
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):
+                raise OutputError(f"{path} cannot be opened ({reason(error)}); choose another folder") from error
+            aside = path.with_name(f"{path.name}.damaged-{int(time.time())}")
+            log.warning("%s is damaged (%s); it is now %s, and the images are indexed again", path, error, aside.name)
+            for ending in ("-wal", "-shm"):
+                path.with_name(path.name + ending).unlink(missing_ok=True)
+            path.replace(aside)
+            self._open(path)
+
+    def _open(self, path: Path) -> None:
+        self._base = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=5)
+        try:
+            self._base.row_factory = sqlite3.Row
+            mode = self._base.execute("PRAGMA journal_mode=WAL").fetchone()[0]
+            if mode != "wal":  # a network drive; SQLite then writes in its older way, as safe and slower
+                log.info("%s is on a file system without shared memory; its journal is a file", path)
+            self._base.execute("PRAGMA synchronous=FULL")
+            if self._base.execute("PRAGMA quick_check").fetchone()[0] != "ok":
+                raise sqlite3.DatabaseError("its pages contradict each other")
+            self._base.executescript(SCHEMA)
+        except BaseException:
+            self._base.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the file."""
+        with self._lock:
+            self._base.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """All that is done within the block is kept, or nothing of it."""
+        with self._lock:
+            self._base.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._base
+            except BaseException:
+                self._base.execute("ROLLBACK")
+                raise
+            self._base.execute("COMMIT")
+
+    def rows(self, sql: str, values: tuple[Any, ...] | dict[str, Any] = ()) -> list[sqlite3.Row]:
+        """What a query finds."""
+        with self._lock:
+            return self._base.execute(sql, values).fetchall()
+
+    def add(self, job: Job) -> bool:
+        """Take a job down; False, and nothing is done, if there is one of this id."""
+        with self.transaction() as base:
+            names = "id, state, model, request, client, options, created"
+            done = base.execute(
+                f"INSERT OR IGNORE INTO jobs ({names}) VALUES (?,?,?,?,?,?,?)",
+                (job.id, job.state, job.model, _text(job.request), job.client, _text(job.options), job.created),
+            )
+            return done.rowcount == 1
+
+    def change(self, id: str, was: tuple[str, ...], **values: Any) -> bool:
+        """Change a job if it is in one of the states `was`; whether it has been."""
+        values = {name: _text(v) if isinstance(v, dict | list | tuple) else v for name, v in values.items()}
+        sets, states = ", ".join(f"{name} = ?" for name in values), ", ".join("?" * len(was))
+        with self.transaction() as base:
+            sql = f"UPDATE jobs SET {sets} WHERE id = ? AND state IN ({states})"
+            return base.execute(sql, (*values.values(), id, *was)).rowcount == 1
+
+    def drawn(self, id: str, place: int, image: str) -> None:
+        """Note which image stands in a place of a job."""
+        with self.transaction() as base:
+            base.execute("INSERT OR REPLACE INTO drawn VALUES (?,?,?)", (id, place, image))
+
+    def job(self, id: str) -> Job | None:
+        """The job of an id."""
+        return next(iter(self._jobs("WHERE id = ?", (id,))), None)
+
+    def job_of_body(self, client: str, body: str) -> Job | None:
+        """The newest job that a client sent in the same words."""
+        rule = "WHERE client = ? AND json_extract(options, '$.body') = ? ORDER BY number DESC LIMIT 1"
+        return next(iter(self._jobs(rule, (client, body))), None)
+
+    def jobs(self, *states: str, most: int = 100, newest: bool = True, client: str | None = None) -> list[Job]:
+        """Jobs in these states (in all, if none is named), the newest or the oldest first."""
+        rules, values = [], [*states]
+        if states:
+            rules.append(f"state IN ({', '.join('?' * len(states))})")
+        if client is not None:
+            rules.append("client = ?")
+            values.append(client)
+        where = f"WHERE {' AND '.join(rules)}" if rules else ""
+        return self._jobs(f"{where} ORDER BY number {'DESC' if newest else 'ASC'} LIMIT ?", (*values, most))
+
+    def count(self, *states: str, client: str | None = None) -> int:
+        """How many jobs are in these states."""
+        whose, values = ("", ()) if client is None else (" AND client = ?", (client,))
+        places = ", ".join("?" * len(states))
+        return self.rows(f"SELECT count(*) FROM jobs WHERE state IN ({places}){whose}", (*states, *values))[0][0]
+
+    def _jobs(self, rest: str, values: tuple[Any, ...]) -> list[Job]:
+        found = []
+        with self._lock:
+            for row in self.rows(f"SELECT * FROM jobs {rest}", values):
+                told = dict(row)
+                for name in ("request", "options", "error", "notes"):
+                    told[name] = None if told[name] is None else json.loads(told[name])
+                drawn = self.rows("SELECT place, image FROM drawn WHERE job = ? ORDER BY place", (told["id"],))
+                images = {one["place"]: one["image"] for one in drawn}
+                found.append(Job(**told | {"notes": tuple(told["notes"]), "images": images}))
+        return found
+
+    def tell(self, type: str, data: dict[str, Any]) -> Event:
+        """Keep an event, under the next number."""
+        with self.transaction() as base:
+            seq = base.execute("INSERT INTO events (type, data) VALUES (?,?)", (type, _text(data))).lastrowid or 0
+            if seq % 1000 == 0:
+                base.execute("DELETE FROM events WHERE seq <= ?", (seq - MOST_EVENTS,))
+            return Event(type, data, seq)
+
+    def events_after(self, seq: int) -> list[Event] | None:
+        """The events kept since the one of a number; None if some of them are forgotten, or the number is not ours."""
+        with self._lock:
+            first, last = self.rows("SELECT coalesce(min(seq), 1), coalesce(max(seq), 0) FROM events")[0]
+            if not first - 1 <= seq <= last:
+                return None
+            found = self.rows("SELECT * FROM events WHERE seq > ? ORDER BY seq", (seq,))
+        return [Event(row["type"], json.loads(row["data"]), row["seq"]) for row in found]
+
+    @property
+    def last_event(self) -> int:
+        """The number of the newest event, 0 if there is none."""
+        return self.rows("SELECT coalesce(max(seq), 0) FROM events")[0][0]
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True)

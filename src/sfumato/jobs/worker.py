@@ -1,0 +1,221 @@
+"""The worker: the process that draws, and the only one that imports torch.
+
+It is told on standard input, and answers on standard output, one JSON object a line. When its input ends, so does it,
+at once: whoever started it is gone, and an image is whole or absent whenever that happens.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sfumato.errors import CheckpointError, MemoryPlanError, SfumatoError, UsageError
+from sfumato.jobs.keys import file_name
+from sfumato.values import reason
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from sfumato.jobs.drawing import Loaded, Shown
+    from sfumato.pipelines.result import Step
+    from sfumato.request import GenerateRequest
+
+__all__ = ["Cancelled", "Worker", "chosen", "failure", "main"]
+
+
+class Cancelled(Exception):
+    """Nobody wants this job any more."""
+
+
+class Worker:
+    """Draws one job after the other with models that stay in memory, and answers what a request would take."""
+
+    def __init__(self, output: io.BufferedWriter, device: str | None, dtype: str | None) -> None:
+        self._output, self._lock = output, threading.Lock()
+        self._device, self._dtype = device, dtype
+        self._todo: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._asked: queue.Queue[dict[str, Any]] = queue.Queue()
+        self._cancelled: set[str] = set()
+        self._loaded: Loaded | None = None
+
+    def run(self) -> None:
+        """Work until the input ends."""
+        threading.Thread(target=self._listen, daemon=True).start()
+        import torch
+
+        import sfumato.jobs.drawing  # noqa: F401
+        from sfumato.runtime.facts import read_facts
+
+        facts = read_facts(self._device)
+        self._say(
+            "ready", device=facts.accelerator_name or facts.processor, kind=facts.accelerator, torch=torch.__version__
+        )
+        threading.Thread(target=self._answer, daemon=True).start()
+        while True:
+            message = self._todo.get()
+            if message["do"] == "draw":
+                self._draw(message)
+            elif self._todo.empty():
+                self._warm(message)
+
+    def _listen(self) -> None:
+        for line in sys.stdin.buffer:
+            message = json.loads(line)
+            if message["do"] == "cancel":
+                self._cancelled.add(message["job"])
+            else:
+                (self._asked if message["do"] == "plan" else self._todo).put(message)
+        os._exit(0)
+
+    def _say(self, what: str, **more: Any) -> None:
+        line = json.dumps({"is": what, **more}).encode() + b"\n"
+        with self._lock:
+            self._output.write(line)
+            self._output.flush()
+
+    def _draw(self, message: Mapping[str, Any]) -> None:
+        job = message["job"]
+        try:
+            notes = self._images(message)
+            self._say("done", job=job, notes=notes)
+        except Cancelled:
+            self._say("cancelled", job=job)
+        except Exception as error:
+            self._say("failed", job=job, **failure(error))
+        self._cancelled.discard(job)
+
+    def _warm(self, message: Mapping[str, Any]) -> None:
+        """Have a model in memory before somebody waits for it; what is wrong with it is said when it is asked for."""
+        with suppress(Exception):
+            self._model({**message, "options": {}})
+
+    def _images(self, message: Mapping[str, Any]) -> list[str]:
+        """Draw what is left of a job; returns what is to be said of it."""
+        from sfumato.jobs.drawing import settled
+        from sfumato.request import GenerateRequest
+
+        job, done = message["job"], set(message["done"])
+        request = GenerateRequest.from_dict(message["request"])
+        self._check(job)
+        model = self._model(message, request)
+        request = settled(model.pipeline, request)
+        self._say("began", job=job, total=request.batch_size, tokens=self._tokens(message))
+        notes: dict[str, None] = {}
+        for place, seed in enumerate(request.seeds):
+            if place not in done:
+                alone = request.alone(place // request.count).replace(seed=seed)
+                notes |= dict.fromkeys(self._image(message, model, alone, place))
+        return list(notes)
+
+    def _image(
+        self, message: Mapping[str, Any], model: Loaded, request: GenerateRequest, place: int
+    ) -> tuple[str, ...]:
+        from sfumato.jobs.drawing import Shown, is_of, key_of, write
+        from sfumato.metadata.carriers import png_bytes
+
+        job, notes = message["job"], ()
+        self._check(job)
+        path = Path(file_name(request.prompts[0], key_of(model.pipeline, request)))
+        if not is_of(path, request):
+            shown = Shown(message, model, place)
+            result = model.pipeline.generate(request, lambda step: self._step(shown, step))
+            self._check(job)
+            model.decode_seconds, notes = result.seconds.get("decode", 0.0), result.notes
+            write(path, png_bytes(result.images[0], result.recipes[0]))
+        self._say("image", job=job, place=place, path=str(path))
+        return notes
+
+    def _step(self, shown: Shown, step: Step) -> None:
+        from sfumato.jobs.drawing import encoded
+
+        job = shown.message["job"]
+        self._check(job)
+        told = {"job": job, "place": shown.place, "step": step.number, "total": step.total, "at": time.time()}
+        self._say("step", **told, **shown.of(step))
+        if (number := shown.partial(step)) is not None:
+            picture = step.preview()[0]
+            self._say(
+                "partial", job=job, place=shown.place, number=number, size=picture.size, image=encoded(picture, "PNG")
+            )
+
+    def _check(self, job: str) -> None:
+        if job in self._cancelled:
+            raise Cancelled
+
+    def _model(self, message: Mapping[str, Any], request: GenerateRequest | None = None) -> Loaded:
+        """The model of a message, the one in memory if it is that."""
+        from sfumato.jobs.drawing import Loaded, load_model
+
+        refiner = None if request is None else request.refiner
+        options = message["options"]
+        wanted = (message["model"], refiner, options.get("compute_unit"), options.get("lean", False))
+        if self._loaded is None or self._loaded.wanted != wanted:
+            self._loaded = None
+            self._say("loading", job=message.get("job"), model=message["name"])
+            pipeline = load_model(message, request if refiner else None, self._device, self._dtype)
+            self._loaded = Loaded(wanted, pipeline)
+        return self._loaded
+
+    def _answer(self) -> None:
+        """What requests would take, beside the drawing."""
+        from sfumato.jobs.drawing import planned
+
+        while True:
+            message = self._asked.get()
+            try:
+                told = planned(message, self._device, self._dtype) | {"tokens": self._tokens(message)}
+                self._say("plan", id=message["id"], plan=told)
+            except Exception as error:
+                self._say("plan", id=message["id"], **failure(error))
+
+    def _tokens(self, message: Mapping[str, Any]) -> dict[str, int] | None:
+        """How many tokens the prompts are; None if another model than theirs is in memory."""
+        loaded = self._loaded
+        if loaded is None or loaded.wanted[0] != message["model"]:
+            return None
+        tokenizer, request = loaded.pipeline.tokenizer, message["request"]
+        texts = {name: request.get(name) or "" for name in ("prompt", "negative_prompt")}
+        counts = {name: len(tokenizer.ids(str(text))) for name, text in texts.items()}
+        return counts | {"limit": loaded.pipeline.parts.prompt_tokens - 2}
+
+
+def failure(error: Exception) -> dict[str, Any]:
+    """What went wrong, as a kind and a sentence."""
+    kind = "internal"
+    if isinstance(error, UsageError):
+        kind = "request"
+    elif isinstance(error, MemoryPlanError | MemoryError) or "out of memory" in str(error):
+        kind = "memory"
+    elif isinstance(error, CheckpointError):
+        kind = "model"
+    elif isinstance(error, SfumatoError):
+        kind = "drawing"
+    text = str(error) if isinstance(error, SfumatoError) else f"{type(error).__name__}: {reason(error)}"
+    return {"kind": kind, "message": text}
+
+
+def chosen(arguments: list[str]) -> Iterator[str | None]:
+    """Device and precision, "-" for either if it is left to the plan."""
+    yield from (None if word == "-" else word for word in arguments)
+
+
+def main() -> None:
+    """Answers go to what was standard output; whatever else is printed goes to standard error."""
+    logging.getLogger("sfumato").setLevel(logging.ERROR)  # what is worth noting is among a job's notes
+    output = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    device, dtype = chosen(sys.argv[1:3])
+    Worker(output, device, dtype).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Errors as answers: one form, which OpenAI's clients understand, too."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from sfumato.errors import SfumatoError, UsageError
+from sfumato.jobs.queue import Full
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+__all__ = ["ApiError", "add_handlers", "answer", "not_found"]
+
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class ApiError(HTTPException):
+    """An answer that is an error. after: seconds until it is worth trying again; None: it never is."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, after: int | None = None
+    ) -> None:
+        super().__init__(status, message)
+        self.status, self.message, self.param, self.code, self.after = status, message, param, code, after
+
+
+def not_found(what: str, name: str) -> ApiError:
+    """There is no such thing."""
+    return ApiError(404, f"there is no {what} {name[:100]!r}", code=f"{what}_not_found")
+
+
+def answer(error: ApiError) -> JSONResponse:
+    """The answer that an error is."""
+    kind = TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    body = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
+    headers = {"x-should-retry": "false"} if error.after is None else {"Retry-After": str(error.after)}
+    return JSONResponse({"error": body}, error.status, headers)
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Have every error answered in this form."""
+
+    @app.exception_handler(ApiError)
+    async def _api(_: Request, error: ApiError) -> JSONResponse:
+        return answer(error)
+
+    @app.exception_handler(SfumatoError)
+    async def _ours(_: Request, error: SfumatoError) -> JSONResponse:
+        if isinstance(error, Full):
+            return answer(ApiError(429, str(error), after=error.after, code="queue_full"))
+        return answer(ApiError(400 if isinstance(error, UsageError) else 500, str(error)))
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+        first: Any = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:]) or None
+        return answer(
+            ApiError(400, f"{where or 'the body'}: {first['msg'][:1].lower()}{first['msg'][1:]}", param=where)
+        )
+
+    @app.exception_handler(Exception)
+    async def _unexpected(_: Request, error: Exception) -> JSONResponse:
+        return answer(ApiError(500, f"something unexpected happened ({type(error).__name__}); the log says where"))
+
+    @app.exception_handler(HTTPException)
+    async def _http(_: Request, error: HTTPException) -> JSONResponse:
+        found = answer(ApiError(error.status_code, str(error.detail).lower()))
+        found.headers.update(error.headers or {})
+        return found

@@ -1,0 +1,63 @@
+"""Listening: a socket first, then the queue, then the page."""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from sfumato.errors import UsageError
+from sfumato.files import output_folder
+from sfumato.jobs.models import Models
+from sfumato.jobs.queue import JobQueue
+from sfumato.server.app import create_app
+from sfumato.server.security import is_loopback, new_token
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["listening", "run"]
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises `UsageError` where it cannot be had."""
+    try:
+        kind = socket.AF_INET6 if ":" in host else socket.AF_INET
+        found = socket.socket(kind, socket.SOCK_STREAM)
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind((host, port))
+        found.listen(128)  # whoever comes from now on waits until the application is there
+    except OSError as error:
+        raise UsageError(f"cannot listen at {host}:{port} ({error.strerror}); choose another --port") from error
+    return found
+
+
+def run(
+    folder: Path,
+    *,
+    host: str,
+    port: int,
+    models: Path | None,
+    default: str,
+    token: str | None,
+    device: str | None,
+    dtype: str | None,
+    page: bool,
+    browser: bool,
+) -> None:
+    """Serve until somebody ends it."""
+    given = token is not None
+    token = token or (None if is_loopback(host) else new_token())
+    sock = listening(host, port)
+    queue = JobQueue(output_folder(folder).absolute(), Models(models, default), device=device, dtype=dtype)
+    app = create_app(queue, page=page, host=host, token=token)
+    place = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
+    link = place if token is None or not page else f"{place}/?token={token}"
+    print(f"Sfumato is at {link if page else place}; Ctrl-C ends it", flush=True)
+    if not page and token is not None and not given:
+        print(f"Clients need this token: {token}", flush=True)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2
+    )
+    uvicorn.Server(config).run(sockets=[sock])

@@ -1,0 +1,377 @@
+"""AUTOMATIC1111's `/sdapi/v1`, the part that clients use, in the words that its own image files use.
+
+What a payload asks for and is not done stands in the answer's `warnings`; what would make another image altogether
+(scripts, a second pass) is refused. `skip` ends the whole job, as `interrupt` does. Every image is kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import re
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from sfumato.errors import UsageError
+from sfumato.metadata.samplers import SAMPLERS, SPACINGS
+from sfumato.metadata.told import Told, request_of
+from sfumato.request import AdapterFile, GenerateRequest, Mask
+from sfumato.server.errors import ApiError
+from sfumato.server.images import inverted
+from sfumato.server.intake import decoded
+
+if TYPE_CHECKING:
+    from sfumato.jobs.models import Model
+    from sfumato.jobs.queue import JobQueue
+    from sfumato.jobs.store import Job
+
+__all__ = [
+    "ImageToImage", "PngInfo", "TextToImage", "embeddings", "img2img", "interrupt", "loras", "memory", "nothing",
+    "options", "png_info", "progress", "refresh", "router", "samplers", "schedulers", "scripts", "sd_models",
+    "set_options", "txt2img", "upscalers",
+]  # fmt: skip
+
+router = APIRouter(prefix="/sdapi/v1", tags=["sdapi"])
+
+CLIENT = "sdapi"
+# Fields that are only about what A1111 does with files, or that do nothing unless others are set.
+HARMLESS = {
+    "sampler_index", "send_images", "save_images", "do_not_save_samples", "do_not_save_grid", "script_args", "eta",
+    "s_churn", "s_tmax", "s_tmin", "s_noise", "s_min_uncond", "seed_resize_from_h", "seed_resize_from_w", "hr_scale",
+    "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y", "hr_checkpoint_name", "hr_sampler_name",
+    "hr_scheduler", "hr_prompt", "hr_negative_prompt", "firstphase_width", "firstphase_height", "comments", "infotext",
+    "override_settings_restore_afterwards", "mask_blur_x", "mask_blur_y", "inpainting_fill",
+    "include_init_images", "resize_mode", "mask_blur", "inpaint_full_res", "inpaint_full_res_padding",
+    "inpainting_mask_invert",
+    "initial_noise_multiplier", "image_cfg_scale", "refiner_switch_at", "force_task_id", "disable_extra_networks",
+    "mask_round", "latent_mask", "denoising_strength",
+}  # fmt: skip
+OPTIONS = {"samples_format": "png", "sd_vae": "Automatic", "CLIP_stop_at_last_layers": 1, "eta_noise_seed_delta": 0}
+
+
+class TextToImage(BaseModel):
+    """A1111's fields that mean something here, with its defaults."""
+
+    model_config = ConfigDict(extra="allow")
+
+    prompt: str = ""
+    negative_prompt: str | None = ""
+    seed: int = -1
+    subseed: int = -1
+    subseed_strength: Annotated[float, Field(ge=0, le=1)] = 0.0
+    steps: Annotated[int, Field(ge=1, le=1000)] = 50
+    cfg_scale: float = 7.0
+    width: Annotated[int, Field(ge=8, le=16384)] = 512
+    height: Annotated[int, Field(ge=8, le=16384)] = 512
+    sampler_name: str | None = None
+    sampler_index: str | None = None
+    scheduler: str | None = None
+    batch_size: Annotated[int, Field(ge=1, le=100)] = 1
+    n_iter: Annotated[int, Field(ge=1, le=100)] = 1
+    override_settings: dict[str, Any] | None = None
+    alwayson_scripts: dict[str, Any] | None = None
+    script_name: str | None = None
+    enable_hr: bool | None = False
+    styles: list[str] | None = None
+    tiling: bool | None = False
+    restore_faces: bool | None = False
+    send_images: bool = True
+
+
+class ImageToImage(TextToImage):
+    """The same from an image."""
+
+    init_images: Annotated[list[str], Field(min_length=1, max_length=1)]
+    denoising_strength: Annotated[float, Field(ge=0, le=1)] = 0.75
+    mask: str | None = None
+    mask_blur: Annotated[int, Field(ge=0, le=255)] = 4
+    inpainting_mask_invert: bool = False
+    inpaint_full_res: bool = True
+    inpaint_full_res_padding: Annotated[int, Field(ge=0, le=2048)] = 0
+
+
+class PngInfo(BaseModel):
+    """An image in base64."""
+
+    image: str
+
+
+@router.post("/txt2img")
+async def txt2img(http: Request, asked: TextToImage) -> dict[str, Any]:
+    """Images from a prompt."""
+    return await _answer(http, asked)
+
+
+@router.post("/img2img")
+async def img2img(http: Request, asked: ImageToImage) -> dict[str, Any]:
+    """Images from an image, or of a masked part of it."""
+    return await _answer(http, asked)
+
+
+async def _answer(http: Request, asked: TextToImage) -> dict[str, Any]:
+    job, warnings = await asyncio.to_thread(_submitted, http, asked)
+    try:
+        job = await http.app.state.waiting.ended(job.id, http)
+    except ApiError as error:
+        if error.code != "cancelled":  # what was interrupted is answered with what there is of it
+            raise
+        job = http.app.state.queue.store.job(job.id) or job
+    return await asyncio.to_thread(_told, http, asked, job, warnings)
+
+
+def _submitted(http: Request, asked: TextToImage) -> tuple[Job, list[str]]:
+    _refuse(asked)
+    queue: JobQueue = http.app.state.queue
+    settings = {**_options(http), **(asked.override_settings or {})}
+    model = _named(queue, str(settings["sd_model_checkpoint"]))
+    request, notes = request_of(_as_told(asked, settings))
+    warnings = [note for note in notes if "made from another image" not in note]
+    extra = {name for name in asked.model_extra or {} if name not in HARMLESS}
+    warnings += [f"{name} has no effect" for name in sorted(extra | ({"styles"} if asked.styles else set()))]
+    request = _with_adapters(request, queue).replace(count=asked.batch_size * asked.n_iter)
+    if isinstance(asked, ImageToImage):
+        request = request.replace(image=http.app.state.intake.keep(decoded(asked.init_images[0])))
+        if asked.mask:
+            request = request.replace(mask=_mask(asked, http.app.state.intake.keep(_whitened(asked))))
+    return queue.submit(request, model.name, client=CLIENT, preview=True), warnings
+
+
+def _mask(asked: ImageToImage, file: str) -> Mask:
+    crop = asked.inpaint_full_res_padding if asked.inpaint_full_res else None
+    return Mask(file=file, edge=asked.mask_blur, crop=crop)
+
+
+def _whitened(asked: ImageToImage) -> bytes:
+    """The mask, white where it is to be painted."""
+    data = decoded(asked.mask or "")
+    return inverted(data) if asked.inpainting_mask_invert else data
+
+
+def _refuse(asked: TextToImage) -> None:
+    scripts = asked.alwayson_scripts or {}
+    used = [name for name, told in scripts.items() if not isinstance(told, dict) or any(told.get("args") or ())]
+    if used or asked.script_name:
+        told = ", ".join([*used, *([asked.script_name] if asked.script_name else [])])[:200]
+        raise ApiError(422, f"scripts of A1111 are not run here: {told}", param="alwayson_scripts")
+    if asked.enable_hr:
+        raise ApiError(422, "there is no second pass in a larger size yet; send enable_hr false", param="enable_hr")
+
+
+def _as_told(asked: TextToImage, settings: dict[str, Any]) -> Told:
+    """The payload as A1111 would write it into an image."""
+    fields = {
+        "Steps": asked.steps, "Sampler": asked.sampler_name or asked.sampler_index or "Euler",
+        "Schedule type": asked.scheduler or "Automatic", "CFG scale": asked.cfg_scale,
+        "Size": f"{asked.width}x{asked.height}", "Clip skip": settings["CLIP_stop_at_last_layers"],
+    }  # fmt: skip
+    if re.search(rf" ({'|'.join(SPACINGS)})$", str(fields["Sampler"])):
+        fields["Schedule type"] = None  # the name says it, as it did before 1.9
+    if asked.seed >= 0:
+        fields["Seed"] = asked.seed
+    if asked.subseed_strength:
+        fields |= {"Variation seed": max(0, asked.subseed), "Variation seed strength": asked.subseed_strength}
+    if asked.tiling or asked.restore_faces:
+        fields |= {"Tiling": bool(asked.tiling), "Face restoration": bool(asked.restore_faces)}
+    if isinstance(asked, ImageToImage):
+        fields["Denoising strength"] = asked.denoising_strength
+    if settings.get("eta_noise_seed_delta"):
+        fields["ENSD"] = settings["eta_noise_seed_delta"]
+    texts = {key: str(value) for key, value in fields.items() if value is not None}
+    return Told("AUTOMATIC1111", asked.prompt, asked.negative_prompt or None, texts)
+
+
+def _with_adapters(request: GenerateRequest, queue: JobQueue) -> GenerateRequest:
+    """The request with what its prompt calls by `<lora:name:weight>`."""
+    from sfumato.text.grammars import named_adapters
+
+    prompt, named = named_adapters(str(request.prompt))
+    files = tuple(
+        AdapterFile(file=_lora(queue, name), weight=weight, text_weight=None if told == weight else told)
+        for name, weight, told in named
+    )
+    return request.replace(prompt=prompt, adapters=files)
+
+
+def _lora(queue: JobQueue, name: str) -> str:
+    found = {one.name.rpartition("/")[2].lower(): one for one in queue.models.all() if one.kind == "lora"}
+    return found[name.lower()].path if name.lower() in found else queue.models.get(name, "lora").path
+
+
+def _named(queue: JobQueue, title: str) -> Model:
+    """A model by its name, or by its title as A1111 has it, with a hash in brackets."""
+    name = re.sub(r" \[[0-9a-f]+\]$", "", title).removesuffix(".safetensors")
+    try:
+        return queue.models.get(name, "checkpoint", "core-ml")
+    except UsageError as error:
+        raise ApiError(404, str(error), param="sd_model_checkpoint", code="model_not_found") from error
+
+
+def _told(http: Request, asked: TextToImage, job: Job, warnings: list[str]) -> dict[str, Any]:
+    from sfumato.metadata.carriers import read_carried
+
+    gallery = http.app.state.queue.gallery
+    paths = [path for key in job.images.values() if (path := gallery.path_of(key)) is not None]
+    texts = [read_carried(path, whole=False).texts.get("parameters", "") for path in paths]
+    request = GenerateRequest.from_dict(job.request)
+    seeds, prompts = list(request.seeds), list(request.prompts) * request.count
+    info = {
+        "prompt": asked.prompt, "all_prompts": prompts, "negative_prompt": asked.negative_prompt or "",
+        "all_negative_prompts": [asked.negative_prompt or ""] * len(seeds), "seed": seeds[0], "all_seeds": seeds,
+        "subseed": asked.subseed, "all_subseeds": [asked.subseed] * len(seeds),
+        "subseed_strength": asked.subseed_strength, "width": asked.width, "height": asked.height,
+        "sampler_name": asked.sampler_name or asked.sampler_index or "Euler", "cfg_scale": asked.cfg_scale,
+        "steps": asked.steps, "batch_size": asked.batch_size, "sd_model_name": job.model, "sd_model_hash": "",
+        "denoising_strength": getattr(asked, "denoising_strength", None), "extra_generation_params": {},
+        "index_of_first_image": 0, "infotexts": texts, "styles": asked.styles or [], "clip_skip": 1,
+        "job_timestamp": str(int(job.created)), "restore_faces": False, "is_using_inpainting_conditioning": False,
+    }  # fmt: skip
+    images = [base64.b64encode(path.read_bytes()).decode() for path in paths] if asked.send_images else []
+    echo = asked.model_dump(exclude={"init_images", "mask"})
+    return {"images": images, "parameters": echo, "info": json.dumps(info), "warnings": [*warnings, *job.notes]}
+
+
+@router.get("/progress")
+def progress(http: Request, skip_current_image: bool = False) -> dict[str, Any]:
+    """How far the job is that is being drawn."""
+    queue: JobQueue = http.app.state.queue
+    waiting = queue.store.count("queued", "running")
+    running = queue.store.jobs("running", most=1)
+    told = queue.progress.get(running[0].id, {}) if running else {}
+    step, total, count = told.get("step", 0), told.get("total", 0), 1
+    if running:
+        count = GenerateRequest.from_dict(running[0].request).batch_size
+    place = told.get("place", 0)
+    state = {
+        "skipped": False, "interrupted": False, "stopping_generation": False, "job": running[0].id if running else "",
+        "job_count": waiting and max(waiting, count), "job_timestamp": "0", "job_no": place, "sampling_step": step,
+        "sampling_steps": total,
+    }  # fmt: skip
+    preview = None if skip_current_image else told.get("preview")
+    done = (place + step / total) / count if total else (0.01 if waiting else 0.0)
+    return {
+        "progress": min(done, 0.99), "eta_relative": told.get("seconds_left", 0.0), "state": state,
+        "current_image": preview.partition(",")[2] if preview else None, "textinfo": told.get("stage"),
+    }  # fmt: skip
+
+
+@router.post("/interrupt")
+@router.post("/skip")
+def interrupt(http: Request) -> dict[str, Any]:
+    """End what is being drawn for a client of this kind, and leave other clients' jobs alone."""
+    queue: JobQueue = http.app.state.queue
+    for job in queue.store.jobs("running", client=CLIENT):
+        queue.cancel(job.id)
+    return {}
+
+
+def _options(http: Request) -> dict[str, Any]:
+    kept = getattr(http.app.state, "sdapi", {})
+    return {"sd_model_checkpoint": http.app.state.queue.models.default, **OPTIONS, **kept}
+
+
+@router.get("/options")
+def options(http: Request) -> dict[str, Any]:
+    """Settings that hold for all payloads that do not say otherwise."""
+    return _options(http)
+
+
+@router.post("/options")
+def set_options(http: Request, asked: dict[str, Any]) -> dict[str, Any]:
+    """Change them; of a whole object of A1111's, those that mean something here."""
+    known = {name: asked[name] for name in _options(http) if asked.get(name) is not None}
+    if "sd_model_checkpoint" in known:
+        known["sd_model_checkpoint"] = _named(http.app.state.queue, str(known["sd_model_checkpoint"])).name
+    for name in ("CLIP_stop_at_last_layers", "eta_noise_seed_delta"):
+        if type(known.get(name, 0)) is not int:
+            raise ApiError(422, f"{name} must be a whole number", param=name)
+    http.app.state.sdapi = {**getattr(http.app.state, "sdapi", {}), **known}
+    return {}
+
+
+@router.get("/samplers")
+def samplers() -> list[dict[str, Any]]:
+    """Samplers by A1111's names."""
+    return [{"name": one.a1111, "aliases": [one.name, one.comfyui or one.name], "options": {}} for one in SAMPLERS]
+
+
+@router.get("/schedulers")
+def schedulers() -> list[dict[str, Any]]:
+    """Ways to space the steps, by A1111's names."""
+    names = ["Automatic", *(name for name in SPACINGS if name[0].isupper() and name != "Normal")]
+    words = {"default_rho": -1.0, "need_inner_model": False}
+    return [{"name": one.lower().replace(" ", "_"), "label": one, "aliases": None, **words} for one in names]
+
+
+@router.get("/sd-models")
+def sd_models(http: Request) -> list[dict[str, Any]]:
+    """What can draw."""
+    found = [one for one in http.app.state.queue.models.all(look=True) if one.kind in ("checkpoint", "core-ml")]
+    none = {"hash": None, "sha256": None, "config": None}
+    return [{"title": one.name, "model_name": one.name, "filename": one.name, **none} for one in found]
+
+
+@router.post("/refresh-checkpoints")
+@router.post("/refresh-loras")
+def refresh(http: Request) -> dict[str, Any]:
+    """Look for new models."""
+    http.app.state.queue.models.all(look=True)
+    return {}
+
+
+@router.get("/loras")
+def loras(http: Request) -> list[dict[str, Any]]:
+    """What a prompt can call by `<lora:name:weight>`."""
+    found = [one.name.rpartition("/")[2] for one in http.app.state.queue.models.all() if one.kind == "lora"]
+    return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in found]
+
+
+@router.get("/embeddings")
+def embeddings(http: Request) -> dict[str, Any]:
+    """None are loaded by themselves."""
+    return {"loaded": {}, "skipped": {}}
+
+
+@router.get("/upscalers")
+def upscalers() -> list[dict[str, Any]]:
+    """None but the one that does nothing."""
+    return [{"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 1.0}]
+
+
+@router.get("/sd-vae")
+@router.get("/sd-modules")
+@router.get("/latent-upscale-modes")
+@router.get("/hypernetworks")
+@router.get("/face-restorers")
+@router.get("/realesrgan-models")
+@router.get("/prompt-styles")
+def nothing() -> list[dict[str, Any]]:
+    """There are none of these here."""
+    return []
+
+
+@router.get("/scripts")
+def scripts() -> dict[str, Any]:
+    """None of A1111's."""
+    return {"txt2img": [], "img2img": []}
+
+
+@router.get("/memory")
+def memory() -> dict[str, Any]:
+    """Memory of this machine."""
+    import psutil
+
+    found = psutil.virtual_memory()
+    return {
+        "ram": {"free": found.available, "used": found.used, "total": found.total},
+        "cuda": {"error": "unavailable"},
+    }
+
+
+@router.post("/png-info")
+def png_info(http: Request, asked: PngInfo) -> dict[str, Any]:
+    """What an image says of how it was drawn."""
+    told = http.app.state.intake.texts(decoded(asked.image))
+    return {"info": told.get("parameters", ""), "items": told, "parameters": told}

@@ -1,0 +1,175 @@
+"""A Ray cluster as the executor: one warm pipeline an actor, one small message a batch, and no pixel in its store.
+
+Ray promises nothing about a picture: actors die, and what they were drawing comes back as an error. All that makes a
+result exactly-once (keys, renames, the ledger) is ours, so a batch may be drawn twice without harm.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from sfumato.bulk import extras
+from sfumato.bulk.painter import Painter
+from sfumato.errors import SfumatoError, UsageError
+from sfumato.values import reason
+
+if TYPE_CHECKING:
+    from sfumato.bulk.ledger import Ledger
+    from sfumato.bulk.painter import Work
+    from sfumato.bulk.run import Batch, Drawn, Ending, Queue
+
+__all__ = ["Pool", "connected"]
+
+# Batches that wait at an actor, so that it never waits for us; seconds between looks at the end that was asked for.
+AHEAD, LOOK = 2, 1.0
+# The local cluster's store: messages are small, so there is nothing to keep in it.
+STORE = 128 * 2**20
+
+
+@contextmanager
+def connected(address: str | None, cpus: int | None = None) -> Iterator[dict[str, float]]:
+    """Within the block Ray is there: the cluster of an address ("auto" for this machine's), or one of our own.
+
+    Everybody who talks to it needs its token: ours has a new one, which no file holds. Yields the cluster's resources.
+    Raises `UsageError` where nobody answers, `MissingExtra` without Ray.
+    """
+    ours = {"RAY_AUTH_MODE": "token"}
+    if address is None and "RAY_AUTH_TOKEN" not in os.environ:
+        ours["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ.update({name: value for name, value in ours.items() if name not in os.environ})
+    ray = extras.ray()  # which reads the environment when it is imported
+    own = {} if address else {"num_cpus": cpus, "object_store_memory": STORE, "include_dashboard": False}
+    # What Ray says of dead workers is for a person; it would print it among the results.
+    with redirect_stdout(sys.stderr), _initialized(ray, address, own):
+        yield ray.cluster_resources()
+
+
+@contextmanager
+def _initialized(ray: Any, address: str | None, own: dict[str, Any]) -> Iterator[None]:
+    try:
+        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **own)
+    except Exception as error:
+        raise UsageError(
+            f"no Ray cluster answers at {address or 'local'} ({reason(error)}); start one with 'ray start --head', and "
+            "pass its token on (run 'ray get-auth-token' there, and set RAY_AUTH_TOKEN here)"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@dataclass
+class Pool:
+    """Actors that draw: `least` must be there to begin, up to `most` are asked for, which an autoscaler may answer.
+
+    restarts: actors that may die before the run ends; cpus and gpus: what each of them takes.
+    """
+
+    work: Work
+    least: int = 1
+    most: int = 1
+    restarts: int = 100
+    cpus: float = 1
+    gpus: float = 0
+    patience: float = 600.0
+    _actors: dict[str, Any] = field(default_factory=dict, init=False)
+    _asked: dict[Any, tuple[str, Batch]] = field(default_factory=dict, init=False)
+    _open: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
+    _began: int = field(default=0, init=False)
+    _ready: set[str] = field(default_factory=set, init=False)
+
+    def __call__(self, queue: Queue, ledger: Ledger, ending: Ending) -> Iterator[Drawn]:
+        """The executor. Raises `SfumatoError` where too few actors begin, or too many die."""
+        ray, since = extras.ray(), time.monotonic()
+        for _ in range(self.most):
+            self._begin(ledger)
+        while True:
+            if not ending:
+                self._feed(queue)
+            if not any(batch for _, batch in self._asked.values()) and (ending or self._ready):
+                break
+            done, _ = ray.wait(list(self._asked), num_returns=1, timeout=LOOK)
+            for one in done:
+                yield from self._settled(ray, one, queue, ledger)
+            if len(self._ready) < self.least and time.monotonic() - since > self.patience:
+                raise SfumatoError(
+                    f"after {self.patience:.0f} s, only {len(self._ready)} of {self.least} workers have started; "
+                    "lower --workers, or add machines"
+                )
+        yield from self._finished(ray, queue)
+
+    def _begin(self, ledger: Ledger) -> None:
+        ray, name = extras.ray(), f"{ledger.worker}-{self._began:05d}"
+        self._began += 1
+        if self._began > self.most + self.restarts:
+            raise SfumatoError(
+                f"{self.restarts} workers have died; check Ray's logs for the cause, or raise --max-restarts"
+            )
+        actor = ray.remote(Painter).options(num_cpus=self.cpus, num_gpus=self.gpus, max_restarts=0)
+        work = replace(self.work, threads=max(1, int(self.cpus)))
+        self._actors[name], self._open[name] = actor.remote(work, name), {}
+        self._asked[self._actors[name].draw.remote([])] = (name, [])  # answered when its pipeline is warm
+
+    def _feed(self, queue: Queue) -> None:
+        for name in self._ready:
+            while sum(name == one for one, _ in self._asked.values()) < AHEAD and (batch := queue.take()) is not None:
+                self._open[name] |= {one.key: one for one in batch}
+                self._asked[self._actors[name].draw.remote(batch)] = (name, batch)
+
+    def _settled(self, ray: Any, one: Any, queue: Queue, ledger: Ledger) -> Iterator[Drawn]:
+        name, batch = self._asked.pop(one)
+        try:
+            entries = ray.get(one)
+        except ray.exceptions.RayActorError as error:
+            if name in self._actors:  # all that it had is to be drawn again, also what it had drawn and not settled
+                yield from self._died(name, error, queue, ledger)
+            return
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            if isinstance(cause, OSError) and isinstance(cause, SfumatoError):  # a full disk is no picture's fault
+                raise cause from None
+            for picture in batch:
+                self._open[name].pop(picture.key, None)
+            yield batch, cause
+            return
+        self._ready.add(name)
+        for entry in entries:
+            self._open[name].pop(entry.key, None)
+        yield batch, entries
+
+    def _died(self, name: str, error: Exception, queue: Queue, ledger: Ledger) -> Iterator[Drawn]:
+        if getattr(error, "actor_init_failed", False):  # which another one would, too
+            raise SfumatoError(f"a worker could not start: {_last_line(error)}") from error
+        del self._actors[name]
+        self._ready.discard(name)
+        mine = [(one, batch) for one, (whose, batch) in self._asked.items() if whose == name]
+        for one, _ in mine:
+            del self._asked[one]
+        lost = list(self._open.pop(name).values())
+        alone = len(lost) == 1
+        if not alone:
+            queue.again(lost)
+        self._begin(ledger)
+        if alone:
+            yield lost, SfumatoError("the worker died while generating this image")
+
+    def _finished(self, ray: Any, queue: Queue) -> Iterator[Drawn]:
+        for name in sorted(self._ready):
+            try:
+                yield [], ray.get(self._actors[name].finish.remote())
+            except ray.exceptions.RayError:  # what was not settled is drawn by the next run
+                queue.again(list(self._open[name].values()))
+
+
+def _last_line(error: Exception) -> str:
+    """What an actor's own exception says, which Ray gives as a whole traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return reason(Exception(lines[-1] if lines else ""))

@@ -1,0 +1,217 @@
+"""The ledger: one row for each picture that was drawn and for each attempt that failed, in small Parquet files.
+
+Files are added by rename and never changed. Several workers may have written the same row, and an interrupted merge
+leaves rows twice; whoever reads takes the first of each, so nothing of that shows.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from sfumato.bulk.extras import arrow
+from sfumato.errors import OutputError
+from sfumato.files import output_folder, replacing
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from sfumato.bulk.job import Job, Shard
+
+__all__ = ["Entry", "Ledger", "Standing", "conflicts", "read_ledger", "standing"]
+
+# Attempts after which a picture is set aside.
+ATTEMPTS = 3
+# Seconds between two files, and files of a run that are merged into one.
+PERIOD, MOST_FILES = 10.0, 64
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What became of one picture.
+
+    path: below the job's folder, of a shard with "#" and the name in it; sha256: of the PNG's bytes; seconds: it took;
+    device, attempt (from 1), state ("done" or "failed") and error; notes: what the run said; worker: who drew it, and
+    elapsed: how many seconds that run was old, by a clock that never jumps.
+    """
+
+    key: str
+    row: int
+    seed: int
+    path: str = ""
+    sha256: str = ""
+    bytes: int = 0
+    seconds: float = 0.0
+    device: str = ""
+    attempt: int = 1
+    state: str = "done"
+    error: str = ""
+    notes: str = ""
+    worker: str = ""
+    elapsed: float = 0.0
+
+
+@cache
+def _schema() -> Any:
+    kinds = {"int": arrow().int64(), "float": arrow().float64(), "str": arrow().string()}
+    return arrow().schema([(field.name, kinds[str(field.type)]) for field in fields(Entry)])
+
+
+class Ledger:
+    """One run's pen. `worker` names the run: its shard, and which run of it this is."""
+
+    def __init__(self, job: Job, shard: Shard) -> None:
+        """Raises `OutputError` where the folder cannot be written."""
+        self.folder = output_folder(job.folder / "manifest")
+        self.label = shard.label
+        earlier = (re.match(rf"part-{self.label}\.(\d+)-", path.name) for path in self.folder.iterdir())
+        number = 1 + max((int(found[1]) for found in earlier if found), default=0)
+        self.worker = f"{self.label}.{number:05d}"
+        self._written: list[Path] = []
+        self._files, self._last = 0, time.monotonic()
+        self._began, self._open = time.monotonic(), list[Entry]()
+        self._flight = self.folder / f"flight-{self.label}.json"
+
+    def add(self, entries: Iterable[Entry]) -> None:
+        """Take entries down; every few seconds they are on the disk."""
+        elapsed = time.monotonic() - self._began
+        self._open += [Entry(**asdict(one) | {"worker": self.worker, "elapsed": elapsed}) for one in entries]
+        if time.monotonic() - self._last > PERIOD:
+            self.flush()
+
+    def flush(self) -> None:
+        """Have all entries on the disk. Raises `OutputError`."""
+        if self._open:
+            self._write(self._table(self._open))
+            self._open = []
+        self._last = time.monotonic()
+        if len(self._written) >= MOST_FILES:
+            self._merge(self._written)
+
+    def compact(self) -> None:
+        """Merge all files of this part of the job, of earlier runs too, into one with one row a key."""
+        mine = sorted(self.folder.glob(f"part-{'*' if self.label == '1of1' else self.label + '.*'}.parquet"))
+        if len(mine) > 1:
+            self._merge(mine)
+
+    def forget(self, keys: Iterable[str]) -> None:
+        """Have these keys drawn again by the next run."""
+        compute, paths = arrow("pyarrow.compute"), sorted(self.folder.glob("part-*.parquet"))
+        table = _first(_concat(paths))
+        keys = arrow().array(list(keys), arrow().string())
+        self._write(table.filter(compute.invert(compute.is_in(table["key"], keys))))
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+    def in_flight(self, keys: Sequence[str]) -> None:
+        """Say what is being drawn, so that who comes after a sudden death knows; nothing if it is empty."""
+        if keys:
+            self._flight.write_text(json.dumps(list(keys)))
+        else:
+            self._flight.unlink(missing_ok=True)
+
+    def died_on(self) -> list[str]:
+        """The keys that the last run of this part was drawing when it died."""
+        with suppress(OSError, ValueError):
+            return [str(key) for key in json.loads(self._flight.read_text())]
+        return []
+
+    def _table(self, entries: Sequence[Entry]) -> Any:
+        return arrow().Table.from_pylist([asdict(one) for one in entries], schema=_schema())
+
+    def _write(self, table: Any) -> None:
+        self._files += 1
+        path = self.folder / f"part-{self.worker}-{self._files:06d}.parquet"
+        with replacing(path) as temporary:
+            arrow("pyarrow.parquet").write_table(table, temporary, compression="zstd")
+        self._written.append(path)
+
+    def _merge(self, paths: list[Path]) -> None:
+        table = _first(_concat(paths))
+        self._written = []
+        self._write(table)
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+
+def read_ledger(folder: Path, columns: Sequence[str] | None = None) -> Any:
+    """All rows of a job's ledger as an Arrow table, repeated ones too; `columns` are read only.
+
+    Raises `OutputError` for a file that is damaged.
+    """
+    while True:
+        paths = sorted((folder / "manifest").glob("part-*.parquet"))
+        try:
+            return _concat(paths, columns)
+        except FileNotFoundError:  # merged while we looked
+            continue
+
+
+def _concat(paths: Iterable[Path], columns: Sequence[str] | None = None) -> Any:
+    parquet, tables = arrow("pyarrow.parquet"), []
+    for path in paths:
+        try:
+            tables.append(parquet.read_table(path, columns=columns, schema=_schema(), partitioning=None))
+        except (arrow().ArrowException, OSError) as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+            raise OutputError(f"{path} is damaged; delete it, and the next run will restore its entries") from error
+    empty = _schema().empty_table()
+    return arrow().concat_tables(tables) if tables else empty.select(columns) if columns else empty
+
+
+def _first(table: Any) -> Any:
+    """One row for each key that is done, the first; two where the pictures differ. Failures stay until it is done."""
+    compute = arrow("pyarrow.compute")
+    done = table.filter(compute.equal(table["state"], "done"))
+    failed = table.filter(compute.equal(table["state"], "failed"))
+    failed = failed.filter(compute.invert(compute.is_in(failed["key"], done["key"].combine_chunks())))
+    return arrow().concat_tables([_distinct(done, ["key", "sha256"]), _distinct(failed, ["key", "worker", "attempt"])])
+
+
+def _distinct(table: Any, columns: list[str]) -> Any:
+    numbers = arrow().array(range(table.num_rows), arrow().int64())
+    groups = table.select(columns).append_column("n", numbers).group_by(columns, use_threads=False)
+    firsts = groups.aggregate([("n", "min")])["n_min"]
+    return table if len(firsts) == table.num_rows else table.take(firsts)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a job is: keys that are done, and attempts at those that are not."""
+
+    done: Any
+    attempts: dict[str, int]
+
+    @property
+    def set_aside(self) -> set[str]:
+        """The keys that are not tried again."""
+        return {key for key, number in self.attempts.items() if number >= ATTEMPTS}
+
+
+def standing(folder: Path) -> Standing:
+    """What the ledger says of each key."""
+    compute, table = arrow("pyarrow.compute"), read_ledger(folder, ["key", "state", "worker", "attempt"])
+    is_done = compute.equal(table["state"], "done")
+    done = compute.unique(table["key"].filter(is_done))
+    rest = table.filter(compute.invert(is_done))
+    rest = rest.filter(compute.invert(compute.is_in(rest["key"], done)))
+    rest = _distinct(rest, ["key", "worker", "attempt"])
+    attempts: dict[str, int] = {}
+    for key, number in zip(rest["key"].to_pylist(), rest["attempt"].to_pylist(), strict=True):
+        attempts[key] = max(number, attempts.get(key, 0))
+    return Standing(done, attempts)
+
+
+def conflicts(table: Any) -> list[str]:
+    """The keys with pictures that differ, which should be one: what drew them is not as exact as it claims."""
+    compute = arrow("pyarrow.compute")
+    done = _distinct(table.filter(compute.equal(table["state"], "done")).select(["key", "sha256"]), ["key", "sha256"])
+    counts = compute.value_counts(done["key"])
+    return [one["values"] for one in counts.filter(compute.greater(counts.field("counts"), 1)).to_pylist()]

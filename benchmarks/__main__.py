@@ -1,7 +1,7 @@
 """Run the benchmarks: `python -m benchmarks [cpu|memory|startup|schedulers|…]`, all of them if none is named.
 
-Alternated runs, medians, ratios ours / theirs, on full-size Stable Diffusion 1.5 with random weights. Wants a quiet
-machine. Prints Markdown tables, keeps them in out/benchmarks.json, and writes docs/performance.md from that.
+Alternated runs, medians, ratios ours / theirs, on full-size Stable Diffusion 1.5 and XL with random weights. Needs an
+idle machine. Prints Markdown tables, keeps them in out/benchmarks.json, and writes docs/performance.md from that.
 """
 
 from __future__ import annotations
@@ -11,30 +11,33 @@ import logging
 import sys
 from pathlib import Path
 
+import torch
+
 from benchmarks import page
 from benchmarks.results import Result, keep, table
 from sfumato.bench.cases import Machine
 from sfumato.runtime.facts import read_facts
 
-CHECKPOINT = Path("out") / "benchmark-sd15"
 CPU = ("unet", "vae", "picture", "peak", "growth")
-GROUPS = (*CPU, "memory", "startup", "schedulers", "coreml")
+XL = ("xl-unet", "xl-peak", "xl-memory")
+GROUPS = (*CPU, "memory", "startup", "schedulers", "coreml", "bulk", *XL)
 
 
-def checkpoint() -> Path:
-    """Full-size Stable Diffusion 1.5 with random weights, written once."""
-    if not (CHECKPOINT / "model_index.json").is_file():
+def checkpoint(family: str) -> Path:
+    """A full-size checkpoint with random weights, written once: the largest in half precision, others in float32."""
+    folder = Path("out") / f"benchmark-{family}"
+    if not (folder / "model_index.json").is_file():
         sys.path.insert(0, "recipes")
         from random_checkpoint import build
 
-        print(f"writing {CHECKPOINT} (4 GB)", file=sys.stderr)
-        build(CHECKPOINT, "sd15")
-    return CHECKPOINT
+        print(f"writing {folder} (some gigabytes)", file=sys.stderr)
+        build(folder, family, torch.bfloat16 if family == "sdxl" else torch.float32)
+    return folder
 
 
 def run(group: str, folder: Path, machine: Machine, runs: int) -> list[Result]:
     """One group of benchmarks."""
-    from benchmarks import calls, coreml, growth, pictures, schedulers, startup
+    from benchmarks import bulk, calls, coreml, growth, pictures, schedulers, startup, xl
 
     match group:
         case "unet":
@@ -51,6 +54,14 @@ def run(group: str, folder: Path, machine: Machine, runs: int) -> list[Result]:
             return list(pictures.memory(folder))
         case "coreml":
             return [*coreml.conversion(folder), *coreml.memory(folder), *coreml.execution(folder, runs)]
+        case "bulk":
+            return bulk.bulk()
+        case "xl-unet":
+            return xl.unet(folder, machine, runs)
+        case "xl-peak":
+            return xl.peak(folder, machine)
+        case "xl-memory":
+            return list(xl.memory(folder))
         case "startup":
             return startup.startup(folder, runs)
         case _:
@@ -72,8 +83,8 @@ def main() -> None:
     logging.disable(logging.WARNING)
     groups = [one for name in arguments.groups or GROUPS for one in (CPU if name == "cpu" else [name])]
     machine = Machine.of(read_facts("cpu"), arguments.size)
-    folder = arguments.model or checkpoint()
     for group in groups:
+        folder = arguments.model or checkpoint("sdxl" if group in XL else "sd15")
         results = run(group, folder, machine, arguments.runs)
         if arguments.model is None:
             keep(group, results)

@@ -50,9 +50,8 @@ def growth(folder: Path, machine: Machine, runs: int) -> list[Result]:
 def _split(case: Case, folder: Path) -> Callable[[], tuple[float, float]]:
     """A function that calls the U-Net and returns the seconds of attention and of everything else."""
     pipeline = ours.ready(case, folder)
-    latents, embeds = call_inputs(case, folder)
-    negative, positive = embeds.to(pipeline.unet.dtype).chunk(2)
-    guidance = Guidance(unet=pipeline.unet, embeds=positive, negative_embeds=negative, scale=7.5)
+    inputs = call_inputs(case, folder)
+    guidance = Guidance(unet=pipeline.unet, conditioning=ours.conditioning(inputs, pipeline), scale=ours.SCALE)
     spent = [0.0]
     for module in pipeline.unet.attention_modules():
         module.attention = _clocked(module.attention, spent)
@@ -61,7 +60,7 @@ def _split(case: Case, folder: Path) -> Callable[[], tuple[float, float]]:
     def run() -> tuple[float, float]:
         spent[0] = 0.0
         began = time.perf_counter()
-        guidance(latents, TIMESTEP)
+        guidance(inputs.latents, TIMESTEP)
         return spent[0], time.perf_counter() - began - spent[0]
 
     run()

@@ -10,7 +10,7 @@ from benchmarks.results import kept, table
 __all__ = ["PAGE", "fill", "write_page"]
 
 PAGE = Path("docs") / "performance.md"
-PLACE = re.compile(r"(<!-- results: ([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+PLACE = re.compile(r"(<!-- results: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def fill(text: str) -> str:

@@ -16,12 +16,12 @@ from sfumato.bench.timing import alternate
 from sfumato.bench.worker import Job, Measurement, measure
 from sfumato.pipelines.sizes import read_sizes
 from sfumato.request import GenerateRequest
-from sfumato.runtime.choices import DTYPE_BYTES, PARTS, Wishes
+from sfumato.runtime.choices import DTYPE_BYTES, PARTS, Sizes, Wishes
 from sfumato.runtime.facts import read_facts
 from sfumato.runtime.plan import plan
 from sfumato.runtime.reasons import gigabytes
 
-__all__ = ["memory", "peak", "pictures"]
+__all__ = ["memory", "peak", "peak_of_command", "pictures", "planned_and_held"]
 
 STEPS = 50
 SIZES, COUNTS, DTYPES = (256, 384, 512, 640, 768), (1, 2, 4), ("float32", "bfloat16")
@@ -62,7 +62,7 @@ def _measured(case: Case, folder: Path) -> Callable[[], Measurement]:
 def peak(folder: Path, machine: Machine) -> list[Result]:
     """What `sfumato generate` holds for one picture, as a ratio to the bytes of its weights."""
     weights = DTYPE_BYTES[machine.half] * sum(getattr(read_sizes(folder), part).parameters for part in PARTS)
-    held = _peak_of_command(folder, machine.size, 1, machine.half)
+    held = peak_of_command(folder, machine.size, 1, machine.half)
     what = f"peak memory of a picture, {machine.size}², {machine.half} (bytes of the {machine.half} weights)"
     return [Result(what, gigabytes(held), gigabytes(weights), held / weights, most=1.25)]
 
@@ -73,17 +73,26 @@ def memory(folder: Path) -> Iterator[Result]:
     for dtype in DTYPES:
         for size in SIZES:
             for count in COUNTS:
-                request = GenerateRequest(prompt="a fox", width=size, height=size, count=count, steps=1)
-                wishes = Wishes(device="cpu", dtype=dtype, once=True)
-                planned = plan(read_facts("cpu"), sizes, request, wishes).peak_bytes
-                held = _peak_of_command(folder, size, count, dtype)
-                what = f"planned peak, {count} of {size}², {dtype} (measured)"
-                yield Result(what, gigabytes(planned), gigabytes(held), planned / held, least=0.9, most=1.1)
+                yield planned_and_held(folder, sizes, size, count, dtype)
 
 
-def _peak_of_command(folder: Path, size: int, count: int, dtype: str) -> int:
+def planned_and_held(
+    folder: Path, sizes: Sizes, size: int, count: int, dtype: str, offload: str | None = None
+) -> Result:
+    """The plan's peak of one step against the real one; offload: a wish of both."""
+    request = GenerateRequest(prompt="a fox", width=size, height=size, count=count, steps=1)
+    wishes = Wishes(device="cpu", dtype=dtype, offload=offload, once=True)
+    planned = plan(read_facts("cpu"), sizes, request, wishes).peak_bytes
+    held = peak_of_command(folder, size, count, dtype, *(() if offload is None else ("--offload", offload)))
+    how = "" if offload is None else ", all networks in memory" if offload == "none" else f", {offload}"
+    what = f"planned peak, {count} of {size}², {dtype}{how} (measured)"
+    return Result(what, gigabytes(planned), gigabytes(held), planned / held, least=0.9, most=1.1)
+
+
+def peak_of_command(folder: Path, size: int, count: int, dtype: str, *more: str) -> int:
+    """Bytes that `sfumato generate` held at most for one step; more: further words of its command line."""
     words = ["generate", "a fox", "--model", folder.resolve(), "--width", size, "--height", size, "--count", count]
-    words += ["--dtype", dtype, "--device", "cpu", "--steps", 1, "--quiet"]
+    words += ["--dtype", dtype, "--device", "cpu", "--steps", 1, "--quiet", *more]
     with tempfile.TemporaryDirectory(prefix="sfumato-benchmarks-") as place:
         arguments = json.dumps([str(word) for word in words])
         done = subprocess.run(

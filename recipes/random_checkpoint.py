@@ -3,48 +3,33 @@
 For demonstrations without a trained model, for tests and for benchmarks, where the time of a picture does not depend on
 what the weights have learned. Its pictures are noise.
 
-    python recipes/random_checkpoint.py FOLDER [--size tiny|sd15|sd21] [--dtype float32]
+    python recipes/random_checkpoint.py FOLDER [--size tiny|sd15|sdxl|…] [--dtype float32]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sfumato import (
-    AutoencoderKL,
-    CLIPTextModel,
-    CLIPTokenizer,
-    PNDMScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+import sfumato
+from sfumato import AutoencoderKL, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, UNet2DConditionModel
+from sfumato.families import FAMILIES, Family
+from sfumato.pipelines.parts import Parts
 from sfumato.runtime.device import DTYPES
+from sfumato.schedulers.base import Scheduler
 
-SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "skip_prk_steps": True}
-TEXT: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": 514,
-    },
-    "sd15": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
-    "sd21": {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 23,
-        "num_attention_heads": 16,
-        "hidden_act": "gelu",
-    },
-}
-UNET: dict[str, dict[str, Any]] = {
-    "tiny": {
+# The smallest one of Stable Diffusion's shape; the others are as their families were published.
+TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 514}
+TINY = replace(
+    FAMILIES["sd15"],
+    name="tiny",
+    encoders=(replace(FAMILIES["sd15"].encoders[0], config=TEXT),),
+    unet={
         "sample_size": 16,
         "block_out_channels": (32, 64),
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -53,59 +38,64 @@ UNET: dict[str, dict[str, Any]] = {
         "cross_attention_dim": 32,
         "attention_head_dim": 4,
     },
-    "sd15": {"sample_size": 64, "cross_attention_dim": 768},
-    "sd21": {
-        "sample_size": 96,
-        "cross_attention_dim": 1024,
-        "attention_head_dim": (5, 10, 20, 20),
-        "use_linear_projection": True,
-        "upcast_attention": True,
+    vae={
+        "block_out_channels": (32, 64),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "sample_size": 32,
     },
-}
-FULL_VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "sample_size": 512,
-}
-TINY_VAE = {
-    "block_out_channels": (32, 64),
-    "down_block_types": ("DownEncoderBlock2D",) * 2,
-    "up_block_types": ("UpDecoderBlock2D",) * 2,
-    "sample_size": 32,
-}
-VAE: dict[str, dict[str, Any]] = {"tiny": TINY_VAE, "sd15": FULL_VAE, "sd21": FULL_VAE | {"sample_size": 768}}
+)
+SIZES = {"tiny": TINY} | {name: row for name, row in FAMILIES.items() if hasattr(sfumato, row.pipeline)}
 
 
 def build(folder: Path, size: str = "tiny", dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
     """Write the checkpoint of this size into the folder, and return it."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = byte_tokenizer(folder / "tokenizer")
-    # fork_rng: the caller's random numbers stay its own.
+    row = SIZES[size]
+    parts: dict[str, Any] = {"scheduler": scheduler(row)}
+    # The caller's random numbers and precision stay its own. Half precision is made as such: the float32 numbers of the
+    # largest networks alone would be three times as large as what is written.
+    before = torch.get_default_dtype()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        text = CLIPTextModel(**TEXT[size], bos_token_id=512, eos_token_id=513, pad_token_id=513).to(dtype)
-        unet = UNet2DConditionModel(**UNET[size]).to(dtype)
-        vae = AutoencoderKL(**VAE[size]).to(dtype)
-    prediction = "v_prediction" if size == "sd21" else "epsilon"
-    scheduler = PNDMScheduler(**SCHEDULER, prediction_type=prediction, steps_offset=1, set_alpha_to_one=False)
-    parts = {"vae": vae, "text_encoder": text, "tokenizer": tokenizer, "unet": unet, "scheduler": scheduler}
-    StableDiffusionPipeline(**parts).save_pretrained(folder)
+        torch.set_default_dtype(dtype)
+        try:
+            for encoder in row.encoders:
+                name = encoder.role.replace("text_encoder", "tokenizer")
+                words = encoder.config.get("vocab_size", 49408)
+                ids = {"bos_token_id": words - 2, "eos_token_id": words - 1, "pad_token_id": words - 1}
+                kind = CLIPTextModelWithProjection if encoder.projected else CLIPTextModel
+                parts[name] = pair_tokenizer(folder / name, words, encoder.pad)
+                parts[encoder.role] = kind(**encoder.config | ids)
+            parts["unet"], parts["vae"] = UNet2DConditionModel(**row.unet), AutoencoderKL(**row.vae)
+        finally:
+            torch.set_default_dtype(before)
+    pipeline = getattr(sfumato, row.pipeline)
+    flags = Parts(**parts, family=row).flags
+    pipeline(**parts, **{name: flags[name] for name in pipeline.index.flags if name in flags}).save_pretrained(folder)
     return folder
 
 
-def byte_tokenizer(folder: Path) -> CLIPTokenizer:
-    """CLIP's tokenizer with no merges: every byte is a token of its own."""
+def scheduler(row: Family) -> Scheduler:
+    """The scheduler of a family."""
+    return getattr(sfumato, row.scheduler["_class_name"]).from_config(row.scheduler)
+
+
+def pair_tokenizer(folder: Path, words: int = 514, pad: str = "<|endoftext|>") -> CLIPTokenizer:
+    """CLIP's tokenizer with that many words: every byte, start and end; the others are pairs, those of letters last."""
     folder.mkdir(parents=True, exist_ok=True)
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
-    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {word: i for i, word in enumerate(words)}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    config = {"model_max_length": 77, "pad_token": "<|endoftext|>", "tokenizer_class": "CLIPTokenizer"}
+    ends = [letter + "</w>" for letter in letters]
+    pairs = [(a, b) for a in reversed(letters) for b in reversed(ends + letters)]
+    merges = pairs[len(pairs) - (words - 514) :]
+    vocabulary = [*letters, *ends, *(a + b for a, b in merges), "<|startoftext|>", "<|endoftext|>"]
+    text = json.dumps({word: i for i, word in enumerate(vocabulary)}, ensure_ascii=False)
+    (folder / "vocab.json").write_text(text, encoding="utf-8")
+    lines = "".join(f"{a} {b}\n" for a, b in merges)
+    (folder / "merges.txt").write_text("#version: 0.2\n" + lines, encoding="utf-8")
+    config = {"model_max_length": 77, "pad_token": pad, "tokenizer_class": "CLIPTokenizer"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     return CLIPTokenizer.from_folder(folder)
 
@@ -114,7 +104,7 @@ def main() -> None:
     """Parse the command line and build."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--size", choices=sorted(UNET), default="tiny")
+    parser.add_argument("--size", choices=sorted(SIZES), default="tiny")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
     arguments = parser.parse_args()
     print(build(arguments.folder, arguments.size, DTYPES[arguments.dtype]))

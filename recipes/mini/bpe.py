@@ -14,21 +14,23 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 
 
-def byte_letters() -> list[str]:
-    """One printable letter a byte, in CLIP's order: printable Latin-1 stands for itself, the rest from U+0100 on."""
+def byte_letters() -> dict[int, str]:
+    """A printable letter for each byte, in CLIP's order: printable Latin-1 is itself, the rest from U+0100 on."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in plain]
-    return [chr(byte) for byte in plain] + [chr(256 + index) for index in range(len(others))]
+    return {byte: chr(byte) for byte in plain} | {byte: chr(256 + index) for index, byte in enumerate(others)}
 
 
 def words_of(text: str) -> list[str]:
-    """The lower-case words of a caption, as CLIP's own pattern cuts them (plain ASCII letters are enough here)."""
-    return re.findall(r"[a-z]+|[0-9]", text.lower())
+    """The lower-case words of a caption, as CLIP's own pattern cuts them."""
+    return re.findall(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|[0-9]|[^\s\w]+|_+", text.lower())
 
 
 def learn(counts: Counter[str], merges: int) -> list[tuple[str, str]]:
     """The `merges` commonest pairs, greedily, over words weighted by `counts`; ties break alphabetically."""
-    words = {word: [*word[:-1], word[-1] + WORD_END] for word in sorted(counts)}
+    letters = byte_letters()
+    spelled = {word: [letters[byte] for byte in word.encode()] for word in sorted(counts)}
+    words = {word: [*parts[:-1], parts[-1] + WORD_END] for word, parts in spelled.items()}
     pairs: Counter[tuple[str, str]] = Counter()
     where: dict[tuple[str, str], set[str]] = {}
     for word, parts in words.items():
@@ -66,7 +68,7 @@ def joined(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 def write(folder: Path, merges: list[tuple[str, str]], length: int) -> int:
     """Write the four tokenizer files of a checkpoint; returns the size of the vocabulary."""
-    letters = byte_letters()
+    letters = [*byte_letters().values()]
     entries = [*letters, *(letter + WORD_END for letter in letters)]
     entries += [*dict.fromkeys(a + b for a, b in merges), START, END]
     folder.mkdir(parents=True, exist_ok=True)

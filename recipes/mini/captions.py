@@ -1,34 +1,32 @@
-"""Say what each picture shows: the vocabulary, the captions and their tokens, and the pairs that are never trained on.
+"""Choose what is drawn and make its tokenizer: concepts, their names and art, and the pairs that are never trained on.
 
-Writes WORK/captions.json (concepts with names and tags, trained and held-out pairs), WORK/tokens.npz (the captions'
-tokens, many variants a pair) and WORK/tokenizer/.
+Writes WORK/captions.json (concepts with names and pictures, held-out pairs), WORK/sprites.npz (extent and main hue of
+every picture) and WORK/tokenizer/.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import bpe
 import numpy as np
-from common import HERE, arguments, need, save_arrays, save_json
+from common import HERE, arguments, need, save_arrays, save_json, words
+from render import unpacked
 
-STYLE_WORDS = {
-    "3d": ["3d", "3d", "3d style", "3d render"],
-    "gradient": ["gradient", "gradient style", "soft gradient"],
-    "flat": ["flat", "flat style", "flat design"],
-    "line art": ["line art", "line art", "line drawing", "outline"],
-    "noto": ["noto", "noto style"],
-    "blob": ["blob", "blob style"],
-    "twemoji": ["twemoji", "twemoji style", "sticker"],
-    "emojione": ["emojione", "emojione style"],
-    "firefox": ["firefox", "firefox style"],
-}
 DEFAULT_STYLE = "3d"  # never held out: it is the style of the first picture a newcomer asks for
-NO_STYLE, EXTRA_TAG, TAG_ONLY, SECOND_NAME = 0.10, 0.10, 0.04, 0.4
-PROMPT_WORDS = "a an the of and with in on emoji icon picture drawing style small big cute little"
+GRAMMAR = """a an the of and with in on at to one two three 1 2 3 background striped stripes dotted dots polka checkered
+left right above below under next beside top bottom corner picture drawing icon emoji style upside down tilted
+nothing"""
+IRREGULAR = {
+    "mouse": "mice", "leaf": "leaves", "knife": "knives", "foot": "feet", "tooth": "teeth", "wolf": "wolves",
+    "man": "men", "woman": "women", "child": "children", "person": "people", "fish": "fish", "deer": "deer",
+    "sheep": "sheep", "goose": "geese", "loaf": "loaves", "potato": "potatoes", "tomato": "tomatoes", "ox": "oxen",
+    "bison": "bison", "scarf": "scarves", "elf": "elves", "octopus": "octopuses", "cactus": "cactuses",
+}  # fmt: skip
 
 
 def everyday() -> dict[str, list[str]]:
@@ -42,64 +40,68 @@ def bare(emoji: str) -> str:
     return emoji.replace("\ufe0f", "")
 
 
-def concepts_of(row: SimpleNamespace, art: dict) -> list[dict]:
-    """The concepts this budget draws, each with its index into art.json, names (the plainest first) and tags."""
-    names = everyday()
-    chosen = []
+def plain(label: str) -> str:
+    return re.sub(r"\s+", " ", label.lower().replace("’", "'").replace(":", "").replace("“", "").replace("”", ""))
+
+
+def plural(name: str) -> str | None:
+    """'slice of pizza' -> 'slices of pizza'; None for names that are plural already."""
+    head, *rest = re.split(r"(?= (?:of|with|in|on|and|without|to) )", name, maxsplit=1)
+    *before, noun = head.split(" ")
+    if noun in IRREGULAR:
+        made = IRREGULAR[noun]
+    elif noun.endswith("s") and not noun.endswith(("ss", "us", "is")):
+        return None
+    elif noun.endswith(("s", "x", "ch", "sh", "z")):
+        made = noun + "es"
+    elif noun.endswith("y") and noun[-2:-1] not in "aeiou":
+        made = noun[:-1] + "ies"
+    else:
+        made = noun + "s"
+    return " ".join([*before, made]) + "".join(rest)
+
+
+def concepts_of(row: SimpleNamespace, art: dict, pictures: dict[int, dict[str, int]]) -> list[dict]:
+    """The concepts this budget draws: emoji, names (the plainest first), picture of each style, whether everyday."""
+    names, chosen, taken = everyday(), [], set()
     for index, emoji in enumerate(art["emoji"]):
         own = names.get(bare(emoji["emoji"]))
-        if own is None and (row.everyday or emoji["group"] == 9):  # country flags are never drawn
+        if index not in pictures or (own is None and row.everyday):
             continue
-        label = emoji["label"].lower().replace(":", "")
-        every = list(dict.fromkeys([*(own or []), label]))
-        tags = [tag for tag in emoji["tags"] if tag not in every]
-        chosen.append({"art": index, "emoji": emoji["emoji"], "names": every, "tags": tags})
+        every = [name for name in dict.fromkeys([*(own or []), plain(emoji["label"])]) if name not in taken]
+        if not every:
+            continue
+        taken.update(every)
+        facts = {"art": index, "emoji": emoji["emoji"], "names": every, "everyday": own is not None}
+        chosen.append({**facts, "pictures": pictures[index]})
     return chosen[: row.concepts] if row.concepts else chosen
 
 
-def held_out(row: SimpleNamespace, available: dict[tuple[int, int], int], styles: list[str]) -> list[tuple[int, int]]:
+def held_out(row: SimpleNamespace, concepts: list[dict]) -> list[tuple[int, str]]:
     """For `row.held_out` concepts one style each, drawn from the styles they exist in."""
     rng = np.random.default_rng(row.seed)
-    by_concept: dict[int, list[int]] = {}
-    for concept, style in sorted(available):
-        if styles[style] != DEFAULT_STYLE:
-            by_concept.setdefault(concept, []).append(style)
-    wide = [concept for concept, some in by_concept.items() if len(some) > 1]
-    picked = sorted(rng.choice(wide, min(row.held_out, 2 * len(wide) // 3), replace=False).tolist())
-    return [(concept, int(rng.choice(by_concept[concept]))) for concept in picked]
-
-
-def article(name: str) -> str:
-    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
-
-
-def caption(concept: dict, style: str, rng: np.random.Generator) -> str:
-    """One way to ask for this picture, names far more often than keywords."""
-    names, tags = concept["names"], concept["tags"]
-    name = names[0] if rng.random() > SECOND_NAME else names[rng.integers(len(names))]
-    chance = rng.random()
-    if tags and chance < TAG_ONLY:
-        name = tags[rng.integers(len(tags))]
-    elif tags and chance < TAG_ONLY + EXTRA_TAG:
-        name = f"{name}, {tags[rng.integers(len(tags))]}"
-    if rng.random() < 0.5:
-        name = article(name)
-    words = STYLE_WORDS[style]
-    return name if rng.random() < NO_STYLE else f"{name}, {words[rng.integers(len(words))]}"
+    wide = [
+        (index, styles)
+        for index, concept in enumerate(concepts)
+        if len(styles := [s for s in concept["pictures"] if s != DEFAULT_STYLE]) > 1
+    ]
+    picked = rng.choice(len(wide), min(row.held_out, 2 * len(wide) // 3), replace=False)
+    return [(wide[k][0], str(rng.choice(wide[k][1]))) for k in sorted(picked.tolist())]
 
 
 def word_counts(art: dict, concepts: list[dict]) -> Counter[str]:
-    """How much each word weighs in the vocabulary: names of this budget's concepts most, all other keywords least."""
+    """How much each word weighs in the vocabulary: the grammar's and concepts' names most, other keywords least."""
     counts: Counter[str] = Counter()
-    for text in [*PROMPT_WORDS.split(), *(word for words in STYLE_WORDS.values() for word in words)]:
+    table = words()
+    lists = [*table["styles"].values(), *table["sizes"].values(), *table["colour_words"].values()]
+    for text in [*GRAMMAR.split(), *table["colours"], *(word for some in lists for word in some)]:
         counts.update(dict.fromkeys(bpe.words_of(text), 400))
     for concept in concepts:
         for name in concept["names"]:
             counts.update(dict.fromkeys(bpe.words_of(name), 100))
-        for tag in concept["tags"]:
-            counts.update(dict.fromkeys(bpe.words_of(tag), 3))
+            counts.update(dict.fromkeys(bpe.words_of(plural(name) or ""), 60))
     for emoji in art["emoji"]:
-        counts.update(dict.fromkeys(bpe.words_of(emoji["label"]), 4))
+        counts.update(dict.fromkeys(bpe.words_of(plain(emoji["label"])), 4))
         counts.update({word: 1 for tag in emoji["tags"] for word in bpe.words_of(tag)})
     return counts
 
@@ -109,37 +111,64 @@ def tokens_of(work: Path, texts: list[str]) -> np.ndarray:
     from sfumato.text.tokenizer import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_folder(need(work / "tokenizer", "captions.py"))
-    return tokenizer(texts).input_ids.numpy().astype(np.int32)
+    return tokenizer.fitted(texts).input_ids.numpy().astype(np.int32)
+
+
+def extent(picture: np.ndarray) -> tuple[float, float]:
+    """Half width and half height of what is opaque, around the centre, as shares of the side."""
+    opaque = picture[..., 3] > 24
+    if not opaque.any():
+        return 0.0, 0.0
+    side = picture.shape[0]
+    rows, columns = np.flatnonzero(opaque.any(1)), np.flatnonzero(opaque.any(0))
+    reach = [max(side / 2 - some[0], some[-1] + 1 - side / 2) / side for some in (columns, rows)]
+    return reach[0], reach[1]
+
+
+def main_hue(picture: np.ndarray) -> float:
+    """The hue in turns that most of the picture has, or nan where there is none to turn."""
+    from PIL import Image
+
+    opaque = picture[..., 3] > 128
+    hsv = np.asarray(Image.fromarray(picture[..., :3]).convert("HSV"), np.float32)[opaque] / 255
+    vivid = hsv[(hsv[:, 1] > 0.3) & (hsv[:, 2] > 0.25)]
+    if len(vivid) < 0.4 * len(hsv) or not len(hsv):
+        return float("nan")
+    histogram, _ = np.histogram(vivid[:, 0], 40, (0, 1), weights=vivid[:, 1])
+    smooth = sum(np.roll(histogram, k) for k in (-1, 0, 1))
+    peak = (int(np.argmax(smooth)) + 0.5) / 40
+    away = np.abs((vivid[:, 0] - peak + 0.5) % 1 - 0.5)
+    return peak if (away < 0.09).mean() > 0.75 else float("nan")
+
+
+def pictures_of(work: Path) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+    """Every picture as (H, W, 4) uint8, the styles' and the emoji's indices."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    arrays = np.load(need(work / "art.npz", "render.py"))
+    art, ends = arrays["art"].tobytes(), arrays["ends"].tolist()
+    starts = [0, *ends[:-1]]
+    with ThreadPoolExecutor() as pool:
+        made = list(pool.map(lambda span: unpacked(art[span[0] : span[1]]), zip(starts, ends, strict=True)))
+    return made, arrays["style"], arrays["emoji"]
 
 
 def main() -> None:
     _, row, work = arguments(__doc__)
     art = json.loads(need(work / "art.json", "render.py").read_text())
-    arrays = np.load(work / "art.npz")
-    concepts = concepts_of(row, art)
-    place = {concept["art"]: index for index, concept in enumerate(concepts)}
-    wanted = {art["styles"].index(style) for style in row.styles}
-    available = {
-        (place[int(emoji)], int(style)): picture
-        for picture, (emoji, style) in enumerate(zip(arrays["emoji"], arrays["style"], strict=True))
-        if int(emoji) in place and int(style) in wanted
-    }
-    held = set(held_out(row, available, art["styles"]))
-    trained = [pair for pair in sorted(available) if pair not in held]
-    merges = bpe.learn(word_counts(art, concepts), row.merges)
-    vocabulary = bpe.write(work / "tokenizer", merges, row.tokens)
-    rng = np.random.default_rng(row.seed)
-    texts = [caption(concepts[c], art["styles"][s], rng) for c, s in trained for _ in range(row.variants)]
-    tokens = tokens_of(work, texts).reshape(len(trained), row.variants, row.tokens)
-    picture = np.array([available[pair] for pair in trained])
-    held_list = [{"concept": c, "style": s, "picture": int(available[c, s])} for c, s in sorted(held)]
-    facts = {"styles": art["styles"], "trained_styles": row.styles, "vocabulary": vocabulary}
-    save_json(work / "captions.json", {**facts, "concepts": concepts, "held_out": held_list})
-    pairs = np.array(trained)
-    save_arrays(work / "tokens.npz", tokens=tokens, picture=picture, concept=pairs[:, 0], style=pairs[:, 1])
-    used = (tokens != vocabulary - 1).sum(-1)
-    print(f"captions: {len(concepts)} concepts, {len(trained)} trained pairs, {len(held)} held out;")
-    print(f"captions: {vocabulary} tokens, {used.mean():.1f} a caption, e.g. {texts[:: len(texts) // 6]}")
+    images, style, emoji = pictures_of(work)
+    pictures: dict[int, dict[str, int]] = {}
+    for index, (concept, number) in enumerate(zip(emoji.tolist(), style.tolist(), strict=True)):
+        pictures.setdefault(concept, {})[art["styles"][number]] = index
+    concepts = concepts_of(row, art, pictures)
+    held = held_out(row, concepts)
+    vocabulary = bpe.write(work / "tokenizer", bpe.learn(word_counts(art, concepts), row.merges), row.tokens)
+    facts = {"styles": art["styles"], "vocabulary": vocabulary, "held_out": held, "concepts": concepts}
+    save_json(work / "captions.json", facts)
+    hues = np.array([main_hue(image) for image in images], np.float32)
+    save_arrays(work / "sprites.npz", extent=np.array([extent(image) for image in images], np.float32), hue=hues)
+    print(f"captions: {len(concepts)} concepts, {len(images)} pictures, {len(held)} pairs held out;")
+    print(f"captions: {vocabulary} tokens; {np.isfinite(hues).mean():.0%} of the pictures can take another colour")
 
 
 if __name__ == "__main__":

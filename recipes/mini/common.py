@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import os
@@ -38,6 +39,12 @@ def budget(name: str) -> SimpleNamespace:
     return SimpleNamespace(name=name, **{**table["default"], **table[name]})
 
 
+@functools.cache
+def words() -> dict[str, Any]:
+    """`words.toml`: styles, colours, sizes and relations as captions name them, and what is never drawn."""
+    return tomllib.loads((HERE / "words.toml").read_text())
+
+
 def arguments(doc: str | None, extra: dict[str, dict[str, Any]] | None = None) -> tuple[argparse.Namespace, Any, Path]:
     """Parse the options every step has (plus `extra`), and return them with the budget and the work folder."""
     parser = argparse.ArgumentParser(description=doc)
@@ -63,8 +70,7 @@ def set_up_torch(seed: int, threads: int) -> Any:
     if threads:
         torch.set_num_threads(threads)
     if torch.cuda.is_available():
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
         return torch.device("cuda")
     return torch.device("cpu")
@@ -101,14 +107,14 @@ def need(path: Path, step: str) -> Path:
     return path
 
 
-def save_arrays(path: Path, **arrays: Any) -> None:
-    """Compressed npz, atomically."""
+def save_arrays(path: Path, *, compress: bool = True, **arrays: Any) -> None:
+    """An npz, atomically."""
     import numpy as np
 
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    (np.savez_compressed if compress else np.savez)(buffer, **arrays)
     with atomic(path) as partial:
-        partial.write_bytes(buffer.getvalue())
+        partial.write_bytes(buffer.getbuffer())
 
 
 def save_json(path: Path, value: Any) -> None:

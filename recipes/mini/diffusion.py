@@ -21,21 +21,29 @@ def alphas() -> Tensor:
 
 def draw_times(count: int, high_share: float, low: int, generator: torch.Generator) -> Tensor:
     """Timesteps spread evenly over the batch, `high_share` of them in [low, 1000), where the words decide."""
-    u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    device = generator.device
+    u = (torch.arange(count, device=device) + torch.rand(count, generator=generator, device=device)) / count
     high = u < high_share
     t = torch.where(high, low + (STEPS - low) * u / high_share, STEPS * (u - high_share) / (1 - high_share))
     return t.long().clamp(0, STEPS - 1)
 
 
-def noised(x0: Tensor, t: Tensor, noise: Tensor, pure: Tensor) -> tuple[Tensor, Tensor]:
-    """Noisy latents and the v that leads back to x0: x = a x0 + s n, x0 = a x - s v.
+class Schedule:
+    """Levels of noise, resident on a device."""
 
-    Where `pure`, x is noise alone (the schedule's last step still shows 7 % of the picture, which sampling never has).
-    """
-    a = alphas()[t.cpu()].sqrt().float().to(x0.device).view(-1, 1, 1, 1)
-    s = (1 - a.square()).sqrt()
-    x = torch.where(pure.to(x0.device).view(-1, 1, 1, 1), noise, a * x0 + s * noise)
-    return x, (a * x - x0) / s
+    def __init__(self, device: torch.device):
+        self.a = alphas().sqrt().float().to(device)
+        self.s = (1 - alphas()).sqrt().float().to(device)
+
+    def noised(self, x0: Tensor, t: Tensor, noise: Tensor, pure: Tensor) -> tuple[Tensor, Tensor]:
+        """Noisy latents and the v that leads back to x0: x = a x0 + s n, x0 = a x - s v.
+
+        Where `pure`, x is noise alone (the schedule's last step still shows 7 % of the picture, which sampling never
+        has).
+        """
+        a, s = (table[t].view(-1, 1, 1, 1) for table in (self.a, self.s))
+        x = torch.where(pure.view(-1, 1, 1, 1), noise, a * x0 + s * noise)
+        return x, (a * x - x0) / s
 
 
 @torch.no_grad()

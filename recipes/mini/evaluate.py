@@ -10,108 +10,164 @@ from types import SimpleNamespace
 import judge
 import numpy as np
 import torch
-from captions import STYLE_WORDS, tokens_of
-from common import HERE, Log, arguments, load, need, save_json, set_up_torch
+from captions import plural, tokens_of
+from common import Log, arguments, load, need, save_json, set_up_torch, words
+from compose import Sprites
 from diffusion import decode, sample
-from models import build_text, build_unet, build_vae
-from sheets import psnr, sheet, to_pixels, to_tensor
+from models import build_vae
+from scenes import article, book_of
+from sheets import sheet, to_pixels
 from state import averaged
 from torch import Tensor, nn
-from train import Pair
-from train_vae import split
+from train import Pair, build_pair, prompts
+from train_vae import alone_on_white, held_out_psnr, held_pictures
 
 Networks = tuple[nn.Module, Pair]
+STEPS, GUIDANCE = 20, 3.0
+SEEDS_OF = ["a red apple, 3d", "a smiling cat, flat style", "a rocket, line art", "a house, cartoon"]
 
 
 def networks(row: SimpleNamespace, work: Path) -> Networks:
     """The folded VAE and the averaged text encoder and U-Net."""
-    vocabulary = json.loads(need(work / "captions.json", "captions.py").read_text())["vocabulary"]
-    vae, pair = build_vae(row).eval(), Pair(build_text(row, vocabulary), build_unet(row)).eval()
+    vae, pair = build_vae(row).eval(), build_pair(row, work).eval()
     vae.load_state_dict(load(need(work / "vae_final.pt", "encode.py"))["model"])
     pair.load_state_dict(averaged(need(work / "train.pt", "train.py")))
     return vae, pair
 
 
-def paint(prompts: list[str], work: Path, both: Networks, seed: int) -> Tensor:
+@torch.no_grad()
+def paint(texts: list[str], work: Path, both: Networks, seed: int) -> Tensor:
     """Pictures (B, 3, H, W) for prompts."""
     vae, pair = both
     device = next(pair.parameters()).device
-    tokens, empty = (torch.from_numpy(tokens_of(work, texts)).long().to(device) for texts in (prompts, [""]))
+    tokens, empty = (torch.from_numpy(tokens_of(work, some)).long().to(device) for some in (texts, [""]))
     parts = [
-        decode(vae, sample(pair.unet, pair.text, part, empty, seed + index, steps=20))
-        for index, part in enumerate(tokens.split(32))
+        decode(vae, sample(pair.unet, pair.text, part, empty, seed + index, steps=STEPS, guidance=GUIDANCE))
+        for index, part in enumerate(tokens.split(16))
     ]
-    return torch.cat(parts)
-
-
-@torch.no_grad()
-def vae_psnr(vae: nn.Module, work: Path, count: int) -> float:
-    """Mean PSNR over art of emoji that the VAE never saw."""
-    images, _, held = split(work)
-    values = []
-    for start in range(0, len(held[:count]), 32):
-        x = to_tensor(images[held[:count][start : start + 32]]).to(next(vae.parameters()).device)
-        values.append(psnr(vae.decode(vae.encode(x).latent_dist.mean).sample, x).cpu())
-    return float(torch.cat(values).mean())
+    return torch.cat(parts).cpu()
 
 
 def shares(places: Tensor) -> dict[str, float]:
     """Top-1 and top-5 shares of a judge's ranking."""
-    return {"top1": round(float((places < 1).float().mean()), 4), "top5": round(float((places < 5).float().mean()), 4)}
+    return {"pictures": len(places), "top1": share(places < 1), "top5": share(places < 5)}
 
 
-def judged(pairs: list[tuple[int, int]], facts: dict, work: Path, both: Networks, seed: int) -> dict:
-    """Paint '<name>, <style>' for (concept, style) pairs and let the judge name the pictures, style by style."""
-    styles, concepts = facts["styles"], facts["concepts"]
-    prompts = [f"{concepts[c]['names'][0]}, {STYLE_WORDS[styles[s]][0]}" for c, s in pairs]
-    emoji = torch.tensor([concepts[c]["art"] for c, _ in pairs])
-    places = judge.ranks(work, paint(prompts, work, both, seed), emoji)
-    by_style = {}
-    for style in sorted({s for _, s in pairs}):
-        rows = torch.tensor([s == style for _, s in pairs])
-        by_style[styles[style]] = {"pictures": int(rows.sum()), **shares(places[rows])}
-    order = places.argsort(descending=True)[:20].tolist()
-    return {"pictures": len(pairs), **shares(places), "styles": by_style, "worst": [prompts[k] for k in order]}
+def share(right: Tensor) -> float:
+    return round(float(right.float().mean()), 4)
 
 
-def real_art(facts: dict, work: Path, data: dict) -> dict:
-    """What the judge makes of the drawn originals: the most that painted pictures can reach."""
-    rows = np.random.default_rng(0).choice(len(data["picture"]), min(400, len(data["picture"])), replace=False)
-    images = to_tensor(np.load(work / "art.npz")["images"][data["picture"][rows]])
-    emoji = torch.tensor([facts["concepts"][c]["art"] for c in data["concept"][rows]])
-    return {"pictures": len(rows), **shares(judge.ranks(work, images, emoji))}
+def ranks(scores: Tensor, concepts: Tensor) -> Tensor:
+    """The place of the right concept among all, 0 the best."""
+    return (scores > scores.gather(1, concepts[:, None])).sum(1)
+
+
+class Examiner:
+    """Asks the painter for things and the judge for what it sees."""
+
+    def __init__(self, row: SimpleNamespace, work: Path, both: Networks):
+        self.row, self.work, self.both = row, work, both
+        self.book = book_of(row, work, everything=True)
+        self.judge = judge.load_judge(work, next(both[1].parameters()).device)
+        self.styles = [words()["styles"][style][0] for style in self.book.styles]
+        self.everyday = [k for k, concept in enumerate(self.book.concepts) if concept["everyday"]]
+
+    def name(self, concept: int) -> str:
+        """Its plainest name."""
+        return self.book.concepts[concept]["names"][0]
+
+    def a(self, concept: int) -> str:
+        """Its name with an article, where one fits."""
+        name = self.name(concept)
+        return name if plural(name) is None else f"{article(name)} {name}"
+
+    def seen(self, texts: list[str], seed: int) -> tuple[Tensor, ...]:
+        """The judge's tables for pictures of these prompts."""
+        return judge.verdicts(self.judge, paint(texts, self.work, self.both, seed))
+
+    def pairs(self, pairs: list[tuple[int, str]], seed: int) -> dict:
+        """'<name>, <style>' for pairs of concept and style: is it that thing, and in that style?"""
+        numbers = [self.book.styles.index(style) for _, style in pairs]
+        texts = [f"{self.a(c)}, {self.styles[s]}" for (c, _), s in zip(pairs, numbers, strict=True)]
+        concepts, _, _, style = self.seen(texts, seed)
+        places = ranks(concepts, torch.tensor([c for c, _ in pairs]))
+        worst = [texts[k] for k in places.argsort(descending=True)[:20].tolist()]
+        return {**shares(places), "style": share(style.argmax(1) == torch.tensor(numbers)), "worst": worst}
+
+    def scenes(self, count: int, rng: np.random.Generator) -> dict:
+        """Two things side by side, numbers of a thing, colours of the background, each in a style that has them."""
+        texts, wanted = [], []
+        for _ in range(count):
+            one, other = rng.choice(self.everyday, 2, replace=False).tolist()
+            texts.append(f"{self.a(one)} left of {self.a(other)}, {self.styles[0]}")
+            wanted.append((one, other))
+        drawn = paint(texts, self.work, self.both, 300)
+        concepts, (ones, others) = judge.verdicts(self.judge, drawn)[0], torch.tensor(wanted).T
+        both = share((torch.stack([ranks(concepts, ones), ranks(concepts, others)]) < 5).all(0))
+        with torch.no_grad():
+            left = share(self.judge.where(drawn, ones)[:, 0] < self.judge.where(drawn, others)[:, 0])
+        countable = [k for k in self.everyday if plural(self.name(k))]
+        chosen, numbers = rng.choice(countable, count).tolist(), (torch.arange(count) % 3 + 1)
+        said = ["", "one", "two", "three"]
+        texts = [
+            (self.a(k) if n == 1 else f"{said[n]} {plural(self.name(k))}") + f", {self.styles[0]}"
+            for k, n in zip(chosen, numbers.tolist(), strict=True)
+        ]
+        number = share(self.seen(texts, 400)[1].argmax(1) == numbers)
+        colours = torch.from_numpy(rng.integers(0, len(self.book.colour_names), count))
+        chosen = rng.choice(self.everyday, count).tolist()
+        texts = [
+            f"{self.a(k)} on a {self.book.colour_names[c]} background, {self.styles[0]}"
+            for k, c in zip(chosen, colours.tolist(), strict=True)
+        ]
+        colour = share(self.seen(texts, 500)[2].argmax(1) == colours)
+        found = {"both_of_two_found": both, "left_of_right": left, "number_right": number, "background_right": colour}
+        return {"pictures": 3 * count, **found}
+
+    def art(self, count: int, sprites: Sprites, rng: np.random.Generator) -> dict:
+        """What the judge makes of the drawn originals: the most that painted pictures can reach."""
+        drawn = [(p, k) for k, concept in enumerate(self.book.concepts) for p in concept["pictures"].values()]
+        chosen = [drawn[k] for k in rng.permutation(len(drawn))[:count]]
+        pictures = sprites.paint(alone_on_white(np.array([p for p, _ in chosen])).to(sprites.device))
+        return shares(ranks(judge.verdicts(self.judge, pictures)[0], torch.tensor([k for _, k in chosen])))
+
+
+def spread(pictures: Tensor) -> float:
+    """Mean distance of any two of the pictures: root mean square of their difference, in 0 to 255."""
+    flat = pictures.clamp(-1, 1).flatten(1) * 127.5
+    return float(torch.pdist(flat).mean() / flat.shape[1] ** 0.5)
 
 
 def main() -> None:
     args, row, work = arguments(__doc__, {"--sheet-only": {"action": "store_true"}})
     log, device = Log(work / "evaluate.log"), set_up_torch(row.seed, row.threads)
-    vae, pair = networks(row, work)
-    both = (vae.to(device), pair.to(device))
-    prompts = (HERE / "prompts.txt").read_text().splitlines()[: 2 * row.sheet_prompts]
+    both = tuple(part.to(device) for part in networks(row, work))
     start = time.perf_counter()
-    made = paint(prompts, work, both, 3)
-    log(f"evaluate: {len(prompts)} pictures in {time.perf_counter() - start:.1f} s")
-    sheet(work / "evaluation.png", to_pixels(made), 8, zoom=2 if row.size <= 64 else 1)
+    made = paint(prompts(row), work, both, 3)
+    log(f"evaluate: {len(made)} pictures in {time.perf_counter() - start:.1f} s")
+    sheet(work / "evaluation.png", to_pixels(made), 8)
     if args.sheet_only:
         return
+    examiner, rng, sprites = Examiner(row, work, both), np.random.default_rng(2), Sprites.of(work, device)
     facts = json.loads((work / "captions.json").read_text())
-    data = dict(np.load(work / "tokens.npz"))
-    trained = list(zip(data["concept"].tolist(), data["style"].tolist(), strict=True))
-    chosen = np.random.default_rng(2).permutation(len(trained))[: row.judged_pairs]
-    held = [(pair["concept"], pair["style"]) for pair in facts["held_out"]][: row.judged_held_out]
-    numbers = {
-        "budget": row.name,
-        "samples": load(work / "train.pt")["step"] * row.batch,
-        "concepts": len(facts["concepts"]),
-        "vae_held_out_psnr": round(vae_psnr(vae, work, 10_000), 2),
-        "judge_on_art": real_art(facts, work, data),
-        "trained_pairs": judged([trained[k] for k in chosen], facts, work, both, 100),
-        "held_out_pairs": judged(held, facts, work, both, 200),
-    }
+    held = [(concept, style) for concept, style in facts["held_out"]]
+    trained = [(k, s) for k, c in enumerate(facts["concepts"]) for s in c["pictures"] if (k, s) not in set(held)]
+    chosen = [trained[k] for k in rng.permutation(len(trained))[: row.judged_pairs]]
+    art = alone_on_white(np.flatnonzero(held_pictures(work)))
+    numbers: dict = {"budget": row.name, "concepts": len(facts["concepts"])}
+    numbers["vae_held_out_psnr"] = round(held_out_psnr(both[0], sprites, art[:: max(1, len(art) // 192)]), 2)
+    numbers["judge_on_art"] = examiner.art(300, sprites, rng)
+    log(f"evaluate: {numbers}")
+    numbers["trained_pairs"] = examiner.pairs(chosen, 100)
+    log(f"evaluate: trained {numbers['trained_pairs']}")
+    numbers["held_out_pairs"] = examiner.pairs(held[: row.judged_held_out], 200)
+    log(f"evaluate: held out {numbers['held_out_pairs']}")
+    numbers["scenes"] = examiner.scenes(row.judged_scenes // 3, rng)
+    log(f"evaluate: scenes {numbers['scenes']}")
+    spreads = [spread(paint([text] * 16, work, both, 600)) for text in SEEDS_OF]
+    numbers["spread_of_16_seeds"] = round(float(np.mean(spreads)), 1)
     save_json(work / "evaluation.json", numbers)
-    log(f"evaluate: {json.dumps({k: v for k, v in numbers.items() if not isinstance(v, dict)})}")
-    for part in ("judge_on_art", "trained_pairs", "held_out_pairs"):
-        log(f"evaluate: {part} top-1 {numbers[part]['top1']:.1%}, top-5 {numbers[part]['top5']:.1%}")
+    log(f"evaluate: spread {spreads}")
 
 
 if __name__ == "__main__":

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from captions import STYLE_WORDS
-from common import HERE, RecipeError, arguments, load, need, save_json
+from captions import GRAMMAR
+from common import HERE, RecipeError, arguments, load, need, save_json, words
 from diffusion import BETAS, STEPS
 from fetch import packages
 from models import text_config, unet_config, vae_config
 from safetensors.torch import save_file
 from state import averaged
 
-LIMIT = 25_000_000  # bytes of the whole folder
+LIMIT = 31_000_000  # bytes of the whole folder
+CALM = 8  # a power of two: nothing is rounded
 UPSTREAM = "0.30.0"  # the version of the reference library whose keys the configs follow
 SUGGESTED = {"steps": 20, "guidance_scale": 3.0}  # chosen by eye; more guidance only adds contrast
 SCHEDULER = {
@@ -61,10 +63,33 @@ def write_weights(path: Path, state: dict[str, torch.Tensor], prefix: str = "") 
     path.chmod(0o644)  # it writes files for their owner alone
 
 
+def loud_layers(names: Iterable[str]) -> set[str]:
+    """The layers of a U-Net, among all its layers' names, whose sum enters its last normalization."""
+    ends = [name.split(".") for name in names if name.startswith("up_blocks.")]
+    level = max(int(parts[1]) for parts in ends)
+    last = f"up_blocks.{level}."
+    number = max(int(parts[3]) for parts in ends if int(parts[1]) == level and parts[2] == "resnets")
+    return {
+        f"{last}resnets.{number}.conv2",
+        f"{last}resnets.{number}.conv_shortcut",
+        f"{last}attentions.{number}.proj_out",
+    }
+
+
+def calmed(unet: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same U-Net with what enters its last normalization CALM times smaller, which undoes it.
+
+    It had grown to 300, whose square fp16 does not hold; Core ML's normalization squares.
+    """
+    loud = loud_layers(unet)
+    return {name: value / CALM if name.rsplit(".", 1)[0] in loud else value for name, value in unet.items()}
+
+
 def write_model(folder: Path, row: SimpleNamespace, work: Path, facts: dict) -> None:
     """Networks, tokenizer, scheduler and index."""
     pair = averaged(need(work / "train.pt", "train.py"))
-    write_weights(folder / "unet" / "diffusion_pytorch_model.safetensors", pair, "unet.")
+    unet = {name.removeprefix("unet."): value for name, value in pair.items() if name.startswith("unet.")}
+    write_weights(folder / "unet" / "diffusion_pytorch_model.safetensors", calmed(unet))
     write_weights(folder / "text_encoder" / "model.safetensors", pair, "text.")
     vae = load(need(work / "vae_final.pt", "encode.py"))["model"]
     write_weights(folder / "vae" / "diffusion_pytorch_model.safetensors", vae)
@@ -80,9 +105,15 @@ def write_model(folder: Path, row: SimpleNamespace, work: Path, facts: dict) -> 
 
 def write_words(folder: Path, facts: dict) -> None:
     """words.json: what the model can draw, so that a caller can say when a prompt has no known word."""
-    styles = {style: sorted(set(STYLE_WORDS[style])) for style in facts["trained_styles"]}
+    styles = {some[0]: sorted(set(some)) for style in facts["styles"] if (some := words()["styles"][style])}
     names = {concept["emoji"]: concept["names"] for concept in facts["concepts"]}
-    save_json(folder / "words.json", {"concepts": names, "styles": styles})
+    table = words()
+    said = [
+        *table["colours"],
+        *(word for key in ("colour_words", "sizes") for some in table[key].values() for word in some),
+    ]
+    said += ["one", "two", "three", *GRAMMAR.split()]
+    save_json(folder / "words.json", {"concepts": names, "styles": styles, "said": sorted(set(said))})
 
 
 def write_papers(folder: Path, work: Path, facts: dict) -> None:
@@ -94,15 +125,27 @@ def write_papers(folder: Path, work: Path, facts: dict) -> None:
     if (work / "evaluation.json").exists():
         numbers = json.loads((work / "evaluation.json").read_text())
     rows = [f"| {key.replace('_', ' ')} | {value} |" for key, value in numbers.items() if not isinstance(value, dict)]
-    for key in ("judge_on_art", "trained_pairs", "held_out_pairs"):
-        if key in numbers:
-            part = numbers[key]
-            text = f"{part['pictures']} pictures: top-1 {part['top1']:.1%}, top-5 {part['top5']:.1%}"
-            rows.append(f"| {key.replace('_', ' ')} | {text} |")
+    for key, part in numbers.items():
+        if isinstance(part, dict):
+            shares = [
+                f"{name.replace('_', ' ')} {value:.0%}" for name, value in part.items() if isinstance(value, float)
+            ]
+            rows.append(f"| {key.replace('_', ' ')} | {part['pictures']} pictures: {', '.join(shares)} |")
     table = "\n".join(["| measured | |", "|---|---|", *rows]) if rows else "Not evaluated."
     concepts = ", ".join(concept["names"][0] for concept in facts["concepts"])
-    card = (HERE / "CARD.in").read_text().replace("@NUMBERS@", table).replace("@CONCEPTS@", concepts)
-    (folder / "README.md").write_text(card.replace("@STYLES@", ", ".join(facts["trained_styles"])))
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    table_of = words()
+    replaced = {
+        "NUMBERS": table,
+        "CONCEPTS": concepts,
+        "COLOURS": ", ".join(table_of["colours"]),
+        "STYLES": ", ".join(table_of["styles"][style][0] for style in facts["styles"]),
+        "SIZE": f"{size / 1e6:.0f}",
+    }
+    card = (HERE / "CARD.in").read_text()
+    for name, text in replaced.items():
+        card = card.replace(f"@{name}@", text)
+    (folder / "README.md").write_text(card)
 
 
 def main() -> None:

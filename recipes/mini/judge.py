@@ -1,22 +1,25 @@
-"""A judge of the pictures, trained apart from the painter on the same art: which emoji is this? WORK/judge.pt."""
+"""A judge of the pictures, trained apart from the painter: what is there, how many, on which colour? WORK/judge.pt."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from common import Log, arguments, need, set_up_torch
-from optim import Optimiser, learning_rate
-from sheets import to_tensor
+from compose import Sprites
+from optim import Optimiser, learning_rate, precision
+from scenes import THINGS
 from state import State, averaged
 from torch import Tensor, nn
+from train_vae import scene_rows
 
-SIDE = 48  # pixels the judge looks at: 64 less a little, so that it does not read single pixels
+SIDE = 64  # pixels the judge looks at: fewer than there are, so that it does not read single pixels
+WIDTHS = (32, 64, 128, 256)
 
 
 class Block(nn.Module):
@@ -36,70 +39,112 @@ class Block(nn.Module):
 
 
 class Judge(nn.Module):
-    """Pictures (B, 3, H, W) in -1..1 -> scores (B, emoji)."""
+    """Pictures (B, 3, H, W) in -1..1 -> scores of concepts, of 0 to 3 things, of plain colours and of styles.
 
-    def __init__(self, emoji: int, widths: tuple[int, ...] = (24, 64, 128, 192)):
+    Concepts are looked for in every place of an 8 x 8 grid; the best places count.
+    """
+
+    def __init__(self, concepts: int, colours: int, styles: int):
         super().__init__()
-        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.blocks = nn.Sequential(*(Block(a, b) for a, b in itertools.pairwise(widths)))
-        self.norm = nn.GroupNorm(8, widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], widths[-1], 3, padding=1)
-        self.head = nn.Linear(widths[-1] * (SIDE // 8 // 2) ** 2, emoji)
+        self.conv_in = nn.Conv2d(3, WIDTHS[0], 3, padding=1)
+        self.blocks = nn.Sequential(*(Block(a, b) for a, b in itertools.pairwise(WIDTHS)))
+        self.norm = nn.GroupNorm(8, WIDTHS[-1])
+        self.mix = nn.Conv2d(WIDTHS[-1], WIDTHS[-1], 5, padding=2)
+        self.concepts = nn.Conv2d(WIDTHS[-1], concepts, 1)
+        self.others = nn.ModuleList(nn.Linear(WIDTHS[-1], count) for count in (THINGS + 1, colours, styles))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Scores of every emoji."""
+    def features(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, C, 8, 8)."""
         x = F.interpolate(x, size=(SIDE, SIDE), mode="bilinear", antialias=True)
-        h = self.conv_out(F.gelu(self.norm(self.blocks(self.conv_in(x)))))
-        return self.head(F.avg_pool2d(F.gelu(h), 2).flatten(1))
+        h = F.gelu(self.norm(self.blocks(self.conv_in(x))))
+        return F.gelu(h + self.mix(h))
+
+    def where(self, x: Tensor, concept: Tensor) -> Tensor:
+        """Column and row (B, 2) in 0..7 around which a concept (B,) of each picture is seen."""
+        scores = self.concepts(self.features(x))
+        chosen = scores[torch.arange(len(x)), concept].flatten(1).float().softmax(1).view(len(x), 8, 8)
+        line = torch.arange(8, device=x.device).float()
+        return torch.stack([(chosen.sum(1) * line).sum(1), (chosen.sum(2) * line).sum(1)], 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Four tables of scores (B, kinds)."""
+        h = self.features(x)
+        concepts = self.concepts(h).flatten(2).float()
+        pooled = h.mean((2, 3))
+        count, colour, style = (layer(pooled).float() for layer in self.others)
+        return concepts.logsumexp(2) - math.log(concepts.shape[2]), count, colour, style
 
 
-def disturbed(x: Tensor, rng: np.random.Generator) -> Tensor:
-    """The blur, shift, noise and colour drift of a small painter, so that the judge looks at shapes."""
-    shift = tuple(int(n) for n in rng.integers(-x.shape[-1] // 16, x.shape[-1] // 16 + 1, 2))
-    x = torch.roll(x, shift, (2, 3))
-    if rng.random() < 0.5:
-        small = F.interpolate(x, scale_factor=float(rng.uniform(0.3, 0.8)), mode="bilinear", antialias=True)
-        x = F.interpolate(small, size=x.shape[-2:], mode="bilinear")
-    count = len(x)
-    gain = torch.from_numpy(rng.uniform(0.8, 1.2, (count, 3, 1, 1))).float().to(x.device)
-    noise = torch.from_numpy(rng.standard_normal(x.shape, np.float32)).to(x.device)
-    x = 1 - (1 - x) * gain + float(rng.uniform(0, 0.15)) * noise
-    mirror = torch.from_numpy(rng.random(count) < 0.3).to(x.device)
-    return torch.where(mirror.view(-1, 1, 1, 1), x.flip(3), x)
+def disturbed(x: Tensor, generator: torch.Generator) -> Tensor:
+    """The blur, noise and drift of a small painter, so that the judge looks at shapes."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, device=x.device)
+
+    side = x.shape[-1]
+    small = max(16, int(side * (0.35 + 0.65 * float(draw(1)))))
+    x = F.interpolate(F.interpolate(x, size=small, mode="bilinear", antialias=True), size=side, mode="bilinear")
+    x = x * (0.9 + 0.2 * draw(len(x), 1, 1, 1)) + 0.1 * (draw(len(x), 3, 1, 1) - 0.5)
+    noise = torch.randn(x.shape, generator=generator, device=x.device)
+    return x + 0.15 * draw(len(x), 1, 1, 1) * noise
 
 
-def train(row: SimpleNamespace, work: Path, log: Log) -> None:
-    """Train on every picture there is until `row.judge_images` were seen."""
+def loss_of(scores: tuple[Tensor, ...], found: Tensor) -> Tensor:
+    """Cross entropy of every concept that is there, of their number, the colour (where there is one) and the style."""
+    concepts, count, colour, style = scores
+    wanted = found[:, :THINGS]
+    there = (wanted >= 0).float()
+    logs = concepts.log_softmax(1).gather(1, wanted.clamp_min(0))
+    named = -(logs * there).sum() / there.sum().clamp_min(1)
+    number = F.cross_entropy(count, there.sum(1).long())
+    plain = F.cross_entropy(colour, found[:, THINGS].clamp_min(0), reduction="none")
+    plain = (plain * (found[:, THINGS] >= 0)).mean()
+    return named + 0.5 * number + 0.5 * plain + 0.2 * F.cross_entropy(style, found[:, THINGS + 1])
+
+
+def sizes_of(work: Path) -> tuple[int, int, int]:
+    from common import words
+
+    facts = json.loads(need(work / "captions.json", "captions.py").read_text())
+    return len(facts["concepts"]), len(words()["colours"]), len(facts["styles"])
+
+
+def train(row: SimpleNamespace, work: Path, log: Log, sprites: Sprites | None = None) -> None:
+    """Train on the judge's own scenes, which hold every pair, for the budget's pictures or seconds."""
     device = set_up_torch(row.seed + 1, row.threads)
-    art = np.load(need(work / "art.npz", "render.py"))
-    images, emoji = art["images"], torch.from_numpy(art["emoji"]).long()
-    count = len(json.loads((work / "art.json").read_text())["emoji"])
-    judge = Judge(count).to(device)
-    optimiser = Optimiser(judge, row.muon, weight_decay=0.1)
-    state, total, hits = State(work / "judge.pt", judge, optimiser, 0.998), max(row.judge_images // 64, 1), []
-    while state.goes_on(total):
-        rng = np.random.default_rng((row.seed + 1, state.step))
-        rows = rng.integers(0, len(images), 64)
-        scores = judge(disturbed(to_tensor(images[rows]).to(device), rng))
-        target = emoji[rows].to(device)
-        hits.append(float((scores.topk(min(5, count)).indices == target[:, None]).any(1).float().mean()))
-        loss = F.cross_entropy(scores, target, label_smoothing=0.1)
-        state.update(loss, learning_rate(2e-3, state.step / total, 0.02, 0.5))
-        if state.step % 200 == 0 or state.step == total:
-            share = f"right name among five {np.mean(hits):.1%} on disturbed art"
-            log(f"judge: {state.step}/{total}, {share}, {state.speed(64)}")
-            hits.clear()
+    sprites = sprites or Sprites.of(work, device)
+    rows, _, found = (torch.from_numpy(some).to(device) for some in scene_rows(work, judge=True))
+    judge, batch = Judge(*sizes_of(work)).to(device), row.judge_batch
+    budget = {"steps": row.judge_images // batch, "seconds": row.judge_seconds}
+    state = State(work / "judge.pt", judge, Optimiser(judge, row.muon, weight_decay=0.1), 0.998, **budget)
+    dtype = precision(device)
+    while state.goes_on():
+        generator = torch.Generator(device).manual_seed(row.seed * 1_000_003 + state.step)
+        chosen = torch.randint(len(rows), (batch,), generator=generator, device=device)
+        x = disturbed(sprites.paint(rows[chosen]), generator)
+        with torch.autocast(device.type, dtype=dtype or torch.float32, enabled=dtype is not None):
+            scores = judge(x)
+        loss = loss_of(scores, found[chosen].long())
+        state.update(loss, learning_rate(2e-3, state.done, 0.02, 0.5))
+        if state.step % (2 * row.log_every) == 0:
+            first = found[chosen, 0].long()
+            hits = (scores[0].topk(5).indices == first[:, None]).any(1)[first >= 0].float().mean()
+            log(f"judge: loss {float(loss.detach()):.3f}, first among five {float(hits):.1%}, {state.speed(batch)}")
     state.keep()
 
 
+def load_judge(work: Path, device: torch.device) -> Judge:
+    judge = Judge(*sizes_of(work)).to(device).eval()
+    judge.load_state_dict(averaged(need(work / "judge.pt", "judge.py")))
+    return judge
+
+
 @torch.no_grad()
-def ranks(work: Path, pictures: Tensor, emoji: Tensor) -> Tensor:
-    """For pictures (B, 3, H, W) the place of the right emoji among all, 0 the best."""
-    state = averaged(need(work / "judge.pt", "judge.py"))
-    judge = Judge(len(state["head.bias"]))
-    judge.load_state_dict(state)
-    scores = torch.cat([judge(part) for part in pictures.cpu().split(64)])
-    return (scores > scores.gather(1, emoji[:, None].cpu())).sum(1)
+def verdicts(judge: Judge, pictures: Tensor) -> tuple[Tensor, ...]:
+    """The judge's four tables for pictures (B, 3, H, W), on the CPU."""
+    device = next(judge.parameters()).device
+    parts = [judge(part.to(device)) for part in pictures.split(64)]
+    return tuple(torch.cat(some).cpu() for some in zip(*parts, strict=True))
 
 
 def main() -> None:

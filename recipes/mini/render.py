@@ -1,4 +1,4 @@
-"""Render every emoji of every art set on white: WORK/art.npz (pictures) and WORK/art.json (what they show)."""
+"""Render every emoji of every art set once, with its transparency: WORK/art.npz (pictures) and WORK/art.json."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
-from common import RecipeError, arguments, need, save_arrays, save_json
+from common import RecipeError, arguments, need, save_arrays, save_json, words
 from fetch import folder_of
 from PIL import Image
 
-STYLES = ["3d", "gradient", "flat", "line art", "noto", "blob", "twemoji", "emojione", "firefox"]
 MARGIN = 1 / 32  # of the picture's side, left free around the art
 MAX_ZOOM = 1.4  # small signs grow to fill the picture, but not more than this
+QUALITY, ALPHA_QUALITY = 88, 95  # of the WebP that the art is kept in
 
 
 def slug(label: str) -> str:
@@ -64,7 +64,6 @@ def find_icon(folder: Path, names: list[str]) -> bytes | None:
 def source(style: str, emoji: dict, downloads: Path) -> bytes | None:
     """The art of one emoji in one style: SVG or WebP bytes, or None where the set has no such picture."""
     names = [slug(name) for name in (emoji["label"], *emoji["other_names"])]
-    joined = [name.replace("-", "") for name in names]
     fluent = downloads / "fluentui-emoji" / "icons"
     toned = [f"{names[0]}-default", *names]
     find: dict[str, Callable[[], bytes | None]] = {
@@ -74,9 +73,6 @@ def source(style: str, emoji: dict, downloads: Path) -> bytes | None:
         "line art": lambda: find_file(fluent / "high-contrast", toned, ".svg"),
         "twemoji": lambda: find_file(folder_of(downloads, "@twemoji/svg"), codes, ".svg"),
         "noto": lambda: find_icon(folder_of(downloads, "@iconify-json/noto"), names),
-        "blob": lambda: find_icon(folder_of(downloads, "@iconify-json/noto-v1"), names),
-        "emojione": lambda: find_icon(folder_of(downloads, "@iconify-json/emojione"), names),
-        "firefox": lambda: find_icon(folder_of(downloads, "@iconify-json/fxemoji"), joined),
     }
     codes = codepoints(emoji["hexcode"])
     return find[style]()
@@ -94,8 +90,8 @@ def raster(art: bytes, side: int) -> Image.Image:
     return Image.open(io.BytesIO(png)).convert("RGBA")
 
 
-def on_white(image: Image.Image, size: int) -> np.ndarray | None:
-    """Fit the art into a white square, its margins evened out between the sets; None for an empty picture."""
+def fitted(image: Image.Image, size: int) -> np.ndarray | None:
+    """Fit the art into a transparent square (H, W, 4), margins evened out between sets; None for an empty picture."""
     alpha = np.asarray(image)[..., 3] > 8
     if not alpha.any():
         return None
@@ -108,34 +104,51 @@ def on_white(image: Image.Image, size: int) -> np.ndarray | None:
     height, width = (max(1, round(n * scale)) for n in pixels.shape[:2])
     planes = [Image.fromarray(np.ascontiguousarray(pixels[..., c])) for c in range(4)]
     small = np.stack([np.asarray(p.resize((width, height), Image.Resampling.BOX)) for p in planes], -1)
-    canvas = np.ones((size, size, 3), np.float32)
+    small[..., :3] /= small[..., 3:].clip(1e-3)
+    canvas = np.zeros((size, size, 4), np.float32)
     y, x = (size - height) // 2, (size - width) // 2
-    canvas[y : y + height, x : x + width] = small[..., :3] + 1 - small[..., 3:]
+    canvas[y : y + height, x : x + width] = small
     return (canvas.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 
+def packed(picture: np.ndarray) -> bytes:
+    """WebP of straight RGBA."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "WEBP", quality=QUALITY, alpha_quality=ALPHA_QUALITY, method=4)
+    return buffer.getvalue()
+
+
+def unpacked(data: bytes) -> np.ndarray:
+    """(H, W, 4) uint8 of what `packed` made."""
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGBA"))
+
+
 def vocabulary(downloads: Path) -> list[dict]:
-    """Every untoned emoji with its name, keywords, group and other names; skin swatches left out."""
+    """Every emoji that is drawn, with its name, keywords and other names: see `words.toml` for what is left out."""
     folder = downloads / "emojibase-data"
     data = json.loads((need(folder / "en" / "data.json", "fetch.py")).read_text())
+    subgroups = json.loads((folder / "meta" / "groups.json").read_text())["subgroups"]
     unicode_names = json.loads((folder / "meta" / "unicode-names.json").read_text())
     codes = json.loads((folder / "en" / "shortcodes" / "iamcal.json").read_text())
+    left_out = words()["left_out"]
     kept = []
     for entry in sorted((e for e in data if e.get("group") not in (None, 2)), key=lambda e: e["order"]):
+        if subgroups[str(entry["subgroup"])] in left_out["subgroups"] or re.search(left_out["labels"], entry["label"]):
+            continue
         short = codes.get(entry["hexcode"], [])
         others = [unicode_names.get(entry["hexcode"], ""), *([short] if isinstance(short, str) else short)]
-        emoji = {key: entry.get(key, []) for key in ("hexcode", "emoji", "label", "tags", "group", "subgroup")}
+        emoji = {key: entry.get(key, []) for key in ("hexcode", "emoji", "label", "tags")}
         kept.append({**emoji, "other_names": [name for name in others if name]})
     return kept
 
 
-def render_one(emoji: dict, downloads: Path, styles: list[str], size: int) -> list[tuple[str, np.ndarray]]:
+def render_one(emoji: dict, downloads: Path, styles: list[str], size: int) -> list[tuple[str, bytes]]:
     made = []
     for style in styles:
         art = source(style, emoji, downloads)
-        picture = on_white(raster(art, 3 * size), size) if art else None
+        picture = fitted(raster(art, 3 * size), size) if art else None
         if picture is not None:
-            made.append((style, picture))
+            made.append((style, packed(picture)))
     return made
 
 
@@ -145,21 +158,22 @@ def main() -> None:
         print(f"render: {work / 'art.npz'} stands already")
         return
     emoji = vocabulary(args.downloads)[:: row.art_every]
-    job = partial(render_one, downloads=args.downloads, styles=STYLES, size=row.size)
-    images, style_of, emoji_of = [], [], []
+    job = partial(render_one, downloads=args.downloads, styles=row.styles, size=row.size)
+    art, style_of, emoji_of = [], [], []
     with ProcessPoolExecutor(args.processes) as pool:
         for index, made in enumerate(pool.map(job, emoji, chunksize=8)):
             for style, picture in made:
-                images.append(picture)
-                style_of.append(STYLES.index(style))
+                art.append(picture)
+                style_of.append(row.styles.index(style))
                 emoji_of.append(index)
             if index % 200 == 199:
-                print(f"render: {index + 1}/{len(emoji)} emoji, {len(images)} pictures", flush=True)
-    save_json(work / "art.json", {"styles": STYLES, "emoji": emoji})
-    arrays = {"images": np.stack(images), "style": np.array(style_of), "emoji": np.array(emoji_of)}
-    save_arrays(work / "art.npz", **arrays)
-    counts = {style: style_of.count(index) for index, style in enumerate(STYLES)}
-    print(f"render: {len(images)} pictures of {len(emoji)} emoji at {row.size} px: {counts}")
+                print(f"render: {index + 1}/{len(emoji)} emoji, {len(art)} pictures", flush=True)
+    save_json(work / "art.json", {"styles": row.styles, "emoji": emoji})
+    ends = np.cumsum([len(data) for data in art])
+    arrays = {"art": np.frombuffer(b"".join(art), np.uint8), "ends": ends}
+    save_arrays(work / "art.npz", **arrays, style=np.array(style_of), emoji=np.array(emoji_of))
+    counts = {style: style_of.count(index) for index, style in enumerate(row.styles)}
+    print(f"render: {len(art)} pictures of {len(emoji)} emoji at {row.size} px, {ends[-1] / 1e6:.1f} MB: {counts}")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def main() -> None:
         State(work / "train.pt", pair, Optimiser(pair, row.muon), row.average).keep()
         vae = shipped(build_vae(row), "vae", "diffusion_pytorch_model.safetensors")
         state = State(work / "vae.pt", vae, Optimiser(vae, row.muon), 0.998)
-        state.step = max(row.vae_images // row.vae_batch, 1)
+        state.step, state.clock.spent = max(row.vae_images // row.vae_batch, 1), row.vae_seconds
         state.keep()
         log("start: begins at the shipped weights")
 

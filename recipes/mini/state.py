@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -9,16 +10,23 @@ from common import Clock, load, save
 from optim import Average, Optimiser
 from torch import Tensor, nn
 
-KEEP_SECONDS = 180
+KEEP_SECONDS = 60
+PUBLISHED = ("train", "judge", "lcm")  # the autoencoder is published once its latents are folded
+PART_BYTES = 12_000_000  # of a published file, at most
 
 
 class State:
-    """What a checkpoint holds, and when to write one."""
+    """What a checkpoint holds, when to write one, and how much of its budget a run has used.
 
-    def __init__(self, path: Path, model: nn.Module, optimiser: Optimiser, decay: float):
+    The budget is a number of steps, or of seconds where those are given: rates and the end then follow the clock.
+    """
+
+    def __init__(
+        self, path: Path, model: nn.Module, optimiser: Optimiser, decay: float, *, steps: int = 0, seconds: float = 0.0
+    ):
         self.path, self.model, self.optimiser = path, model, optimiser
         self.average = Average(model, decay)
-        self.step = 0
+        self.step, self.steps, self.seconds = 0, max(steps, 1), seconds
         self.clock = Clock(path.parent)
         if path.exists():
             self._resume(load(path))
@@ -37,9 +45,16 @@ class State:
         self.kept = self.clock.tick()
         state = {"model": self.model.state_dict(), "average": self.average.weights, "count": self.average.count}
         rest = {"optimiser": self.optimiser.state_dict(), "step": self.step, "spent": self.clock.spent}
+        if self.path.stem in PUBLISHED:
+            publish(self.path.stem, self.average.weights)
         save(self.path, state | rest)
 
-    def goes_on(self, total: int, minutes: float = 0.0) -> bool:
+    @property
+    def done(self) -> float:
+        """The share of the budget that is used, 0 to 1 and a little more."""
+        return self.clock.tick() / self.seconds if self.seconds else self.step / self.steps
+
+    def goes_on(self, minutes: float = 0.0) -> bool:
         """False once the budget is spent, a signal came, or this run had its minutes; waits while paused."""
         if self.step % 10 == 0 and self.clock.paused():
             self.keep()  # a long pause may end in a kill
@@ -47,21 +62,44 @@ class State:
         if self.clock.tick() - self.kept > KEEP_SECONDS:
             self.keep()
         in_time = not minutes or self.clock.spent - self.began < 60 * minutes
-        return self.step < total and in_time and not self.clock.stopped
+        return self.done < 1 and in_time and not self.clock.stopped
 
-    def update(self, loss: Tensor, rate: float) -> float:
-        """One step of optimiser and average down the loss, which is returned as a number."""
+    def update(self, loss: Tensor, rate: float) -> None:
+        """One step of optimiser and average down the loss."""
         loss.backward()
         self.optimiser.step(rate)
         self.average.update(self.model)
         self.step += 1
-        return float(loss.detach())
+
+    def fall_back(self) -> None:
+        """Go back to the averaged weights and forget the momentum: what to do when a loss is not a number."""
+        self.model.load_state_dict(self.average.weights)
+        for part in self.optimiser.parts:
+            part.state.clear()
 
     def speed(self, batch: int) -> str:
-        """How fast this run goes, and how long all runs took."""
+        """How far and how fast this run goes."""
         seconds = max(self.clock.tick() - self.began, 1e-6)
         rate = (self.step - self.first) * batch / seconds
-        return f"{rate:.1f}/s, {self.clock.spent / 60:.0f} min in all"
+        return f"step {self.step}, {self.done:.0%}, {rate:.1f}/s, {self.clock.spent / 60:.1f} min in all"
+
+
+def publish(name: str, weights: dict[str, Tensor]) -> None:
+    """Copy weights in fp16 to the folder that the environment's PUBLISH names, in files of at most PART_BYTES."""
+    folder = os.environ.get("PUBLISH", "")
+    if not folder:
+        return
+    parts: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for key, value in weights.items():
+        half = value.half().cpu() if value.is_floating_point() else value.cpu()
+        if size + half.nbytes > PART_BYTES:
+            parts.append({})
+            size = 0
+        parts[-1][key] = half
+        size += half.nbytes
+    for number, part in enumerate(parts):
+        save(Path(folder) / f"{name}.{number}.pt", part)
 
 
 def averaged(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:

@@ -10,17 +10,14 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Log, arguments, need, set_up_torch
+from common import Log, arguments, load, need, set_up_torch
+from encode import THUMB
 from models import build_text, read_text
-from optim import Optimiser, learning_rate
-from sheets import to_tensor
+from optim import Optimiser, learning_rate, precision
 from state import State
 from torch import Tensor, nn
-
-THUMB = 16  # pixels of the pictures that captions are compared with
 
 
 class Matcher(nn.Module):
@@ -51,39 +48,35 @@ def pooled(states: Tensor, tokens: Tensor, end: int) -> Tensor:
     return (states * mask).sum(1) / mask.sum(1)
 
 
-def thumbnails(work: Path, pictures: np.ndarray) -> Tensor:
-    images = to_tensor(np.load(work / "art.npz")["images"][pictures])
-    return F.adaptive_avg_pool2d(images, THUMB)
-
-
-def train(row: SimpleNamespace, work: Path, log: Log) -> None:
-    """Train for `row.text_steps` batches of distinct pairs."""
+def train(row: SimpleNamespace, work: Path, log: Log, bank: dict[str, Tensor]) -> None:
+    """Train for the budget's steps or seconds."""
     device = set_up_torch(row.seed, row.threads)
-    data = np.load(need(work / "tokens.npz", "captions.py"))
     end = json.loads((work / "captions.json").read_text())["vocabulary"] - 1
-    tokens, thumbs = torch.from_numpy(data["tokens"]), thumbnails(work, data["picture"])
+    tokens, thumbs = bank["tokens"].to(device), bank["thumbs"].to(device)
     model, matcher = build_text(row, end + 1).to(device), Matcher(row.text_width).to(device)
     both = nn.ModuleDict({"text": model, "matcher": matcher})
-    state, hits = State(work / "text.pt", both, Optimiser(both, row.muon), 0.99), []
-    while state.goes_on(row.text_steps):
-        rng = np.random.default_rng((row.seed, state.step))
-        rows = rng.permutation(len(tokens))[: row.text_batch]
-        chosen = tokens[rows, rng.integers(0, tokens.shape[1], len(rows))].long().to(device)
-        seen = thumbs[rows].to(device)
-        seen = seen + 0.1 * torch.randn(seen.shape, generator=torch.Generator().manual_seed(state.step)).to(device)
-        loss, hit = matcher(pooled(read_text(model, chosen), chosen, end), seen)
-        rate = learning_rate(row.text_lr, state.step / row.text_steps, 0.05, 0.4)
-        hits.append((state.update(loss, rate), float(hit)))
-        if state.step % 50 == 0 or state.step == row.text_steps:
-            error, share = np.mean(hits, 0)
-            log(f"text: {state.step}/{row.text_steps} loss {error:.3f}, {share:.1%} of captions find their picture")
-            hits.clear()
+    budget = {"steps": row.text_steps, "seconds": row.text_seconds}
+    state, batch = State(work / "text.pt", both, Optimiser(both, row.muon), 0.99, **budget), row.text_batch
+    dtype = precision(device) if device.type == "cuda" else None
+    while state.goes_on():
+        generator = torch.Generator(device).manual_seed(row.seed * 1_000_003 + state.step)
+        rows = torch.randint(len(tokens), (batch,), generator=generator, device=device)
+        variant = torch.randint(tokens.shape[1], (batch,), generator=generator, device=device)
+        chosen, seen = tokens[rows, variant].long(), thumbs[rows].float() / 127.5 - 1
+        seen = seen + 0.1 * torch.randn(seen.shape, generator=generator, device=device)
+        with torch.autocast(device.type, dtype=dtype or torch.float32, enabled=dtype is not None):
+            states = read_text(model, chosen)
+        loss, hit = matcher(pooled(states.float(), chosen, end), seen)
+        state.update(loss, learning_rate(row.text_lr, state.done, 0.05, 0.4))
+        if state.step % (4 * row.log_every) == 0:
+            share = f"{float(hit):.1%} of captions find their picture"
+            log(f"text: loss {float(loss.detach()):.3f}, {share}, {state.speed(batch)}")
     state.keep()
 
 
 def main() -> None:
     _, row, work = arguments(__doc__)
-    train(row, work, Log(work / "text.log"))
+    train(row, work, Log(work / "text.log"), load(need(work / "bank.pt", "encode.py")))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ class Case:
     """One thing to measure.
 
     library     "sfumato", "diffusers" or "openvino"
-    work        "picture", or a single call of a network: "unet" (with guidance) or "vae" (decoding)
+    work        "image", or a single call of a network: "unet" (with guidance) or "vae" (decoding)
     tuned       the reference at its best settings instead of its defaults
     scheduler   a short name; the checkpoint's own if None
     size        pixels along each side
@@ -57,7 +57,7 @@ class Machine:
 
 
 def guide_cases(machine: Machine, steps: int) -> list[Case]:
-    """The guide's path: float32, half precision, a better scheduler with fewer steps, several pictures.
+    """The guide's path: float32, half precision, a better scheduler with fewer steps, several images.
 
     Where there is no native half precision, there is no such row, and the others stay in float32.
     """
@@ -65,12 +65,12 @@ def guide_cases(machine: Machine, steps: int) -> list[Case]:
     half = replace(plain, name=f"{machine.half}, {steps} steps", dtype=machine.half)
     fewer = max(1, round(BETTER_SHARE * steps))
     better = replace(half, name=f"{fewer} steps of {BETTER_SCHEDULER}", scheduler=BETTER_SCHEDULER, steps=fewer)
-    several = replace(better, name=f"{BATCH} pictures of {fewer} steps", count=BATCH)
+    several = replace(better, name=f"{BATCH} images of {fewer} steps", count=BATCH)
     return [plain, *([half] if machine.half != "float32" else []), better, several]
 
 
 def picture_peers(machine: Machine, steps: int) -> list[Case]:
-    """The same picture by the reference: at its defaults as the first row, at its best as the row of fewer steps."""
+    """The same image by the reference: at its defaults as the first row, at its best as the row of fewer steps."""
     plain, *_, better, _ = guide_cases(machine, steps)
     return [
         replace(plain, name=f"diffusers, {DEFAULTS}", library="diffusers"),

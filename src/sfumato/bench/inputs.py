@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,16 +16,43 @@ if TYPE_CHECKING:
 
     from sfumato.bench.cases import Case
 
-__all__ = ["PROMPT", "TIMESTEP", "call_inputs"]
+__all__ = ["PROMPT", "TIMESTEP", "Inputs", "call_inputs"]
 
 PROMPT = "portrait photo of an old warrior chief"
 TIMESTEP = 500.0
 
 
-def call_inputs(case: Case, folder: Path) -> tuple[Tensor, Tensor]:
-    """Latents (1, C, h, w), and embeddings (2, S, D) of a negative prompt and a prompt; float32, on the CPU."""
+@dataclass(frozen=True)
+class Inputs:
+    """Tensors of a call, in float32 on the CPU.
+
+    latents (1, C, h, w); embeds (2, S, D) of a negative prompt and a prompt; where the U-Net reads such a thing, pooled
+    (2, P) of both, and sizes (2, N).
+    """
+
+    latents: Tensor
+    embeds: Tensor
+    pooled: Tensor | None = None
+    sizes: Tensor | None = None
+
+    @property
+    def added(self) -> dict[str, Tensor]:
+        """What goes with time, by the names that the U-Net has for it."""
+        given = {"text_embeds": self.pooled, "time_ids": self.sizes}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def call_inputs(case: Case, folder: Path) -> Inputs:
+    """Random ones for the networks of a checkpoint, of the case's size."""
     sizes = read_sizes(folder)
-    side = case.size // sizes.vae_config.scale_factor
+    unet, side = sizes.unet_config, case.size // sizes.vae_config.scale_factor
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, sizes.vae_config.latent_channels, side, side, generator=generator)
-    return latents, torch.randn(2, sizes.tokens, sizes.text_encoder_config.hidden_size, generator=generator)
+    width = unet.per_block("cross_attention_dim")[0]
+    embeds = torch.randn(2, sizes.tokens, width, generator=generator)
+    if unet.addition_embed_type is None:
+        return Inputs(latents, embeds)
+    wide = sizes.text_encoder_configs[-1].projection_dim
+    numbers = ((unet.projection_class_embeddings_input_dim or 0) - wide) // (unet.addition_time_embed_dim or 1)
+    framing = torch.tensor([case.size, case.size, 0, 0, case.size, case.size][:numbers], dtype=torch.float32)
+    return Inputs(latents, embeds, torch.randn(2, wide, generator=generator), framing.repeat(2, 1))

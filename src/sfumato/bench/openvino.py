@@ -28,8 +28,11 @@ class _UNet(nn.Module):
         super().__init__()
         self.model = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
 
-    def forward(self, x: Tensor, t: Tensor, embeds: Tensor) -> Tensor:
-        return self.model(x, t, embeds, return_dict=False)[0]
+    def forward(
+        self, x: Tensor, t: Tensor, embeds: Tensor, pooled: Tensor | None = None, sizes: Tensor | None = None
+    ) -> Tensor:
+        added = None if pooled is None else {"text_embeds": pooled, "time_ids": sizes}
+        return self.model(x, t, embeds, added_cond_kwargs=added, return_dict=False)[0]
 
 
 class _Decoder(nn.Module):
@@ -48,8 +51,10 @@ def call(case: Case, folder: Path, converted: Path) -> Callable[[], Tensor]:
     """
     import openvino
 
-    latents, embeds = call_inputs(case, folder)
-    inputs = (latents,) if case.work == "vae" else (torch.cat([latents, latents]), torch.tensor(TIMESTEP), embeds)
+    given = call_inputs(case, folder)
+    pair = torch.cat([given.latents, given.latents])
+    told = (pair, torch.tensor(TIMESTEP), given.embeds, *given.added.values())
+    inputs = (given.latents,) if case.work == "vae" else told
     path = converted / f"{case.work}-{case.size}.xml"
     if not path.is_file():
         _convert(openvino, case.work, folder, inputs, path)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sfumato.bench.inputs import PROMPT, TIMESTEP, call_inputs
+from sfumato.bench.inputs import PROMPT, TIMESTEP, Inputs, call_inputs
 from sfumato.bench.timing import Clock, Timing
 from sfumato.pipelines import load
+from sfumato.pipelines.conditioning import Conditioning
 from sfumato.pipelines.guidance import Guidance
 from sfumato.request import GenerateRequest
 from sfumato.runtime.device import DTYPES, reused_memory
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from sfumato.bench.cases import Case
     from sfumato.pipelines import DiffusionPipeline
 
-__all__ = ["call", "picture", "ready"]
+__all__ = ["call", "conditioning", "picture", "ready"]
+
+SCALE = 7.5  # any above 1: two predictions a call
 
 
 def picture(case: Case, folder: Path) -> Callable[[int], Timing]:
@@ -44,16 +47,21 @@ def picture(case: Case, folder: Path) -> Callable[[int], Timing]:
 def call(case: Case, folder: Path) -> Callable[[], torch.Tensor]:
     """A function that calls the U-Net, guidance included, or the VAE's decoder."""
     pipeline = ready(case, folder)
-    latents, embeds = (x.to(pipeline.device) for x in call_inputs(case, folder))
+    inputs = call_inputs(case, folder)
+    latents = inputs.latents.to(pipeline.device)
     if case.work == "vae":
-        plan = pipeline.place.plan(pipeline, _request(case))
+        plan = pipeline.place.plan(pipeline.parts, _request(case))
         kept = plan is not None and plan.keep_freed
         return lambda: _decode(pipeline, latents.to(pipeline.vae.dtype), kept)
-    negative, positive = embeds.to(pipeline.unet.dtype).chunk(2)
-    guidance = Guidance(
-        unet=pipeline.unet, embeds=positive, negative_embeds=negative, scale=_request(case).guidance_scale
-    )
+    guidance = Guidance(unet=pipeline.unet, conditioning=conditioning(inputs, pipeline), scale=SCALE)
     return torch.no_grad()(lambda: guidance(latents, TIMESTEP))
+
+
+def conditioning(inputs: Inputs, pipeline: DiffusionPipeline) -> Conditioning:
+    """The inputs of a call as the loop has them: in the precision of the embeddings, sizes in float32."""
+    told = (inputs.embeds.to(pipeline.unet.dtype), inputs.pooled, inputs.sizes)
+    embeds, pooled, sizes = (() if x is None else x.to(pipeline.device).chunk(2) for x in told)
+    return Conditioning(embeds, tuple(x.to(pipeline.unet.dtype) for x in pooled), sizes)
 
 
 @torch.no_grad()
@@ -67,7 +75,7 @@ def ready(case: Case, folder: Path) -> DiffusionPipeline:
     """A pipeline whose network for the case's work is in memory, and as fast as the plan makes it."""
     request = _request(case)
     pipeline = load(folder, device=case.device, dtype=DTYPES[case.dtype], request=request)
-    pipeline.place.bring(pipeline, case.work, pipeline.place.plan(pipeline, request), [])
+    pipeline.place.bring(pipeline.parts, case.work, pipeline.place.plan(pipeline.parts, request), [])
     return pipeline
 
 

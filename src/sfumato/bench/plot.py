@@ -1,4 +1,4 @@
-"""A report as a picture: bars of seconds, drawn as SVG."""
+"""A report as an image: bars of seconds, drawn as SVG."""
 
 from __future__ import annotations
 

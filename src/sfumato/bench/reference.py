@@ -8,6 +8,7 @@ import torch
 
 from sfumato.bench.inputs import PROMPT, TIMESTEP, call_inputs
 from sfumato.bench.timing import Clock, Timing
+from sfumato.pipelines.components import read_index
 from sfumato.runtime.device import DTYPES
 from sfumato.schedulers.names import resolve
 
@@ -25,8 +26,10 @@ def picture(case: Case, folder: Path) -> Callable[[int], Timing]:
     import diffusers as library
 
     diffusers: Any = library  # its types do not know the names that it loads lazily
-    nothing: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=DTYPES[case.dtype], **nothing)
+    # Its checker of images is no part of drawing them.
+    nothing = {part: None for part in ("safety_checker", "feature_extractor") if part in read_index(folder)}
+    dtype = DTYPES[case.dtype]
+    pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(folder, torch_dtype=dtype, **nothing)
     pipeline.to(case.device)
     pipeline.set_progress_bar_config(disable=True)
     if case.scheduler is not None:
@@ -69,11 +72,13 @@ def call(case: Case, folder: Path) -> Callable[[], torch.Tensor]:
     model.to(case.device).eval()
     if case.tuned:
         _tune(model, case.device)
-    latents, embeds = (x.to(case.device, dtype) for x in call_inputs(case, folder))
+    inputs = call_inputs(case, folder)
+    latents, embeds = (x.to(case.device, dtype) for x in (inputs.latents, inputs.embeds))
     if case.work == "vae":
         return torch.no_grad()(lambda: model.decode(latents, return_dict=False)[0])
     pair, timestep = torch.cat([latents, latents]), torch.tensor(TIMESTEP, device=case.device)
-    return torch.no_grad()(lambda: model(pair, timestep, embeds, return_dict=False)[0])
+    added = {name: x.to(case.device, dtype) for name, x in inputs.added.items()}
+    return torch.no_grad()(lambda: model(pair, timestep, embeds, added_cond_kwargs=added, return_dict=False)[0])
 
 
 def _tune(model: Any, device: str) -> None:

@@ -12,7 +12,7 @@ from statistics import median
 from sfumato.bench.cases import BATCH, DEFAULTS, TUNED, Case, Machine, call_cases, guide_cases, picture_peers
 from sfumato.bench.timing import alternate, ratio
 from sfumato.bench.worker import Job, Measurement, measure
-from sfumato.errors import MissingExtra, UsageError, suggest
+from sfumato.errors import MissingExtra, OutputError, UsageError, suggest
 
 __all__ = ["PEERS", "QUICK_STEPS", "Report", "Row", "Setting", "check_peers", "run"]
 
@@ -44,7 +44,7 @@ class Setting:
 class Row:
     """Medians of the runs of one case.
 
-    seconds, seconds_per_step   of one picture, or of one call
+    seconds, seconds_per_step   of one image, or of one call
     ratio                       to the first row: the median of the ratios within each round
     counted, steps              steps that were really run, of all that the seconds stand for
     """
@@ -62,7 +62,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Rows of whole pictures and, where there are peers, of single calls; and what a reader of the rows must know."""
+    """Rows of whole images and, where there are peers, of single calls; and what a reader of the rows must know."""
 
     pictures: tuple[Row, ...]
     unet: tuple[Row, ...]
@@ -78,16 +78,28 @@ def check_peers(peers: Sequence[str], device: str) -> None:
         if any(find_spec(package) is None for package in PEERS[peer]):
             raise MissingExtra(f"{peer} is not installed; run 'pip install {' '.join(PEERS[peer])}'")
         if peer == "openvino" and device != "cpu":
-            raise UsageError(f"openvino is measured on the CPU, and this machine has {device}; leave it out of --peers")
+            raise UsageError(
+                f"openvino is only measured on a CPU, but this machine has {device}; remove it from --peers"
+            )
 
 
 def run(setting: Setting, watch: Callable[[str], AbstractContextManager[None]]) -> Report:
-    """Measure everything; `watch` is given each thing that is being done in words."""
+    """Measure everything; `watch` is given each thing that is being done in words.
+
+    Raises `OutputError` where there is no room for temporary files.
+    """
     machine = setting.machine
     cases = guide_cases(machine, setting.steps)
     if "diffusers" in setting.peers:
         cases += picture_peers(machine, setting.steps)
-    with tempfile.TemporaryDirectory(prefix="sfumato-bench-") as scratch:
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="sfumato-bench-")
+    except OSError as error:
+        why = error.strerror or error
+        raise OutputError(
+            f"cannot create a folder for temporary files ({why}); set TMPDIR to a writable folder"
+        ) from error
+    with folder as scratch:
         pictures = _rows(setting, cases, scratch, watch)
         calls = {
             work: _rows(setting, call_cases(machine, work, setting.peers), scratch, watch) if setting.peers else ()
@@ -131,16 +143,16 @@ def _row(case: Case, results: list[Measurement], first: list[float]) -> Row:
 
 def _notes(setting: Setting, pictures: Sequence[Row]) -> list[str]:
     machine = setting.machine
-    notes = [f"{_times(setting.runs)} each, in turn, every time in a fresh process after a warm-up; medians"]
+    notes = [f"{_times(setting.runs)} each, alternating, in a new process after a warm-up; medians are shown"]
     if any(row.counted < row.steps for row in pictures):
-        notes.append(f"the first {QUICK_STEPS} steps were run, and the others reckoned from them (--quick)")
+        notes.append(f"the first {QUICK_STEPS} steps were timed, and the rest was extrapolated (--quick)")
     if machine.half == "float32":
-        notes.append("this CPU has no half precision of its own, so that row is left out and the others are in float32")
+        notes.append("this CPU has no native half precision, so that row is omitted and the others use float32")
     fast = next(row for row in reversed(pictures) if row.library == "sfumato" and not row.name.startswith(f"{BATCH} "))
     for how in (DEFAULTS, TUNED):
         peer = next((row for row in pictures if row.name == f"diffusers, {how}"), None)
         if peer is not None:
-            notes.append(f"{fast.name} take {fast.seconds / peer.seconds:.2f} of the time of {peer.name}")
+            notes.append(f"{fast.name} takes {fast.seconds / peer.seconds:.2f} times as long as {peer.name}")
     return notes
 
 

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of a picture and of one step; `counted` of all `steps` were run, the others reckoned from them."""
+    """Seconds of an image and of one step; `counted` of all `steps` were run, the others reckoned from them."""
 
     seconds: float
     seconds_per_step: float
@@ -26,9 +26,9 @@ class Timing:
 
 
 class Clock:
-    """Follows one picture: begins now, notes the first step and the last, and then the end.
+    """Follows one image: begins now, notes the first step and the last, and then the end.
 
-    limit: stop after this many steps; what is left out takes as long as those between the first and the last did.
+    limit: stop after this many steps; what is omitted takes as long as those between the first and the last did.
     """
 
     def __init__(self, device: str, limit: int) -> None:
@@ -46,7 +46,7 @@ class Clock:
         return number >= last
 
     def stop(self) -> Timing:
-        """The end of the picture."""
+        """The end of the image."""
         ended = self._now()
         first, last = self._steps[0], self._steps[-1]
         a_step = (last - first) / (self._counted - 1) if self._counted > 1 else first - self._began

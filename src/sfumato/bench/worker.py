@@ -37,7 +37,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Seconds of a picture or a call, and bytes held at most. counted: steps that were really run, of all `steps`."""
+    """Seconds of an image or a call, and bytes held at most. counted: steps that were really run, of all `steps`."""
 
     seconds: float
     peak_bytes: int
@@ -60,7 +60,7 @@ def measure(job: Job) -> Measurement:
         return Measurement(**json.loads(done.stdout.splitlines()[-1]))
     if done.returncode < 0:
         raise SfumatoError(
-            f"{job.case.name}: the process was killed, most likely for want of memory; try a smaller --size"
+            f"{job.case.name}: the process was killed, probably because memory ran out; try a smaller --size"
         )
     sentence = (done.stderr.strip() or "no reason was given").splitlines()[-1]
     raise SfumatoError(f"{job.case.name}: {sentence}")

@@ -1,4 +1,4 @@
-"""`sfumato bench`: the guide's way to quick pictures, measured on this machine, and other libraries beside it."""
+"""`sfumato bench`: the guide's steps to faster images, measured on this machine, also for other libraries."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sfumato.cli import options
 from sfumato.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,76 +26,81 @@ Examples:
 
 
 def bench(
-    model: Annotated[
-        str | None, typer.Option(help="A checkpoint folder or hub id; the built-in small model if left out.")
-    ] = None,
-    size: Annotated[int | None, typer.Option(help="Pixels along each side; the checkpoint's own if left out.")] = None,
-    steps: Annotated[int, typer.Option(help="Denoising steps of the first rows; better ones need 0.4 of them.")] = 50,
-    runs: Annotated[int, typer.Option(help="Runs of each row; medians are shown.")] = 3,
-    peers: Annotated[str, typer.Option(help="Libraries to measure beside it: diffusers, openvino or both.")] = "",
-    as_json: Annotated[Path | None, typer.Option("--json", help="Also write everything to this JSON file.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Also draw the times into this SVG file.")] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Run a few steps of each picture and reckon the others from them.")
-    ] = False,
+    model: options.Model = None,
+    size: Annotated[int | None, typer.Option(help="Width and height in pixels. Default: the model's own size.")] = None,
+    steps: Annotated[
+        int, typer.Option(help="Denoising steps of the first rows; rows with better schedulers use 40% of them.")
+    ] = 50,
+    runs: Annotated[int, typer.Option(help="Runs per row; the median is shown.")] = 3,
+    peers: Annotated[
+        str, typer.Option(help="Other libraries to measure for comparison: diffusers, openvino or both.")
+    ] = "",
+    as_json: Annotated[Path | None, typer.Option("--json", help="Also write all results to this JSON file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also plot the times to this SVG file.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Time a few steps of each image and extrapolate.")] = False,
 ) -> None:
-    """Measure pictures on this machine: float32, half precision, a better scheduler, eight at once; time and memory."""
+    """Measure time and memory on this machine: float32, half precision, a better scheduler, a batch of eight."""
+    from sfumato.cli.early import check_model
+    from sfumato.cli.settings import chosen_model
+
+    _check_files(as_json, plot)
+    model = chosen_model(model)
+    check_model(model)
     from sfumato.bench.cases import Machine
     from sfumato.bench.report import Setting, run
-    from sfumato.checkpoints.builtin import BUILT_IN
-    from sfumato.checkpoints.locate import locate_folder
     from sfumato.cli.terminal import Terminal
     from sfumato.pipelines.components import ComponentFiles
     from sfumato.pipelines.sizes import read_sizes
+    from sfumato.pipelines.source import Folder, open_source
     from sfumato.request import GenerateRequest
     from sfumato.runtime.choices import task_of
     from sfumato.runtime.facts import read_facts
 
-    _check_files(as_json, plot)
     facts = read_facts()
     names = tuple(dict.fromkeys(name.strip() for name in peers.split(",") if name.strip()))
-    model = model or BUILT_IN
-    folder = locate_folder(model, ComponentFiles().select)
-    sizes = read_sizes(folder)
+    source = open_source(model, ComponentFiles(), {})
+    if names and not isinstance(source, Folder):
+        raise UsageError(f"other libraries need a folder; run 'sfumato convert {model} FOLDER' first")
+    sizes = read_sizes(source)
     side = size or sizes.picture_size[0]
     task_of(sizes, GenerateRequest(width=side, height=side))  # refuses a size that cannot be made
     machine = Machine.of(facts, side)
-    setting = Setting(folder=str(folder), machine=machine, steps=steps, runs=runs, peers=names, quick=quick)
+    setting = Setting(folder=str(source.path), machine=machine, steps=steps, runs=runs, peers=names, quick=quick)
     report = run(setting, Terminal(quiet=False).working)
     what = f"{model}, {side} × {side}"
     if as_json is not None:
         _write_json(as_json, report, facts, {"model": model, "size": side, "steps": steps})
     if plot is not None:
-        _write_plot(plot, report, f"Seconds per picture: {what}, {facts.name}")
+        _write_plot(plot, report, f"Seconds per image: {what}, {facts.name}")
     _show(report, facts, what)
 
 
 def _check_files(as_json: Path | None, plot: Path | None) -> None:
-    """What can be known to be wrong before an hour of measuring."""
-    from sfumato.files import check_writable
+    """Check the output files before an hour of measuring."""
+    from sfumato.files import output_file
 
     if plot is not None and plot.suffix.lower() != ".svg":
-        raise UsageError(f"plots are drawn as SVG, so --plot must end in .svg, not {plot.suffix or plot.name!r}")
+        raise UsageError(f"plots are written as SVG, so --plot must end in .svg, not {plot.suffix or plot.name!r}")
     for path in (as_json, plot):
         if path is not None:
-            check_writable(path.expanduser().parent)
+            output_file(path)
 
 
 def _write_json(path: Path, report: Report, facts: Facts, about: dict[str, Any]) -> None:
     import dataclasses
 
-    from sfumato.files import output_folder, write_json
+    from sfumato.files import expanded, output_folder, write_json
 
-    path = path.expanduser()
+    path = expanded(path)
     output_folder(path.parent)
     write_json(path, about | dataclasses.asdict(report) | {"machine": facts.to_dict()})
 
 
 def _write_plot(path: Path, report: Report, title: str) -> None:
     from sfumato.bench.plot import bars
-    from sfumato.files import output_folder, replacing
+    from sfumato.files import expanded, output_folder, replacing
 
-    path = path.expanduser()
+    path = expanded(path)
     output_folder(path.parent)
     with replacing(path) as temporary:
         temporary.write_text(bars(title, report.pictures), encoding="utf-8")
@@ -107,8 +113,8 @@ def _show(report: Report, facts: Facts, what: str) -> None:
 
     console = output()
     console.print(f"[bold]{escape(what)}[/bold] on [bold]{escape(facts.name)}[/bold]", highlight=False, soft_wrap=True)
-    console.print(_table("picture", "seconds per picture", report.pictures))
-    for title, rows in (("one call of the U-Net", report.unet), ("one decoding by the VAE", report.vae)):
+    console.print(_table("image", "seconds per image", report.pictures))
+    for title, rows in (("one U-Net call", report.unet), ("one VAE decoding", report.vae)):
         if rows:
             console.print()
             console.print(_table(title, "seconds", rows))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
+from sfumato.cli import options
 
 __all__ = ["EXAMPLES", "schedulers"]
 
@@ -14,8 +12,8 @@ Examples:
   sfumato generate "a fox" --scheduler dpmpp_2m_karras --steps 20"""
 
 
-def schedulers(as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False) -> None:
-    """List the schedulers that --scheduler takes."""
+def schedulers(as_json: options.AsJson = False) -> None:
+    """List the schedulers for --scheduler."""
     from sfumato.cli.terminal import output, print_json
     from sfumato.schedulers.names import NAMES
 
@@ -24,7 +22,7 @@ def schedulers(as_json: Annotated[bool, typer.Option("--json", help="Print the t
         return
     from rich.table import Table
 
-    table = Table("name", "what it is", "class", box=None, pad_edge=False)
+    table = Table("name", "description", "class", box=None, pad_edge=False)
     for name, alias in NAMES.items():
         table.add_row(name, alias.about, alias.class_name)
     output().print(table)

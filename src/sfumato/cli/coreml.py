@@ -9,7 +9,7 @@ from sfumato.cli import coreml_convert, coreml_download, coreml_generate, coreml
 __all__ = ["app"]
 
 app = typer.Typer(
-    help="Convert to Core ML, prove it, and draw with it, on any system.",
+    help="Core ML on any system: convert checkpoints, verify them, generate images.",
     epilog="Start with: sfumato coreml convert",
     no_args_is_help=True,
     rich_markup_mode=None,

@@ -1,4 +1,4 @@
-"""`sfumato coreml convert`: a checkpoint as Core ML packages, proved right."""
+"""`sfumato coreml convert`: a checkpoint as verified Core ML packages."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sfumato.cli import options
 from sfumato.errors import UsageError
-from sfumato.files import check_writable
+from sfumato.files import check_writable, expanded
 
 if TYPE_CHECKING:
     from sfumato.cli.terminal import Terminal
@@ -27,12 +28,21 @@ Examples:
 
 def convert(
     checkpoint: Annotated[
-        str | None, typer.Argument(help="A checkpoint folder or hub id; the built-in small model if left out.")
+        str | None,
+        typer.Argument(
+            help="A checkpoint: folder, file, hub id or short name. Default: your default model, or else the "
+            "built-in one.",
+            autocompletion=options.complete_models,
+        ),
     ] = None,
-    model_version: Annotated[str | None, typer.Option(help="The checkpoint, as Apple's converter calls it.")] = None,
+    model_version: Annotated[
+        str | None, typer.Option(help="The checkpoint, under the name that Apple's converter uses.")
+    ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder for the packages; coreml-<name>/<attention>/packages if left out."),
+        typer.Option(
+            "--output", "-o", help="Folder for the packages. Default: coreml-<name>/<attention>/packages."
+        ),
     ] = None,
     attention: Annotated[
         str,
@@ -42,70 +52,93 @@ def convert(
         ),
     ] = "SPLIT_EINSUM",
     latent_h: Annotated[
-        int | None, typer.Option(help="Height of the latents (pixels / 8); the checkpoint's own if left out.")
+        int | None, typer.Option(help="Height of the latents (pixels / 8). Default: the checkpoint's own.")
     ] = None,
-    latent_w: Annotated[int | None, typer.Option(help="Width of the latents, likewise.")] = None,
+    latent_w: Annotated[
+        int | None, typer.Option(help="Width of the latents (pixels / 8). Default: the checkpoint's own.")
+    ] = None,
     quantize_nbits: Annotated[
         int | None,
-        typer.Option(help="Compress text encoder and U-Net to 1, 2, 4, 6 or 8 bits a weight; 16 if left out."),
+        typer.Option(
+            help="Compress the text encoder and the U-Net to 1, 2, 4, 6 or 8 bits per weight. Default: 16 bits."
+        ),
     ] = None,
     quantize_to_db: Annotated[
         float | None,
-        typer.Option(help="Instead: for each layer the fewest bits that keep its weights this near, in dB."),
+        typer.Option(help="Alternatively: per layer, the fewest bits that keep this accuracy of the weights, in dB."),
     ] = None,
     quantize_recipe: Annotated[
-        Path | None, typer.Option(help="Instead: a JSON file with the bits of each weight by its name.")
+        Path | None, typer.Option(help="Alternatively: a JSON file with the number of bits for each weight.")
     ] = None,
-    chunk_unet: Annotated[bool, typer.Option("--chunk-unet", help="Cut the U-Net in two, for iOS and iPadOS.")] = False,
-    chunks: Annotated[int | None, typer.Option(help="Cut the U-Net into this many instead, 1 to 8.")] = None,
+    chunk_unet: Annotated[
+        bool, typer.Option("--chunk-unet", help="Split the U-Net in two, for iOS and iPadOS.")
+    ] = False,
+    chunks: Annotated[int | None, typer.Option(help="Split the U-Net into this many chunks, 1 to 8.")] = None,
     merge_chunks: Annotated[
         bool,
-        typer.Option("--merge-chunks-in-pipeline-model", help="Put the chunks into one package that runs them all."),
+        typer.Option(
+            "--merge-chunks-in-pipeline-model", help="Also put the chunks into one package that runs all of them."
+        ),
     ] = False,
     bundle: Annotated[
         bool,
         typer.Option(
             "--bundle-resources-for-swift-cli",
-            help="Also write compiled models with vocab.json and merges.txt, as Swift apps read them.",
+            help="Also write compiled models with vocab.json and merges.txt, as Swift apps need them.",
         ),
     ] = False,
     text_encoder: Annotated[
-        bool, typer.Option("--convert-text-encoder", help="Convert only the parts named so; all if none is.")
+        bool,
+        typer.Option("--convert-text-encoder", help="Convert only the text encoder (can be combined). Default: all."),
     ] = False,
-    unet: Annotated[bool, typer.Option("--convert-unet", help="Likewise.")] = False,
-    vae_decoder: Annotated[bool, typer.Option("--convert-vae-decoder", help="Likewise.")] = False,
+    unet: Annotated[bool, typer.Option("--convert-unet", help="Convert only the U-Net.")] = False,
+    vae_decoder: Annotated[bool, typer.Option("--convert-vae-decoder", help="Convert only the VAE decoder.")] = False,
     vae_encoder: Annotated[
-        bool, typer.Option("--convert-vae-encoder", help="Likewise; only image-to-image needs it.")
+        bool,
+        typer.Option("--convert-vae-encoder", help="Convert only the VAE encoder (needed only for image-to-image)."),
     ] = False,
     min_deployment_target: Annotated[
-        str, typer.Option(help="The oldest system to run on: macOS13, macOS14, …, iOS16, iOS17, ….")
+        str, typer.Option(help="The oldest system to support: macOS13, macOS14, …, iOS16, iOS17, ….")
     ] = "macOS13",
     unet_batch_one: Annotated[
-        bool, typer.Option("--unet-batch-one", help="A U-Net that reads one prompt at a time: half the memory.")
+        bool,
+        typer.Option("--unet-batch-one", help="Make a U-Net that reads one prompt at a time: half the memory."),
     ] = False,
     compute_unit: Annotated[
-        str | None, typer.Option(help="Accepted for Apple's scripts; a package runs on any, chosen when it is loaded.")
+        str | None,
+        typer.Option(help="Ignored; accepted for Apple's scripts. Chosen when a package is loaded."),
     ] = None,
-    variant: Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.")] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE[:WEIGHT[:TEXT_WEIGHT]]", help="Adapter to bake into the weights. Repeatable."),
+    ] = None,
+    variant: options.Variant = None,
     verify: Annotated[
         bool,
-        typer.Option("--check-output-correctness/--no-verify", help="Prove what was converted against the checkpoint."),
+        typer.Option("--check-output-correctness/--no-verify", help="Verify the result against the checkpoint."),
     ] = True,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on where it was interrupted: keep the packages that are whole."),
+        typer.Option("--resume", help="Continue an interrupted conversion; finished packages are kept."),
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace packages that are there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
-) -> None:
-    """Convert a checkpoint to Core ML on any system, and prove the result. Prints the folder it is in."""
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing packages.")] = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+) -> None:  # fmt: skip
+    """Convert a checkpoint to Core ML on any system, verify it, and print its folder."""
+    from sfumato.cli.early import check_model
+    from sfumato.cli.settings import chosen_model
+
+    if checkpoint is not None and model_version is not None and checkpoint != model_version:
+        raise UsageError("the checkpoint is given twice; drop --model-version")
+    name = chosen_model(model_version if checkpoint is None else checkpoint)
+    check_model(name)
     if compute_unit is not None:
         from sfumato.coreml.backends import parse_compute_unit
 
         parse_compute_unit(compute_unit)
-    from sfumato.checkpoints.builtin import BUILT_IN
-    from sfumato.cli.coreml_verify import report, table
+    from sfumato.cli.coreml_verify import exit_code, report, table
+    from sfumato.cli.drawing import adapter_file
     from sfumato.cli.terminal import Terminal, print_json
     from sfumato.coreml import conversion
     from sfumato.coreml.layout import REQUIRED
@@ -113,13 +146,11 @@ def convert(
     from sfumato.coreml.roles import PARTS
     from sfumato.coreml.source import open_source
 
-    if checkpoint is not None and model_version is not None and checkpoint != model_version:
-        raise UsageError("the checkpoint is named twice; leave out --model-version")
     terminal = Terminal(quiet=quiet)
     named = {
         "text_encoder": text_encoder, "unet": unet, "vae_decoder": vae_decoder, "vae_encoder": vae_encoder,
     }  # fmt: skip
-    options = conversion.ConversionOptions(
+    wanted = conversion.ConversionOptions(
         parts=tuple(part for part in PARTS if named[part] or not any(named.values())),
         attention=attention.lower(),
         height=latent_h,
@@ -132,18 +163,18 @@ def convert(
         merged=merge_chunks,
         batch=1 if unet_batch_one else 2,
     )
-    name = next((one for one in (checkpoint, model_version) if one is not None), BUILT_IN)
-    source = open_source(name, variant=variant)
-    folder, resources = _places(source, options, output)
+    adapters = tuple(adapter_file(one, partial=False) for one in lora or ())
+    source = open_source(name, variant=variant, adapters=adapters)
+    folder, resources = _places(source, wanted, output)
     if bundle:
         check_writable(resources)
-    made = _convert(terminal, source, folder, options, resume=resume, overwrite=overwrite)
+    made = _convert(terminal, source, folder, wanted, resume=resume, overwrite=overwrite)
     folders = [folder]
     if bundle:
-        folders.append(_bundle(terminal, source, options.parts, folder, resources))
-    whole = set(REQUIRED) <= set(options.parts)
+        folders.append(_bundle(terminal, source, wanted.parts, folder, resources))
+    whole = set(REQUIRED) <= set(wanted.parts)
     proofs = [
-        report(terminal, place, source, options.parts, picture=whole and place == folder) for place in folders if verify
+        report(terminal, place, source, wanted.parts, picture=whole and place == folder) for place in folders if verify
     ]
     if as_json:
         print_json(_summary(made, folders) | {"verifications": [proof.to_dict() for proof in proofs]})
@@ -152,16 +183,16 @@ def convert(
             table(proof)
         for place in folders:
             typer.echo(place)
-    if not all(proof.passed for proof in proofs):
-        raise typer.Exit(1)
+    if code := exit_code(proofs):
+        raise typer.Exit(code)
 
 
 def _places(source: Source, options: ConversionOptions, output: Path | None) -> tuple[Path, Path]:
-    """Where packages go, and compiled models: beside each other as on the hub, or as Apple's converter puts them."""
+    """Folders for packages and compiled models: next to each other as on the hub, or as Apple's converter does it."""
     from sfumato.coreml.layout import tree
 
     if output is not None:
-        folder = output.expanduser()
+        folder = expanded(output)
         return folder, folder / "Resources"
     name = "coreml-" + Path(source.label).name
     return tree(Path(), name, options.attention, "packages"), tree(Path(), name, options.attention, "compiled")

@@ -19,17 +19,23 @@ def download(
     repo: Annotated[str, typer.Argument(metavar="ID", help="A hub id such as owner/name.")],
     variant: Annotated[
         str | None,
-        typer.Option(help="The folder of the repository to fetch; original/packages if it has that.", metavar="FOLDER"),
+        typer.Option(
+            help="The folder of the repository to download. Default: original/packages, if it exists.", metavar="FOLDER"
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where to put it, in place of the hub's cache.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="Where to put it. Default: the hub's cache."),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="A branch, tag or commit.")] = None,
 ) -> None:
-    """Fetch one variant of converted models, and print its folder. Files that are here are not fetched again."""
+    """Download one variant of converted models and print its folder.
+
+    Existing files are not downloaded again.
+    """
     from sfumato.cli.terminal import Terminal
 
-    Terminal(quiet=False)  # before the hub's library, whose bars it may hide
+    Terminal(quiet=False)  # before the hub's library is imported, whose progress bars it may hide
     from sfumato.coreml.download import download as fetch
 
     typer.echo(fetch(repo, variant, output=output, revision=revision))

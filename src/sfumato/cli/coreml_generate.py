@@ -1,4 +1,4 @@
-"""`sfumato coreml generate`: pictures drawn with converted models, in the words of Apple's two runners or in ours."""
+"""`sfumato coreml generate`: images from converted models, with our options or those of Apple's two runners."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sfumato.cli.drawing import base_path, check_early, draw, given
+from sfumato.cli import options
+from sfumato.cli.drawing import base_path, check_early, draw
 from sfumato.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,110 +22,115 @@ EXAMPLES = """\b
 Examples:
   sfumato coreml generate "a red apple, 3d" -i coreml-built-in
   sfumato coreml generate "a fox" -i models/coreml-stable-diffusion-v1-4_original_packages --compute-unit CPU_ONLY
-  sfumato coreml generate --prompt "a fox" -i packages -o pictures --seed 93 --rng numpy
-  sfumato coreml generate "a watercolour of it" --resource-path Resources --image photo.jpg --strength 0.6"""
+  sfumato coreml generate --prompt "a fox" -i packages -o images --seed 93 --rng numpy
+  sfumato coreml generate "a watercolor of it" --resource-path Resources --image photo.jpg --strength 0.6"""
 
 log = logging.getLogger("sfumato")
 
-# What Apple's runners can be told and this one cannot do, and why.
+# Options of Apple's runners that are not supported here, and why.
 REFUSED = {
-    "xl": "Stable Diffusion XL cannot be drawn with; --xl is for its models",
-    "sd3": "Stable Diffusion 3 cannot be drawn with; --sd3 is for its models",
-    "controlnet": "there is no ControlNet here; leave --controlnet out",
-    "controlnet_inputs": "there is no ControlNet here; leave --controlnet-inputs out",
-    "use_multilingual_text_encoder": "the multilingual text encoder is part of Apple's systems; leave it out",
-    "script": "--script is for the multilingual text encoder, which is part of Apple's systems; leave it out",
+    "xl": "Stable Diffusion XL is not supported with Core ML yet, so --xl cannot be used",
+    "sd3": "Stable Diffusion 3 is not supported, so --sd3 cannot be used",
+    "controlnet": "ControlNet is not supported yet; drop --controlnet",
+    "controlnet_inputs": "ControlNet is not supported yet; drop --controlnet-inputs",
+    "use_multilingual_text_encoder": "the multilingual text encoder is part of Apple's systems; drop the option",
+    "script": "--script is for the multilingual text encoder, which is part of Apple's systems; drop the option",
 }
 
 
 def generate(
-    words: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to draw.")] = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", help="The same, as Apple's Python runner takes it.")] = None,
+    words: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What the image should show.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="The prompt, under the name that Apple's Python runner uses.")
+    ] = None,
     folder: Annotated[
         Path,
         typer.Option(
-            "--input", "-i", "--resource-path",
-            help="The folder of packages or of compiled models, or one around it.",
+            "--input", "-i", "--resource-path", help="A folder that contains packages or compiled models."
         ),
     ] = Path(),
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", "--output-path", help="A PNG file, or a folder; named after the prompt if left out."
+            "--output", "-o", "--output-path",
+            help="A PNG, JPEG or WebP file, or a folder. Default: a PNG named after the prompt.",
         ),
     ] = None,
     compute_unit: Annotated[
         str | None,
         typer.Option(
             "--compute-unit", "--compute-units",
-            help="ALL, CPU_AND_GPU, CPU_ONLY or CPU_AND_NE; all there are if left out. Without Core ML, the first "
-            "three draw on the CPU.",
+            help="ALL, CPU_AND_GPU, CPU_ONLY or CPU_AND_NE. Default: ALL. Without Core ML, the first three use the "
+            "CPU.",
         ),
     ] = None,
     model_version: Annotated[
         str | None,
         typer.Option(
-            help="The checkpoint the models are of, a folder or hub id, where they do not say it; of it only small "
-            "files are read. CompVis/stable-diffusion-v1-4 if left out."
+            help="The checkpoint the models were made from, a folder or hub id, if they do not name it. Only small "
+            "files of it are read. Default: CompVis/stable-diffusion-v1-4."
         ),
     ] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What to keep away from.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What the image should not show.")] = None,
     steps: Annotated[
         int | None,
         typer.Option(
             "--steps", "--num-inference-steps", "--step-count",
-            help="Denoising steps; 50, or what the model asks for, if left out.",
+            help="Denoising steps. Default: the model's own number, usually 50.",
         ),
     ] = None,
     guidance_scale: Annotated[
         float | None,
-        typer.Option(help="How strongly to follow the prompt; 7.5, or what the model asks for, if left out."),
+        typer.Option(help="How closely to follow the prompt. Default: the model's own value, usually 7.5."),
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option("--seed", "-s", help="Picture i is drawn with seed + i; a random one if left out (Apple's: 93)."),
+        typer.Option("--seed", "-s", help="Image i uses seed + i. Default: a random seed (Apple's runner: 93)."),
     ] = None,
     rng: Annotated[
-        str, typer.Option(help="Where noise comes from: torch, as everywhere here, or numpy, as in Apple's runners.")
+        str, typer.Option(help="Random number generator: torch, numpy as in Apple's runners, or cuda (nvidia).")
     ] = "torch",
-    count: Annotated[int, typer.Option("--count", "--image-count", help="How many pictures.")] = 1,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            help="A name from 'sfumato schedulers', or as Apple's runners call them; the checkpoint's if left out."
-        ),
+    count: Annotated[int, typer.Option("--count", "--image-count", "-n", help="Number of images.")] = 1,
+    scheduler: options.SchedulerName = None,
+    image: Annotated[Path | None, typer.Option(help="An image to start from; cropped and resized to fit.")] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="How much to change that image, from 0 (not at all) to 1 (completely). Apple's runner: 0.5."),
     ] = None,
-    image: Annotated[Path | None, typer.Option(help="A picture to start from; cut and resized to fit.")] = None,
-    strength: Annotated[float, typer.Option(help="How far to leave that picture, 0 to 1 (Apple's: 0.5).")] = 0.8,
-    width: Annotated[int | None, typer.Option(help="Pixels; models have one size, and this must be it.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels, likewise.")] = None,
+    width: Annotated[
+        int | None, typer.Option("--width", "-W", help="Width in pixels. Must be the models' own size.")
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option("--height", "-H", help="Height in pixels. Must be the models' own size.")
+    ] = None,
     reduce_memory: Annotated[
-        bool, typer.Option("--reduce-memory", help="Load each model for its own stage only.")
+        bool, typer.Option("--reduce-memory", help="Keep each model in memory only while it is needed.")
     ] = False,
     portable: Annotated[
-        bool, typer.Option("--portable", help="Compute with the portable runtime on macOS too.")
+        bool, typer.Option("--portable", help="Use the portable runtime, even on macOS.")
     ] = False,
     model_sources: Annotated[
-        str | None, typer.Option(help="packages or compiled, where a folder has both; found out if left out.")
+        str | None,
+        typer.Option(help="packages or compiled, if a folder contains both. Default: detected."),
     ] = None,
     unet_batch_one: Annotated[
-        bool, typer.Option("--unet-batch-one", help="Accepted for Apple's scripts; the model itself says it.")
+        bool, typer.Option("--unet-batch-one", help="Ignored; accepted for Apple's scripts. Detected from the models.")
     ] = False,
     disable_safety: Annotated[
-        bool, typer.Option("--disable-safety", help="Accepted for Apple's scripts; there is no safety checker.")
+        bool,
+        typer.Option("--disable-safety", help="Ignored; accepted for Apple's scripts. There is no safety checker."),
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing file; else the next free name is taken.")
-    ] = False,
-    grid: Annotated[bool, typer.Option("--grid", help="Put all pictures into one.")] = False,
+    overwrite: options.Overwrite = False,
+    grid: Annotated[bool, typer.Option("--grid", help="Combine all images into one.")] = False,
     preview_every: Annotated[
         int,
         typer.Option(
-            "--preview-every", "--save-every", help="Show the picture so far in <output>.preview.png every N steps."
+            "--preview-every", "--save-every",
+            help="Every N steps, show the unfinished image in <output>.preview.png.",
         ),
     ] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
     xl: Annotated[bool, typer.Option("--xl", hidden=True)] = False,
     sd3: Annotated[bool, typer.Option("--sd3", hidden=True)] = False,
     controlnet: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
@@ -134,7 +140,10 @@ def generate(
     ] = False,
     script: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:  # fmt: skip
-    """Draw pictures with Core ML models, on any system. Prints the path of each; the PNG carries its recipe."""
+    """Generate images with Core ML models, on any system.
+
+    Prints the path of each image. The file contains the recipe to generate it again.
+    """
     refused = {
         "xl": xl, "sd3": sd3, "controlnet": controlnet, "controlnet_inputs": controlnet_inputs,
         "use_multilingual_text_encoder": use_multilingual_text_encoder, "script": script,
@@ -142,25 +151,26 @@ def generate(
     for name, value in refused.items():
         if value:
             raise UsageError(REFUSED[name])
+    from sfumato.cli.early import check_folder
     from sfumato.cli.terminal import Terminal
     from sfumato.request import GenerateRequest
 
     terminal = Terminal(quiet=quiet)
     text = _prompt(words, prompt)
-    asked = given(steps=steps, guidance_scale=guidance_scale)
     request = GenerateRequest(
         prompt=text, negative_prompt=negative_prompt, seed=seed, rng=_rng(rng), count=count,
-        scheduler=_scheduler(scheduler), width=width, height=height,
-        image=None if image is None else str(image), strength=strength, **asked,
+        scheduler=scheduler, width=width, height=height,
+        image=None if image is None else str(image), strength=strength,
+        steps=steps, guidance_scale=guidance_scale,
     )  # fmt: skip
     base = base_path(output, text)
     check_early(request, base, preview_every)
+    check_folder(folder)
     pipeline = load_models(
         terminal, folder,
         compute_unit=compute_unit, model_version=model_version, kind=model_sources, reduce_memory=reduce_memory,
         portable=portable,
     )  # fmt: skip
-    request = request.replace(**pipeline.suggested | asked)
     draw(
         terminal, pipeline, request, base,
         preview_every=preview_every, grid=grid, overwrite=overwrite, as_json=as_json,
@@ -187,7 +197,9 @@ def replay_models(terminal: Terminal, name: str, told: dict[str, Any]) -> CoreML
     """The models that a recipe names, with what it tells of them; on the CPU where this system lacks their unit."""
     from sfumato.coreml.backends import engine_for
 
-    options: dict[str, Any] = {"portable": told["engine"] == "portable", "kind": str(told["kind"])}
+    # Nothing is fetched because an image says so.
+    options: dict[str, Any] = {"local_files_only": True}
+    options |= {"portable": told["engine"] == "portable", "kind": str(told["kind"])}
     if "model_version" in told:
         options["model_version"] = str(told["model_version"])
     unit = str(told["compute_unit"])
@@ -201,26 +213,13 @@ def replay_models(terminal: Terminal, name: str, told: dict[str, Any]) -> CoreML
 
 def _prompt(words: str | None, prompt: str | None) -> str:
     if words is not None and prompt is not None:
-        raise UsageError("the prompt is given twice; leave out --prompt")
+        raise UsageError("the prompt is given twice; drop --prompt")
     text = words if prompt is None else prompt
     if text is None:
-        raise UsageError('there is nothing to draw; say what: sfumato coreml generate "a red apple, 3d"')
+        raise UsageError('the prompt is missing; give one: sfumato coreml generate "a red apple, 3d"')
     return text
 
 
 def _rng(name: str) -> str:
-    if name.lower() in ("nvidia", "cuda"):
-        raise UsageError("the noise of NVIDIA's generator is not drawn here; use --rng torch or --rng numpy")
-    return name.lower()
-
-
-def _scheduler(name: str | None) -> str | None:
-    """A name that a request takes: Apple's are the classes' without "Scheduler", or pndm and dpmpp."""
-    if name is None:
-        return None
-    from sfumato.schedulers.names import NAMES
-
-    if name.lower() == "dpmpp":
-        return "dpmpp_2m"
-    classes = {alias.class_name for alias in NAMES.values()}
-    return f"{name}Scheduler" if f"{name}Scheduler" in classes else name
+    """A name that a request takes: Apple's runners say nvidia for CUDA's."""
+    return {"nvidia": "cuda"}.get(name.lower(), name.lower())

@@ -1,4 +1,4 @@
-"""`sfumato doctor`: what this machine is, how fast it is, and what is missing."""
+"""`sfumato doctor`: what this machine has, how fast it is, and what is missing."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from sfumato.cli import options
 
 if TYPE_CHECKING:
     from sfumato.cli.terminal import Terminal
@@ -23,22 +25,25 @@ Examples:
 
 def doctor(
     again: Annotated[
-        bool, typer.Option("--again", help="Measure the speeds again, instead of reading them from the cache.")
+        bool, typer.Option("--again", help="Measure the speeds again instead of using cached results.")
     ] = False,
     facts: Annotated[
         str | None,
-        typer.Option(help="Look at another machine: a JSON file of facts, or a name such as m1-8gb."),
+        typer.Option(help="Check another machine: a JSON file of facts, or a name such as m1-8gb."),
     ] = None,
     save_facts: Annotated[
         Path | None, typer.Option(help="Write the facts to this JSON file, for 'sfumato plan --facts'.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Check this machine: software, devices, memory, instructions, measured speeds; what is missing, and its cure."""
+    """Check this machine: software, devices, memory and speed, and how to fix what is missing."""
     from sfumato.cli.terminal import Terminal, print_json
+    from sfumato.files import output_file
     from sfumato.runtime.checks import check_machine, dtype_support
     from sfumato.runtime.facts import facts_named, read_facts
 
+    if save_facts is not None:
+        output_file(save_facts)  # known to be wrong before anything is measured
     found = facts_named(facts) if facts else _measured(read_facts(), Terminal(quiet=False), again=again)
     if save_facts is not None:
         found.to_json(save_facts)
@@ -56,12 +61,12 @@ def doctor(
 
 
 def _measured(facts: Facts, terminal: Terminal, *, again: bool) -> Facts:
-    """The facts with speeds: those in the cache, or measured now and kept there."""
+    """The facts with speeds, from the cache or measured now."""
     if facts.speeds and not again:
         return facts
     from sfumato.runtime.speeds import keep_speeds, measure_speeds
 
-    with terminal.working("measuring the speed of this machine, some seconds"):
+    with terminal.working("measuring the speed of this machine (takes a few seconds)"):
         speeds = measure_speeds(facts.accelerator, facts.free_cores)
     keep_speeds(facts, speeds)
     return dataclasses.replace(facts, speeds=speeds)
@@ -77,7 +82,7 @@ def _show(facts: Facts) -> None:
 
     console = output()
     console.print(f"[bold]{escape(facts.name)}[/bold], {facts.system} {escape(facts.system_version)}", highlight=False)
-    table = Table("", "what", "found", "to do", box=None, pad_edge=False)
+    table = Table("", "check", "found", "what to do", box=None, pad_edge=False)
     for check in check_machine(facts):
         table.add_row(check.state, check.name, escape(check.found), escape(check.mend))
     console.print(table)
@@ -88,4 +93,6 @@ def _show(facts: Facts) -> None:
     console.print()
     console.print(speeds)
     for quirk in facts.quirks:
-        console.print(f"- known: {quirk.trouble}; {quirk.answer} ({quirk.source})", highlight=False, soft_wrap=True)
+        console.print(
+            f"- known issue: {quirk.trouble}; {quirk.answer} ({quirk.source})", highlight=False, soft_wrap=True
+        )

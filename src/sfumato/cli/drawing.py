@@ -1,4 +1,4 @@
-"""What the commands that draw have in common: checks beforehand, progress, names of files, and what is printed."""
+"""What the commands that generate images share: early checks, progress, file names, and what is printed."""
 
 from __future__ import annotations
 
@@ -11,50 +11,113 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from sfumato.errors import UsageError
+from sfumato.files import expanded
 
 if TYPE_CHECKING:
     from sfumato.cli.terminal import Terminal
     from sfumato.pipelines import DiffusionPipeline, Result
     from sfumato.pipelines.result import Step
-    from sfumato.request import GenerateRequest
+    from sfumato.request import AdapterFile, Framing, GenerateRequest, Mask
 
-__all__ = ["base_path", "check_early", "draw", "given"]
+__all__ = ["adapter_file", "base_path", "check_early", "draw", "framing", "mask_of"]
 
 
-def given(**options: Any) -> dict[str, Any]:
-    """The options that were not left out."""
-    return {name: value for name, value in options.items() if value is not None}
+def framing(
+    original_size: str | None, crop: str | None, target_size: str | None, aesthetic_score: float | None
+) -> Framing:
+    """The framing given on a command line, as (height, width) and (top, left)."""
+    from sfumato.request import Framing
+
+    return Framing(
+        original_size=_pair("--original-size", "1024x1024", original_size),
+        crops_coords_top_left=_pair("--crop", "0,0", crop),
+        target_size=_pair("--target-size", "1024x1024", target_size),
+        aesthetic_score=aesthetic_score,
+    )
+
+
+def _pair(option: str, example: str, text: str | None) -> tuple[int, int] | None:
+    """The two numbers of an option, the second one first."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(-?\d{1,8})[x,](-?\d{1,8})", text.strip())
+    if found is None:
+        raise UsageError(f"{option} must be two numbers such as {example}, not {text!r}")
+    return int(found[2]), int(found[1])
+
+
+def mask_of(file: Path | None, extend: str | None, edge: int | None, crop: int | None) -> Mask | None:
+    """What `--mask`, `--extend` and what goes with them say."""
+    from sfumato.request import Mask
+
+    if file is None and extend is None:
+        if edge is not None or crop is not None:
+            raise UsageError("--mask-edge and --mask-crop need a mask; give one with --mask or --extend")
+        return None
+    sides: dict[str, int] = dict.fromkeys(("left", "top", "right", "bottom"), 0)
+    for part in () if extend is None else extend.split(","):
+        found = re.fullmatch(r"\s*(left|top|right|bottom)=(\d{1,8})\s*", part)
+        if found is None:
+            raise UsageError(f"--extend takes sides and pixels such as left=256,top=64, and {part!r} is none")
+        sides[found[1]] = int(found[2])
+    pixels: Any = tuple(sides.values())
+    return Mask(file=None if file is None else str(file), extend=pixels, edge=edge, crop=crop)
+
+
+def adapter_file(text: str, *, partial: bool) -> AdapterFile:
+    """What `--lora FILE[:WEIGHT[:TEXT_WEIGHT]]` says."""
+    from sfumato.request import AdapterFile
+
+    file, weights = text, []
+    while len(weights) < 2 and not os.path.exists(expanded(file)) and ":" in file[2:]:  # not the colon of a drive
+        file, _, weight = file.rpartition(":")
+        try:
+            weights.insert(0, float(weight))
+        except ValueError as error:
+            raise UsageError(f"--lora takes FILE[:WEIGHT[:TEXT_WEIGHT]], and {weight!r} is not a number") from error
+    weight, text_weight = (*weights, None, None)[:2]
+    weight = 1.0 if weight is None else weight
+    return AdapterFile(file=file, weight=weight, text_weight=text_weight, partial=partial)
 
 
 def base_path(output: Path | None, prompt: str) -> Path:
-    """Where the first picture goes: the file named, or a name made of the prompt in the folder named."""
-    place = (output or Path()).expanduser()
+    """Where the first image is written: the given file, or a name made from the prompt in the given folder."""
+    place = expanded(output or Path())
     if place.suffix and not os.path.isdir(place):  # False, and no error, where one may not look
         return place
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-")
-    return place / f"{words or 'picture'}.png"
+    return place / f"{words or 'image'}.png"
 
 
 def check_early(request: GenerateRequest, base: Path, preview_every: int) -> None:
-    """What can be known to be wrong before a model is loaded, the quickest to find out first."""
+    """Checks that need no model, the quickest first."""
+    from sfumato.cli.early import check_picture
     from sfumato.files import check_writable
+    from sfumato.metadata.formats import format_of
     from sfumato.schedulers.names import resolve
 
     texts = {"the prompt": request.prompt, "--negative-prompt": request.negative_prompt or ""}
     for name, text in texts.items():
         if any("\ud800" <= char <= "\udfff" for char in text):
-            raise UsageError(f"{name} holds bytes that are no UTF-8 text; type it again")
+            raise UsageError(f"{name} contains bytes that are not valid UTF-8; type it again")
     if preview_every < 0:
         raise UsageError(f"--preview-every must be at least 0, not {preview_every}")
-    if base.suffix.lower() != ".png":
-        raise UsageError(f"pictures are written as PNG, so --output must end in .png, not {base.suffix}")
+    format_of(base)
     if request.scheduler is not None:
         resolve(request.scheduler)
-    check_writable(base.parent)
-    if request.image is not None:
-        from sfumato.images import open_image
+    check_writable(base.parent, f"{base.stem}.preview-{2**20}.png")  # no other name is longer
+    for file in request.pictures.values():
+        check_picture(file)
+    for given in (*request.controls, *request.image_prompts):
+        check_picture(given.image)
+    for added in (*request.adapters, *request.embeddings):
+        _check_added(added.file)
 
-        open_image(request.image)
+
+def _check_added(file: str) -> None:
+    from sfumato.adapters.files import read_stored
+
+    read_stored(file, hashed=False)
 
 
 def draw(
@@ -67,51 +130,74 @@ def draw(
     grid: bool,
     overwrite: bool,
     as_json: bool,
+    keep_control: bool = False,
 ) -> None:
-    """Draw a request, write its pictures and print their paths, or all there is to say as JSON."""
-    from sfumato.cli.terminal import print_json
+    """Generate a request's images, write them, and print their paths or, as JSON, everything about them.
+
+    keep_control: also write the pictures that ControlNets read, beside the images.
+    """
+    from sfumato.cli.terminal import print_json, say
 
     result = _draw(pipeline, request, terminal, base.with_name(f"{base.stem}.preview.png"), preview_every)
     paths = _write(result, base, grid=grid, overwrite=overwrite)
+    kept = _write_controls(result, base, overwrite=overwrite) if keep_control else []
     if as_json:
-        print_json(_summary(result, paths))
+        print_json(_summary(result, paths) | ({"controls": list(map(str, kept))} if keep_control else {}))
         return
-    for path in paths:
+    for path in (*paths, *kept):
         typer.echo(path)
     if not terminal.quiet:
-        typer.echo(f"seed {result.seeds[0]}, {sum(result.seconds.values()):.1f} s", err=True)
+        say(f"seed {result.seeds[0]}, {sum(result.seconds.values()):.1f} s")
 
 
 def _draw(
     pipeline: DiffusionPipeline, request: GenerateRequest, terminal: Terminal, preview: Path, every: int
 ) -> Result:
-    from sfumato.images import next_free, save_png
+    from sfumato.metadata.carriers import save_new_picture, save_picture
 
-    preview = next_free(preview)  # never a file of the user's, as it goes when the drawing ends
-    with terminal.steps("drawing") as bar:
+    shown: Path | None = None  # never a file of the user's, as it goes when the drawing ends
+    with terminal.steps("generating") as bar:
 
         def on_step(step: Step) -> None:
+            nonlocal shown
             bar.show(step)
             if every and step.number % every == 0 and step.number < step.total:
-                save_png(_in_grid(step.preview()), preview)
+                picture = _in_grid(step.preview())
+                shown = save_new_picture(picture, preview) if shown is None else save_picture(picture, shown)
 
         try:
             return pipeline.generate(request, on_step)
         finally:
-            preview.unlink(missing_ok=True)
+            if shown is not None:
+                shown.unlink(missing_ok=True)
 
 
 def _write(result: Result, base: Path, *, grid: bool, overwrite: bool) -> list[Path]:
-    from sfumato.images import next_free, save_png
+    from sfumato.metadata.carriers import save_new_picture, save_picture
 
     if grid:
-        pictures = [(_in_grid(result.images), {**result.recipes[0], "request": result.request.to_dict(), "grid": True})]
+        first = result.recipes[0]
+        added = {key: value for key, value in first["request"].items() if key in ("adapters", "embeddings")}
+        pictures = [(_in_grid(result.images), first | {"request": result.request.to_dict() | added, "grid": True})]
     else:
         pictures = list(zip(result.images, result.recipes, strict=True))
     paths = []
     for number, (picture, recipe) in enumerate(pictures, start=1):
-        replaced = base if number == 1 else base.with_name(f"{base.stem}-{number}{base.suffix}")
-        paths.append(save_png(picture, replaced if overwrite else next_free(base), recipe))
+        if overwrite:
+            replaced = base if number == 1 else base.with_name(f"{base.stem}-{number}{base.suffix}")
+            paths.append(save_picture(picture, replaced, recipe))
+        else:
+            paths.append(save_new_picture(picture, base, recipe))
+    return paths
+
+
+def _write_controls(result: Result, base: Path, *, overwrite: bool) -> list[Path]:
+    from sfumato.metadata.carriers import save_new_picture, save_picture
+
+    paths = []
+    for number, picture in enumerate(result.controls, start=1):
+        name = base.with_name(f"{base.stem}.control{'' if number == 1 else f'-{number}'}.png")
+        paths.append((save_picture if overwrite else save_new_picture)(picture, name))
     return paths
 
 

@@ -3,22 +3,51 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from sfumato.cli import bench, catalog, coreml, doctor, download, generate, plan, replay, show
+from sfumato.cli import (
+    bench,
+    bulk,
+    catalog,
+    completion,
+    convert,
+    coreml,
+    doctor,
+    download,
+    generate,
+    models,
+    plan,
+    replay,
+    show,
+    studio,
+)
+from sfumato.cli.streams import discard, prepare_streams
+from sfumato.cli.terminal import notes, say
 from sfumato.errors import SfumatoError
 
 __all__ = ["app", "main"]
 
 
 class _Interrupted(SfumatoError):
-    """Ctrl-C; the shells' own exit code for it."""
+    """Ctrl-C, or another program's request to end; the exit code follows the shells' convention."""
 
-    exit_code = 130
+    def __init__(self, sentence: str, cause: KeyboardInterrupt) -> None:
+        super().__init__(sentence)
+        self.exit_code = 128 + getattr(cause, "number", signal.SIGINT)
+
+
+class _Ended(KeyboardInterrupt):
+    """A signal that asks for the end, met as Ctrl-C is, so that the same is cleaned up."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 class _Commands(TyperGroup):
@@ -26,9 +55,13 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
+            os.getcwd()
+        except OSError as error:
+            raise SfumatoError("the current folder has been deleted; change to another one") from error
+        try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            raise _Interrupted("interrupted; nothing half-written is left behind") from error
+            raise _Interrupted("interrupted; no unfinished files were left behind", error) from error
 
 
 app = typer.Typer(
@@ -47,10 +80,16 @@ app.command("replay", epilog=replay.EXAMPLES)(replay.replay)
 app.command("schedulers", epilog=catalog.EXAMPLES)(catalog.schedulers)
 app.command("show", epilog=show.EXAMPLES)(show.show)
 app.command("plan", epilog=plan.EXAMPLES)(plan.plan)
+app.command("convert", epilog=convert.EXAMPLES)(convert.convert)
 app.command("doctor", epilog=doctor.EXAMPLES)(doctor.doctor)
 app.command("bench", epilog=bench.EXAMPLES)(bench.bench)
 app.command("download", epilog=download.EXAMPLES)(download.download)
+app.add_typer(models.app, name="models")
+app.command("completion", epilog=completion.EXAMPLES)(completion.completion)
 app.add_typer(coreml.app, name="coreml")
+app.add_typer(bulk.app, name="bulk")
+app.command("studio", epilog=studio.STUDIO)(studio.studio)
+app.command("serve", epilog=studio.SERVE)(studio.serve)
 
 
 def _version(wanted: bool) -> None:
@@ -71,32 +110,58 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line: exit code 0, 2 for misuse, 1 for failure, 130 when interrupted; never a traceback.
+    """Run the command line; never a traceback.
 
-    Set SFUMATO_TRACEBACK=1 to see where an unexpected error came from.
+    Exits with 0, with 2 for misuse, 1 for failure, and 130, 129 or 143 when Ctrl-C, SIGHUP or SIGTERM ended it. Set
+    SFUMATO_TRACEBACK=1 to see where an unexpected error came from.
     """
+    prepare_streams()
+    _end_as_interrupted()
+    if completion.COMPLETE in os.environ:
+        from typer.completion import completion_init  # pyright: ignore[reportPrivateImportUsage]
+
+        completion_init()
     try:
-        app()
-    except KeyboardInterrupt:
-        _fail("interrupted before anything was begun", _Interrupted.exit_code)
+        with notes():
+            app()
+    except KeyboardInterrupt as error:
+        _fail(_Interrupted("interrupted before anything started", error))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone: say no more
+        discard(sys.stdout)  # the reader has gone: say no more
         sys.exit(1)
+    except SystemExit:
+        raise
     except SfumatoError as error:
-        _fail(str(error), error.exit_code)
-    except Exception as error:
+        _fail(error)
+    except BaseException as error:
         if os.environ.get("SFUMATO_TRACEBACK"):
             raise
-        _fail(_unexpected(error), 1)
+        _fail(SfumatoError(_unexpected(error)))
 
 
-def _unexpected(error: Exception) -> str:
+def _end_as_interrupted() -> None:
+    """Meet a request to end as Ctrl-C is met."""
+    last = -1.0
+
+    def end(number: int, _: object) -> None:
+        nonlocal last
+        before, last = last, time.monotonic()
+        if before < 0 or last - before > 1:  # `timeout` asks twice at once, which would cut the cleaning short
+            raise _Ended(number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, end)
+
+
+def _unexpected(error: BaseException) -> str:
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-        return "there is not enough memory for this; ask for fewer (--count) or smaller (--width, --height) pictures"
+        return "not enough memory; generate fewer (--count) or smaller (--width, --height) images"
     return f"unexpected {type(error).__name__}: {text[:300]} (SFUMATO_TRACEBACK=1 shows where)"
 
 
-def _fail(sentence: str, code: int) -> None:
-    typer.echo(f"sfumato: {sentence}", err=True)
-    sys.exit(code)
+def _fail(error: SfumatoError) -> None:
+    say(f"sfumato: {error}")
+    sys.exit(error.exit_code)

@@ -1,4 +1,4 @@
-"""`sfumato plan`: what would be done with a request on this machine or another, and whether it fits."""
+"""`sfumato plan`: how a request would run on this machine or another, and whether it fits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sfumato.cli import options
+from sfumato.families import FAMILIES
+
 if TYPE_CHECKING:
+    from sfumato.request import GenerateRequest
     from sfumato.runtime.choices import Plan, Sizes, Task
     from sfumato.runtime.facts import Facts
 
@@ -15,41 +19,51 @@ __all__ = ["EXAMPLES", "duration", "plan"]
 EXAMPLES = """\b
 Examples:
   sfumato plan "a red apple, 3d"
-  sfumato plan "fog" --model sd15 --width 1024 --height 1024 --facts m1-8gb
+  sfumato plan "fog" -m sd15 -W 1024 -H 1024 --facts m1-8gb
   sfumato plan "a fox" --model ./my-checkpoint --count 64 --json
+  sfumato plan "a fox" --model sdxl --refiner sdxl-refiner
   sfumato plan "a fox" --model sd15 --facts rtx-4090 --largest"""
 
 
 def plan(
-    prompt: Annotated[str, typer.Argument(help="What to draw; only its being there counts here.")] = "",
+    prompt: Annotated[str, typer.Argument(help="The prompt. Its wording does not affect the plan.")] = "",
     model: Annotated[
         str | None,
         typer.Option(
-            help="A checkpoint folder or a hub id in the local cache; the built-in model if left out. sd15 stands "
-            "for the sizes of Stable Diffusion 1.5, which need not be here."
+            "--model", "-m",
+            help="A checkpoint: folder, file, hub id in the local cache, or one of these short names: "
+            f"{', '.join(FAMILIES)}. Default: your default model, or else the built-in one.",
+            autocompletion=options.complete_models,
         ),
     ] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels; the checkpoint's own size if left out.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels; the checkpoint's own size if left out.")] = None,
-    count: Annotated[int, typer.Option(help="How many pictures.")] = 1,
-    steps: Annotated[
-        int | None, typer.Option(help="Denoising steps; 50, or what the model asks for, if left out.")
+    width: options.Width = None,
+    height: options.Height = None,
+    count: options.Count = 1,
+    steps: options.Steps = None,
+    guidance_scale: options.GuidanceScale = None,
+    dtype: options.Dtype = None,
+    device: options.Device = None,
+    variant: options.Variant = None,
+    refiner: Annotated[
+        str | None,
+        typer.Option(
+            help="A second checkpoint that takes over for the last steps; planned after the first.",
+            autocompletion=options.complete_models,
+        ),
     ] = None,
-    guidance_scale: Annotated[
-        float | None, typer.Option(help="1 or less turns guidance off, and halves the work.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16, instead of the plan's own.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu, instead of the best one present.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.")] = None,
     facts: Annotated[
         str | None,
-        typer.Option(help="Another machine: a JSON file of facts, or a name such as m1-8gb; this one if left out."),
+        typer.Option(help="Plan for another machine: a JSON file of facts, or a name such as m1-8gb."),
     ] = None,
-    largest: Annotated[bool, typer.Option("--largest", help="Say only how many pictures fit into one batch.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
-) -> None:
-    """Say how a request would be carried out: choices and why, peak memory, time. Loads no weights, draws nothing."""
-    from sfumato.cli.drawing import given
+    largest: Annotated[bool, typer.Option("--largest", help="Print only the maximum batch size.")] = False,
+    as_json: options.AsJson = False,
+) -> None:  # fmt: skip
+    """Show how a request would run: precision, batch size, memory, time, and why.
+
+    Loads no weights and generates nothing.
+    """
+    from sfumato.cli.early import check_choices
+    from sfumato.cli.settings import chosen_model
     from sfumato.cli.terminal import print_json
     from sfumato.request import GenerateRequest
     from sfumato.runtime.choices import Wishes, task_of
@@ -57,38 +71,73 @@ def plan(
     from sfumato.runtime.plan import largest_batch
     from sfumato.runtime.plan import plan as make_plan
 
-    asked = given(steps=steps, guidance_scale=guidance_scale)
-    request = GenerateRequest(prompt=prompt, width=width, height=height, count=count, **asked)
+    request = GenerateRequest(
+        prompt=prompt, width=width, height=height, count=count, steps=steps, guidance_scale=guidance_scale,
+        refiner=refiner,
+    )  # fmt: skip
+    check_choices(device, dtype=dtype)
     wishes = Wishes(device=device, dtype=dtype, once=True)
-    machine = facts_named(facts) if facts else read_facts(device)
-    sizes, suggested = _sizes(model, variant)
-    request = request.replace(**suggested | asked)
+    other = facts_named(facts) if facts else None
+    sizes, request = _settled(chosen_model(model), request, variant)
+    machine = other or read_facts(device)
     if largest:
         batch = largest_batch(machine, sizes, request, wishes)
         print_json({"largest_batch": batch}) if as_json else typer.echo(batch)
         return
-    found = make_plan(machine, sizes, request, wishes)
+    found = [(make_plan(machine, sizes, request, wishes), sizes, request)]
+    if refiner is not None:
+        then = request.replace(refiner=None, denoising_start=request.denoising_end, denoising_end=None)
+        task = task_of(sizes, request)
+        sizes, then = _settled(refiner, then.replace(width=task.width, height=task.height), variant)
+        found.append((make_plan(machine, sizes, then, wishes), sizes, then))
     if as_json:
-        print_json(_as_dict(found, machine, sizes))
+        one, *rest = [_as_dict(planned, machine, sizes) for planned, sizes, _ in found]
+        print_json(one | ({"refiner": rest[0]} if rest else {}))
         return
-    _show(found, machine, task_of(sizes, request))
+    for planned, sizes, asked in found:
+        _show(planned, machine, task_of(sizes, asked), _other_side(asked, sizes))
 
 
-def _sizes(model: str | None, variant: str | None) -> tuple[Sizes, dict[str, Any]]:
-    """The sizes of a model, and the settings it suggests."""
-    if model == "sd15":
-        from sfumato.runtime.choices import stable_diffusion_15
+def _settled(model: str, request: GenerateRequest, variant: str | None) -> tuple[Sizes, GenerateRequest]:
+    """A model's sizes, by its name or its files, and the request with the model's own settings filled in."""
+    from sfumato.cli.early import check_model
 
-        return stable_diffusion_15(), {}
-    from sfumato.checkpoints.builtin import BUILT_IN
-    from sfumato.checkpoints.locate import locate_folder
-    from sfumato.checkpoints.suggested import suggested_settings
+    published = _published(model)
+    if not published:
+        check_model(model, request, downloads=False)
+    sizes, settings = published or _sizes(model, variant)
+    return sizes, request.settled(settings)
+
+
+def _published(model: str) -> tuple[Sizes, dict[str, Any]] | None:
+    """The published sizes and settings of a family, by its short name; None for other models."""
+    import os
+
+    if model not in FAMILIES or os.path.isdir(model):
+        return None
+    from sfumato.checkpoints.family import settings_of
+    from sfumato.runtime.choices import published_sizes
+
+    return published_sizes(model), settings_of(FAMILIES[model])
+
+
+def _sizes(name: str, variant: str | None) -> tuple[Sizes, dict[str, Any]]:
+    """The sizes of a model on this machine, and the settings it uses where a request has none."""
     from sfumato.pipelines.components import ComponentFiles
     from sfumato.pipelines.sizes import read_sizes
+    from sfumato.pipelines.source import open_source
 
-    name = model or BUILT_IN
-    folder = locate_folder(name, ComponentFiles(variant).select, local_files_only=True)
-    return read_sizes(name, variant), suggested_settings(folder)
+    source = open_source(name, ComponentFiles(variant), {"local_files_only": True})
+    return read_sizes(source), source.settings
+
+
+def _other_side(request: GenerateRequest, sizes: Sizes) -> str:
+    """What becomes of the side that was not given, where one was."""
+    if (request.width is None) == (request.height is None):
+        return ""
+    own = dict(zip(("width", "height"), sizes.picture_size, strict=True))
+    given, other = ("width", "height") if request.height is None else ("height", "width")
+    return f"only the {given} was given, so the {other} is the model's own, {own[other]}; set it with --{other}"
 
 
 def _as_dict(found: Plan, machine: Facts, sizes: Sizes) -> dict[str, object]:
@@ -104,7 +153,7 @@ def _as_dict(found: Plan, machine: Facts, sizes: Sizes) -> dict[str, object]:
     }
 
 
-def _show(found: Plan, machine: Facts, task: Task) -> None:
+def _show(found: Plan, machine: Facts, task: Task, note: str) -> None:
     from rich.markup import escape
     from rich.table import Table
 
@@ -112,40 +161,43 @@ def _show(found: Plan, machine: Facts, task: Task) -> None:
     from sfumato.runtime.reasons import gigabytes
 
     console = output()
-    pictures = "one picture" if task.pictures == 1 else f"{task.pictures} pictures"
+    images = "1 image" if task.pictures == 1 else f"{task.pictures} images"
     console.print(
-        f"[bold]{escape(task.sizes.name)}[/bold] on [bold]{escape(machine.name)}[/bold]: {pictures} of "
+        f"[bold]{escape(task.sizes.name)}[/bold] on [bold]{escape(machine.name)}[/bold]: {images} of "
         f"{task.width} × {task.height}, {found.steps} steps",
         highlight=False,
         soft_wrap=True,
     )
-    table = Table("what", "choice", box=None, pad_edge=False)
+    table = Table("setting", "value", box=None, pad_edge=False)
     for what, choice in _choices(found):
         table.add_row(what, escape(choice))
     table.add_row("peak memory", f"{gigabytes(found.peak_bytes)} of {gigabytes(found.free_bytes)} free")
     table.add_row("time", f"about {duration(found.seconds)}")
     console.print(table)
-    for sentence in found.reasons:
+    for sentence in (*([note] if note else []), *found.reasons):
         console.print(f"- {escape(sentence)}", highlight=False, soft_wrap=True)
 
 
 def _choices(found: Plan) -> list[tuple[str, str]]:
+    from sfumato.runtime.reasons import gigabytes
+
     dtypes = [found.text_encoder_dtype, found.unet_dtype, found.vae_dtype]
-    chunk = "" if found.attention_bytes is None else f", {found.attention_bytes / 2**20:,.0f} MiB"
+    chunk = "" if found.attention_bytes is None else f", {gigabytes(found.attention_bytes)}"
     decoding = [word for word, on in (("sliced", found.vae_slicing), ("tiled", found.vae_tiling)) if on]
+    threads = "" if found.threads is None else f", {found.threads} thread{'s' if found.threads > 1 else ''}"
     return [
-        ("device", found.device + ("" if found.threads is None else f", threads: {found.threads}")),
+        ("device", found.device + threads),
         ("dtype", dtypes[0] if len(set(dtypes)) == 1 else "text encoder {}, U-Net {}, VAE {}".format(*dtypes)),
         ("engine", f"{found.engine}, {found.memory_format}, {'compiled' if found.compile else 'not compiled'}"),
         ("attention", found.attention + chunk),
-        ("pictures at a time", str(found.micro_batch)),
-        ("VAE", ", ".join(decoding) or "whole pictures"),
-        ("networks in memory", "all" if found.offload == "none" else "one after the other"),
+        ("images per batch", str(found.micro_batch)),
+        ("VAE decoding", ", ".join(decoding) or "whole images"),
+        ("networks in memory", "all" if found.offload == "none" else "one at a time"),
     ]
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: "2.4 s", "35 s", "13 min", "5.2 h"."""
+    """Seconds in readable form: "2.4 s", "35 s", "13 min", "5.2 h"."""
     if seconds < 100:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

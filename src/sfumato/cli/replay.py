@@ -1,119 +1,243 @@
-"""`sfumato replay`: a picture again, from the recipe it carries."""
+"""`sfumato replay`: generate an image again, from its recipe or from what another program wrote."""
 
 from __future__ import annotations
 
+import os
+import re
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sfumato.cli import options
 from sfumato.errors import CheckpointError, UsageError
+from sfumato.files import expanded
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from sfumato.cli.terminal import Terminal
+    from sfumato.metadata.remember import Remembered
     from sfumato.pipelines import DiffusionPipeline
+    from sfumato.request import GenerateRequest
 
 __all__ = ["EXAMPLES", "replay"]
 
 EXAMPLES = """\b
 Examples:
   sfumato replay fox.png
-  sfumato replay fox.png --device cpu --dtype bfloat16 --output fox-bf16.png"""
+  sfumato replay fox.png --device cpu --dtype bfloat16 --output fox-bf16.png
+  sfumato replay of-another-program.png --model ./the-checkpoint"""
 
 
 def replay(
-    picture: Annotated[Path, typer.Argument(help="A PNG that Sfumato wrote.")],
-    model: Annotated[str | None, typer.Option(help="Where the checkpoint is now, if not where it was.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, mps or cpu; the best one present if left out.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; the original's if left out.")] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where to write it; <picture>-replay.png if left out.")
+    picture: Annotated[
+        Path, typer.Argument(metavar="IMAGE", help="An image written by Sfumato or another program, unchanged since.")
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="The checkpoint, if it has moved; required for an image from another program.",
+            autocompletion=options.complete_models,
+        ),
     ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an existing file; else the next free name is taken.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no notes.")] = False,
+    refiner: Annotated[
+        str | None, typer.Option(help="The refiner, if it has moved.", autocompletion=options.complete_models)
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="The input image of an image from another program, if it had one.")
+    ] = None,
+    rng: Annotated[
+        str | None,
+        typer.Option(help="Random number generator for an image from another program, if the recorded one is wrong."),
+    ] = None,
+    lora_dir: options.LoraFolder = None,
+    device: options.Device = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. Default: the original's.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to write the new image. Default: <image>-replay.png.")
+    ] = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Draw a picture again and say how close it comes to the original (PSNR in dB)."""
-    from sfumato.cli.terminal import Terminal, print_json
+    """Generate an image again and compare it with the original (PSNR, in dB).
+
+    For an image from another program, also lists what cannot be reproduced.
+    """
+    from sfumato.cli.early import check_choices, check_picture
+
+    check_picture(picture)
+    check_choices(device, dtype=dtype)
+    from sfumato.cli.terminal import Terminal
+    from sfumato.images import auto_grid, open_image, psnr
+    from sfumato.metadata.carriers import save_new_picture, save_picture
+    from sfumato.metadata.remember import remember
+
+    remembered, original = remember(picture), open_image(picture)
+    recipe, path = remembered.recipe, _target(output, picture)
+    terminal, how = Terminal(quiet=quiet), (model, device, dtype)
+    if recipe is None:
+        request, pipeline, notes = _foreign(terminal, remembered, picture, how, image, rng, lora_dir)
+    else:
+        if image is not None or rng is not None:
+            raise UsageError(
+                "--image and --rng are for images from other programs; the recipe in this one contains both"
+            )
+        (request, pipeline), notes = _own(terminal, recipe, picture, how, refiner, lora_dir), []
+    with terminal.steps("generating") as bar:
+        result = pipeline.generate(request, bar.show)
+    drawn = auto_grid(result.images) if recipe and recipe.get("grid") else result.images[0]
+    likeness = _likeness(original, drawn) if recipe is None else psnr(original, drawn)
+    told = result.recipes[0] if recipe is None else recipe | result.recipes[0] | {"request": recipe["request"]}
+    written = (save_picture if overwrite else save_new_picture)(drawn, path, told)
+    _report(written, likeness, None if recipe else notes, as_json=as_json)
+
+
+def _target(output: Path | None, picture: Path) -> Path:
+    """Where the new image goes. Raises for a place or a format in which none can be written."""
     from sfumato.files import check_writable
-    from sfumato.images import auto_grid, next_free, open_image, psnr, read_recipe, save_png
-    from sfumato.pipelines.components import scheduler_from_recipe
-    from sfumato.request import GenerateRequest
+    from sfumato.metadata.formats import format_of
 
-    recipe, original = read_recipe(picture), open_image(picture)
-    _check_recipe(recipe, picture)
-    request = GenerateRequest.from_dict(recipe["request"])
     path = output or picture.with_name(f"{picture.stem}-replay.png")
-    if path.suffix.lower() != ".png":
-        raise UsageError(f"pictures are written as PNG, so --output must end in .png, not {path.name}")
+    format_of(path)
     check_writable(path.parent)
-    terminal = Terminal(quiet=quiet)
-    pipeline = _load(terminal, recipe, picture, model, device, dtype)
-    pipeline.scheduler = scheduler_from_recipe(recipe["scheduler"]["class"], recipe["scheduler"]["config"])
-    with terminal.steps("drawing") as bar:
-        result = pipeline.generate(request.replace(scheduler=None), bar.show)
-    image = auto_grid(result.images) if recipe.get("grid") else result.images[0]
-    likeness = psnr(original, image)
-    written = save_png(
-        image, path if overwrite else next_free(path), recipe | result.recipes[0] | {"request": recipe["request"]}
-    )
-    if as_json:
-        print_json(
-            {
-                "image": str(written),
-                "psnr_db": None if likeness == float("inf") else likeness,
-                "identical": likeness == float("inf"),
-            }
-        )
+    return path
+
+
+def _report(written: Path, likeness: float | None, lost: list[str] | None, *, as_json: bool) -> None:
+    from sfumato.cli.terminal import print_json
+
+    if not as_json:
+        typer.echo(f"{written}\n{_said(likeness)}")
         return
-    typer.echo(written)
-    typer.echo(
-        "identical to the original" if likeness == float("inf") else f"PSNR against the original: {likeness:.1f} dB"
-    )
+    values = {"psnr_db": None if likeness in (None, inf) else likeness, "identical": likeness == inf}
+    print_json({"image": str(written), **values, **({} if lost is None else {"not_honoured": lost})})
 
 
-def _check_recipe(recipe: dict[str, Any], picture: Path) -> None:
-    """Raise `UsageError` unless the recipe is whole and the picture it starts from is still the same."""
-    from sfumato.pipelines.recipe import file_hash
+def _said(likeness: float | None) -> str:
+    if likeness is None:
+        return "the original is of another size, so the two cannot be compared"
+    return "identical to the original" if likeness == inf else f"PSNR against the original: {likeness:.1f} dB"
 
-    start = recipe["request"].get("image")
-    wanted = {"model": ("name", "weights"), "scheduler": ("class", "config"), "image": ("sha256",) if start else ()}
-    if "coreml" in recipe:
-        wanted["coreml"] = ("engine", "kind", "compute_unit")
-    for key, parts in wanted.items():
-        value = recipe.get(key, {})
-        if not isinstance(value, dict) or any(part not in value for part in parts) or "dtype" not in recipe:
-            raise UsageError(f"the recipe of {picture} is not whole; replay a PNG as Sfumato wrote it")
-    if start:
-        file = Path(start).expanduser()
-        if not file.is_file() or file_hash(file) != recipe["image"]["sha256"]:
-            raise UsageError(f"the picture this one started from, {start}, is gone or changed; put it back to replay")
+
+def _likeness(original: Image, drawn: Image) -> float | None:
+    """How near another program's image is; it may have been enlarged since."""
+    from sfumato.images import psnr
+
+    return psnr(original, drawn) if original.size == drawn.size else None
+
+
+def _own(
+    terminal: Terminal,
+    recipe: dict[str, Any],
+    picture: Path,
+    how: tuple[str | None, str | None, str | None],
+    refiner: str | None,
+    lora_dir: Path | None,
+) -> tuple[GenerateRequest, DiffusionPipeline]:
+    """What generates an image of ours again: the request, and the checkpoints with the scheduler of its recipe."""
+    from sfumato.pipelines.recipe import checked
+
+    request, scheduler = checked(recipe, picture)
+    if lora_dir is not None and (request.adapters or request.embeddings):
+        from sfumato.adapters.named import moved
+
+        added = {"adapters": request.adapters, "embeddings": request.embeddings}
+        request = request.replace(**{name: moved(files, lora_dir) for name, files in added.items()})
+    _check_start(recipe)
+    pipeline = _load(terminal, recipe, picture, *how)
+    pipeline.scheduler = scheduler
+    if "refiner" in recipe:
+        named = {key: value for key, value in recipe.items() if key != "coreml"} | {"model": recipe["refiner"]}
+        pipeline.refiner = _load(terminal, named, picture, refiner, *how[1:], "--refiner")
+    return request.replace(scheduler=None), pipeline
+
+
+def _foreign(
+    terminal: Terminal,
+    remembered: Remembered,
+    picture: Path,
+    how: tuple[str | None, str | None, str | None],
+    image: Path | None,
+    rng: str | None,
+    lora_dir: Path | None,
+) -> tuple[GenerateRequest, DiffusionPipeline, list[str]]:
+    """What generates another program's image again, and what of it that will not honour."""
+    from sfumato.adapters.named import with_named_adapters
+    from sfumato.cli.generate import load_model
+    from sfumato.cli.terminal import say
+
+    model, device, dtype = how
+    if model is None:
+        told = remembered.fields.get("Model")
+        named = f" with {told[:200]!r}" if told else ""
+        raise UsageError(f"{picture} was generated by {remembered.program}{named}; give that checkpoint with --model")
+    changes = {key: value for key, value in (("image", image and str(image)), ("rng", rng)) if value is not None}
+    folder = None if lora_dir is None else str(lora_dir)
+    request = with_named_adapters(remembered.request.replace(**changes, lora_dir=folder))
+    notes = list(remembered.notes)
+    pipeline = load_model(terminal, model, device=device, dtype=dtype, request=request)
+    if pipeline.parts.family.encoders[0].layer != -1 and request.clip_skip is not None:
+        # Elsewhere layers are counted from the last, and families that take another one take no other than that.
+        request = request.replace(clip_skip=None, negative_clip_skip=None)
+        notes.append(f"Clip skip is ignored, as other programs do for {pipeline.parts.family.title}")
+    for note in () if terminal.quiet else notes:
+        say(f"note: {note}")
+    return request, pipeline, notes
+
+
+def _check_start(recipe: dict[str, Any]) -> None:
+    """Raise `UsageError` unless the images that this one was made of are still the same."""
+    from sfumato.files import expanded, file_hash
+    from sfumato.pipelines.recipe import pictures
+
+    for name, given in pictures(recipe["request"]).items():
+        file = expanded(given)
+        if not os.path.isfile(file) or file_hash(file) != recipe[name]["sha256"]:
+            what = "input image" if name == "image" else name
+            raise UsageError(f"the {what} {given} is missing or has changed; restore it to replay")
 
 
 def _load(
-    terminal: Terminal, recipe: dict[str, Any], picture: Path, model: str | None, device: str | None, dtype: str | None
+    terminal: Terminal,
+    recipe: dict[str, Any],
+    picture: Path,
+    model: str | None,
+    device: str | None,
+    dtype: str | None,
+    option: str = "--model",
 ) -> DiffusionPipeline:
-    """The checkpoint the picture was drawn with. Raises `UsageError` if it is another one."""
+    """The checkpoint the image was drawn with; unless it is named again, from this machine and no network.
+
+    Raises `UsageError` if it is another one.
+    """
     from sfumato.cli.coreml_generate import replay_models
     from sfumato.cli.generate import load_model
     from sfumato.pipelines.recipe import weights_hash
 
-    name, converted = model or str(recipe["model"]["name"]), recipe.get("coreml")
+    name, converted = model or recipe["model"]["name"], recipe.get("coreml")
     if converted is not None and (device, dtype) != (None, None):
-        raise UsageError(f"{picture} was drawn with converted models, which take no --device and no --dtype")
+        raise UsageError(f"{picture} was generated with Core ML models, which take no --device or --dtype")
     try:
         if converted is not None:
             pipeline = replay_models(terminal, name, converted)
         else:
-            pipeline = load_model(terminal, name, device=device, dtype=dtype or str(recipe["dtype"]))
+            precision, local = dtype or recipe["dtype"], model is None
+            said = recipe["model"].get("options")
+            pipeline = load_model(terminal, name, device=device, dtype=precision, local_files_only=local, options=said)
     except CheckpointError as error:
-        if model is not None or Path(name).expanduser().is_dir():
+        if model is not None or os.path.isdir(expanded(name)):
             raise
+        fetch = f", or run 'sfumato download {name}'" if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else ""
         raise CheckpointError(
-            f"{picture} was drawn with {name}, which cannot be found from here; say where it is now with --model"
+            f"{picture} was generated with {name}, which was not found; give its new path with {option}{fetch}"
         ) from error
-    if weights_hash(pipeline) != recipe["model"]["weights"]:
-        raise UsageError(f"the weights of {name} are not those {picture} was drawn with; name the right ones (--model)")
+    if weights_hash(pipeline.parts) != recipe["model"]["weights"]:
+        raise UsageError(
+            f"{name} has other weights than {picture} was generated with; give the right checkpoint ({option})"
+        )
     return pipeline

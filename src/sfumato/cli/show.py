@@ -1,4 +1,4 @@
-"""`sfumato show`: what a checkpoint is, from its headers alone."""
+"""`sfumato show`: what a checkpoint is, from its file headers alone, or what an image says of itself."""
 
 from __future__ import annotations
 
@@ -6,29 +6,52 @@ from typing import Annotated, Any
 
 import typer
 
+from sfumato.cli import options
+
 __all__ = ["EXAMPLES", "show"]
 
 EXAMPLES = """\b
 Examples:
   sfumato show
   sfumato show ./my-checkpoint
+  sfumato show sd_xl_base_1.0.safetensors
+  sfumato show fox.png
+  sfumato show ./my-lora.safetensors
   sfumato show stable-diffusion-v1-5/stable-diffusion-v1-5 --variant fp16"""
 
 
 def show(
     model: Annotated[
         str | None,
-        typer.Argument(help="A checkpoint folder or a hub id in the local cache; the built-in model if left out."),
+        typer.Argument(
+            help="A checkpoint: folder, file, or a hub id or short name in the local cache; or an image. Default: your "
+            "default model, or else the built-in one.",
+            autocompletion=options.complete_models,
+        ),
     ] = None,
-    variant: Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    variant: options.Variant = None,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Say what a checkpoint is: family, parameters, bytes, dtype, scheduler. Loads no weights and uses no network."""
-    from sfumato.checkpoints.builtin import BUILT_IN
-    from sfumato.cli.terminal import output, print_json
-    from sfumato.pipelines.summary import summarize
+    """Describe a checkpoint (family, parameters, size, dtype, scheduler), or show how an image was generated.
 
-    facts = summarize(model or BUILT_IN, variant=variant)
+    Loads no weights and uses no network.
+    """
+    from sfumato.checkpoints.locate_file import is_single_file
+    from sfumato.cli.early import check_model
+    from sfumato.cli.pictures import show_picture
+    from sfumato.cli.settings import chosen_model
+    from sfumato.cli.terminal import output, print_json
+    from sfumato.metadata.formats import is_picture
+
+    if model is not None and is_picture(model):
+        show_picture(model, as_json=as_json)
+        return
+    model = chosen_model(model)
+    check_model(model, downloads=False)
+    facts = _of_file(model, variant) if is_single_file(model) else _of_folder(model, variant)
+    if "width" not in facts and _is_adapter(model):
+        _show_adapter(model, as_json=as_json)
+        return
     if as_json:
         print_json(facts)
         return
@@ -37,31 +60,98 @@ def show(
 
     console = output()
     console.print(
-        f"[bold]{escape(facts['name'])}[/bold]: {facts['family']}, pictures of {facts['width']} × {facts['height']}",
+        f"[bold]{escape(facts['name'])}[/bold]: {escape(facts['family'])}{_size(facts)}",
         highlight=False,
         soft_wrap=True,
     )
-    table = Table("part", "class", "parameters", "bytes", "dtype", box=None, pad_edge=False)
+    table = Table("part", "class", "parameters", "size", "dtype", box=None, pad_edge=False)
     for part, entry in facts["parts"].items():
         table.add_row(
-            part, entry["class"], _count(entry.get("parameters")), _bytes(entry.get("bytes")), entry.get("dtype", "")
+            escape(part),
+            escape(entry["class"]),
+            _count(entry.get("parameters")),
+            _bytes(entry.get("bytes")),
+            escape(entry.get("dtype", "")),
         )
     table.add_row("total", "", _count(facts["parameters"]), _bytes(facts["bytes"]), "")
     console.print(table)
-    console.print(f"predicts {facts['prediction_type']}, reads {facts['prompt_tokens']} tokens", highlight=False)
-    for line in _abilities(facts):
+    if "prediction_type" in facts:
+        console.print(f"predicts {facts['prediction_type']}, reads {facts['prompt_tokens']} tokens", highlight=False)
+    for line in [*_abilities(facts), *_reasons(facts)]:
         console.print(escape(line), highlight=False, soft_wrap=True)
 
 
+def _is_adapter(path: str) -> bool:
+    """Asked of files that are no checkpoint only, as this imports torch."""
+    from sfumato.adapters.about import is_adapter
+
+    return is_adapter(path)
+
+
+def _show_adapter(path: str, *, as_json: bool) -> None:
+    """What a file of an adapter or of new words is."""
+    from rich.markup import escape
+
+    from sfumato.adapters.about import about_adapter
+    from sfumato.cli.terminal import output, plain, print_json
+
+    facts = about_adapter(path)
+    if as_json:
+        print_json(facts)
+        return
+    family = f" for {facts['family']}" if facts["family"] else ""
+    lines = [f"{facts['name']}: {'an' if facts['is'][0] in 'ae' else 'a'} {facts['is']}{family}"]
+    if facts["is"] == "embedding":
+        lines += [f"{key}: {number} vectors" for key, number in facts["vectors"].items()]
+    else:
+        ranks = ", ".join(map(str, facts["ranks"]))
+        lines.append(", ".join(f"{kind} × {number}" for kind, number in facts["kinds"].items()) + f", rank {ranks}")
+        lines.append(", ".join(f"{part}: {number} modules" for part, number in facts["modules"].items()))
+        lines += [f"unknown keys: {facts['unknown']}"] if facts["unknown"] else []
+        lines += [f"brings the words {', '.join(facts['embeddings'])}"] if facts["embeddings"] else []
+        lines += [f"trained as {facts['trained_as']}"] if facts["trained_as"] else []
+        lines += [f"trigger words: {', '.join(facts['trigger_words'])}"] if facts["trigger_words"] else []
+        lines += [f"{said}: {value}" for said, value in facts["training"].items()]
+    for line in lines:
+        output().print(escape(plain(line)), highlight=False, soft_wrap=True)
+
+
+def _of_file(model: str, variant: str | None) -> dict[str, Any]:
+    from sfumato.checkpoints.about import about_file
+    from sfumato.errors import UsageError
+
+    if variant is not None:
+        raise UsageError("a checkpoint file has no variants; drop --variant")
+    return about_file(model, local_files_only=True)
+
+
+def _of_folder(model: str, variant: str | None) -> dict[str, Any]:
+    from sfumato.pipelines.summary import summarize
+
+    return summarize(model, variant=variant)
+
+
+def _size(facts: dict[str, Any]) -> str:
+    return f", images of {facts['width']} × {facts['height']}" if "width" in facts else ""
+
+
+def _reasons(facts: dict[str, Any]) -> list[str]:
+    """How a file was known, and what it lacks."""
+    return [
+        *(f"- {reason}" for reason in facts.get("why", ())),
+        *(f"- {said}" for said in facts.get("missing", {}).values()),
+    ]
+
+
 def _abilities(facts: dict[str, Any]) -> list[str]:
-    """What a model of few words says of itself."""
+    """What a model with a small vocabulary knows."""
     if "words" not in facts:
         return []
     settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts["suggested"].items())
     return [
-        f"a small model for demonstration, which can draw nothing but {len(facts['words'])} things",
+        f"a small demo model that knows {len(facts['words'])} things and nothing else",
         f"styles: {', '.join(facts['styles'])}",
-        *([f"suggests: {settings}"] if settings else []),
+        *([f"default settings: {settings}"] if settings else []),
         f"things: {', '.join(facts['words'])}",
     ]
 
@@ -71,4 +161,6 @@ def _count(number: Any) -> str:
 
 
 def _bytes(number: Any) -> str:
-    return "" if number is None else f"{number / 2**20:,.1f} MiB"
+    from sfumato.runtime.reasons import gigabytes
+
+    return "" if number is None else gigabytes(number)

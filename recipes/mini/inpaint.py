@@ -1,0 +1,100 @@
+"""Train inpainting weights from the finished model: WORK/relatives/inpainting/. Resumes from WORK/inpaint.pt.
+
+The U-Net also reads a mask (1: to be painted) and the latents of the picture without what is under it, as Stable
+Diffusion's inpainting weights do: channels are noisy latents, mask, masked latents.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from bank import Bank
+from common import Log, arguments, need, save_json, set_up_torch
+from export import calmed, write_weights
+from models import unet_config
+from optim import Optimiser, learning_rate, precision
+from state import State, averaged
+from torch import Tensor
+from train import Pair, build_pair, step_of
+
+from sfumato.models import UNet2DConditionModel
+
+WHOLE = 0.15  # share of the masks that hide everything
+BLOBS = 3
+
+
+def masks(count: int, side: int, generator: torch.Generator) -> Tensor:
+    """(B, 1, side, side) of 0 and 1: boxes and discs, one to three of them, or everything."""
+    device = generator.device
+    place = (torch.arange(side, device=device) + 0.5) / side
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, device=device)
+
+    mask = torch.zeros(count, side, side, device=device)
+    for number in range(BLOBS):
+        x, y = draw(count, 1, 1), draw(count, 1, 1)
+        width, height = 0.1 + 0.25 * draw(count, 1, 1), 0.1 + 0.25 * draw(count, 1, 1)
+        across, down = (place - x).abs() / width, (place[:, None] - y).abs() / height
+        shape = torch.where(draw(count, 1, 1) < 0.5, torch.maximum(across, down), (across**2 + down**2).sqrt())
+        there = draw(count, 1, 1) < (1.0, 0.5, 0.3)[number]
+        mask = torch.where(there & (shape < 1), torch.ones_like(mask), mask)
+    return torch.where(draw(count, 1, 1) < WHOLE, torch.ones_like(mask), mask)[:, None]
+
+
+def inpainting_config(row: SimpleNamespace) -> dict:
+    return {**unet_config(row), "in_channels": 2 * row.latent_channels + 1}
+
+
+def widened(pair: Pair, row: SimpleNamespace) -> Pair:
+    """The pair with a U-Net that reads more channels, which count for nothing yet."""
+    unet = UNet2DConditionModel(**inpainting_config(row))
+    weights = pair.unet.state_dict()
+    first = torch.zeros_like(unet.conv_in.weight)
+    first[:, : row.latent_channels] = weights["conv_in.weight"]
+    unet.load_state_dict({**weights, "conv_in.weight": first})
+    return Pair(pair.text, unet)
+
+
+def hidden(bank: Bank, pictures: Tensor, mask: Tensor) -> Tensor:
+    """Mask and masked latents (B, 1 + C, h, w) of pictures and a mask of their size."""
+    latents = bank.latents(pictures * (mask < 0.5))
+    return torch.cat([F.interpolate(mask, size=latents.shape[-2:], mode="nearest"), latents], 1)
+
+
+def train(row: SimpleNamespace, work: Path, log: Log, minutes: float) -> None:
+    """Train the U-Net on scenes with holes; the text encoder stays."""
+    device = set_up_torch(row.seed, row.threads)
+    base = build_pair(row, work)
+    base.load_state_dict(averaged(need(work / "train.pt", "train.py")))
+    pair = widened(base, row).to(device, memory_format=torch.channels_last)
+    pair.text.requires_grad_(False)
+    budget = {"steps": row.inpaint_steps, "seconds": row.inpaint_seconds}
+    state = State(work / "inpaint.pt", pair.unet, Optimiser(pair.unet, row.muon), 0.995, **budget)
+    bank, step, batch = Bank(row, work, device), step_of(pair, precision(device)), row.inpaint_batch
+    log(f"inpaint: {state.speed(batch)}")
+    while state.goes_on(minutes):
+        pictures, tokens = bank.pictures(state.step, batch)
+        x, t, v = bank.noised(bank.latents(pictures), state.step)
+        mask = masks(batch, pictures.shape[-1], torch.Generator(device).manual_seed(state.step))
+        loss = step(torch.cat([x, hidden(bank, pictures, mask)], 1), t, tokens, v)
+        state.update(loss, learning_rate(row.inpaint_lr, state.done, 0.03, 0.4))
+        if state.step % row.log_every == 0:
+            log(f"inpaint: loss {float(loss.detach()):.4f}, {state.speed(batch)}")
+    state.keep()
+    folder = work / "relatives" / "inpainting"
+    write_weights(folder / "diffusion_pytorch_model.safetensors", calmed(state.average.weights))
+    save_json(folder / "config.json", {"_class_name": "UNet2DConditionModel", **inpainting_config(row)})
+
+
+def main() -> None:
+    options = {"--minutes": {"type": float, "default": 0.0, "help": "stop (resumable) after so many minutes"}}
+    args, row, work = arguments(__doc__, options)
+    train(row, work, Log(work / "inpaint.log"), args.minutes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Teach a style as a LoRA: pixel art. Writes WORK/relatives/pixel-art.safetensors. Resumes from WORK/pixel.pt.
+
+Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685), written with the names that kohya's scripts gave it.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from bank import Bank
+from common import Log, arguments, need, set_up_torch
+from export import CALM, loud_layers
+from optim import Optimiser, learning_rate, precision
+from safetensors.torch import save_file
+from state import State, averaged
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from train import build_pair, step_of
+
+PIXELS = 32  # across the picture
+LEVELS = 6  # of each colour
+
+
+class Lora(nn.Module):
+    """A weight plus a product of two thin matrices."""
+
+    def __init__(self, weight: Tensor, rank: int):
+        super().__init__()
+        rows, columns = weight.shape[0], weight[0].numel()
+        rank = min(rank, rows, columns)
+        self.down = nn.Parameter(torch.randn(rank, columns) / math.sqrt(columns))
+        self.up = nn.Parameter(torch.zeros(rows, rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight with what was learned."""
+        return weight + (self.up @ self.down).view_as(weight)
+
+
+def add_lora(unet: nn.Module, rank: int) -> nn.ModuleDict:
+    """Put a LoRA on every linear layer and convolution but the outermost; returns them by the layers' names."""
+    made = {}
+    unet.requires_grad_(False)
+    for name, layer in list(unet.named_modules()):
+        if isinstance(layer, nn.Linear | nn.Conv2d) and name not in ("conv_in", "conv_out"):
+            lora = Lora(layer.weight, rank).to(layer.weight.device)
+            parametrize.register_parametrization(layer, "weight", lora)
+            made[name.replace(".", "/")] = lora
+    return nn.ModuleDict(made)
+
+
+def write_kohya(path: Path, weights: dict[str, Tensor], unet: nn.Module) -> None:
+    """The LoRAs of the exported U-Net's layers, by the names of kohya's files; a rank is its own alpha."""
+    made, loud = {}, loud_layers(name for name, _ in unet.named_modules() if name.count(".") > 2)
+    for key in (key.removesuffix(".down") for key in weights if key.endswith(".down")):
+        name = key.replace("/", ".")
+        down, up = weights[f"{key}.down"].half().cpu(), weights[f"{key}.up"].half().cpu()
+        shape = unet.get_submodule(name).parametrizations.weight.original.shape
+        up = up / CALM if name in loud else up
+        if len(shape) == 4:
+            down, up = down.view(len(down), *shape[1:]), up[..., None, None]
+        stem = f"lora_unet_{name.replace('.', '_')}"
+        made[f"{stem}.lora_down.weight"], made[f"{stem}.lora_up.weight"] = down.contiguous(), up.contiguous()
+        made[f"{stem}.alpha"] = torch.tensor(float(len(down)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(made, path, metadata={"format": "pt", "ss_network_module": "networks.lora"})
+    path.chmod(0o644)
+
+
+def pixelated(x: Tensor) -> Tensor:
+    """Pictures in -1..1 as large pixels of few colours."""
+    small = F.adaptive_avg_pool2d(x, PIXELS)
+    few = ((small + 1) / 2 * (LEVELS - 1)).round() / (LEVELS - 1) * 2 - 1
+    return F.interpolate(few, size=x.shape[-2:], mode="nearest")
+
+
+def train(row: SimpleNamespace, work: Path, log: Log, minutes: float) -> None:
+    """Train on scenes drawn in large pixels, whose captions say so."""
+    device = set_up_torch(row.seed, row.threads)
+    pair = build_pair(row, work).to(device, memory_format=torch.channels_last)
+    pair.load_state_dict(averaged(need(work / "train.pt", "train.py")))
+    pair.requires_grad_(False)
+    lora = add_lora(pair.unet, row.lora_rank // 2)
+    budget = {"steps": row.lora_steps, "seconds": 0.0}
+    state = State(work / "pixel.pt", lora, Optimiser(lora, False, weight_decay=0.0), 0.99, **budget)
+    bank, step = Bank(row, work, device), step_of(pair, precision(device))
+    bank.change, bank.suffix = pixelated, ", pixel art"
+    log(f"lora: {sum(p.numel() for p in lora.parameters()) / 1e6:.2f} M parameters, {state.speed(row.lora_batch)}")
+    while state.goes_on(minutes):
+        loss = step(*bank.noisy(state.step, row.lora_batch))
+        state.update(loss, learning_rate(row.lora_lr, state.done, 0.03, 0.4))
+        if state.step % row.log_every == 0:
+            log(f"lora: loss {float(loss.detach()):.4f}, {state.speed(row.lora_batch)}")
+    state.keep()
+    write_kohya(work / "relatives" / "pixel-art.safetensors", state.average.weights, pair.unet)
+
+
+def main() -> None:
+    options = {"--minutes": {"type": float, "default": 0.0, "help": "stop (resumable) after so many minutes"}}
+    args, row, work = arguments(__doc__, options)
+    train(row, work, Log(work / "lora.log"), args.minutes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""`--control` and `--controlnet`: pictures that steer, and the networks that read them."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from sfumato.errors import UsageError, suggest
+from sfumato.files import expanded
+from sfumato.request import PREPROCESSORS, Control, ImagePrompt
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sfumato.request import GenerateRequest
+
+__all__ = ["controls", "fetch_controls", "image_prompts"]
+
+FORM = "--control takes KIND:IMAGE[:SCALE[:START[:END]]]"
+
+
+def controls(pictures: Sequence[str], networks: Sequence[str], fit: str) -> tuple[Control, ...]:
+    """What the options say, the first picture for the first network. Raises `UsageError` unless there is one for each.
+
+    A single network reads all pictures.
+    """
+    pairs = _pairs(pictures, networks, ("--control", "--controlnet"))
+    return tuple(_control(text, network, fit) for text, network in pairs)
+
+
+def image_prompts(images: Sequence[str], adapters: Sequence[str], encoder: str | None) -> tuple[ImagePrompt, ...]:
+    """The same of images that are read like a prompt, which need an encoder."""
+    pairs = _pairs(images, adapters, ("--image-prompt", "--ip-adapter"))
+    if (encoder is None) != (not pairs):
+        raise UsageError("--ip-adapter and --image-encoder go together; give both, or neither")
+    made = []
+    for text, adapter in pairs:
+        image, numbers = _split(text, 1, "--image-prompt takes IMAGE[:SCALE]")
+        made.append(ImagePrompt(model=adapter, image=image, encoder=str(encoder), scale=(*numbers, 1.0)[0]))
+    return tuple(made)
+
+
+def _pairs(pictures: Sequence[str], networks: Sequence[str], names: tuple[str, str]) -> list[tuple[str, str]]:
+    if len(networks) == 1 and pictures:
+        networks = [*networks] * len(pictures)
+    if len(pictures) != len(networks):
+        raise UsageError(
+            f"there are {len(pictures)} of {names[0]} and {len(networks)} of {names[1]}; give one network for each "
+            "picture, or one for all"
+        )
+    return list(zip(pictures, networks, strict=True))
+
+
+def _control(text: str, network: str, fit: str) -> Control:
+    kind, colon, rest = text.partition(":")
+    if not colon or kind not in PREPROCESSORS:
+        raise UsageError(
+            f"{FORM}, and {kind!r} is no kind{suggest(kind, PREPROCESSORS)}; kinds are {', '.join(PREPROCESSORS)}"
+        )
+    image, numbers = _split(rest, 3, FORM)
+    named = dict(zip(("scale", "start", "end"), numbers, strict=False))
+    return Control(model=network, image=image, preprocessor=kind, fit=fit, **named)
+
+
+def _split(text: str, most: int, form: str) -> tuple[str, list[float]]:
+    """A file, and up to so many numbers behind it."""
+    image, numbers = text, []
+    while len(numbers) < most and not os.path.exists(expanded(image)) and ":" in image[2:]:  # not a drive's colon
+        image, _, number = image.rpartition(":")
+        try:
+            numbers.insert(0, float(number))
+        except ValueError as error:
+            raise UsageError(f"{form}, and {number!r} is not a number") from error
+    return image, numbers
+
+
+def fetch_controls(request: GenerateRequest) -> None:
+    """Have the networks of a request on this machine, downloaded where a hub id is not here yet.
+
+    Raises `CheckpointError` for what is something else.
+    """
+    if request.controls:
+        from sfumato.pipelines.controlling import open_control
+
+        for name in dict.fromkeys(control.model for control in request.controls):
+            open_control(name, local_files_only=False)

@@ -1,0 +1,203 @@
+"""Options that several commands have in common, worded once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sfumato.checkpoints.names import EXAMPLE
+from sfumato.request import PREPROCESSORS
+
+__all__ = [
+    "AsJson",
+    "Config",
+    "ControlFit",
+    "ControlNets",
+    "ControlPicture",
+    "Count",
+    "DepthFile",
+    "Device",
+    "Dtype",
+    "Extend",
+    "Family",
+    "GuidanceScale",
+    "Height",
+    "IPAdapters",
+    "ImageEncoder",
+    "ImageGuidance",
+    "ImagePrompts",
+    "MaskCrop",
+    "MaskEdge",
+    "MaskFile",
+    "Model",
+    "NoiseLevel",
+    "OutputImage",
+    "Overwrite",
+    "PredictionType",
+    "Quiet",
+    "SchedulerName",
+    "Seed",
+    "Steps",
+    "Variant",
+    "Width",
+    "complete_models",
+]
+
+
+def complete_models(incomplete: str) -> list[str]:
+    """Short names that begin so, for shell completion."""
+    from sfumato.checkpoints.builtin import BUILT_IN
+    from sfumato.checkpoints.names import PUBLISHED
+
+    return [name for name in (BUILT_IN, *PUBLISHED) if name.startswith(incomplete)]
+
+
+def _complete_schedulers(incomplete: str) -> list[str]:
+    from sfumato.schedulers.names import NAMES
+
+    return [name for name in NAMES if name.startswith(incomplete)]
+
+
+def _complete_dtypes(incomplete: str) -> list[str]:
+    return [name for name in ("float32", "float16", "bfloat16") if name.startswith(incomplete)]
+
+
+def _complete_devices(incomplete: str) -> list[str]:
+    return [name for name in ("cuda", "mps", "cpu") if name.startswith(incomplete)]
+
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m",
+        help=f"A checkpoint: folder, file, hub id, or a short name such as {EXAMPLE} ('sfumato models' lists them). "
+        "Default: your default model, or else the built-in one.",
+        autocompletion=complete_models,
+    ),
+]  # fmt: skip
+Variant = Annotated[str | None, typer.Option(help="Variant of the weight files, such as fp16.")]
+Steps = Annotated[int | None, typer.Option(help="Denoising steps. Default: the model's own number, usually 50.")]
+GuidanceScale = Annotated[
+    float | None,
+    typer.Option(
+        help="How closely to follow the prompt. 1 or less turns guidance off and halves the work. Default: the model's "
+        "own value, usually 7.5."
+    ),
+]
+Seed = Annotated[int | None, typer.Option("--seed", "-s", help="Image i uses seed + i. Default: a random seed.")]
+Count = Annotated[int, typer.Option("--count", "-n", help="Number of images.")]
+Width = Annotated[int | None, typer.Option("--width", "-W", help="Width in pixels. Default: the model's own size.")]
+Height = Annotated[int | None, typer.Option("--height", "-H", help="Height in pixels. Default: the model's own size.")]
+SchedulerName = Annotated[
+    str | None,
+    typer.Option(
+        help="A name from 'sfumato schedulers', or what other programs call it, such as \"DPM++ 2M Karras\". Default: "
+        "the model's own.",
+        autocompletion=_complete_schedulers,
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="float32, float16 or bfloat16. Default: the fastest one that is safe on the device.",
+        autocompletion=_complete_dtypes,
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cuda, mps or cpu. Default: the best one available.", autocompletion=_complete_devices),
+]
+LoraFolder = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="SFUMATO_LORA_DIR",
+        help="The folder of adapters: for <lora:name:weight> in a prompt, and for files that have moved.",
+    ),
+]
+MaskFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--mask",
+        help="Change only the white area of this image, which has the size of the input image; gray changes less.",
+    ),
+]
+Extend = Annotated[
+    str | None,
+    typer.Option(metavar="SIDE=PIXELS,…", help="Extend the input image by pixels per side, such as left=256,top=64."),
+]
+MaskEdge = Annotated[
+    int | None,
+    typer.Option(help="Width of the mask's soft edge in pixels. Default: 0, or 16 with --extend."),
+]
+MaskCrop = Annotated[
+    int | None,
+    typer.Option(
+        help="Generate only the masked area and this many pixels around it, enlarged, and paste the result back."
+    ),
+]
+DepthFile = Annotated[
+    Path | None,
+    typer.Option("--depth", help="A depth map of the input image, white where it is near, for depth-to-image models."),
+]
+ImageGuidance = Annotated[
+    float | None,
+    typer.Option(help="How closely a model that edits by instructions keeps to the image, at least 1. Default: 1.5."),
+]
+NoiseLevel = Annotated[
+    int | None,
+    typer.Option(
+        help="Noise on the image that upscalers and models of similar images read, of 1000. Default: 20, or 0."
+    ),
+]
+ControlPicture = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KIND:IMAGE[:SCALE[:START[:END]]]",
+        help="An image that guides the composition, and its preprocessing: "
+        f"{', '.join(PREPROCESSORS[1:])}, or {PREPROCESSORS[0]}. Repeatable, with one --controlnet for each.",
+    ),
+]
+ControlNets = Annotated[
+    list[str] | None,
+    typer.Option("--controlnet", help="The ControlNet for it: folder, file or hub id. Repeatable."),
+]
+ControlFit = Annotated[
+    str, typer.Option(help="How to fit control images of another aspect ratio: crop, pad or stretch.")
+]
+ImagePrompts = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="IMAGE[:SCALE]", help="An image that is read like a prompt, with one --ip-adapter for each. Repeatable."
+    ),
+]
+IPAdapters = Annotated[
+    list[str] | None, typer.Option("--ip-adapter", help="The IP-Adapter that reads it (safetensors). Repeatable.")
+]
+ImageEncoder = Annotated[
+    str | None, typer.Option(help="The folder of CLIP's image encoder that the IP-Adapters were trained with.")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace existing files. Default: use the next free name.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Hide progress and notes.")]
+Family = Annotated[
+    str | None,
+    typer.Option(help="The family of a checkpoint file, if it is detected wrongly; a name from 'sfumato plan --help'."),
+]
+PredictionType = Annotated[
+    str | None,
+    typer.Option(help="What the file's U-Net predicts, if detected wrongly: epsilon, v_prediction or sample."),
+]
+Config = Annotated[
+    str | None,
+    typer.Option(help="A similar checkpoint that supplies the configs of a file, and the parts the file lacks."),
+]
+OutputImage = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", "-o", help="A PNG, JPEG or WebP file, or a folder. Default: a PNG named after the prompt."
+    ),
+]

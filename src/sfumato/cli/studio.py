@@ -1,0 +1,97 @@
+"""`sfumato studio` and `sfumato serve`: the page in a browser, and the server that it talks to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sfumato.cli import options
+
+__all__ = ["SERVE", "STUDIO", "serve", "studio"]
+
+STUDIO = """\b
+Examples:
+  sfumato studio
+  sfumato studio --models ~/models --output ~/Pictures/sfumato
+  sfumato studio --host 0.0.0.0"""
+SERVE = """\b
+Examples:
+  sfumato serve
+  sfumato serve --port 8000 --output ./images --token my-secret"""
+
+Host = Annotated[str, typer.Option(help="Address to listen on. Any other than this machine's own requires a token.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 chooses a free one.")]
+ModelFolder = Annotated[
+    Path | None, typer.Option("--models", help="A folder of checkpoints, LoRAs and embeddings to offer.")
+]
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", help="Folder for images. Default: sfumato in your Pictures folder.")
+]
+Token = Annotated[
+    str | None,
+    typer.Option(envvar="SFUMATO_TOKEN", help="Token that clients must send. Default: none, for local use only."),
+]
+
+
+def studio(
+    host: Host = "127.0.0.1",
+    port: Port = 7867,
+    models: ModelFolder = None,
+    output: Output = None,
+    token: Token = None,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Do not open the page in a browser.")] = False,
+    model: options.Model = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+) -> None:
+    """Open the studio: a web page for generating and keeping images, with the same APIs as `sfumato serve`."""
+    _run(host, port, models, output, token, model, device, dtype, page=True, browser=not no_browser)
+
+
+def serve(
+    host: Host = "127.0.0.1",
+    port: Port = 7867,
+    models: ModelFolder = None,
+    output: Output = None,
+    token: Token = None,
+    model: options.Model = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+) -> None:
+    """Generate images over HTTP, with Sfumato's own API, OpenAI's Images API or AUTOMATIC1111's."""
+    _run(host, port, models, output, token, model, device, dtype, page=False, browser=False)
+
+
+def _run(
+    host: str,
+    port: int,
+    models: Path | None,
+    output: Path | None,
+    token: str | None,
+    model: str | None,
+    device: str | None,
+    dtype: str | None,
+    *,
+    page: bool,
+    browser: bool,
+) -> None:
+    from sfumato.cli.early import check_choices
+    from sfumato.cli.settings import chosen_model
+    from sfumato.errors import MissingExtra
+    from sfumato.files import expanded
+
+    check_choices(device, dtype=dtype)
+    try:
+        from sfumato.server.run import run
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "uvicorn", "pydantic", "starlette"):
+            raise
+        what = "the studio needs FastAPI and uvicorn; install them with: pip install 'sfumato[studio]'"
+        raise MissingExtra(what) from error
+    run(
+        expanded(output) if output else Path.home() / "Pictures" / "sfumato",
+        host=host, port=port, models=None if models is None else expanded(models), default=chosen_model(model),
+        token=token, device=device, dtype=dtype, page=page, browser=browser,
+    )  # fmt: skip

@@ -11,15 +11,56 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from sfumato.models import AutoencoderKL, AutoencoderTiny, CLIPTextModel, UNet2DConditionModel
+    from sfumato.image_processor import VaeImageProcessor
+    from sfumato.models import (
+        AutoencoderKL,
+        AutoencoderTiny,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        ControlNetModel,
+        T2IAdapter,
+        UNet2DConditionModel,
+    )
     from sfumato.pipelines import (
+        AutoPipelineForImage2Image,
+        AutoPipelineForInpainting,
+        AutoPipelineForText2Image,
         DiffusionPipeline,
+        LatentConsistencyModelImg2ImgPipeline,
+        LatentConsistencyModelPipeline,
+        MultiControlNetModel,
         Result,
+        StableDiffusionControlNetImg2ImgPipeline,
+        StableDiffusionControlNetPipeline,
+        StableDiffusionDepth2ImgPipeline,
+        StableDiffusionImageVariationPipeline,
         StableDiffusionImg2ImgPipeline,
+        StableDiffusionInpaintPipeline,
+        StableDiffusionInstructPix2PixPipeline,
+        StableDiffusionLatentUpscalePipeline,
         StableDiffusionPipeline,
+        StableDiffusionUpscalePipeline,
+        StableDiffusionXLControlNetImg2ImgPipeline,
+        StableDiffusionXLControlNetPipeline,
+        StableDiffusionXLImg2ImgPipeline,
+        StableDiffusionXLInpaintPipeline,
+        StableDiffusionXLInstructPix2PixPipeline,
+        StableDiffusionXLPipeline,
+        StableUnCLIPImg2ImgPipeline,
         load,
     )
-    from sfumato.request import GenerateRequest
+    from sfumato.request import (
+        AdapterFile,
+        Control,
+        EmbeddingFile,
+        Framing,
+        FreeU,
+        GenerateRequest,
+        GuidanceInterval,
+        Hires,
+        ImagePrompt,
+        Mask,
+    )
     from sfumato.schedulers import (
         DDIMScheduler,
         DDPMScheduler,
@@ -27,22 +68,33 @@ if TYPE_CHECKING:
         DPMSolverMultistepScheduler,
         DPMSolverSDEScheduler,
         DPMSolverSinglestepScheduler,
+        EDMDPMSolverMultistepScheduler,
+        EDMEulerScheduler,
         EulerAncestralDiscreteScheduler,
         EulerDiscreteScheduler,
         HeunDiscreteScheduler,
         KDPM2AncestralDiscreteScheduler,
         KDPM2DiscreteScheduler,
+        LCMScheduler,
         LMSDiscreteScheduler,
         PNDMScheduler,
+        TCDScheduler,
         UniPCMultistepScheduler,
     )
     from sfumato.text import CLIPTokenizer
 
 __all__ = [
+    "AdapterFile",
+    "AutoPipelineForImage2Image",
+    "AutoPipelineForInpainting",
+    "AutoPipelineForText2Image",
     "AutoencoderKL",
     "AutoencoderTiny",
     "CLIPTextModel",
+    "CLIPTextModelWithProjection",
     "CLIPTokenizer",
+    "Control",
+    "ControlNetModel",
     "DDIMScheduler",
     "DDPMScheduler",
     "DEISMultistepScheduler",
@@ -50,41 +102,120 @@ __all__ = [
     "DPMSolverSDEScheduler",
     "DPMSolverSinglestepScheduler",
     "DiffusionPipeline",
+    "EDMDPMSolverMultistepScheduler",
+    "EDMEulerScheduler",
+    "EmbeddingFile",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
+    "Framing",
+    "FreeU",
     "GenerateRequest",
+    "GuidanceInterval",
     "HeunDiscreteScheduler",
+    "Hires",
+    "ImagePrompt",
     "KDPM2AncestralDiscreteScheduler",
     "KDPM2DiscreteScheduler",
+    "LCMScheduler",
     "LMSDiscreteScheduler",
+    "LatentConsistencyModelImg2ImgPipeline",
+    "LatentConsistencyModelPipeline",
+    "Mask",
+    "MultiControlNetModel",
     "PNDMScheduler",
     "Result",
+    "StableDiffusionControlNetImg2ImgPipeline",
+    "StableDiffusionControlNetPipeline",
+    "StableDiffusionDepth2ImgPipeline",
+    "StableDiffusionImageVariationPipeline",
     "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionInstructPix2PixPipeline",
+    "StableDiffusionLatentUpscalePipeline",
     "StableDiffusionPipeline",
+    "StableDiffusionUpscalePipeline",
+    "StableDiffusionXLControlNetImg2ImgPipeline",
+    "StableDiffusionXLControlNetPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionXLInpaintPipeline",
+    "StableDiffusionXLInstructPix2PixPipeline",
+    "StableDiffusionXLPipeline",
+    "StableUnCLIPImg2ImgPipeline",
+    "T2IAdapter",
+    "TCDScheduler",
     "UNet2DConditionModel",
     "UniPCMultistepScheduler",
+    "VaeImageProcessor",
     "__version__",
     "load",
 ]
 
 _ROOMS = {
-    "models": ("AutoencoderKL", "AutoencoderTiny", "CLIPTextModel", "UNet2DConditionModel"),
+    "models": (
+        "AutoencoderKL",
+        "AutoencoderTiny",
+        "CLIPTextModel",
+        "CLIPTextModelWithProjection",
+        "ControlNetModel",
+        "T2IAdapter",
+        "UNet2DConditionModel",
+    ),
+    "image_processor": ("VaeImageProcessor",),
     "text": ("CLIPTokenizer",),
-    "request": ("GenerateRequest",),
+    "request": (
+        "AdapterFile",
+        "Control",
+        "EmbeddingFile",
+        "Framing",
+        "FreeU",
+        "GenerateRequest",
+        "GuidanceInterval",
+        "Hires",
+        "ImagePrompt",
+        "Mask",
+    ),
     "pipelines": (
+        "AutoPipelineForImage2Image",
+        "AutoPipelineForInpainting",
+        "AutoPipelineForText2Image",
         "DiffusionPipeline",
+        "LatentConsistencyModelImg2ImgPipeline",
+        "LatentConsistencyModelPipeline",
+        "MultiControlNetModel",
         "Result",
+        "StableDiffusionDepth2ImgPipeline",
+        "StableDiffusionImageVariationPipeline",
+        "StableDiffusionControlNetImg2ImgPipeline",
+        "StableDiffusionControlNetPipeline",
         "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionInstructPix2PixPipeline",
+        "StableDiffusionLatentUpscalePipeline",
         "StableDiffusionPipeline",
+        "StableDiffusionUpscalePipeline",
+        "StableDiffusionXLControlNetImg2ImgPipeline",
+        "StableDiffusionXLControlNetPipeline",
+        "StableDiffusionXLImg2ImgPipeline",
+        "StableDiffusionXLInpaintPipeline",
+        "StableDiffusionXLInstructPix2PixPipeline",
+        "StableDiffusionXLPipeline",
+        "StableUnCLIPImg2ImgPipeline",
         "load",
     ),
 }
+# Modules that the ecosystem's code reaches without an import of their own, as `sfumato.utils.load_image`.
+_MODULES = {name: name for name in ("image_processor", "models", "pipelines", "schedulers", "utils")}
+_MODULES["logging"] = "utils.logging"
 _HOME = {name: f"sfumato.{room}" for room, names in _ROOMS.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"sfumato.{_MODULES[name]}")
     if name not in __all__:
-        raise AttributeError(f"module 'sfumato' has no attribute {name!r}")
+        from sfumato.ecosystem import absent
+
+        raise absent("package", name, "sfumato")
     value = getattr(import_module(_HOME.get(name, "sfumato.schedulers")), name)
     globals()[name] = value
     return value

@@ -1,6 +1,6 @@
-"""Every error Sfumato raises on purpose, in one tree.
+"""All errors that Sfumato raises intentionally, in one tree.
 
-Each message is one sentence a user can act on: it names the file, key or argument, and the next thing to do::
+Each message is one sentence that users can act on: it names the file, key or argument, and the next step::
 
     SfumatoError                       failure, exit code 1
     ├── UsageError (ValueError)        a wrong argument or request, exit code 2
@@ -8,6 +8,7 @@ Each message is one sentence a user can act on: it names the file, key or argume
     ├── ConfigError (ValueError)       a configuration value that is not supported
     ├── CheckpointError (OSError)      a file of a checkpoint is missing, damaged or does not fit its model
     │   └── DownloadError              the hub could not be reached, or does not have what was asked for
+    ├── NotHere (AttributeError)       a name of the ecosystem that Sfumato does not have; the message says what to use
     ├── OutputError (OSError)          a result could not be written
     ├── MissingExtra (ImportError)     an optional dependency is not installed
     ├── MemoryPlanError (MemoryError)  a request that does not fit the memory; `needed` and `free` say by how much
@@ -29,6 +30,7 @@ __all__ = [
     "MemoryPlanError",
     "MissingExtra",
     "NonFiniteError",
+    "NotHere",
     "OutputError",
     "SfumatoError",
     "UnknownArgument",
@@ -38,7 +40,7 @@ __all__ = [
 
 
 class SfumatoError(Exception):
-    """Base of every error raised on purpose."""
+    """Base of every intentional error."""
 
     exit_code = 1
 
@@ -62,7 +64,11 @@ class CheckpointError(SfumatoError, OSError):
 
 
 class DownloadError(CheckpointError):
-    """The hub could not be reached, or does not have what was asked for."""
+    """The hub could not be reached, or does not have the requested files."""
+
+
+class NotHere(SfumatoError, AttributeError):
+    """A name of the ecosystem that Sfumato does not have; the message says what to use instead, if anything."""
 
 
 class OutputError(SfumatoError, OSError):
@@ -70,11 +76,11 @@ class OutputError(SfumatoError, OSError):
 
 
 class MissingExtra(SfumatoError, ImportError):
-    """An optional dependency is not installed; the message says what to type."""
+    """An optional dependency is not installed; the message says how to install it."""
 
 
 class MemoryPlanError(SfumatoError, MemoryError):
-    """A request that does not fit the memory of the machine, found out before anything is loaded.
+    """A request does not fit in memory; detected before anything is loaded.
 
     `needed` and `free` are bytes; the message says what would fit.
     """
@@ -95,7 +101,7 @@ class NonFiniteError(SfumatoError, ArithmeticError):
         self.stage = stage
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` with the nearest of the known names, or an empty string where none is near."""
-    near = get_close_matches(name, list(known), n=1, cutoff=0.6)
+def suggest(name: object, known: Iterable[str]) -> str:
+    """`" (did you mean 'x'?)"` with the most similar known name, or an empty string if none is similar."""
+    near = get_close_matches(str(name)[:100], list(known), n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""

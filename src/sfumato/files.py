@@ -1,27 +1,44 @@
-"""Reading and writing files so that a bad one is named and a new one is whole or absent."""
+"""Reading and writing files so that a bad one is named and a new one is whole or absent.
+
+Whatever is read comes through `open_file`: regular files only, so that no pipe is waited for and no device read without
+end, and none that is larger than its kind can be.
+"""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
-import sys
-from contextlib import contextmanager, suppress
+import stat
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from sfumato.errors import CheckpointError, OutputError, SfumatoError
+from sfumato.errors import CheckpointError, OutputError, SfumatoError, UsageError
+from sfumato.leftovers import beside
+from sfumato.values import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from io import BufferedReader
     from os import PathLike
 
 __all__ = [
     "LAYOUT_VERSION",
-    "cache_folder",
+    "add_file",
+    "check_file",
     "check_writable",
+    "expanded",
+    "file_hash",
     "inside",
+    "names_in",
+    "naming",
+    "open_file",
+    "output_file",
     "output_folder",
+    "parse_json",
+    "read_bytes",
     "read_json",
     "replacing",
     "write_json",
@@ -29,19 +46,85 @@ __all__ = [
 
 # Folders are written in the layout of this version of the ecosystem's library, which reads the number.
 LAYOUT_VERSION = "0.42.1"
+# Far more than any file of its kind has: of JSON, which takes up to thirty times its bytes once it is read, and of
+# other files that are read as a whole.
+MOST_JSON, MOST_BYTES, MOST_DEPTH = 2**24, 2**30, 32
+
+
+@contextmanager
+def open_file(path: str | PathLike[str], most: int | None = MOST_BYTES) -> Iterator[BufferedReader]:
+    """A regular file of at most `most` bytes, open for reading.
+
+    Raises `CheckpointError` if it is missing, something else than a file, larger, or cannot be opened or read.
+    """
+    # A pipe that nobody writes to would be waited for, were it not for O_NONBLOCK, which files ignore.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        number = os.open(path, flags)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing; is {Path(path).parent} complete?") from error
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    found = os.fstat(number)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(number)
+        raise CheckpointError(f"{path} is not a regular file; copy or download it again")
+    with os.fdopen(number, "rb") as stream:
+        if most is not None and found.st_size > most:
+            raise CheckpointError(f"{path} has {found.st_size} bytes, more than the allowed {most}")
+        try:
+            yield stream
+        except OSError as error:
+            if isinstance(error, SfumatoError):
+                raise
+            raise _unreadable(path, error) from error
+
+
+def _unreadable(path: object, error: Exception) -> CheckpointError:
+    reason = getattr(error, "strerror", None) or error
+    return CheckpointError(f"{path} cannot be read ({reason}); copy or download it again")
+
+
+def check_file(path: str | PathLike[str], most: int | None = None) -> int:
+    """The size of a file that another library is about to open. Raises what `open_file` would."""
+    with open_file(path, most) as stream:
+        return os.fstat(stream.fileno()).st_size
+
+
+def read_bytes(path: str | PathLike[str], most: int = MOST_BYTES) -> bytes:
+    """All bytes of a regular file. Raises `CheckpointError` as `open_file` does."""
+    with open_file(path, most) as stream:
+        return stream.read(os.fstat(stream.fileno()).st_size)
+
+
+def file_hash(path: Path, most: int | None = MOST_BYTES) -> str:
+    """SHA-256 of a file's bytes. Raises `CheckpointError` as `open_file` does."""
+    with open_file(path, most) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises `CheckpointError` if it is missing, not JSON, or not an object."""
+    """The JSON object in a file. Raises `CheckpointError` if it is missing, not JSON, not an object, or too large."""
+    return parse_json(read_bytes(path, MOST_JSON), path)
+
+
+def parse_json(text: bytes | str, where: object) -> dict[str, Any]:
+    """The JSON object in a text that stands in `where`. Raises `CheckpointError` as `read_json` does."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing; is {path.parent} a complete checkpoint folder?") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}); copy or download it again") from error
+        value = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} cannot be read as JSON ({error}); copy or download it again") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    return value
+        raise CheckpointError(f"{where} must hold a JSON object, not a {type(value).__name__}")
+    level: list[Any] = [value]
+    for _ in range(MOST_DEPTH):
+        inner = [one.values() if isinstance(one, dict) else one for one in level]
+        level = [one for values in inner for one in values if isinstance(one, (dict, list))]
+        if not level:
+            return value
+    raise CheckpointError(
+        f"{where} is nested more than {MOST_DEPTH} deep, deeper than any valid file; download it again"
+    )
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -51,20 +134,24 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def cache_folder() -> Path:
-    """Where what can be made again is kept: $SFUMATO_CACHE, else the system's place for the user's caches. Not made."""
-    if chosen := os.environ.get("SFUMATO_CACHE"):
-        return Path(chosen).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "sfumato"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "sfumato"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sfumato"
+def expanded(path: str | PathLike[str]) -> Path:
+    """The path with `~` and `~name` as the folders they stand for.
+
+    Raises `UsageError` if there is no such folder, and for what is no path at all.
+    """
+    try:
+        if b"\0" in os.fsencode(path):
+            raise ValueError("a path cannot contain a null byte")
+        return Path(path).expanduser()
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{path!r} is not a path; give the name of a file or folder") from error
+    except RuntimeError as error:
+        raise UsageError(f"{path} starts with a home folder that does not exist; give the full path") from error
 
 
 def output_folder(path: str | PathLike[str]) -> Path:
-    """The folder, made if need be. Raises `OutputError` if it cannot be."""
-    folder = Path(path).expanduser()
+    """The folder, made if necessary. Raises `OutputError` if it cannot be."""
+    folder = expanded(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -72,18 +159,54 @@ def output_folder(path: str | PathLike[str]) -> Path:
     return folder
 
 
-def check_writable(folder: Path) -> None:
-    """Raise `OutputError` if a file could not be written into the folder, made if need be; touches nothing."""
-    nearest = folder.absolute()
+def output_file(path: str | PathLike[str]) -> Path:
+    """Where a file of the user's choice goes. Raises `OutputError` if it could not be written; touches nothing."""
+    file = expanded(path)
+    _check_place(file)
+    check_writable(file.parent, file.name)
+    return file
+
+
+def check_writable(folder: Path, *names: str) -> None:
+    """Raise `OutputError` if files of these names could not be written into the folder, made if necessary.
+
+    Touches nothing.
+    """
+    try:
+        nearest = folder.absolute()
+    except FileNotFoundError as error:
+        raise OutputError("the current folder has been deleted; change to another one") from error
+    missing = list(names)
     while not os.path.lexists(nearest) and nearest != nearest.parent:
+        missing.append(nearest.name)
         nearest = nearest.parent
     code = errno.ENOTDIR if not os.path.isdir(nearest) else 0 if os.access(nearest, os.W_OK | os.X_OK) else errno.EACCES
     if code:
         raise OutputError(_cannot_write(folder, OSError(code, f"{nearest} is not a folder")))
+    # The whole may be too long, or a part that is looked at only once those before it are there.
+    for place in (folder, *(nearest / name for name in missing)):
+        try:
+            os.lstat(place)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise OutputError(_cannot_write(place, error)) from error
 
 
-def inside(folder: Path, name: str) -> Path:
+def names_in(folder: Path) -> set[str]:
+    """The names of what is in a folder, none where it is not there. Raises `CheckpointError` if one may not look."""
+    try:
+        return set(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return set()
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def inside(folder: Path, name: object) -> Path:
     """A file of the folder by a name read from another file. Raises `CheckpointError` if it leads elsewhere."""
+    if not isinstance(name, str) or len(name) > 255 or not name.isprintable():
+        raise CheckpointError(f"{folder}: {shown(name)} is not a valid file name; do not use this checkpoint")
     windows, posix = PureWindowsPath(name), PurePosixPath(name)
     if not name or windows.anchor or posix.is_absolute() or ".." in windows.parts:
         raise CheckpointError(f"{folder}: the file name {name!r} leads out of the folder; do not use this checkpoint")
@@ -91,27 +214,100 @@ def inside(folder: Path, name: str) -> Path:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, mode: int = 0o666) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place when the block ends well and vanishes when it does not.
 
-    An interruption leaves nothing behind; a failure to write becomes an `OutputError`.
+    It exists, empty, when the block begins, and its bytes are on the disk before it takes the name. An interruption
+    leaves nothing behind; a failure to write becomes an `OutputError`. mode: permissions, less the umask's.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with _temporary(path, mode) as temporary:
+        wanted = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(wanted)  # other libraries write files that only their owner may read
+        _settle(temporary)
         temporary.replace(path)
+
+
+def add_file(path: Path, write: Callable[[Path], object]) -> Path:
+    """Write a new file under this name, or under the first of `name-2.png`, `name-3.png`, … that is free; return it.
+
+    Nothing is ever replaced, whoever writes there at the same time. `write` is given a temporary file to fill.
+    Raises `OutputError`.
+    """
+    _check_place(path)
+    free, number = path, 1
+    with _temporary(path) as temporary:
+        write(temporary)
+        _settle(temporary)
+        while not _added(temporary, free):
+            number += 1
+            free = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return free
+
+
+def _settle(file: Path) -> None:
+    """Have what was written on the disk."""
+    with file.open("r+b") as stream:
+        os.fsync(stream.fileno())
+
+
+def _added(temporary: Path, path: Path) -> bool:
+    """Give a file a name, unless something has it already."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without second names: take this one, then fill it
+        try:
+            path.open("xb").close()
+        except FileExistsError:
+            return False
+        try:
+            temporary.replace(path)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+    return True
+
+
+@contextmanager
+def _temporary(path: Path, mode: int = 0o666) -> Iterator[Path]:
+    """A temporary file beside `path`; what goes wrong within the block is said of `path`."""
+    if not path.name:
+        raise OutputError(f"{path} is a folder; give the name of a file in it")
+    _check_kind(path)
+    with naming(path), beside(path, mode=mode) as temporary:
+        yield temporary
+
+
+def _check_place(path: Path) -> None:
+    """Raise `OutputError` for what no file can take the place of: a folder, and devices and pipes, which stay."""
+    if not path.name or os.path.isdir(path):
+        raise OutputError(f"{path} is a folder; give the name of a file in it")
+    _check_kind(path)
+
+
+def _check_kind(path: Path) -> None:
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise OutputError(f"{path} is a device or a pipe; give the name of a file")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """What cannot be written within the block is said of `path`, as an `OutputError`."""
+    try:
+        yield
     except OSError as error:
         if isinstance(error, SfumatoError):
             raise
         raise OutputError(_cannot_write(path, error)) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _cannot_write(path: Path, error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left to write {path}; free some and run the command again"
+        return f"no space left to write {path}; free some space and run the command again"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"no permission to write {path}; choose another place"
-    return f"{path} cannot be written ({error.strerror or error}); choose another place"
+        return f"no permission to write {path}; choose another path"
+    if error.errno == errno.ENAMETOOLONG:
+        return f"the name of {path} is too long; choose a shorter one"
+    return f"{path} cannot be written ({error.strerror or error}); choose another path"

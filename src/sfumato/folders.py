@@ -1,0 +1,137 @@
+"""Whole folders: what is saved into one is there when all of it is, and what was there before is whole until then."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sfumato.files import naming, output_folder
+from sfumato.leftovers import beside
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterator
+    from os import PathLike
+
+__all__ = ["replacing_folder", "saving_into"]
+
+
+@contextmanager
+def saving_into(
+    path: str | PathLike[str], *, last: str, own: Collection[str] = (), stale: Callable[[str], bool] = lambda _: False
+) -> Iterator[Path]:
+    """A hidden folder to save into; when the block ends well, what it holds is in `path`: all of it, and none before.
+
+    Other files of `path` stay. last: the file without which nothing in the folder is read; own: the subfolders that are
+    saved; stale: whether a file of an earlier save, by its name, goes where no new one takes its place. Whoever is
+    killed leaves the earlier save whole. Only where `path` cannot be exchanged as a whole (there are other folders in
+    it, it is where this process works, its parent is not ours) does this hold but for an instant, in which `last` is
+    missing, and so nothing is read. Raises `OutputError`.
+    """
+    folder = Path(os.path.realpath(output_folder(path)))
+    with naming(folder):
+        whole = _is_exchangeable(folder, own)
+        place = folder if whole else folder / folder.name
+        with beside(place, folder=True) as new:
+            _as_before(folder, new)
+            for entry in folder.iterdir():
+                if entry.is_dir() and entry.name in own:
+                    shutil.copytree(entry, new / entry.name, symlinks=True, copy_function=_link)
+                elif whole and not stale(entry.name):
+                    _link(entry, new / entry.name)
+            yield new
+            for inner in (new, *filter(Path.is_dir, new.iterdir())):
+                _settle(inner)
+            if not (whole and _exchanged(new, folder)):
+                _move_into(folder, new, last, stale)
+            _settle(folder.parent if whole else folder)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` that takes its place whole when the block ends well, and vanishes when it does not.
+
+    Its bytes are on the disk before it takes the name. Raises `OutputError`; what was at `path` is there until then.
+    """
+    with naming(path), beside(path, folder=True) as new:
+        yield new
+        for inner in sorted(new.rglob("*"), reverse=True):
+            _settle(inner)
+        if not (path.is_dir() and _exchanged(new, path)):
+            new.rename(path)
+        _settle(path.parent)
+
+
+def _is_exchangeable(folder: Path, own: Collection[str]) -> bool:
+    """Whether a folder holds a save and files beside it, and can give its name to another without anybody noticing."""
+    ours = all(entry.name in own for entry in folder.iterdir() if entry.is_dir())
+    here = Path(os.path.realpath(os.curdir))
+    return (
+        ours and not here.is_relative_to(folder) and not os.path.ismount(folder) and os.access(folder.parent, os.W_OK)
+    )
+
+
+def _as_before(folder: Path, new: Path) -> None:
+    """Permissions and owner of a folder for the one that takes its place."""
+    shutil.copymode(folder, new)
+    with suppress(OSError, AttributeError):  # only root may give folders away, and Windows knows no owners
+        os.chown(new, folder.stat().st_uid, folder.stat().st_gid)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """A second name for a file, which is never written into but replaced; a copy where there are no second names."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except (OSError, RuntimeError):  # NotImplementedError where links themselves have no second names
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+def _move_into(folder: Path, new: Path, last: str, stale: Callable[[str], bool]) -> None:
+    """Entry by entry, while `last` is missing."""
+    with suppress(FileNotFoundError):
+        os.unlink(folder / last)
+    for entry in folder.iterdir():
+        if stale(entry.name):
+            entry.unlink()
+    for entry in sorted(new.iterdir(), key=lambda entry: entry.name == last):
+        if not ((folder / entry.name).is_dir() and _exchanged(entry, folder / entry.name)):
+            entry.replace(folder / entry.name)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Let two folders change names: in one step where the system can (Linux, macOS), else in three, or not at all."""
+    import ctypes
+
+    with suppress(AttributeError, TypeError):
+        system, names = ctypes.CDLL(None), (os.fsencode(one), os.fsencode(other))
+        swapped = (
+            system.renamex_np(*names, 2)  # RENAME_SWAP
+            if sys.platform == "darwin"
+            else system.renameat2(-100, names[0], -100, names[1], 2)  # AT_FDCWD, RENAME_EXCHANGE
+        )
+        if swapped == 0:
+            return True
+    spare = one.with_suffix(".old")  # what is found under such a name, `other` being gone, is put back (leftovers.py)
+    with suppress(OSError):
+        other.rename(spare)
+        try:
+            one.rename(other)
+        except OSError:
+            spare.rename(other)
+            raise
+        spare.rename(one)
+        return True
+    return False
+
+
+def _settle(folder: Path) -> None:
+    """Have the names in a folder on the disk; Windows has no way to ask for it."""
+    if os.name == "posix":
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)

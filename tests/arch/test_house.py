@@ -67,12 +67,33 @@ def test_lines_of_code_are_counted_as_decided(tmp_path):
         del TREES[path]
 
 
-@pytest.mark.parametrize(("folder", "budget"), [("schedulers", 1500), ("models", 1300)])
+@pytest.mark.parametrize(
+    ("folder", "budget"), [("schedulers", 1970), ("models", 2260), ("metadata", 725), ("adapters", 900)]
+)
 def test_budgets_of_code(folder, budget):
     # packed.py is no model, but a faster form of any of them (ADR 7 and 9).
     lines = {path: lines_of_code(path) for path in FILES if SOURCE / folder in path.parents and path.stem != "packed"}
     assert lines
     assert sum(lines.values()) <= budget, lines
+
+
+def test_the_studio_keeps_its_budget():
+    lines = {path: lines_of_code(path) for path in FILES if {SOURCE / "jobs", SOURCE / "server"} & set(path.parents)}
+    # Keys and locks are bulk jobs' as well. 1,800 was the aim; three APIs with masks, their guard and what heals are this many.
+    shared = {SOURCE / "jobs" / f"{name}.py" for name in ("keys", "locks")}
+    assert sum(lines[path] for path in lines.keys() - shared) <= 2450, lines
+    # Translators are thin: what they translate into does the work.
+    translators = {name: lines[SOURCE / "server" / f"{name}.py"] for name in ("openai", "sdapi")}
+    assert max(translators.values()) <= 300, translators
+
+
+def test_families_and_single_files_keep_their_budget():
+    rooms = ("about", "detect", "geometry", "headers", "locate_file", "rules", "single_file", "write_file")
+    wanted = {SOURCE / "families.py", SOURCE / "text" / "vocabulary.py"}
+    wanted |= {SOURCE / "checkpoints" / f"{name}.py" for name in rooms}
+    wanted |= {SOURCE / room / "convert.py" for room in ("cli", "pipelines")}
+    lines = {path: lines_of_code(path) for path in wanted}
+    assert sum(lines.values()) <= 1600, lines
 
 
 def test_no_file_is_long_and_most_are_short():
@@ -112,6 +133,43 @@ def test_floors_hold():
     assert done.returncode == 0, done.stdout
     assert " 0 broken" in done.stdout
     assert "Floors: imports point down only KEPT" in done.stdout
+    assert "Inside pipelines: a run knows no pipeline KEPT" in done.stdout
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    # Imports inside functions and for type checkers count, too; a package's `__init__` only shows what stands in it.
+    modules = {name_of(path) for path in FILES if path.stem != "__init__"}
+    imports = {name_of(path): imported_names(tree) & modules - {name_of(path)} for path, tree in TREES.items()}
+    assert circle_in(imports) == []
+
+
+def test_circles_are_found():
+    assert circle_in({"a": {"b"}, "b": {"c"}, "c": set(), "d": {"a", "c"}}) == []
+    assert circle_in({"a": {"b"}, "b": {"c", "e"}, "c": {"d"}, "d": {"b"}, "e": set()}) == ["b", "c", "d", "b"]
+
+
+def circle_in(imports: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle, the first one also last; none if there is no circle."""
+    left = dict(imports)
+    while ends := {name for name, below in left.items() if not below & left.keys()}:
+        left = {name: below for name, below in left.items() if name not in ends}
+    # From all that are left, a circle is reached.
+    walk = [min(left)] if left else []
+    while left and walk[-1] not in walk[:-1]:
+        walk.append(min(left[walk[-1]] & left.keys()))
+    return walk[walk.index(walk[-1]) :] if walk else []
+
+
+def imported_names(tree: ast.Module) -> set[str]:
+    """Every module that is imported somewhere in a file, and what may be one: `from a import b` names a and a.b."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports name the whole path"
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
 
 
 def test_every_room_has_a_floor():
@@ -120,6 +178,32 @@ def test_every_room_has_a_floor():
     named = set(re.findall(r"sfumato\.(\w+)", layers))
     rooms = {path.stem for path in SOURCE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
     assert rooms - {"__init__"} == named
+
+
+def test_families_are_named_in_their_table_only():
+    """Whoever draws asks the row of a family, and not which one it is."""
+    from sfumato.families import FAMILIES
+
+    names = {re.escape(name) for name in FAMILIES if name not in ("depth", "variations")}
+    # A refiner is not among them: a request may name one, of whatever family it is.
+    kinds = {"sdxl", "turbo", "lightning", "playground", "koala", "vega", "unclip", "pix2pix"}
+    words = re.compile(rf"(?i)(?<![a-z])({'|'.join(sorted(names | kinds))})(?![a-z])")
+    found = set()
+    for path, tree in TREES.items():
+        if path == SOURCE / "families.py" or SOURCE / "checkpoints" in path.parents:
+            continue
+        # Documentation may name what it explains: docstrings, and the examples that commands print.
+        texts = {id(text.value) for node in ast.walk(tree) if (text := docstring_of(node))}
+        texts |= {
+            id(part) for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "EXAMPLES"
+            for part in ast.walk(node)
+        }  # fmt: skip
+        for node in ast.walk(tree):
+            value = getattr(node, "value", None) if isinstance(node, ast.Constant) else None
+            value = getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "arg", None) or value
+            if isinstance(value, str) and id(node) not in texts and words.search(value.replace("_", "-")):
+                found.add((name_of(path), value))
+    assert found == set()
 
 
 def test_the_reference_libraries_are_imported_only_to_be_measured():
@@ -138,13 +222,16 @@ def test_the_reference_libraries_are_imported_only_to_be_measured():
     "module",
     [
         "sfumato",
+        "sfumato.checkpoints.about",
         "sfumato.cli.main",
         "sfumato.cli.coreml",
         "sfumato.cli.drawing",
         "sfumato.configs",
         "sfumato.coreml",
+        "sfumato.jobs.queue",
         "sfumato.request",
         "sfumato.schedulers.names",
+        "sfumato.server.run",
     ],
 )
 def test_light_modules_import_nothing_heavy(module):
@@ -192,9 +279,9 @@ def test_names_of_the_schedulers_agree():
     from sfumato import schedulers
 
     for name in schedulers.__all__:
-        found = getattr(schedulers, name)
-        assert found.__name__ == name
-        assert name in import_module(found.__module__).__all__
+        found, module = getattr(schedulers, name), import_module(f"sfumato.schedulers.{schedulers._HOME_OF[name]}")
+        assert found is getattr(module, name)
+        assert name in module.__all__
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         schedulers.nonsense  # noqa: B018
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +11,9 @@ from typing import Any
 
 import pytest
 
-SCRIPT = Path(sys.executable).with_name("sfumato" + (".exe" if os.name == "nt" else ""))
+from support.processes import MAIN, SCRIPT, ForkServer
 
-# Many command lines one after the other in one process, so that torch is imported once: the same `main`, and what it
-# prints and exits with for each.
+# Many command lines one after the other in one process: the same `main`, and what it prints and exits with for each.
 DRIVER = """
 import contextlib, io, json, sys
 from sfumato.cli.main import main
@@ -70,28 +67,25 @@ class Outcome:
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """No network, no cache of the user's, one thread, no colours."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "SFUMATO_", "COLUMNS"))}
-    return kept | {
-        "HF_HOME": str(tmp_path_factory.mktemp("hub")),
-        "HF_ENDPOINT": "http://127.0.0.1:9",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_COLOR": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONUTF8": "1",
-    }
+def sfumato(server: ForkServer) -> Callable[..., Outcome]:
+    """`sfumato("show", folder, cwd=…)` runs the command in a process of its own."""
+
+    def run(*words: object, cwd: Path, env: dict[str, str] | None = None) -> Outcome:
+        done = server.run(MAIN, [str(word) for word in words], cwd=cwd, env=env)
+        return Outcome(done.code, done.out, done.err)
+
+    return run
 
 
 @pytest.fixture(scope="session")
-def sfumato(environment: dict[str, str]) -> Callable[..., Outcome]:
-    """`sfumato("show", folder, cwd=…)` runs the command in a process of its own."""
+def installed(environment: dict[str, str]) -> Callable[..., Outcome]:
+    """The same with the command as pip installs it, from nothing: it takes seconds where torch is needed."""
 
-    def run(*words: object, cwd: Path, env: dict[str, str] | None = None, **options: Any) -> Outcome:
+    def run(*words: object, cwd: Path, env: dict[str, str] | None = None) -> Outcome:
         # Waited for, and not killed on a timeout of its own: pytest's covers it.
         done = subprocess.run(
             [SCRIPT, *map(str, words)],
-            cwd=cwd, env=environment | (env or {}), capture_output=True, text=True, encoding="utf-8", check=False, **options,
+            cwd=cwd, env=environment | (env or {}), capture_output=True, text=True, encoding="utf-8", check=False,
         )  # fmt: skip
         return Outcome(done.returncode, done.stdout, done.stderr)
 
@@ -99,20 +93,17 @@ def sfumato(environment: dict[str, str]) -> Callable[..., Outcome]:
 
 
 @pytest.fixture(scope="session")
-def sfumato_each(environment: dict[str, str]) -> Callable[..., list[Outcome]]:
+def sfumato_each(server: ForkServer) -> Callable[..., list[Outcome]]:
     """Several command lines in one process, one after the other; `before` is Python to run first."""
 
     def run(
         commands: Sequence[Sequence[object]], *, cwd: Path, env: dict[str, str] | None = None, before: str = ""
     ) -> list[Outcome]:
         words = json.dumps([[str(word) for word in command] for command in commands])
-        done = subprocess.run(
-            [sys.executable, "-c", before + DRIVER, words],
-            cwd=cwd, env=environment | (env or {}), capture_output=True, text=True, encoding="utf-8", check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert "Traceback" not in done.stderr
-        results = [Outcome(*result) for result in json.loads(done.stdout)]
+        done = server.run(before + DRIVER, [words], cwd=cwd, env=env)
+        assert done.code == 0, done.err
+        assert "Traceback" not in done.err
+        results = [Outcome(*result) for result in json.loads(done.out)]
         assert len(results) == len(commands)
         return results
 
@@ -134,8 +125,8 @@ class Drawn:
 
 
 @pytest.fixture(scope="session")
-def drawn(sfumato: Callable[..., Outcome], model: Path, tmp_path_factory: pytest.TempPathFactory) -> Drawn:
+def drawn(installed: Callable[..., Outcome], model: Path, tmp_path_factory: pytest.TempPathFactory) -> Drawn:
     """A picture with seed 0, in a folder of its own, under the name that the prompt gave it."""
     folder = tmp_path_factory.mktemp("drawn")
-    outcome = sfumato("generate", "A red heart, 3D!", "--model", model, "--steps", 2, "--seed", 0, cwd=folder)
+    outcome = installed("generate", "A red heart, 3D!", "--model", model, "--steps", 2, "--seed", 0, cwd=folder)
     return Drawn(folder / "a-red-heart-3d.png", outcome)

@@ -29,9 +29,19 @@ MISUSE = [
     (["--guidance-scale", "nan"], "guidance_scale must be a number"),
     (["--guidance-rescale", "-1"], "guidance_rescale must be a number from 0 to 1"),
     (["--clip-skip", "-1"], "clip_skip must be"),
-    (["--scheduler", "dpmp_2m"], "did you mean 'dpmpp_2m'?"),
-    (["--output", "x.jpg"], "--output must end in .png, not .jpg"),
+    (["--scheduler", "dpmp_2m"], "did you mean 'dpmpp_2m'"),
+    (["--output", "x.gif"], "must end in .png, .jpg or .webp, not x.gif"),
     (["--preview-every", "-1"], "--preview-every must be at least 0"),
+    (["--mask", "m.png"], "a mask needs an image to change; give the image too"),
+    (["--noise-level", "1000"], "noise_level must be at most 999"),
+    (["--depth", "d.png", "--image", "i.png"], "there is no image i.png"),
+    (["--mask-edge", "4"], "--mask-edge and --mask-crop need a mask"),
+    (
+        ["--image", "i.png", "--extend", "up=4"],
+        "--extend takes sides and pixels such as left=256,top=64, and 'up=4' is",
+    ),
+    (["--image", "i.png", "--extend", "left=0"], "a mask needs a file, or pixels by which to extend"),
+    (["--image", "i.png", "--extend", "left=99999"], "extend must be"),
 ]
 
 
@@ -64,7 +74,7 @@ def test_places_that_cannot_be_written_are_known_before_anything_is_loaded(sfuma
     (tmp_path / "file").write_text("not a folder")
     for output in ("file/x.png", "file/deeper/x.png"):
         outcome = sfumato("generate", "horse", "--model", "nowhere", "--output", output, cwd=tmp_path)
-        outcome.failed(1, str(Path(output).parent), "is not a folder", "choose another place")
+        outcome.failed(1, str(Path(output).parent), "is not a folder", "choose another path")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -80,29 +90,29 @@ def test_folder_without_permission(environment, tmp_path):
     command = [sys.executable, "-c", code, "generate", "horse", "-o", "locked/x.png"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     locked.chmod(0o755)
-    Outcome(done.returncode, "", done.stderr).failed(1, "no permission to write locked", "choose another place")
+    Outcome(done.returncode, "", done.stderr).failed(1, "no permission to write locked", "choose another path")
     assert list(locked.iterdir()) == []
 
 
 def test_what_is_only_known_with_torch(sfumato_each, model, tmp_path):
     (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
-    (tmp_path / "words.txt").write_text("not a picture")
+    (tmp_path / "words.txt").write_text("not an image")
     before = {path.name for path in tmp_path.iterdir()}
     cases = [
-        (["--image", "torn.png"], 2, "torn.png cannot be read as a picture", "give a PNG, JPEG or WebP"),
-        (["--image", "words.txt"], 2, "words.txt cannot be read as a picture"),
-        (["--image", "none.png"], 2, "there is no picture none.png; check the path"),
-        (["--image", "."], 2, "cannot be read as a picture"),
+        (["--image", "torn.png"], 2, "torn.png cannot be read as an image", "give a PNG, JPEG or WebP"),
+        (["--image", "words.txt"], 2, "words.txt cannot be read as an image"),
+        (["--image", "none.png"], 2, "there is no image none.png; check the path"),
+        (["--image", "."], 2, "cannot be read as an image"),
         (["--dtype", "float33"], 2, "there is no dtype 'float33'", "did you mean 'float32'?"),
         (["--device", "gpu"], 2, "there is no device 'gpu'", "use cuda, mps or cpu"),
         (["--width", "15"], 2, "width must be divisible by 2, and 15 is not; try 14 or 16"),
         (["--height", "1"], 2, "height must be divisible by 2", "try 2"),
-        (["--steps", "1001", "--scheduler", "ddim"], 2, "1001 steps", "1000"),
+        (["--steps", "1001", "--scheduler", "ddim"], 2, "steps must be at most 1000", "1000"),
         (["--steps", "1000", "--scheduler", "ddim"], 2, "1000 steps with steps_offset 1", "use fewer steps"),
         (
             ["--width", "2000000", "--height", "2000000", "--steps", "1"],
             1,
-            "one picture of 2000000 × 2000000 needs",
+            "1 image of 2000000 × 2000000 needs",
             "are free",
             "--width",
         ),
@@ -136,7 +146,7 @@ def damage(model: Path, folder: Path) -> list[tuple[Path | str, list[str]]]:
     wider = copy("wider")
     edit(wider / "vae/config.json", block_out_channels=[8, 32])
     unsupported = copy("unsupported")
-    edit(unsupported / "unet/config.json", down_block_types=["KDownBlock2D"] * 4)
+    edit(unsupported / "unet/config.json", down_block_types=["AttnDownBlock2D"] * 4)
     noindex = copy("noindex")
     (noindex / "model_index.json").unlink()
     notjson = copy("notjson")
@@ -162,8 +172,8 @@ def damage(model: Path, folder: Path) -> list[tuple[Path | str, list[str]]]:
             missing,
             [str(missing / "text_encoder"), "weights missing, the first is 'text_model.encoder.layers.3", "damaged"],
         ),
-        (wider, [str(wider / "vae"), "has shape", "do not belong together"]),
-        (unsupported, ["KDownBlock2D"]),
+        (wider, [str(wider / "vae"), "has shape", "the weights do not match config.json"]),
+        (unsupported, ["AttnDownBlock2D"]),
         (noindex, [str(noindex / "model_index.json"), "is missing"]),
         (notjson, [str(notjson / "vae" / "config.json"), "cannot be read as JSON", "copy or download it again"]),
         (pickled, [str(pickled / "unet"), "pickled weights", "safetensors"]),
@@ -209,4 +219,4 @@ def test_prompt_that_is_no_text(environment, tmp_path):
         text=True,
         check=False,
     )
-    Outcome(done.returncode, done.stdout, done.stderr).failed(2, "the prompt holds bytes that are no UTF-8 text")
+    Outcome(done.returncode, done.stdout, done.stderr).failed(2, "the prompt contains bytes that are not valid UTF-8")

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import xml.etree.ElementTree as ElementTree
 
+import pytest
+
 from sfumato.runtime.facts import read_facts
 
 
-def test_table_json_and_plot(sfumato, model, tmp_path):
-    words = ["bench", "--model", model, "--steps", 6, "--runs", 1, "--quick", "--peers", "diffusers"]
+@pytest.mark.parametrize("peers", ["", pytest.param("diffusers", marks=pytest.mark.long)])
+def test_table_json_and_plot(sfumato, model, tmp_path, peers):
+    words = ["bench", "--model", model, "--steps", 6, "--runs", 1, "--quick", "--peers", peers]
     words += ["--json", "new/bench.json", "--plot", "bench.svg"]
     done = sfumato(*words, cwd=tmp_path).succeeded()
     told = json.loads((tmp_path / "new" / "bench.json").read_text(encoding="utf-8"))
     assert (told["model"], told["size"], told["steps"]) == (str(model), 16, 6)
     rows = told["pictures"] + told["unet"] + told["vae"]
     half = read_facts("cpu").native_bfloat16("cpu")
-    assert len(rows) == (6 if half else 5) + 3 + 3
+    assert len(rows) == (4 if half else 3) + (2 + 3 + 3 if peers else 0)
     for row in rows:
         assert row["name"] in done.out
         assert row["seconds"] > 0
@@ -26,7 +29,7 @@ def test_table_json_and_plot(sfumato, model, tmp_path):
     for note in told["notes"]:
         assert f"- {note}" in done.out
     assert any("--quick" in note for note in told["notes"])
-    assert "one call of the U-Net" in done.out
+    assert ("one U-Net call" in done.out) == bool(peers)
     drawn = (tmp_path / "bench.svg").read_text(encoding="utf-8")
     assert f"{model}, 16 × 16" in "".join(ElementTree.fromstring(drawn).itertext())
 
@@ -45,7 +48,7 @@ def test_bad_input(sfumato_each, model, tmp_path):
         ["bench", "--model", tmp_path / "none"],
         [*bench, "--peers", "diffusers"],
     ]
-    absent = "import importlib.util\nimportlib.util.find_spec = lambda name: None\n"
+    absent = "import sfumato.bench.report as report\nreport.find_spec = lambda name: None\n"
     *outcomes, missing = sfumato_each(commands, cwd=tmp_path, before=absent)
     wanted = [
         (2, "must end in .svg", ".png"),

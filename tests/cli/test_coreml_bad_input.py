@@ -102,13 +102,13 @@ DAMAGE = [
     (cut_off, "the file is cut off; copy or download the model again"),
     (empty, "weight.bin cannot be read"),
     (without_weights, "weight.bin is missing; copy or download"),
-    (without_mark, "does not begin with the mark of one"),
+    (without_mark, "does not start with the expected mark"),
     (pointing_outside, "'../../../../etc/passwd' leads out of the folder; do not use"),
     (no_manifest, "Manifest.json cannot be read as JSON"),
     (of_the_future, "version 99 of the Core ML format, which is newer"),
     (of_no_version, "it has no version of the format"),
-    (neural_network, "not an ML Program; convert it anew"),
-    (half_a_program, "no Core ML model, or damaged"),
+    (neural_network, "not an ML Program; convert it again"),
+    (half_a_program, "not a Core ML model, or damaged"),
     (weights_by_pointer, "weight.bin is a Git LFS pointer, not the file; run `git lfs pull`"),
     (program_by_pointer, "model.mlmodel is a Git LFS pointer"),
 ]
@@ -185,7 +185,7 @@ def test_packages_of_two_conversions(sfumato_each, models, model, tmp_path):
         ("sizes", "has latents of width 8 and "),
         ("encoders", "_vae_encoder.mlpackage has latents of width 16 and "),
         ("chunks", "were made from different checkpoints"),
-        ("half", "the one that goes on with it is not beside it"),
+        ("half", "the next chunk is missing"),
     ]
     commands = [words for name, _ in cases for words in ([*DRAW, "-i", name], [*VERIFY, name, "--against", model])]
     outcomes = sfumato_each(commands, cwd=tmp_path)
@@ -222,9 +222,9 @@ def test_weights_that_packages_cannot_hold(sfumato_each, model, tmp_path):
         (
             "unet",
             float("nan"),
-            "of the UNet2DConditionModel has NaN or infinite numbers; download the checkpoint again",
+            "of the UNet2DConditionModel has NaN or infinite values; download the checkpoint again",
         ),
-        ("vae", float("inf"), "of the AutoencoderKL has NaN or infinite numbers"),
+        ("vae", float("inf"), "of the AutoencoderKL has NaN or infinite values"),
         ("text_encoder", 1e6, "of the CLIPTextModel has numbers up to 1e+06"),
     ]
     commands = []
@@ -247,11 +247,11 @@ def test_places_that_packages_cannot_go_to(sfumato_each, models, model, tmp_path
     cases = [
         (["-o", "file"], 1, "file is not a folder"),
         (["-o", "file/deeper"], 1, "file is not a folder"),
-        (["-o", "one.mlpackage"], 2, "is the name of one model; name a folder"),
-        (["-o", package], 2, "is the name of one model; name a folder"),
-        (["-o", "n" * 300], 1, "choose another"),
+        (["-o", "one.mlpackage"], 2, "is the name of a single model; give a folder"),
+        (["-o", package], 2, "is the name of a single model; give a folder"),
+        (["-o", "n" * 300], 1, "choose a shorter one"),
         (["-o", "taken", "--bundle-resources-for-swift-cli"], 1, "Resources is not a folder"),
-        (["-o", "models", "--overwrite"], 2, "is of another conversion than this one will be; choose another folder"),
+        (["-o", "models", "--overwrite"], 2, "is from a conversion with other options; choose another folder"),
         (["-o", "new", "--chunks", "0"], 2, "1 to 8 chunks, not 0"),
         (["-o", "new", "--quantize-to-db", "nan"], 2, "must be a positive number of dB, not nan"),
         (["-o", "new", "--quantize-to-db", "-5"], 2, "must be a positive number of dB, not -5.0"),
@@ -277,7 +277,7 @@ def test_a_checkpoint_may_be_the_folder_one_is_in(sfumato, model, tmp_path):
 def test_too_little_memory_is_said_before_anything_is_written(sfumato_each, model, tmp_path):
     before = "import sfumato.coreml.conversion as made\nmade.memory_needed = lambda *_: 10**15\n"
     (outcome,) = sfumato_each([[*CONVERT, model, "-o", "out"]], cwd=tmp_path, before=before)
-    outcome.failed(1, "takes 1,000,000,000 MB of memory and ", " MB are free; close other programs")
+    outcome.failed(1, "needs 1,000,000,000 MB of memory, but only ", " MB are free; close other programs")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -288,7 +288,7 @@ def test_a_disk_that_fills_up(sfumato_each, model, tmp_path):
         "blobs.BlobWriter.add = full\n"
     )
     (outcome,) = sfumato_each([[*CONVERT, model, "-o", "out", "--no-verify"]], cwd=tmp_path, before=before)
-    outcome.failed(1, "no space left to write out/", "free some and run the command again")
+    outcome.failed(1, "no space left to write out/", "free some space and run the command again")
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -323,7 +323,7 @@ main()
     out, err = process.communicate()
     assert process.returncode == 130
     assert out == ""
-    assert err.splitlines()[-1] == "sfumato: interrupted; nothing half-written is left behind"
+    assert err.splitlines()[-1] == "sfumato: interrupted; no unfinished files were left behind"
     assert "Traceback" not in err
     left = {path.name for path in (tmp_path / "out").glob("*.mlpackage")}
     assert len(left) == (4 if moment == "proving" else 0)
@@ -332,7 +332,7 @@ main()
     assert [part["kept"] for part in made["parts"]] == [moment == "proving"] * 4
 
 
-def test_predicting_with_inputs_that_do_not_fit(models, environment):
+def test_predicting_with_inputs_that_do_not_fit(models, server, tmp_path):
     """In Python as on the command line: one sentence that names the input."""
     code = f"""
 import json, numpy as np, sfumato.coreml
@@ -347,11 +347,9 @@ for inputs in (None, [1], {{}}, {{"y": 1}}, {{1: 2}}, {{"z": "text"}}, {{"z": np
         said.append(str(error))
 print(json.dumps(said))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, encoding="utf-8", check=False
-    )
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
+    done = server.run(code, [], cwd=tmp_path)
+    assert done.code == 0, done.err
+    said = json.loads(done.out)
     expected = (
         "not a NoneType",
         "not a list",
@@ -362,5 +360,5 @@ print(json.dumps(said))
         "shape is",
     )
     assert len(said) == 8
-    for sentence, words in zip(said, (*expected, "it is no array"), strict=True):
+    for sentence, words in zip(said, (*expected, "it is not an array"), strict=True):
         assert words in sentence

@@ -18,7 +18,7 @@ def converted(sfumato, model, tmp_path_factory):
     outcome = sfumato(
         *CONVERT, "--model-version", model, "-o", "out", "--attention-implementation", "SPLIT_EINSUM_V2",
         "--convert-unet", "--convert-text-encoder", "--convert-vae-decoder", "--convert-vae-encoder", "--chunk-unet",
-        "--quantize-nbits", 8, "--compute-unit", "CPU_AND_NE", "--min-deployment-target", "iOS17",
+        "--quantize-nbits", 6, "--compute-unit", "CPU_AND_NE", "--min-deployment-target", "iOS17",
         "--bundle-resources-for-swift-cli", "--check-output-correctness", cwd=folder,
     )  # fmt: skip
     return folder, outcome
@@ -37,7 +37,7 @@ def test_apples_options(converted):
     assert compiled == {
         f"{name}.mlmodelc" for name in ("TextEncoder", "UnetChunk1", "UnetChunk2", "VAEDecoder", "VAEEncoder")
     }
-    assert "palettes, unpacked" in outcome.out
+    assert "compressed weights" in outcome.out
     assert "WRONG" not in outcome.out
     assert "experimental" in outcome.err
 
@@ -93,12 +93,13 @@ def test_misuse_is_one_sentence(sfumato_each, model, tmp_path):
         ([model, "--attention-implementation", "FLASH"], 2, "there is no attention 'flash'"),
         ([model, "--min-deployment-target", "macOS12"], 2, "macOS12"),
         ([model, "--quantize-nbits", 3], 2, "not 3"),
-        ([model, "--quantize-nbits", 6, "--quantize-to-db", 40], 2, "exclude each other"),
+        ([model, "--quantize-nbits", 6, "--quantize-to-db", 40], 2, "cannot be combined"),
         ([model, "--compute-unit", "GPU"], 2, "there is no compute unit 'GPU'"),
         ([model, "--chunks", 99], 2, "1 to 8 chunks"),
         ([model, "--quantize-recipe", tmp_path / "none.json"], 2, "there is no recipe"),
-        ([model, "--model-version", "other/model"], 2, "named twice"),
+        ([model, "--model-version", "other/model"], 2, "given twice"),
         ([model, "--latent-h", 2], 2, "too small"),
+        ([model, "--latent-h", 1000000000], 2, "height must be 1 to 512"),
         ([tmp_path / "nothing"], 1, "there is no folder"),
         (["nobody/nothing"], 1, "hub cannot be reached"),
     ]
@@ -114,6 +115,6 @@ def test_converting_twice_and_resuming(sfumato_each, model, tmp_path):
         [words, words, [*words, "--resume"], [*words, "--overwrite"]], cwd=tmp_path
     )
     first.succeeded()
-    again.failed(2, "is already there", "--resume", "--overwrite")
+    again.failed(2, "already exists", "--resume", "--overwrite")
     assert "kept" in resumed.succeeded().err
     assert "kept" not in replaced.succeeded().err

@@ -64,7 +64,7 @@ def test_what_the_hub_does_not_have(sfumato_each, repository, tmp_path):
             "no variant 'original'",
             "it has original/packages, split_einsum/compiled",
         ),
-        (["owner/other"], 1, "neither a folder here nor a repository on the hub"),
+        (["owner/other"], 1, "neither a local folder nor a hub repository"),
         ([REPO, "--revision", "v9"], 1, "has no revision 'v9'"),
         (["./a"], 2, "'./a' is not a hub id"),
     ]

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from sfumato.coreml.parts import small_files
-from sfumato.images import read_recipe
+from sfumato.metadata.carriers import read_recipe
 from support.converted import write_converted
 from support.hub import cache
 
@@ -70,7 +70,7 @@ def test_apples_python_runner(sfumato, published, hub):
     outcome.succeeded()
     assert outcome.paths == [Path("out") / f"{NAME}.png"]
     said = outcome.err.splitlines()
-    assert said[0].startswith("note: these models do not say which checkpoint they are of")
+    assert said[0].startswith("note: these models do not name their checkpoint")
     assert "CompVis/stable-diffusion-v1-4" in said[0]
     assert said[1].startswith(f"note: CPU_AND_GPU{NOTE}")
     assert said[2].startswith("seed 93, ")
@@ -122,7 +122,7 @@ def test_every_spelling_of_both_runners(sfumato_each, models, tmp_path):
         outcome.succeeded()
     first, second = read_recipe(tmp_path / "a.png"), read_recipe(tmp_path / "b.png")
     wanted = {
-        "prompt": "horse", "negative_prompt": "red", "guidance_scale": 3.0, "scheduler": "EulerDiscreteScheduler",
+        "prompt": "horse", "negative_prompt": "red", "guidance_scale": 3.0, "scheduler": "EulerDiscrete",
         "steps": 2, "seed": 4, "width": 16, "height": 16,
     }  # fmt: skip
     assert first["request"] == wanted
@@ -130,14 +130,15 @@ def test_every_spelling_of_both_runners(sfumato_each, models, tmp_path):
         "prompt": "horse",
         "image": "start.png",
         "strength": 0.5,
-        "scheduler": "dpmpp_2m",
+        "scheduler": "dpmpp",
         "steps": 4,
+        "guidance_scale": 7.5,
         "seed": 4,
         "rng": "numpy",
     }
     assert second["request"] == wanted
     assert [path.name for path in outcomes[1].paths] == ["b.png", "b-2.png"]
-    assert "cut off" in outcomes[1].err
+    assert "it was cropped" in outcomes[1].err
     assert picture(tmp_path / "b.png") != picture(tmp_path / "b-2.png")
     told = outcomes[2].json
     assert told["request"]["count"] == 2
@@ -174,10 +175,10 @@ def test_replay(sfumato_each, models, tmp_path):
     drawn.succeeded()
     assert again.succeeded().out == "fox-replay.png\nidentical to the original\n"
     assert read_recipe(tmp_path / "fox-replay.png") == read_recipe(tmp_path / "fox.png")
-    refused.failed(2, "fox.png was drawn with converted models, which take no --device and no --dtype")
+    refused.failed(2, "fox.png was generated with Core ML models, which take no --device or --dtype")
     folder.rename(tmp_path / "elsewhere")
     gone, named = sfumato_each([["replay", "fox.png"], ["replay", "fox.png", "--model", "elsewhere"]], cwd=tmp_path)
-    gone.failed(1, "which cannot be found from here; say where it is now with --model")
+    gone.failed(1, "which was not found; give its new path with --model")
     assert "identical" in named.succeeded().out
 
 
@@ -191,31 +192,31 @@ def test_misuse_is_one_sentence(sfumato_each, models, model, tmp_path):
     before = {path.name for path in tmp_path.iterdir()}
     drawing = ["x", "-i", models, "--compute-unit", "CPU_ONLY"]
     cases = [
-        (["-i", models], 2, "there is nothing to draw; say what"),
+        (["-i", models], 2, "the prompt is missing; give one"),
         (["x", "--prompt", "y", "-i", models], 2, "the prompt is given twice"),
         (["x", "-i", "empty"], 1, "there are no Core ML models"),
         (["x", "-i", "gone"], 1, "there is no folder gone"),
         (["x", "-i", model], 1, "is a checkpoint and no Core ML model; convert it first"),
         (["x", "-i", "no-unet"], 1, "no-unet has no U-Net"),
-        (["x", "-i", "no-encoder", "--image", "start.png"], 2, "no VAE encoder among these models"),
-        (["x", "-i", models, "--compute-unit", "CPU_AND_NE"], 2, "CPU_ONLY the portable runtime draws"),
+        (["x", "-i", "no-encoder", "--image", "start.png"], 2, "image-to-image needs a VAE encoder"),
+        (["x", "-i", models, "--compute-unit", "CPU_AND_NE"], 2, "CPU_ONLY, the portable runtime runs"),
         (["x", "-i", models, "--compute-units", "gpu"], 2, "there is no compute unit 'gpu'"),
         (["x", "-i", models, "--model-sources", "compiled"], 1, "there are no compiled"),
         (["x", "-i", models, "--model-sources", "zip"], 2, "'packages' or 'compiled', not 'zip'"),
-        ([*drawing, "--width", "24"], 2, "draw pictures of 16 × 16 and of no other size"),
-        ([*drawing, "--rng", "nvidia"], 2, "use --rng torch or --rng numpy"),
-        ([*drawing, "--rng", "mersenne"], 2, "rng must be torch or numpy"),
+        ([*drawing, "--width", "24"], 2, "only generate images of 16 × 16"),
+        ([*drawing, "--rng", "dice"], 2, "rng must be torch, numpy or cuda"),
+        ([*drawing, "--rng", "mersenne"], 2, "rng must be torch, numpy or cuda"),
         ([*drawing, "--rng", "numpy", "--seed", str(2**32)], 2, "with rng numpy"),
-        ([*drawing, "--scheduler", "EulerDiscretes"], 2, "no scheduler is called 'EulerDiscretes'"),
-        ([*drawing, "--image", "none.png"], 2, "there is no picture none.png"),
-        ([*drawing, "-o", "x.jpg"], 2, "must end in .png"),
+        ([*drawing, "--scheduler", "EulerDiscretes"], 2, "there is no scheduler 'EulerDiscretes'"),
+        ([*drawing, "--image", "none.png"], 2, "there is no image none.png"),
+        ([*drawing, "-o", "x.gif"], 2, "must end in .png"),
         ([*drawing, "--save-every", "-1"], 2, "--preview-every must be at least 0"),
-        ([*drawing, "--xl"], 2, "Stable Diffusion XL cannot be drawn with"),
-        ([*drawing, "--sd3"], 2, "Stable Diffusion 3 cannot be drawn with"),
-        ([*drawing, "--controlnet", "canny"], 2, "there is no ControlNet here"),
-        ([*drawing, "--controlnet-inputs", "a.png"], 2, "there is no ControlNet here"),
-        ([*drawing, "--use-multilingual-text-encoder"], 2, "leave it out"),
-        ([*drawing, "--script", "latin"], 2, "leave it out"),
+        ([*drawing, "--xl"], 2, "Stable Diffusion XL is not supported"),
+        ([*drawing, "--sd3"], 2, "Stable Diffusion 3 is not supported"),
+        ([*drawing, "--controlnet", "canny"], 2, "ControlNet is not supported yet"),
+        ([*drawing, "--controlnet-inputs", "a.png"], 2, "ControlNet is not supported yet"),
+        ([*drawing, "--use-multilingual-text-encoder"], 2, "drop the option"),
+        ([*drawing, "--script", "latin"], 2, "drop the option"),
     ]
     outcomes = sfumato_each([[*GENERATE, *words] for words, *_ in cases], cwd=tmp_path)
     for outcome, (_, code, *sentence) in zip(outcomes, cases, strict=True):
@@ -236,4 +237,4 @@ def test_a_recipe_that_is_not_whole(sfumato_each, models, tmp_path):
         with Image.open(tmp_path / "fox.png") as image:
             image.save(tmp_path / f"{name}.png", pnginfo=info)
     for outcome in sfumato_each([["replay", "word.png"], ["replay", "part.png"]], cwd=tmp_path):
-        outcome.failed(2, "is not whole")
+        outcome.failed(2, "is incomplete")

@@ -58,7 +58,7 @@ def test_other_machines(sfumato_each, tmp_path):
         assert "missing" not in text
         assert ("2**32" in text) == (machine(name).accelerator == "mps")
     text = ill.succeeded().out
-    for word in ("update macOS to 13 or newer", "brew install python", "pip install --upgrade 'torch>=2.4'", "Metal"):
+    for word in ("update macOS to 13 or newer", "brew install python", "pip install --upgrade 'torch>=2.6'", "Metal"):
         assert word in text
     assert text.count("missing") == 4
     unknown.failed(2, "there is no machine 'abacus'", "m1-8gb")

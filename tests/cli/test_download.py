@@ -155,9 +155,11 @@ def test_what_drawing_needs_and_only_that_and_only_once(sfumato, sfumato_each, m
             ["download", REPO],
             ["download", REPO, "--include", "original/packages/*"],
             ["download", REPO, "--variant", "fp16"],
+            ["download", f"https://huggingface.co/{REPO}/blob/main/{WEIGHTS}"],
         ]
-        again, packages, half = sfumato_each(commands, cwd=tmp_path, env=home | hub.env)
+        again, packages, half, file = sfumato_each(commands, cwd=tmp_path, env=home | hub.env)
         assert again.succeeded().paths == packages.succeeded().paths == half.succeeded().paths == [folder]
+        assert file.succeeded().paths == [folder / WEIGHTS]
         assert hub.fetched == ["original/packages/unet.bin", "unet/diffusion_pytorch_model.fp16.safetensors"]
     # The hub is gone: what is here is shown and drawn with, and not asked for again.
     commands = [
@@ -173,12 +175,14 @@ def test_what_drawing_needs_and_only_that_and_only_once(sfumato, sfumato_each, m
 
 def test_what_the_hub_does_not_have(sfumato_each, repository, tmp_path):
     cases = [
-        (["owner/other"], 1, "'owner/other' is neither a folder here nor a repository on the hub", "check the name"),
+        (["owner/other"], 1, "'owner/other' is neither a local folder nor a hub repository", "check the name"),
         ([REPO, "--revision", "v9"], 1, "has no revision 'v9'"),
-        ([REPO, "--variant", "int3"], 1, "no component has a variant 'int3'", "leave variant out"),
+        ([REPO, "--variant", "int3"], 1, "no component has a variant 'int3'", "omit variant"),
         ([REPO, "--include", "split_einsum/*"], 1, "no file matches split_einsum/*", "the repository has"),
         (["./a/b", "--include", "x"], 2, "'./a/b' is not a hub id such as 'owner/name'"),
         (["a/b/c"], 1, "there is no folder a/b/c"),
+        ([""], 2, "the model name is empty"),
+        ([repository / "unet"], 1, "there is no model_index.json"),
         (["sp ace/name"], 2, "'sp ace/name' is neither an existing folder nor a hub id"),
         ([REPO], 1, "the hub cannot be reached", "check the network"),
     ]
@@ -199,7 +203,7 @@ def test_dead_network(sfumato, tmp_path):
     env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "home")}
     began = time.monotonic()
     sfumato("download", REPO, cwd=tmp_path, env=env).failed(
-        1, f"{REPO!r} is not a folder here, and the hub cannot be reached", "check the network"
+        1, f"{REPO!r} is not a local folder, and the hub cannot be reached", "check the network"
     )
     # Said at once, and not after the library's half minute of retries (which end at 23 s of sleep alone).
     assert time.monotonic() - began < 20

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from cli.conftest import SCRIPT
 from sfumato.runtime.facts import read_facts
@@ -39,7 +40,10 @@ def test_picture_is_written_printed_and_carries_its_recipe(drawn, model):
         assert image.mode == "RGB"
         assert len(image.getcolors(2**20)) > 16
     told = recipe(drawn.path)
-    assert told["request"] == {"prompt": "A red heart, 3D!", "steps": 2, "seed": 0, "width": 16, "height": 16}
+    assert told["request"] == {
+        "prompt": "A red heart, 3D!", "steps": 2, "guidance_scale": 7.5, "seed": 0, "width": 16, "height": 16,
+        "prompt_syntax": "a1111",
+    }  # fmt: skip
     assert told["model"]["name"] == str(model)
     assert re.fullmatch(r"[0-9a-f]{32}", told["model"]["weights"])
     assert told["scheduler"]["class"] == "PNDMScheduler"
@@ -47,6 +51,50 @@ def test_picture_is_written_printed_and_carries_its_recipe(drawn, model):
     native = read_facts("cpu").native_bfloat16("cpu")
     assert (told["dtype"], told["device"]) == ("bfloat16" if native else "float32", "cpu")
     assert {"sfumato", "torch", "python"} <= told["versions"].keys()
+
+
+def test_second_passes_seamless_images_and_the_rest_are_repeated(sfumato_each, model, tmp_path):
+    draw = ["generate", "a horse", "--model", model, "--steps", "2", "--seed", "7", "--output"]
+    extras = ["--hires", "1.5", "--hires-upscaler", "lanczos", "--hires-strength", "0.5", "--hires-steps", "3",
+              "--seamless", "x", "--freeu", "1.5,1.6,0.9,0.2", "--guidance-interval", "0.1,1"]  # fmt: skip
+    text = (
+        "a horse\nSteps: 2, Sampler: Euler, CFG scale: 3, Seed: 7, Size: 16x16, Denoising strength: 0.7, Tiling: True, "
+        "Hires upscale: 2, Hires upscaler: Latent, Version: v1.10.1"
+    )
+    info = PngInfo()
+    info.add_text("parameters", text)
+    Image.new("RGB", (32, 32)).save(tmp_path / "theirs.png", pnginfo=info)
+    made, again, theirs, alone, wrong, few = sfumato_each(
+        [
+            [*draw, "made.png", *extras],
+            ["replay", "made.png"],
+            ["replay", "theirs.png", "--model", model, "--json"],
+            [*draw, "x.png", "--hires-steps", "3"],
+            [*draw, "x.png", "--hires", "large"],
+            [*draw, "x.png", "--freeu", "1,2"],
+        ],
+        cwd=tmp_path,
+    )
+    made.succeeded()
+    told = recipe(tmp_path / "made.png")["request"]
+    assert told["hires"] == {"scale": 1.5, "upscaler": "lanczos", "strength": 0.5, "steps": 3}
+    assert (told["seamless"], told["guidance_interval"]) == ("x", {"start": 0.1})
+    assert told["freeu"] == {"b1": 1.5, "b2": 1.6, "s1": 0.9, "s2": 0.2}
+    with Image.open(tmp_path / "made.png") as image:
+        assert image.size == (24, 24)
+        assert "Hires upscaler: Lanczos" in image.text["parameters"]
+    assert "identical to the original" in again.succeeded().out
+    assert theirs.succeeded().json["not_honoured"] == []
+    assert recipe(tmp_path / "theirs-replay.png")["request"]["hires"] == {}
+    alone.failed(2, "--hires-steps needs a second pass; give its size with --hires 2")
+    wrong.failed(2, "--hires must be a number such as 2 or 1024x1536, not 'large'")
+    few.failed(2, "--freeu must be 4 numbers such as 1.5,1.6,0.9,0.2, not '1,2'")
+
+
+def test_json_says_as_requested_only_of_what_was_requested(sfumato, model, tmp_path):
+    told = sfumato("generate", "horse", "--model", model, "--steps", 1, "--json", cwd=tmp_path).succeeded().json
+    assert told["plan"]["reasons"]
+    assert [reason for reason in told["plan"]["reasons"] if "as requested" in reason] == []
 
 
 def test_every_option_reaches_the_picture(sfumato, model, tmp_path):
@@ -78,16 +126,20 @@ def test_every_option_reaches_the_picture(sfumato, model, tmp_path):
         "--dtype",
         "bf16",
     ]
+    words += ["--prompt-syntax", "comfyui", "--negative-clip-skip", 0, "--spacing", "exponential", "--rng", "cuda"]
     words += ["--device", "cpu", "-o", "new/folder/x.png", "--json", "--quiet"]
     outcome = sfumato("generate", "horse 🐴", "--model", model, *words, cwd=tmp_path, env=ascii_only).succeeded()
     assert outcome.err == ""
     told = outcome.json
+    asked = [reason for reason in told["plan"]["reasons"] if "as requested" in reason]
+    assert [reason.partition(" ")[0] for reason in asked] == ["device", "U-Net"]
     assert told["images"] == [str(Path("new/folder/x.png"))]
     assert told["seeds"] == [7, 8, 9]
     assert {"encode", "denoise", "decode"} <= told["seconds"].keys()
     wanted = {
         "prompt": "horse 🐴", "negative_prompt": "blue", "guidance_scale": 3.0, "guidance_rescale": 0.5, "clip_skip": 1,
         "scheduler": "DPMPP-2M-karras", "width": 24, "height": 32, "count": 3, "seed": 7, "steps": 3,
+        "prompt_syntax": "comfyui", "negative_clip_skip": 0, "spacing": "exponential", "rng": "cuda",
     }  # fmt: skip
     assert told["request"] == wanted
     carried = recipe(tmp_path / "new/folder/x.png")
@@ -137,13 +189,14 @@ def test_from_a_picture_over_an_existing_one(sfumato, model, tmp_path):
 def test_without_a_seed_one_is_picked_and_said_and_words_that_do_not_fit_are_too(sfumato, model, tmp_path):
     (tmp_path / "pictures").mkdir()
     prompt = " ".join(["photo of the astronaut"] * 10) + " unseen"
-    outcome = sfumato("generate", prompt, "--model", model, "--steps", 1, "-o", "pictures", cwd=tmp_path).succeeded()
+    words = ["--prompt-syntax", "plain", "--steps", 1, "-o", "pictures"]
+    outcome = sfumato("generate", prompt, "--model", model, *words, cwd=tmp_path).succeeded()
     (path,) = outcome.paths
     assert path.parent == Path("pictures")
     assert path.name.startswith("photo-of-the-astronaut-photo")
     assert len(path.name) <= 64
     note, seed = outcome.err.splitlines()
-    assert note.startswith("note: the prompt is longer than the 20 tokens this model reads; it did not see: '")
+    assert note.startswith("note: the prompt is longer than the model's 20 tokens; ignored: '")
     assert note.endswith("unseen'")
     told = recipe(tmp_path / path)
     assert seed.startswith(f"seed {told['request']['seed']}, ")
@@ -212,7 +265,7 @@ def test_progress_is_shown_and_ctrl_c_leaves_nothing_behind(environment, model, 
         process.stdout.close()
         os.close(ours)
     text = plain(seen)
-    assert text.rstrip().endswith("sfumato: interrupted; nothing half-written is left behind")
+    assert text.rstrip().endswith("sfumato: interrupted; no unfinished files were left behind")
     assert text.count("sfumato:") == 1
     assert "Traceback" not in text
     assert out == b""
@@ -220,7 +273,7 @@ def test_progress_is_shown_and_ctrl_c_leaves_nothing_behind(environment, model, 
 
 
 # The step, the steps in all, the time gone and the time left.
-LEFT = re.compile(r"drawing .* [1-9]\d*/500 \d:\d\d:\d\d left \d:\d\d:\d\d")
+LEFT = re.compile(r"generating .* [1-9]\d*/500 \d:\d\d:\d\d left \d:\d\d:\d\d")
 
 
 def plain(seen: bytes) -> str:
@@ -241,14 +294,12 @@ def rest(terminal: int) -> bytes:
         read += part
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such limit")
 def test_no_space_left(environment, model, tmp_path):
-    # The file that is written first is, under the name it will have, the device on which every write fails for want of
-    # space. `exec` keeps the number of the process, which is in that name.
-    line = 'ln -s /dev/full ".x.png.$$.part" && exec "$0" "$@"'
+    line = 'ulimit -f 0 && exec "$0" "$@"'  # as on a full disk, every file can be made and none can be filled
     command = ["sh", "-c", line, SCRIPT, "generate", "horse", "--model", model, "--steps", "1", "-o", "x.png", "-q"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr == "sfumato: no space left to write x.png; free some and run the command again\n"
+    assert done.stderr == "sfumato: x.png cannot be written (File too large); choose another path\n"
     assert names(tmp_path) == set()

@@ -13,8 +13,13 @@ from cli.conftest import SCRIPT
 from sfumato import __version__
 from sfumato.schedulers.names import NAMES
 
-COMMANDS = ("generate", "replay", "schedulers", "show", "plan", "doctor", "bench", "download")
+COMMANDS = (
+    *("generate", "replay", "schedulers", "show", "plan", "convert", "doctor", "bench", "download", "completion"),
+    *("studio", "serve"),
+)
+GROUPS = ("models", "coreml", "bulk")
 COREML = ("convert", "verify", "generate", "download")
+BULK = ("plan", "run", "status", "verify", "export")
 HEAVY = {
     "torch",
     "numpy",
@@ -35,6 +40,10 @@ HEAVY = {
         ["--help"],
         *([command, "--help"] for command in COMMANDS),
         *(["coreml", command, "--help"] for command in COREML),
+        *(["bulk", command, "--help"] for command in BULK),
+        ["models", "--help"],
+        ["models", "remove", "--help"],
+        ["completion", "zsh"],
         ["schedulers", "--json"],
         ["generate", "x", "--stps", "1"],
     ],
@@ -50,12 +59,14 @@ def test_quick_commands_import_nothing_heavy(environment, words, tmp_path):
         assert done.stdout.startswith("Usage: sfumato")
         examples = re.findall(r"^ +(sfumato \w+.*)$", done.stdout.partition("Examples:")[2], re.MULTILINE)
         assert len(examples) >= 2 if len(words) > 1 else 'sfumato generate "a red apple, 3d"' in done.stdout
-        assert all(line.split()[1 : len(words)] == words[:-1] or line.split()[1] in COMMANDS for line in examples)
+        assert all(
+            line.split()[1 : len(words)] == words[:-1] or line.split()[1] in (*COMMANDS, *GROUPS) for line in examples
+        )
 
 
 def test_root(sfumato, tmp_path):
     listed = sfumato("-h", cwd=tmp_path).succeeded().out
-    assert re.findall(r"^  (\w+) +[A-Z]", listed.partition("Commands:")[2], re.MULTILINE) == [*COMMANDS, "coreml"]
+    assert re.findall(r"^  (\w+) +[A-Z]", listed.partition("Commands:")[2], re.MULTILINE) == [*COMMANDS, *GROUPS]
     group = sfumato("coreml", "-h", cwd=tmp_path).succeeded().out
     assert re.findall(r"^  (\w+) +[A-Z]", group.partition("Commands:")[2], re.MULTILINE) == list(COREML)
     bare = sfumato(cwd=tmp_path)
@@ -76,4 +87,4 @@ def test_schedulers(sfumato, tmp_path):
         name: alias.class_name for name, alias in NAMES.items()
     }
     assert told["dpmpp_2m_karras"]["config"]["use_karras_sigmas"] is True
-    assert len({entry["class"] for entry in told.values()}) == 14
+    assert len({entry["class"] for entry in told.values()}) == 18

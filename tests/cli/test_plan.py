@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -11,7 +13,7 @@ import pytest
 import sfumato as library
 from sfumato.checkpoints.builtin import builtin_model
 from sfumato.checkpoints.suggested import suggested_settings
-from sfumato.runtime.facts import machine, machine_names
+from sfumato.runtime.facts import machine, machine_names, read_facts
 
 
 def test_tables_and_json(sfumato_each, model, tmp_path):
@@ -38,7 +40,7 @@ def test_tables_and_json(sfumato_each, model, tmp_path):
     assert found["plan"]["device"] == "mps"
     assert found["plan"]["micro_batch"] == 1
     assert found["plan"]["peak_bytes"] < found["plan"]["free_bytes"]
-    assert "float16 was asked for and became float32" in tiny.succeeded().out
+    assert "float32 instead of float16" in tiny.succeeded().out
     assert "16 × 16" in tiny.out
     assert str(model) in tiny.out
     own = here.succeeded().json
@@ -46,6 +48,17 @@ def test_tables_and_json(sfumato_each, model, tmp_path):
     pipe = library.DiffusionPipeline.from_pretrained(model)
     assert own["model"]["unet"]["parameters"] == sum(value.numel() for value in pipe.unet.parameters())
     assert int(batch.succeeded().out) > large.succeeded().json["largest_batch"] >= 1
+
+
+def test_a_refiner_is_planned_after_the_first_checkpoint(sfumato_each, tmp_path):
+    plan = ["plan", "a fox", "--model", "sdxl", "--refiner", "sdxl-refiner", "--facts", "rtx-4090"]
+    text, data, missing = sfumato_each([plan, [*plan, "--json"], [*plan[:5], "no-such-folder"]], cwd=tmp_path)
+    first, second = text.succeeded().out.split("Stable Diffusion XL refiner on")
+    assert "40 steps" in first
+    assert "1024 × 1024, 10 steps" in second  # of 50, the last fifth
+    found = data.succeeded().json
+    assert (found["plan"]["steps"], found["refiner"]["plan"]["steps"]) == (40, 10)
+    assert (missing.code, "no-such-folder" in missing.err) == (1, True)
 
 
 def test_bad_input(sfumato_each, model, tmp_path):
@@ -69,11 +82,11 @@ def test_bad_input(sfumato_each, model, tmp_path):
     ]
     outcomes = sfumato_each(commands, cwd=tmp_path)
     wanted = [
-        (1, "2048 × 2048", "needs", "GB", "free", "the largest that would fit", "--width"),
+        (1, "2048 × 2048", "needs", "GB", "free", "the largest that fits", "--width"),
         (2, "width must be divisible by 8", "496 or 504"),
         (2, "count must be"),
         (2, "there is no dtype 'float61'", "did you mean"),
-        (2, "'cuda' is not present on laptop, 8 GB, no GPU", "cpu"),
+        (2, "'cuda' is not available on laptop, 8 GB, no GPU", "cpu"),
         (1, "there is no folder"),
         (1, "variant 'fp16'"),
         (2, "there is no machine 'm1-8g'", "did you mean 'm1-8gb'"),
@@ -87,7 +100,7 @@ def test_bad_input(sfumato_each, model, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ulimit -v is enforced there")
-def test_a_limit_on_memory_is_planned_with(environment, tmp_path):
+def test_a_limit_on_memory_is_planned_with(server, tmp_path):
     """A 1024² picture of Stable Diffusion 1.5 under `ulimit -v` of 3 GB is refused with numbers, not tried and killed."""
     code = """
 import resource, sys
@@ -96,13 +109,11 @@ from sfumato.cli.main import main
 sys.argv = ["sfumato", "plan", "fog", "--model", "sd15", "--width", "1024", "--height", "1024", "--device", "cpu", "--dtype", "float32"]
 main()
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1, done.stdout
-    assert "needs" in done.stderr
-    assert "free on" in done.stderr
-    assert "Traceback" not in done.stderr
+    done = server.run(code, [], cwd=tmp_path)
+    assert done.code == 1, done.out
+    assert "needs" in done.err
+    assert "free on" in done.err
+    assert "Traceback" not in done.err
 
 
 def test_without_a_model_the_built_in_one_is_planned_with_its_own_settings(sfumato_each, tmp_path):
@@ -128,3 +139,30 @@ print("torch" in sys.modules)
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_the_side_that_was_not_given_is_said(sfumato_each, tmp_path):
+    laptop = ["plan", "fog", "--model", "sd15", "--facts", "laptop-8gb"]
+    commands = [[*laptop, "-W", 1024], [*laptop, "-H", 768], laptop, [*laptop, "-W", 512, "-H", 512]]
+    wide, high, neither, both = (run.succeeded().out for run in sfumato_each(commands, cwd=tmp_path))
+    assert "1024 × 512" in wide
+    assert "only the width was given, so the height is the model's own, 512; set it with --height" in wide
+    assert "only the height was given, so the width is the model's own, 512; set it with --width" in high
+    assert "was given" not in neither + both
+
+
+@pytest.mark.skipif(os.name == "nt", reason="reads the time of processes from the system")
+def test_time_is_within_a_factor_of_two_for_the_small_model(installed, tmp_path):
+    """Compared with the processor's time, which other programs on the same cores do not stretch: nor may the plan's."""
+    import resource
+
+    installed("generate", "a red apple", cwd=tmp_path).succeeded()  # kernels are compiled, files are in memory
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    installed("generate", "a red apple, 3d", cwd=tmp_path).succeeded()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    took = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    facts = dataclasses.replace(read_facts("cpu"), load=0.0, speeds={})
+    facts.to_json(tmp_path / "idle.json")
+    words = ("plan", "a red apple, 3d", "--facts", "idle.json", "--json")
+    told = installed(*words, cwd=tmp_path).succeeded().json["plan"]["seconds"]
+    assert took / 2 < told < 2 * took

@@ -9,7 +9,8 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from sfumato.images import read_recipe
+from sfumato.images import open_image
+from sfumato.metadata.carriers import read_recipe
 
 
 def rewrite(source: Path, target: Path, **changes: object) -> Path:
@@ -78,6 +79,31 @@ def test_other_ways_to_the_same_picture(sfumato_each, drawn, model, tmp_path):
     assert retold["request"]["seed"] == 0
 
 
+# Changes to a recipe, and what its refusal says. The model is there: nothing of this may wait for it to be loaded.
+NONSENSE = {
+    "steps": {"request": {"steps": 10**9}},
+    "count": {"request": {"count": 10**9}},
+    "width": {"request": {"width": "wide"}},
+    "image": {"request": {"image": 5}},
+    "betas": {"scheduler": {"config": {"beta_start": "x"}}},
+    "train": {"scheduler": {"config": {"num_train_timesteps": 10**12}}},
+    "name": {"model": {"name": 5}},
+    "kind": {"scheduler": {"class": ["DDIMScheduler"]}},
+    "dtyped": {"dtype": 5},
+}
+NONSENSE_SAYS = {
+    "steps": "steps must be at most 10000",
+    "count": "count must be at most 10000",
+    "width": "width must be a positive number of pixels",
+    "image": "image must be text",
+    "betas": "beta_start must be a number",
+    "train": "num_train_timesteps must be at most",
+    "name": "name must be text",
+    "kind": "class must be text",
+    "dtyped": "dtype must be text",
+}
+
+
 def test_what_cannot_be_replayed(sfumato_each, drawn, checkpoints, model, tmp_path):
     shutil.copy(drawn.path, tmp_path / "fox.png")
     Image.new("RGB", (16, 16)).save(tmp_path / "plain.png")
@@ -88,29 +114,128 @@ def test_what_cannot_be_replayed(sfumato_each, drawn, checkpoints, model, tmp_pa
         image.resize((8, 8)).save(tmp_path / "smaller.png", pnginfo=info)
         seed = json.loads(image.text["sfumato"])["request"]
     rewrite(drawn.path, tmp_path / "moved.png", model={"name": str(tmp_path / "gone"), "weights": "0" * 32})
+    rewrite(drawn.path, tmp_path / "hub.png", model={"name": "nobody/nothing", "weights": "0" * 32})
     rewrite(drawn.path, tmp_path / "nomodel.png", model=None)
     rewrite(drawn.path, tmp_path / "nodtype.png", dtype=None)
     rewrite(drawn.path, tmp_path / "field.png", request=seed | {"stepz": 3})
     rewrite(drawn.path, tmp_path / "class.png", scheduler={"class": "Evil", "config": {}})
+    told = read_recipe(drawn.path)
+    for name, changes in NONSENSE.items():
+        kept = {key: told[key] | value if isinstance(value, dict) else value for key, value in changes.items()}
+        rewrite(drawn.path, tmp_path / f"{name}.png", **kept)
     rewrite(drawn.path, tmp_path / "start.png", request=seed | {"image": "no.png"}, image={"sha256": "0"})
     before = {path.name for path in tmp_path.iterdir()}
     cases = [
-        (["fox.png", "--model", checkpoints("sd21")], 2, "are not those fox.png was drawn with", "--model"),
-        (["moved.png"], 1, "moved.png was drawn with", "say where it is now with --model"),
+        (
+            ["fox.png", "--model", checkpoints("sd21")],
+            2,
+            "has other weights than fox.png was generated with",
+            "--model",
+        ),
+        (["moved.png"], 1, "moved.png was generated with", "give its new path with --model"),
         (["fox.png", "--model", tmp_path / "gone"], 1, "there is no folder"),
-        (["plain.png"], 2, "plain.png carries no recipe"),
-        (["torn.png"], 2, "torn.png cannot be read as a picture"),
-        (["none.png"], 2, "there is no picture none.png; check the path"),
+        (["plain.png"], 2, "plain.png contains no recipe"),
+        (["torn.png"], 2, "torn.png cannot be read as an image"),
+        (["none.png"], 2, "there is no image none.png; check the path"),
         (["smaller.png"], 2, "cannot be compared"),
-        (["nomodel.png"], 2, "the recipe of nomodel.png is not whole"),
-        (["nodtype.png"], 2, "the recipe of nodtype.png is not whole"),
+        (["nomodel.png"], 2, "the recipe of nomodel.png is incomplete"),
+        (["nodtype.png"], 2, "the recipe of nodtype.png is incomplete"),
         (["field.png"], 2, "a request has no field 'stepz'", "did you mean 'steps'?"),
         (["class.png"], 2, "the recipe names a scheduler 'Evil' that does not exist"),
-        (["start.png"], 2, "no.png, is gone or changed; put it back"),
-        (["fox.png", "--output", "x.gif"], 2, "--output must end in .png"),
+        (["start.png"], 2, "no.png is missing or has changed; restore it"),
+        *(([f"{name}.png"], 2, f"the recipe of {name}.png", NONSENSE_SAYS[name]) for name in NONSENSE),
+        (["hub.png"], 1, "generated with nobody/nothing", "--model, or run 'sfumato download nobody/nothing'"),
+        (["fox.png", "--output", "x.gif"], 2, "must end in .png"),
         (["fox.png", "--output", "fox.png/x.png"], 1, "is not a folder"),
     ]
     outcomes = sfumato_each([["replay", *words] for words, *_ in cases], cwd=tmp_path)
     for outcome, (_, code, *sentence) in zip(outcomes, cases, strict=True):
         outcome.failed(code, *sentence)
     assert {path.name for path in tmp_path.iterdir()} == before
+
+
+FOREIGN = Path(__file__).parents[1] / "data" / "metadata"
+TEXT = (
+    "a (red:1.2) heart\nNegative prompt: blue\nSteps: 3, Sampler: Euler a, Schedule type: Karras, CFG scale: 5, Seed: 7, "
+    "Size: 16x16, Model: tiny, Variation seed: 2, Variation seed strength: 0.1, ENSD: 31337, ControlNet 0: "
+    '"Module: canny", Version: v1.10.1'
+)
+
+
+def test_a_picture_of_another_program(sfumato_each, model, tmp_path):
+    info = PngInfo()
+    info.add_text("parameters", TEXT)
+    Image.new("RGB", (16, 16)).save(tmp_path / "other.png", pnginfo=info)
+    shutil.copy(FOREIGN / "comfyui_img2img.png", tmp_path / "comfy.png")
+    Image.linear_gradient("L").resize((16, 16)).save(tmp_path / "start.png")
+    replay = ["replay", "other.png", "--model", model]
+    outcomes = sfumato_each(
+        [
+            ["replay", "other.png"],
+            ["show", "other.png"],
+            ["show", "other.png", "--json"],
+            [*replay, "--dtype", "float32"],
+            [*replay, "--dtype", "float32", "--json", "-o", "again.png", "--quiet"],
+            [*replay, "--rng", "torch", "--dtype", "float32", "-o", "torch.png"],
+            ["replay", "other-replay.png"],
+            ["replay", "other-replay.png", "--rng", "torch"],
+            ["show", "comfy.png"],
+            ["show", "start.png"],
+        ],
+        cwd=tmp_path,
+    )
+    outcomes[0].failed(2, "other.png was generated by AUTOMATIC1111 with 'tiny'; give that checkpoint with --model")
+    shown = outcomes[1].succeeded().out
+    assert "generated by AUTOMATIC1111, 16 × 16 pixels" in shown
+    assert "note: ControlNet 0 is not honoured: 'Module: canny'" in shown
+    told = outcomes[2].succeeded().json
+    assert told["request"]["noise"] == {
+        "variation_seed": 2, "variation_strength": 0.1, "step_seed": 31337, "posterior": "mean",
+    }  # fmt: skip
+    assert (told["request"]["rng"], told["request"]["spacing"]) == ("cuda", "karras")
+    assert len(told["not_honoured"]) == 1
+    outcomes[3].succeeded()
+    assert "note: ControlNet 0" in outcomes[3].err
+    assert outcomes[3].out.startswith("other-replay.png\nPSNR against the original: ")
+    assert outcomes[4].succeeded().err == ""
+    assert len(outcomes[4].json["not_honoured"]) == 1
+    names = ("other-replay", "again", "torch")
+    first, again, other = (open_image(tmp_path / f"{name}.png").tobytes() for name in names)
+    assert first == again != other
+    # What was drawn again is ours, with a recipe that says all of it.
+    assert outcomes[6].succeeded().out.endswith("identical to the original\n")
+    outcomes[7].failed(2, "are for images from other programs")
+    assert "it was made from another image" in outcomes[8].succeeded().out
+    outcomes[9].failed(2, "contains no recipe")
+
+
+def test_a_picture_of_another_size_is_drawn_and_not_compared(sfumato_each, model, tmp_path):
+    info = PngInfo()
+    info.add_text("parameters", TEXT)
+    Image.new("RGB", (32, 32)).save(tmp_path / "other.png", pnginfo=info)
+    replay = ["replay", "other.png", "--model", model, "--output"]
+    outcomes = sfumato_each([[*replay, "a.webp"], [*replay, "b.jpg", "--json"], ["replay", "a.webp"]], cwd=tmp_path)
+    assert outcomes[0].succeeded().out == "a.webp\nthe original is of another size, so the two cannot be compared\n"
+    assert outcomes[1].succeeded().json["psnr_db"] is None
+    assert outcomes[2].succeeded().out == "a-replay.png\nidentical to the original\n"
+
+
+def test_a_refiner_is_told_found_and_repeated(sfumato_each, checkpoints, tmp_path):
+    base, refiner = (str(checkpoints(shape)) for shape in ("sdxl", "refiner"))
+    drawing = ["generate", "the cat", "--model", base, "--steps", "4", "--seed", "3"]
+    commands = [
+        [*drawing, "--refiner", refiner, "-o", "fox.png"],
+        ["replay", "fox.png"],
+        ["replay", "fox.png", "--refiner", base],
+        [*drawing, "--refiner-start", "0.5"],
+        [*drawing, "--refiner", refiner, "--refiner-start", "1"],
+        [*drawing, "--refiner", str(tmp_path / "none")],
+    ]
+    drawn, same, other, *wrong = sfumato_each(commands, cwd=tmp_path)
+    drawn.succeeded()
+    assert "identical to the original" in same.succeeded().out
+    assert read_recipe(tmp_path / "fox.png")["request"]["refiner"] == refiner
+    other.failed(2, "has other weights", "give the right checkpoint (--refiner)")
+    wrong[0].failed(2, "give one with --refiner")
+    wrong[1].failed(2, "between the first and the last step")
+    wrong[2].failed(1, "there is no folder")

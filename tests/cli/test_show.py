@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
+import torch
+from safetensors.torch import save_file
+
 import sfumato as library
+from sfumato.checkpoints.write_file import write_single_file
+from support.single_files import TINY, parts_of
 
 PARTS = ("text_encoder", "unet", "vae")
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -80,3 +88,51 @@ def test_numbers_are_the_models_own(sfumato_each, model, tmp_path):
     failures[1].failed(1, "there is no folder", "give an existing folder or a hub id")
     failures[2].failed(1, "'nobody/nothing' is not completely in the local cache", "sfumato download nobody/nothing")
     failures[3].failed(1, "variant 'fp16'")
+
+
+def test_a_file_says_what_it_is_and_why(sfumato_each, tmp_path):
+    tiny = TINY["sdxl"]
+    checkpoint, adapter, torn = tmp_path / "my model.safetensors", tmp_path / "style.safetensors", tmp_path / "torn.safetensors"  # fmt: skip
+    parts = parts_of(tiny)
+    del parts["text_encoder"]
+    write_single_file(checkpoint, replace(tiny.row, encoders=tiny.row.encoders[1:]), parts, {"prediction_type": "v_prediction"})  # fmt: skip
+    save_file({"lora_unet_mid_block.lora_down.weight": torch.zeros(2, 2, dtype=torch.float16)}, adapter)
+    torn.write_bytes(checkpoint.read_bytes()[:-1])
+    commands = [["show", checkpoint, "--json"], ["show", checkpoint], ["show", adapter], ["show", adapter, "--json"]]
+    commands += [["show", torn], ["show", checkpoint, "--variant", "fp16"], ["show", "none.safetensors"]]
+    told, text, other, other_told, *failures = sfumato_each(commands, cwd=tmp_path)
+
+    facts = told.succeeded().json
+    assert facts["family"] == "Stable Diffusion XL refiner"
+    assert facts["prediction_type"] == "v_prediction"
+    assert facts["suggested"] == {"steps": 50, "guidance_scale": 5.0}
+    assert facts["parts"]["unet"]["parameters"] == sum(value.numel() for value in parts["unet"].parameters())
+    assert facts["bytes"] == sum(value.nbytes for part in parts.values() for value in part.parameters())
+    for words in (
+        "my model.safetensors",
+        "Stable Diffusion XL refiner",
+        "- predicts v_prediction: according to its metadata",
+    ):
+        assert words in text.succeeded().out
+    assert "style.safetensors: a LoRA" in other.succeeded().out
+    assert other_told.succeeded().json["parts"]["all"]["dtype"] == "float16"
+    failures[0].failed(1, "torn.safetensors is truncated", "download or copy it again")
+    failures[1].failed(2, "a checkpoint file has no variants")
+    failures[2].failed(1, "there is no file none.safetensors")
+
+
+def test_a_file_is_shown_at_once(environment, tmp_path):
+    """Without torch, and so in a fraction of a second."""
+    write_single_file(tmp_path / "tiny.safetensors", TINY["sd15"].row, parts_of(TINY["sd15"]), {})
+    code = """
+import sys
+sys.argv = ["sfumato", "show", "tiny.safetensors"]
+from sfumato.cli.main import main
+try:
+    main()
+finally:
+    print({"torch", "numpy", "safetensors", "huggingface_hub"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)  # fmt: skip
+    assert "Stable Diffusion 1.x" in done.stdout
+    assert done.stdout.rstrip().endswith("set()")

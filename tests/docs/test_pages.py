@@ -16,15 +16,34 @@ import pytest
 
 from support.converted import write_converted
 from support.hub import cache
+from support.single_files import write_small
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-# The hub ids that pages name, which a tiny random checkpoint answers for.
-IDS = ("stable-diffusion-v1-5/stable-diffusion-v1-5", "CompVis/stable-diffusion-v1-4")
+# The hub ids that pages name, and the tiny random checkpoints that answer for them.
+IDS = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+    "CompVis/stable-diffusion-v1-4": "sd15",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "stabilityai/stable-diffusion-xl-refiner-1.0": "refiner",
+}
 # Converted models that pages name, as others published them: without a word of where they come from.
 CONVERTED = "apple/coreml-stable-diffusion-v1-4"
+# Files that lie beside a reader of a page: small ones of these families, and whether they hold the U-Net alone.
+FILES = {
+    "docs/guides/checkpoints.md": {
+        "dreamshaper_8.safetensors": ("sd15", False),
+        "sd_xl_turbo_1.0_fp16.safetensors": ("sdxl-turbo", False),
+        "sdxl_lightning_4step_unet.safetensors": ("sdxl-lightning", True),
+    }
+}
 # What no test runs, and why: (page, reason). A block is left out by `<!-- not run: reason -->` right before it.
-NOT_RUN = {("README.md", "these two set up the environment the other blocks run in")}
+NOT_RUN = {
+    ("README.md", "these install the command that the other blocks run"),
+    ("README.md", "these two set up the environment the other blocks run in"),
+}
+# It measures this machine and runs `sfumato bench`, which tests/cli does over less work.
+LONG = {"docs/guides/memory-and-speed.md"}
 
 # Runs the blocks of one page in order: Python in one namespace, with warnings as errors, and shell with `bash -eu`.
 DRIVER = """
@@ -32,7 +51,7 @@ import json, subprocess, sys, warnings
 import torch
 
 names = {"__name__": "__main__"}
-for block in json.load(sys.stdin):
+for block in json.loads(sys.argv[1]):
     print("---", block["page"], "line", block["line"], flush=True)
     if block["language"] == "python":
         with warnings.catch_warnings():
@@ -40,7 +59,7 @@ for block in json.load(sys.stdin):
             code = "\\n" * block["line"] + block["text"]
             exec(compile(code, block["page"], "exec"), names)
     else:
-        subprocess.run(["bash", "-eu", "-o", "pipefail", "-c", block["text"]], check=True, stdin=subprocess.DEVNULL)
+        subprocess.run([sys.argv[2], "-eu", "-o", "pipefail", "-c", block["text"]], check=True, stdin=subprocess.DEVNULL)
 """
 
 
@@ -104,8 +123,8 @@ def test_only_what_must_be_is_left_out():
 def hub(checkpoints: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home of the hub's library whose cache has the checkpoints that pages name."""
     home = tmp_path_factory.mktemp("home")
-    for name in IDS:
-        cache(home / "hub", name, checkpoints("sd15"))
+    for name, shape in IDS.items():
+        cache(home / "hub", name, checkpoints(shape))
     models = home / "converted"
     write_converted(checkpoints("sd15"), models / "original" / "packages", described=False, tokenizer=False)
     cache(home / "hub", CONVERTED, models)
@@ -113,27 +132,26 @@ def hub(checkpoints: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize(
-    "page", [page for page, blocks in BLOCKS.items() if any(not block.skipped for block in blocks)]
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.long if page in LONG else ())
+        for page, blocks in BLOCKS.items()
+        if any(not block.skipped for block in blocks)
+    ],
 )
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-def test_page_runs(page, hub, tmp_path):
+def test_page_runs(page, hub, server, tmp_path):
     blocks = [asdict(block) for block in BLOCKS[page] if not block.skipped]
     if any(CONVERTED in block["text"] for block in blocks):
         # What the page's own download would have left, so that offline the hub's library takes it as it is.
         shutil.copytree(hub / "converted", tmp_path / "models" / "coreml-stable-diffusion-v1-4_original_packages")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    environment |= {
-        "HF_HOME": str(hub),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER],
-        cwd=tmp_path, env=environment, input=json.dumps(blocks), capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.stdout.count(f"--- {page} line ") == len(blocks)
+    for name, (family, alone) in FILES.get(page, {}).items():
+        write_small(tmp_path / name, family, alone=alone)
+    path = os.pathsep.join([str(server.bin), str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = {"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1", "PATH": path}
+    done = server.run(DRIVER, [json.dumps(blocks), str(shutil.which("bash"))], cwd=tmp_path, env=env)
+    assert done.code == 0, done.out[-3000:] + done.err[-3000:]
+    assert done.out.count(f"--- {page} line ") == len(blocks)
 
 
 def anchors(text: str) -> set[str]:

@@ -102,7 +102,7 @@ def test_a_component_without_the_variant_falls_back_and_says_so(checkpoints, tmp
     with caplog.at_level(logging.WARNING, logger="sfumato"):
         pipe = sfumato.DiffusionPipeline.from_pretrained(folder, variant="fp16")
     assert [record.getMessage() for record in caplog.records] == [
-        "no 'fp16' variant of text_encoder, vae; using the plain weights there"
+        "no 'fp16' variant of text_encoder, vae; using the plain weights instead"
     ]
     key = "conv_in.weight"
     assert torch.equal(pipe.unet.state_dict()[key], halves[key].float())

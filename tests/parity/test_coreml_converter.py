@@ -157,8 +157,8 @@ def test_the_model_in_the_package():
         compare_unet(noise_model, dtype="fp16", precision="float32", least=SHIPPED, form=form, size=(8, 8))
     z = noise(1, vae.config.latent_channels, 8, 8)
     image = Predictor(vae_decoder(vae, height=8, width=8)).predict({"z": z.numpy()})["image"]
-    ids = torch.full((1, 16), text.config.eos_token_id)
-    ids[0, :3] = torch.tensor([2512, 5, 9])
+    ids = torch.full((1, text.config.max_position_embeddings), text.config.eos_token_id)
+    ids[0, :3] = torch.tensor([text.config.eos_token_id - 1, 5, 9])
     states = Predictor(text_encoder(text)).predict({"input_ids": ids.float().numpy()})
     with torch.no_grad():
         assert decibels(image, vae.decode(z).sample) >= FLOAT16

@@ -281,6 +281,38 @@ def test_shapes_that_vary(ct, tmp_path):
     assert (found["ranged"].default, found["ranged"].ranges) == ((1, 4, 8, 8), ((1, 1), (4, 4), (2, 64), (8, 8)))
 
 
+def test_images_and_default_values(ct, tmp_path):
+    """Scale and bias are operations of the program, so an image is an array of numbers from 0 to 255."""
+    from coremltools.converters.mil.mil import Builder as mb
+    from PIL import Image
+
+    from sfumato.coreml.runtime import load
+
+    def add(x, y):
+        return mb.add(x=x, y=y, name="z")
+
+    specs = [mb.TensorSpec((1, 3, 4, 6)), mb.TensorSpec((1, 3, 1, 1))]
+    bias = [-1.0, -0.5, 0.25]
+    default = ct.TensorType("y", (1, 3, 1, 1), default_value=np.full((1, 3, 1, 1), 0.5, np.float32))
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+    for layout in ("RGB", "BGR"):
+        image = ct.ImageType("x", (1, 3, 4, 6), scale=1 / 127.5, bias=bias, color_layout=ct.colorlayout[layout])
+        (tmp_path / layout).mkdir()
+        built = mb.program(input_specs=specs, opset_version=ct.target.iOS16)(add)
+        with quiet():
+            model = ct.convert(
+                built, inputs=[image, default], minimum_deployment_target=ct.target.iOS16,
+                compute_precision=ct.precision.FLOAT32, skip_model_load=True,
+            )  # fmt: skip
+        read, path = round_trip(ct, model, tmp_path / layout)
+        x, y = read.interface.inputs
+        assert (x.image, x.type.shape, y.default, y.optional) == (layout, (1, 3, 4, 6), 0.5, True)
+        got = load(path).predict({"x": Image.fromarray(pixels)})["z"]
+        ordered = pixels if layout == "RGB" else pixels[..., ::-1]
+        wanted = ordered.transpose(2, 0, 1) / 127.5 + np.reshape(bias, (3, 1, 1)) + 0.5
+        assert np.allclose(got[0], wanted, atol=1e-5)
+
+
 def test_other_kinds_of_model_are_refused_by_name(ct, tmp_path):
     from sfumato.errors import ConfigError
 

@@ -13,8 +13,6 @@ import sfumato
 from support.checkpoints import FULL_SIZE_UNET
 from support.compare import FLOAT32, distance, generator
 
-pytestmark = pytest.mark.full_size
-
 VAE = {
     "block_out_channels": [128, 256, 512, 512],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
@@ -33,6 +31,36 @@ CLIP = {
     "eos_token_id": 49407,
     "pad_token_id": 1,
 }
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("UNet2DConditionModel", FULL_SIZE_UNET),
+        (
+            "UNet2DConditionModel",
+            FULL_SIZE_UNET | {"use_linear_projection": True, "attention_head_dim": [5, 10, 20, 20]},
+        ),
+        ("AutoencoderKL", VAE),
+        ("AutoencoderTiny", {}),
+        ("CLIPTextModel", CLIP),
+    ],
+)
+def test_every_key_stands_where_the_reference_has_it(name, config):
+    with torch.device("meta"):
+        ours = getattr(sfumato, name)(**config)
+        if name == "CLIPTextModel":
+            theirs = transformers.CLIPTextModel(transformers.CLIPTextConfig(**config))
+        else:
+            theirs = getattr(diffusers, name)(**config)
+    for mine, other in (
+        (ours.state_dict(), theirs.state_dict()),
+        (dict(ours.named_parameters()), dict(theirs.named_parameters())),
+    ):
+        shapes = [
+            [(key.removeprefix("text_model."), value.shape) for key, value in each.items()] for each in (mine, other)
+        ]
+        assert shapes[0] == shapes[1]
 
 
 def shared(ours_class, theirs_class, config, prefix: str = ""):
@@ -68,6 +96,7 @@ def _free():
     gc.collect()
 
 
+@pytest.mark.long
 @torch.no_grad()
 def test_unet():
     ours, theirs = shared(sfumato.UNet2DConditionModel, diffusers.UNet2DConditionModel, FULL_SIZE_UNET)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import diffusers
 import pytest
 import torch
@@ -175,6 +177,94 @@ def test_autoencoder(name: str):
     z = randn(2, VAES[name].get("latent_channels", 4), 6, 11)
     assert distance(ours.decode(z).sample, theirs.decode(z).sample) < FLOAT32
     assert distance(ours(x).sample, theirs(x).sample) < FLOAT32
+
+
+@torch.no_grad()
+def test_autoencoders_as_one_call():
+    x = randn(2, 3, 24, 40)
+    ours, theirs = vaes(**VAE)
+    for call in ({}, {"sample_posterior": True}):
+        for seeds in (3, [3, 4]):
+            a, b = (
+                [generator(seed) for seed in seeds] if isinstance(seeds, list) else generator(seeds) for _ in range(2)
+            )
+            assert distance(ours(x, **call, generator=a).sample, theirs(x, **call, generator=b).sample) < FLOAT32
+            pairs = zip(a, b, strict=True) if isinstance(seeds, list) else [(a, b)]
+            assert all(torch.equal(mine.get_state(), other.get_state()) for mine, other in pairs)
+    assert isinstance(ours(x, True, False, generator()), tuple)
+    assert distance(ours(x, True, False, generator())[0], theirs(x, True, False, generator())[0]) < FLOAT32
+    mine, other = ours.encode(x).latent_dist, theirs.encode(x).latent_dist
+    assert distance(mine.kl(), other.kl()) < FLOAT32
+    assert distance(mine.nll(mine.mean + 0.1), other.nll(other.mean + 0.1)) < FLOAT32
+    shifted = [type(each)(each.parameters + 0.5) for each in (mine, other)]
+    assert distance(mine.kl(shifted[0]), other.kl(shifted[1])) < FLOAT32
+
+    theirs = randomize(diffusers.AutoencoderTiny(**TINY))
+    ours = sfumato.AutoencoderTiny(**TINY).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    assert distance(ours(x).sample, theirs(x).sample) < FLOAT32
+    assert distance(ours(x, False)[0], theirs(x, False)[0]) < FLOAT32
+    half = ours.to(torch.bfloat16)(x.bfloat16()).sample  # the reference cannot: a byte over 255 is float32
+    assert half.dtype == torch.bfloat16
+
+
+FRESH = {
+    "UNet2DConditionModel": [
+        *UNETS.values(),
+        *({**UNET, "class_embed_type": kind, "projection_class_embeddings_input_dim": 24} for kind in ("timestep", "projection", "simple_projection")),
+        {**UNET, "num_class_embeds": 5, "time_cond_proj_dim": 16, "use_linear_projection": True},
+    ],
+    "AutoencoderKL": list(VAES.values()),
+    "AutoencoderTiny": [{}, {"act_fn": "gelu", "latent_channels": 16}],
+    "CLIPTextModel": [TEXT, SHAPES["sd21"].text],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FRESH)
+def test_a_seed_gives_the_fresh_weights_of_the_reference_in_its_order(name: str):
+    """So that a training begins where it would there, and its optimizer's state, which goes by position, fits."""
+
+    def make(library, config):
+        text = library is transformers
+        torch.manual_seed(5)
+        model = getattr(library, name)(
+            *([transformers.CLIPTextConfig(**config)] if text else []), **({} if text else config)
+        )
+        return model, torch.get_rng_state()
+
+    def bare(names):
+        return [name.removeprefix("text_model.") for name in names]
+
+    for config in FRESH[name]:
+        (ours, state), (theirs, other) = (
+            make(sfumato, config),
+            make(transformers if name[:4] == "CLIP" else diffusers, config),
+        )
+        assert torch.equal(state, other)
+        assert bare(ours.state_dict()) == bare(theirs.state_dict())
+        parameters = list(ours.named_parameters()), list(theirs.named_parameters())
+        for (mine_name, mine), (other_name, other) in zip(*parameters, strict=True):
+            assert bare([mine_name]) == bare([other_name])
+            assert torch.equal(mine, other), mine_name
+
+
+def test_an_optimizer_s_state_of_the_reference_goes_on_here():
+    ours, theirs = unets(**UNET)
+    x, context = randn(1, 4, 8, 8), randn(1, 7, 24, seed=1)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9) for model in (ours, theirs)]
+
+    def train(model, optimizer):
+        optimizer.zero_grad()
+        model(x, 3, context, return_dict=False)[0].pow(2).mean().backward()
+        optimizer.step()
+
+    train(theirs, optimizers[1])
+    ours.load_state_dict(theirs.state_dict())
+    optimizers[0].load_state_dict(copy.deepcopy(optimizers[1].state_dict()))
+    for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+        train(model, optimizer)
+    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert distance(mine, other) < FLOAT32, name
 
 
 @pytest.mark.parametrize("size", [(5, 9), (17, 23), (16, 30), (8, 8)])

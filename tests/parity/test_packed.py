@@ -101,7 +101,7 @@ def test_text_encoder(masked: bool):
     assert distance(got[kept], want[kept]) < FLOAT32
 
 
-@pytest.mark.full_size
+@pytest.mark.long
 @torch.no_grad()
 def test_stable_diffusion_15_at_its_full_size():
     with torch.device("meta"):

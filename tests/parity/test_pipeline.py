@@ -9,57 +9,7 @@ import torch
 import sfumato
 from sfumato.schedulers.noise import GaussianNoise
 from support.compare import FLOAT32, distance, generator
-
-SCHEDULERS = [
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSDEScheduler",
-    "DPMSolverSinglestepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "UniPCMultistepScheduler",
-]
-PROMPTS = ["a photo of an astronaut", "the red heart"]
-
-
-def change_scheduler(name: str, ours, theirs, **config) -> None:
-    import diffusers
-
-    ours.scheduler = getattr(sfumato, name).from_config(ours.scheduler.config, **config)
-    theirs.scheduler = getattr(diffusers, name).from_config(theirs.scheduler.config, **config)
-
-
-def compare(ours, theirs, *, seed: int | list[int] | None = 0, **call) -> None:
-    """Both calls end in the same latents, and leave their generators at the same place.
-
-    Guidance multiplies rounding, and DDIM's first step on random weights multiplies it once more: the reference's own
-    float32 is then up to 1.2e-4 from the float64 result. There, ours must be the nearer one.
-    """
-
-    def generators():
-        return [generator(s) for s in seed] if isinstance(seed, list) else generator(seed)
-
-    mine, other = (None, None) if seed is None else (generators(), generators())
-    call = {"output_type": "latent", "num_inference_steps": 3} | call
-    a, b = ours(generator=mine, **call).images, theirs(generator=other, **call).images
-    assert a.dtype == b.dtype == torch.float32
-    error = distance(a, b)
-    if seed is not None and FLOAT32 <= error < 2 * FLOAT32:
-        exact = ours.to(torch.float64)(generator=generators(), **call).images
-        ours.to(torch.float32)
-        assert distance(a, exact) < min(FLOAT32, distance(b, exact))
-    else:
-        assert error < FLOAT32
-    if seed is not None:
-        lists = zip(mine, other, strict=True) if isinstance(seed, list) else [(mine, other)]
-        assert all(torch.equal(x.get_state(), y.get_state()) for x, y in lists)
+from support.pictures import PROMPTS, SCHEDULERS, change_scheduler, compare, picture
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -81,17 +31,10 @@ def test_image_to_image_with_every_scheduler(name, ours, theirs):
     compare(mine, other, prompt=PROMPTS[0], image=picture(), strength=0.7, num_inference_steps=5)
 
 
-def picture(width: int = 16, height: int = 16, seed: int = 0):
-    from PIL import Image
-
-    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(noise)
-
-
 CALLS = {
     "two prompts": {"prompt": PROMPTS, "seed": 3},
-    "a generator per picture": {"prompt": PROMPTS, "seed": [5, 0]},
-    "several pictures per prompt": {"prompt": PROMPTS[0], "num_images_per_prompt": 3},
+    "a generator per image": {"prompt": PROMPTS, "seed": [5, 0]},
+    "several images per prompt": {"prompt": PROMPTS[0], "num_images_per_prompt": 3},
     "both, with generators": {"prompt": PROMPTS, "num_images_per_prompt": 2, "seed": [1, 2, 3, 4]},
     "negative prompt": {"prompt": PROMPTS[0], "negative_prompt": "the horse"},
     "negative prompts": {"prompt": PROMPTS, "negative_prompt": ["the horse", ""]},
@@ -199,7 +142,7 @@ IMAGE_CALLS = {
     "whole strength": {"strength": 1.0},
     "a little": {"strength": 0.21},
     "two prompts": {"prompt": PROMPTS},
-    "a generator per picture": {"prompt": PROMPTS, "seed": [1, 2]},
+    "a generator per image": {"prompt": PROMPTS, "seed": [1, 2]},
     "several": {"num_images_per_prompt": 2},
     "negative": {"negative_prompt": "the horse", "guidance_scale": 3.0},
     "no guidance": {"guidance_scale": 0.0},
@@ -281,15 +224,86 @@ def test_callbacks_see_and_change_the_same(ours, theirs):
 
 
 def test_guidance_ends_where_a_callback_says_so(ours, theirs):
+    """The reference's recipe for dynamic guidance, and its own callback class for it."""
+    from diffusers.callbacks import SDCFGCutoffCallback
+
     def end(pipe, step, timestep, tensors):
         if step == 1:
-            if isinstance(pipe, sfumato.DiffusionPipeline):
-                return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[1]}
             pipe._guidance_scale = 0.0
             return {"prompt_embeds": tensors["prompt_embeds"].chunk(2)[-1]}
         return {}
 
     compare(ours(), theirs(), prompt=PROMPTS[0], callback_on_step_end=end, callback_on_step_end_tensor_inputs=["prompt_embeds"])  # fmt: skip
+    compare(ours(), theirs(), prompt=PROMPTS[0], callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.5))
+
+
+@pytest.mark.parametrize("pipeline", ["StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"])
+def test_callbacks_steer_the_scales_of_guidance(pipeline, ours, theirs):
+    import diffusers
+
+    def follow(pipe, step, timestep, tensors):
+        pipe._guidance_scale = 1.5 + step
+        if not image:
+            pipe._guidance_rescale = 0.2 * step
+        assert pipe.guidance_scale == 1.5 + step
+        return {}
+
+    image = {} if pipeline == "StableDiffusionPipeline" else {"image": picture()}
+    compare(
+        ours("sd15", getattr(sfumato, pipeline)),
+        theirs("sd15", getattr(diffusers, pipeline)),
+        prompt=PROMPTS,
+        num_inference_steps=4,
+        callback_on_step_end=follow,
+        **image,
+    )
+
+
+def test_embeddings_changed_in_place_are_read_and_shown_again(ours, theirs):
+    def change(pipe, step, timestep, tensors):
+        seen.append({name: tensor.clone() for name, tensor in tensors.items()})
+        tensors["prompt_embeds"].mul_(0.9)
+        return {"negative_prompt_embeds": tensors["negative_prompt_embeds"] * 2}
+
+    call = {"prompt": PROMPTS, "num_inference_steps": 3, "output_type": "latent", "callback_on_step_end": change}
+    call["callback_on_step_end_tensor_inputs"] = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    all_seen = []
+    for pipe in (ours(), theirs()):
+        seen: list[dict[str, torch.Tensor]] = []
+        pipe(generator=generator(), **call)
+        all_seen.append(seen)
+    for mine, other in zip(*all_seen, strict=True):
+        assert all(distance(mine[name], other[name]) < FLOAT32 for name in other)
+
+
+@pytest.mark.parametrize("scheduler", ["PNDMScheduler", "HeunDiscreteScheduler", "EulerAncestralDiscreteScheduler"])
+@pytest.mark.parametrize("last", [0, 2, 6])
+def test_an_interrupted_call_ends_with_the_latents_as_they_are(scheduler, last, ours, theirs):
+    taken: dict[bool, list[int]] = {True: [], False: []}
+
+    def cancel(pipe, step, timestep, tensors):
+        taken[isinstance(pipe, sfumato.DiffusionPipeline)].append((step, pipe.num_timesteps))
+        pipe._interrupt = step == last
+        assert pipe.interrupt is (step == last)
+        return {"latents": tensors["latents"] * 0.9}
+
+    mine, other = ours(), theirs()
+    change_scheduler(scheduler, mine, other)
+    for output_type in ("latent", "pt"):
+        compare(mine, other, prompt=PROMPTS[0], num_inference_steps=7, output_type=output_type, callback_on_step_end=cancel)  # fmt: skip
+    assert taken[True] == taken[False]
+    assert len(taken[True]) == 2 * (last + 1)
+    assert mine.interrupt
+    assert other.interrupt
+    compare(mine, other, prompt=PROMPTS[0])  # the next call begins anew
+    assert not mine.interrupt
+
+
+def test_a_call_interrupted_before_its_first_step_takes_none(ours, theirs):
+    mine, other = ours(), theirs()
+    for pipe in (mine, other):
+        pipe.text_encoder.register_forward_hook(lambda *_, pipe=pipe: setattr(pipe, "_interrupt", True))
+    compare(mine, other, prompt=PROMPTS[0], callback_on_step_end=lambda *_: pytest.fail("a step was taken"))
 
 
 def test_clip_skip(ours, theirs):
@@ -300,7 +314,7 @@ def test_clip_skip(ours, theirs):
     norm = getattr(encoder, "text_model", encoder).final_layer_norm
     with torch.no_grad():
         states = encoder(ids, output_hidden_states=True).hidden_states
-        negative = mine.text_encoder(mine.tokenizer("").input_ids, output_hidden_states=True).hidden_states
+        negative = mine.text_encoder(mine.tokenizer.fitted("").input_ids, output_hidden_states=True).hidden_states
     for skip in (0, 1, 2):
         embeds = norm(states[-1 - skip]).detach()
         other_negative = norm(negative[-1 - skip]).detach()

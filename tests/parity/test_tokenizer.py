@@ -60,9 +60,10 @@ def pairs(folders):
 
 def same(pair, text) -> None:
     ours, theirs = pair
-    a, b = ours(text), theirs(text, padding="max_length", truncation=True, return_tensors="pt")
-    assert a.input_ids.tolist() == b.input_ids.tolist()
-    assert a.attention_mask.tolist() == b.attention_mask.tolist()
+    how = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    for a, b in ((ours(text, **how), theirs(text, **how)), (ours.fitted(text), theirs(text, **how))):
+        assert a.input_ids.tolist() == b.input_ids.tolist()
+        assert a.attention_mask.tolist() == b.attention_mask.tolist()
 
 
 @pytest.mark.parametrize("which", ["small", "padded", "clip"])
@@ -85,14 +86,56 @@ def test_lengths_and_padding(pairs):
     ours, theirs = pairs["small"]
     texts = ["a cat", "the red heart of the astronaut"]
     for length in (4, 7, 20):
-        a = ours(texts, max_length=length)
+        a = ours.fitted(texts, length)
         b = theirs(texts, max_length=length, padding="max_length", truncation=True, return_tensors="pt")
         assert a.input_ids.tolist() == b.input_ids.tolist()
     long = "astronaut " * 40
-    a = ours([long, "cat"], padding=True, truncation=False)
+    a = ours([long, "cat"], padding=True, return_tensors="pt")
     b = theirs([long, "cat"], padding=True, return_tensors="pt")
     assert a.input_ids.tolist() == b.input_ids.tolist()
     assert a.lost == ("", "")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"padding": "longest"},
+        {"padding": True, "return_tensors": "np"},
+        {"max_length": 5, "truncation": True},
+        {"add_special_tokens": False},
+        {"return_attention_mask": False},
+        {"padding": "max_length", "max_length": 9},
+    ],
+)
+def test_a_call_has_the_ecosystem_s_defaults(pairs, how):
+    """Lists, nothing padded and nothing cut, unless it is asked for: `len(tokenizer(text)["input_ids"])` counts."""
+    ours, theirs = pairs["small"]
+    for text in ("a cat", "", ["a cat", "the red heart of the astronaut"]):
+        a, b = ours(text, **how), theirs(text, **how)
+        assert list(a) == list(b)
+        for key in b:
+            assert type(a[key]) is type(b[key])
+            assert list(map(list, a[key])) == list(map(list, b[key])) if isinstance(text, list) else True
+        assert str(a["input_ids"]) == str(b["input_ids"])
+
+
+def test_back_to_text(pairs):
+    for ours, theirs in pairs.values():
+        for text in TEXTS:
+            ids = theirs(text)["input_ids"]
+            for skip in (False, True):
+                assert ours.decode(ids, skip_special_tokens=skip) == theirs.decode(ids, skip_special_tokens=skip)
+        ids = theirs(["a cat", "the dog"], padding=True, return_tensors="pt").input_ids
+        assert ours.batch_decode(ids) == theirs.batch_decode(ids)
+        assert ours.decode(ids[0]) == theirs.decode(ids[0])
+        assert ours.encode("a cat") == theirs.encode("a cat")
+        assert ours.tokenize("a cat") == theirs.tokenize("a cat")
+        assert ours.convert_tokens_to_ids(["a</w>", "no such"]) == theirs.convert_tokens_to_ids(["a</w>", "no such"])
+        assert ours.convert_ids_to_tokens([5, 6]) == theirs.convert_ids_to_tokens([5, 6])
+        assert (ours.vocab_size, len(ours), ours.get_vocab()) == (theirs.vocab_size, len(theirs), theirs.get_vocab())
+        assert (ours.pad_token, ours.all_special_ids) == (theirs.pad_token, theirs.all_special_ids)
+        assert ours.special_tokens_map == theirs.special_tokens_map
 
 
 def test_ids_from_tokenizer_json(folders, pairs, tmp_path):

@@ -15,7 +15,7 @@ from sfumato.coreml.networks import ConvertedAutoencoder, ConvertedTextEncoder, 
 from sfumato.coreml.pipeline import CoreMLPipeline
 from sfumato.coreml.program import Feature, Interface, TensorType
 from sfumato.coreml.roles import PARTS
-from sfumato.coreml.source import Source
+from sfumato.coreml.source import Source, open_source
 
 
 def write_converted(
@@ -41,7 +41,7 @@ def write_converted(
     from sfumato.coreml.formats import write_compiled, write_package
     from sfumato.coreml.layout import compiled_names, package_names
 
-    source = Source(str(checkpoint), checkpoint)
+    source = open_source(checkpoint)
     options = conversion.ConversionOptions(batch=batch, attention="original")
     target.mkdir(parents=True, exist_ok=True)
     for part in parts:

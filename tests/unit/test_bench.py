@@ -18,7 +18,7 @@ from sfumato.bench.plot import bars
 from sfumato.bench.report import Report, Setting, run
 from sfumato.bench.timing import Clock, Timing, alternate, peak_memory, ratio, timed
 from sfumato.bench.worker import Job, Measurement, measure
-from sfumato.errors import MissingExtra, SfumatoError, UsageError
+from sfumato.errors import MissingExtra, OutputError, SfumatoError, UsageError
 from sfumato.pipelines.guidance import guide
 from sfumato.runtime.facts import machine
 
@@ -89,7 +89,7 @@ def test_peers_are_checked(monkeypatch):
     Setting(folder="x", machine=HERE, peers=("diffusers", "openvino"))
     with pytest.raises(UsageError, match=r"no peer 'difusers' \(did you mean 'diffusers'"):
         Setting(folder="x", machine=HERE, peers=("difusers",))
-    with pytest.raises(UsageError, match="openvino is measured on the CPU, and this machine has cuda"):
+    with pytest.raises(UsageError, match="openvino is only measured on a CPU, but this machine has cuda"):
         Setting(folder="x", machine=Machine("cuda", "float16", 16), peers=("openvino",))
     with pytest.raises(UsageError, match="runs must be at least 1, not 0"):
         Setting(folder="x", machine=HERE, runs=0)
@@ -100,9 +100,9 @@ def test_peers_are_checked(monkeypatch):
 
 # How OpenVINO takes a model apart.
 @pytest.mark.filterwarnings(r"ignore:`torch\.jit\.", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("work", ["unet", "vae"])
-def test_everyone_computes_the_same(checkpoints, tmp_path, work):
-    folder = checkpoints("sd15")
+@pytest.mark.parametrize(("shape", "work"), [("sd15", "unet"), ("sd15", "vae"), ("sdxl", "unet"), ("refiner", "unet")])
+def test_everyone_computes_the_same(checkpoints, tmp_path, shape, work):
+    folder = checkpoints(shape)
     case = Case(name="", work=work, size=16)
     mine = ours.call(case, folder)()
     results = {
@@ -115,6 +115,12 @@ def test_everyone_computes_the_same(checkpoints, tmp_path, work):
         if work == "unet":  # theirs are two predictions, ours is guided
             result = guide(*result.chunk(2), 7.5)
         torch.testing.assert_close(mine, result, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("library", [ours, reference])
+def test_pictures_of_two_text_encoders(checkpoints, library):
+    timing_ = library.picture(Case(name="", size=16, steps=2), checkpoints("sdxl"))(99)
+    assert (timing_.counted, timing_.steps) == (2, 2)
 
 
 @pytest.mark.parametrize("library", [ours, reference])
@@ -145,7 +151,7 @@ def test_a_case_that_fails_says_why(tmp_path, monkeypatch):
     killer.write_text("#!/bin/sh\nkill -9 $$\n")
     killer.chmod(0o755)
     monkeypatch.setattr(worker.sys, "executable", str(killer))
-    with pytest.raises(SfumatoError, match=r"^large: the process was killed, most likely for want of memory"):
+    with pytest.raises(SfumatoError, match=r"^large: the process was killed, probably because memory ran out"):
         measure(Job(Case(name="large"), str(tmp_path), None, ""))
 
 
@@ -168,26 +174,32 @@ def test_a_report(monkeypatch):
         ("float32, 50 steps", 50, 1, 4),
         ("bfloat16, 50 steps", 25, 0.5, 4),
         ("20 steps of dpmpp_2m", 10, 0.2, 4),
-        ("8 pictures of 20 steps", 10, 0.2, 4),
+        ("8 images of 20 steps", 10, 0.2, 4),
         (f"diffusers, {DEFAULTS}", 100, 2, 4),
         (f"diffusers, {TUNED}", 20, 0.4, 4),
     ]
     assert [row.library for row in found.unet] == ["sfumato", "diffusers", "diffusers", "openvino"]
     assert [case.name for case in call_cases(HERE, "vae", ("diffusers", "openvino"))] == [row.name for row in found.vae]
     assert found.notes == (
-        "twice each, in turn, every time in a fresh process after a warm-up; medians",
-        "the first 4 steps were run, and the others reckoned from them (--quick)",
-        f"20 steps of dpmpp_2m take 0.10 of the time of diffusers, {DEFAULTS}",
-        f"20 steps of dpmpp_2m take 0.50 of the time of diffusers, {TUNED}",
+        "twice each, alternating, in a new process after a warm-up; medians are shown",
+        "the first 4 steps were timed, and the rest was extrapolated (--quick)",
+        f"20 steps of dpmpp_2m takes 0.10 times as long as diffusers, {DEFAULTS}",
+        f"20 steps of dpmpp_2m takes 0.50 times as long as diffusers, {TUNED}",
     )
 
 
 def test_a_report_without_half_precision(monkeypatch):
     found = ran(monkeypatch, Setting(folder="x", machine=Machine("cpu", "float32", 16), runs=1, steps=5))
-    assert [row.name for row in found.pictures] == ["float32, 5 steps", "2 steps of dpmpp_2m", "8 pictures of 2 steps"]
+    assert [row.name for row in found.pictures] == ["float32, 5 steps", "2 steps of dpmpp_2m", "8 images of 2 steps"]
     assert found.unet == found.vae == ()
-    assert found.notes[1].startswith("this CPU has no half precision of its own")
+    assert found.notes[1].startswith("this CPU has no native half precision")
     assert len(found.notes) == 2
+
+
+def test_no_room_for_temporary_files(monkeypatch, tmp_path):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    with pytest.raises(OutputError, match=r"cannot create a folder for temporary files \(No such file or directory\)"):
+        run(Setting(folder="x", machine=HERE), lambda what: nullcontext())
 
 
 def test_a_plot(monkeypatch):

@@ -71,22 +71,33 @@ REFUSED = {
         {"down_block_types": ["AttnDownBlock2D"] * 4},
         {"up_block_types": ["SkipUpBlock2D"] * 4},
         {"mid_block_type": "UNetMidBlock2DSimpleCrossAttn"},
+        {"down_block_types": ["KDownBlock2D"] * 3 + ["DownBlock2D"], "mid_block_type": None},
+        {
+            "mid_block_type": "UNetMidBlock2D",
+            "down_block_types": ["KDownBlock2D"] * 4,
+            "up_block_types": ["KUpBlock2D"] * 4,
+        },
         {"act_fn": "snake"},
         {"resnet_time_scale_shift": "ada_group"},
         {"class_embed_type": "other"},
         {"class_embed_type": "projection"},
         {"addition_embed_type": "text_time"},
+        {"addition_embed_type": "text_time", "projection_class_embeddings_input_dim": 88},
+        {"addition_embed_type": "text_image"},
         {"encoder_hid_dim": 3},
         {"encoder_hid_dim_type": "text_proj"},
         {"dual_cross_attention": True},
-        {"time_embedding_type": "fourier"},
+        {"time_embedding_type": "learned"},
         {"time_embedding_act_fn": "silu"},
-        {"timestep_post_act": "silu"},
+        {"timestep_post_act": "snake"},
         {"attention_type": "gated"},
         {"cross_attention_norm": "layer_norm"},
         {"resnet_skip_time_act": True},
         {"resnet_out_scale_factor": 2.0},
-        {"reverse_transformer_layers_per_block": [1, 2, 3, 4]},
+        {"reverse_transformer_layers_per_block": [1, 2, 3]},
+        {"reverse_transformer_layers_per_block": [1, 2, 3, [1, 1]]},
+        {"transformer_layers_per_block": [1, 1, 1, [1, 1]]},
+        {"norm_num_groups": None},
         {"attention_head_dim": 0},
         {"attention_head_dim": [8, 8]},
         {"layers_per_block": [1, 2]},
@@ -104,6 +115,77 @@ REFUSED = {
     ],
     AutoencoderTinyConfig: [{"act_fn": "snake"}, {"upsample_fn": "bilinear"}, {"num_encoder_blocks": [1]}],
 }
+
+
+# Of the wrong type, out of bounds, or of a shape that no network has: each was once a crash, a hang or no memory left.
+NONSENSE = {
+    CLIPTextConfig: [
+        {"hidden_size": "192"},
+        {"num_attention_heads": 0},
+        {"num_hidden_layers": 10**8},
+        {"num_hidden_layers": None},
+        {"vocab_size": True},
+        {"layer_norm_eps": "x"},
+        {"layer_norm_eps": float("nan")},
+        {"eos_token_id": 10**30},
+        {"hidden_act": ["gelu"]},
+    ],
+    UNet2DConditionConfig: [
+        {"block_out_channels": None},
+        {"block_out_channels": []},
+        {"block_out_channels": [0, 32, 32, 32]},
+        {"block_out_channels": [2**30, 32, 32, 32]},
+        {"block_out_channels": [33, 32, 32, 32]},
+        {"block_out_channels": [32, 32, 32, "32"]},
+        {"block_out_channels": [32] * 1000},
+        {"layers_per_block": 10**8},
+        {"layers_per_block": [64] * 4},
+        {"transformer_layers_per_block": 10**8},
+        {"attention_head_dim": 7},
+        {"norm_num_groups": 0},
+        {"norm_num_groups": 31},
+        {"sample_size": -1},
+        {"sample_size": [64]},
+        {"conv_in_kernel": 4},
+        {"freq_shift": 160},
+        {"down_block_types": "DownBlock2D"},
+        {"act_fn": {"a": 1}},
+        {"upcast_attention": "yes"},
+        {"dropout": 2},
+    ],
+    AutoencoderKLConfig: [
+        {"scaling_factor": "x"},
+        {"scaling_factor": 0},
+        {"layers_per_block": 10**8},
+        {"latent_channels": 1.5},
+        {"norm_num_groups": 31},
+        {"sample_size": []},
+    ],
+    AutoencoderTinyConfig: [
+        {"num_decoder_blocks": [3, 3, 3, 10**8]},
+        {"upsampling_scaling_factor": 0},
+        {"latent_magnitude": None},
+    ],
+}
+
+
+@pytest.mark.parametrize(("cls", "values"), [(cls, values) for cls, cases in NONSENSE.items() for values in cases])
+def test_a_value_that_no_model_has_is_an_error_at_once(cls, values, tmp_path):
+    path = tmp_path / "config.json"
+    with pytest.raises(ConfigError) as caught:
+        parse(cls, values, path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: ")
+    assert next(iter(values)) in message
+    assert "\n" not in message
+    assert len(message) < 500
+
+
+def test_null_is_off():
+    """As it is to the ecosystem, whose configs say null here and there."""
+    config, _ = parse(UNet2DConditionConfig, {"upcast_attention": None, "dual_cross_attention": None})
+    assert config.upcast_attention is False
+    assert config.dual_cross_attention is False
 
 
 @pytest.mark.parametrize(("cls", "values"), [(cls, values) for cls, cases in REFUSED.items() for values in cases])

@@ -11,16 +11,24 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from sfumato.configs import AutoencoderKLConfig, AutoencoderTinyConfig, CLIPTextConfig, UNet2DConditionConfig, parse
-from sfumato.models import AutoencoderKL, AutoencoderTiny, CLIPTextModel, UNet2DConditionModel
+from sfumato.models import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    UNet2DConditionModel,
+)
 from sfumato.request import GenerateRequest
-from sfumato.runtime.choices import Plan, count_parameters, stable_diffusion_15, task_of
+from sfumato.runtime.choices import Plan, count_parameters, published_sizes, task_of
+from sfumato.runtime.clip_layers import text_layers
 from sfumato.runtime.facts import machine
 from sfumato.runtime.footprint import footprint, seconds_of
-from sfumato.runtime.layers import decoder_layers, encoder_layers, text_layers, unet_layers
+from sfumato.runtime.layers import decoder_layers, encoder_layers, unet_layers
 from sfumato.runtime.plan import plan
-from support.checkpoints import SHAPES
+from support.checkpoints import PRUNED, REFINER, SHAPES, TEXT_2, XL
+from support.families import LATENT_UPSCALER, SHALLOW
 
-SD15 = stable_diffusion_15()
+SD15 = published_sizes("sd15")
 CONFIGS = [
     pytest.param(parse(cls, getattr(shape, part))[0], model, id=f"{name}-{part}")
     for name, shape in SHAPES.items()
@@ -31,6 +39,11 @@ CONFIGS = [
     )
 ]
 CONFIGS += [pytest.param(AutoencoderTinyConfig(), AutoencoderTiny, id="tiny-vae")]
+FAMILIES = {"xl": XL, "refiner": REFINER, "pruned": PRUNED, "shallow": SHALLOW, "upscaler": LATENT_UPSCALER}
+CONFIGS += [
+    pytest.param(parse(UNet2DConditionConfig, values)[0], UNet2DConditionModel, id=name)
+    for name, values in FAMILIES.items()
+]
 WHOLE = [
     (SD15.text_encoder_config, CLIPTextModel),
     (SD15.unet_config, UNet2DConditionModel),
@@ -78,6 +91,34 @@ def test_operations_are_torchs_own_count(shape):
     # The causal mask makes torch count what it does not skip.
     reader = on_meta(CLIPTextModel, text)
     assert counted(text_layers(text, 9)) == pytest.approx(measured(lambda: reader(ids)), rel=0.01)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_operations_of_the_other_families_are_torchs_own_count(name):
+    config = parse(UNet2DConditionConfig, FAMILIES[name])[0]
+    network = on_meta(UNet2DConditionModel, config)
+    with torch.device("meta"):
+        x, words, time = (
+            torch.empty(1, config.in_channels, 16, 24),
+            torch.empty(1, 7, config.cross_attention_dim),
+            torch.empty(1),
+        )
+        options = {"timestep_cond": torch.empty(1, config.time_cond_proj_dim)} if config.time_cond_proj_dim else {}
+        if config.addition_embed_type is not None:
+            count = (config.projection_class_embeddings_input_dim - 40) // 8
+            options["added_cond_kwargs"] = {"text_embeds": torch.empty(1, 40), "time_ids": torch.empty(1, count)}
+    ours = counted(unet_layers(config, 16, 24, 7))
+    theirs = measured(lambda: network(x, time, words, **options))
+    # Fixed filters run over a padded picture on the way up, of which the padding is not counted here.
+    assert ours == (pytest.approx(theirs, rel=1e-3) if config.is_k else theirs)
+
+
+def test_the_projection_of_a_text_encoder_is_counted():
+    config = parse(CLIPTextConfig, TEXT_2)[0]
+    layers = text_layers(config, 20, projected=True)
+    assert sum(layer.parameters for layer in layers) == sum(
+        value.numel() for value in on_meta(CLIPTextModelWithProjection, config).parameters()
+    )
 
 
 def test_stable_diffusion_15_is_itself():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sfumato import UNet2DConditionModel
+from sfumato.errors import UsageError
 from sfumato.models.attention import Context
 from sfumato.models.blocks import Moment
+from sfumato.pipelines.conditioning import Conditioning
 from sfumato.pipelines.guidance import Guidance, guide, rescale
 from support.checkpoints import UNET, randomize
 
@@ -39,14 +42,14 @@ def test_rescaling_brings_the_spread_back_picture_by_picture(factor):
 class Echo(torch.nn.Module):
     """A U-Net that answers with the mean of what it was told, and notes each call."""
 
-    config = type("Config", (), {"time_cond_proj_dim": None})
+    config = type("Config", (), {"time_cond_proj_dim": None, "reads_guidance": False, "is_k": False})
     dtype = torch.float32
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[int, Context]] = []
 
-    def moment(self, sample, timestep, timestep_cond=None):
+    def moment(self, sample, timestep, class_labels=None, timestep_cond=None, added_cond_kwargs=None):
         return Moment(torch.full((1, 1), float(timestep)))
 
     def read(self, context):
@@ -59,11 +62,11 @@ class Echo(torch.nn.Module):
 
 def test_negative_embeddings_double_the_batch_and_come_first():
     x, told = torch.zeros(2, 4, 3, 3), torch.ones(2, 5, 6)
-    guidance = Guidance(unet=Echo(), embeds=told, negative_embeds=-told, scale=3.0)
+    guidance = Guidance(unet=Echo(), conditioning=Conditioning((-told, told)), scale=3.0)
     assert torch.equal(guidance(x, 1.0), torch.full_like(x, -1 + 3.0 * 2))
-    guidance.replace_embeds(torch.cat([told * 0, told]))
+    guidance.tell(embeds=torch.cat([told * 0, told]))
     assert torch.equal(guidance(x, 1.0), torch.full_like(x, 3.0))
-    guidance.replace_embeds(told * 2)  # half as many: no more guidance
+    guidance.tell(embeds=told * 2)  # half as many: no more guidance
     assert torch.equal(guidance(x, 1.0), torch.full_like(x, 2.0))
     assert [(pictures, context.states.shape[0]) for pictures, context in guidance.unet.calls] == [
         (2, 4),
@@ -72,9 +75,23 @@ def test_negative_embeddings_double_the_batch_and_come_first():
     ]
 
 
+def test_a_scale_of_at_most_one_is_no_guidance_and_may_change_between_steps():
+    x, told = torch.zeros(2, 4, 3, 3), torch.ones(2, 5, 6)
+    guidance = Guidance(unet=Echo(), conditioning=Conditioning((-told, told)), scale=3.0)
+    results = []
+    for scale in (3.0, 1.0, 5.0):
+        guidance.steer(scale, 0.0)
+        results.append(guidance(x, 1.0).unique().tolist())
+    assert results == [[5.0], [1.0], [9.0]]
+    assert [context.states.shape[0] for _, context in guidance.unet.calls] == [4, 2, 4]
+    plain = Guidance(unet=Echo(), conditioning=Conditioning((told,)), scale=1.0)
+    with pytest.raises(UsageError, match="guidance_scale became 2 between steps"):
+        plain.steer(2.0, 0.0)
+
+
 def test_micro_batches_of_one_prompt_share_what_layers_make_of_it():
     told = torch.ones(5, 3, 6)
-    guidance = Guidance(unet=Echo(), embeds=told, negative_embeds=-told, scale=3.0, micro_batch=2)
+    guidance = Guidance(unet=Echo(), conditioning=Conditioning((-told, told)), scale=3.0, micro_batch=2)
     x = torch.zeros(5, 4, 3, 3)
     for _ in range(2):
         assert torch.equal(guidance(x, 1.0), torch.full_like(x, 5.0))
@@ -90,10 +107,10 @@ def test_micro_batches_change_no_picture(pictures, micro_batch, guided, same):
     unet = randomize(UNet2DConditionModel(**UNET)).double()
     x, embeds, negative = randn(0, pictures, 4, 8, 8), randn(1, pictures, 5, 24), randn(2, 1, 5, 24)
     embeds = embeds[:1].expand(pictures, -1, -1) if same else embeds
-    negatives = negative.expand(pictures, -1, -1) if guided else None
+    told = Conditioning((negative.expand(pictures, -1, -1), embeds) if guided else (embeds,))
     with torch.no_grad():
-        whole = Guidance(unet=unet, embeds=embeds, negative_embeds=negatives, scale=5.0)(x, 7.0)
-        part = Guidance(unet=unet, embeds=embeds, negative_embeds=negatives, scale=5.0, micro_batch=micro_batch)
+        whole = Guidance(unet=unet, conditioning=told, scale=5.0)(x, 7.0)
+        part = Guidance(unet=unet, conditioning=told, scale=5.0, micro_batch=micro_batch)
         for _ in range(2):
             assert torch.allclose(part(x, 7.0), whole, rtol=1e-9, atol=1e-9)
 
@@ -116,11 +133,13 @@ def test_compiled_it_is_one_graph_for_all_steps_and_prompts():
 
     unet, counter = randomize(UNet2DConditionModel(**UNET)), CompileCounter()
     x, embeds = randn(0, 1, 4, 8, 8).float(), randn(1, 2, 5, 24).float()
-    plain = [Guidance(unet=unet, embeds=e[:1], negative_embeds=e[1:], scale=5.0)(x, 7.0) for e in (embeds, 2 * embeds)]
+    plain = [
+        Guidance(unet=unet, conditioning=Conditioning((e[1:], e[:1])), scale=5.0)(x, 7.0) for e in (embeds, 2 * embeds)
+    ]
     unet.compile(backend=counter, dynamic=False, fullgraph=True)
     with torch.no_grad():
         for e, expected in zip((embeds, 2 * embeds), plain, strict=True):
-            guidance = Guidance(unet=unet, embeds=e[:1], negative_embeds=e[1:], scale=5.0)
+            guidance = Guidance(unet=unet, conditioning=Conditioning((e[1:], e[:1])), scale=5.0)
             guidance(x, 900.0)
             assert torch.allclose(guidance(x, 7.0), expected, atol=1e-4)
     assert counter.frame_count == 1

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -126,7 +129,7 @@ REPLY = SimpleNamespace(headers={}, request=None, status_code=404)
     [
         (OSError("name or service not known"), "cannot be reached"),
         (TimeoutError("timed out"), "cannot be reached"),
-        (GatedRepoError("gated", response=REPLY), "licence"),
+        (GatedRepoError("gated", response=REPLY), "license"),
         (RepositoryNotFoundError("404", response=REPLY), "check the name"),
         (RevisionNotFoundError("404", response=REPLY), "no revision 'v9'"),
     ],
@@ -148,9 +151,9 @@ def test_a_name_that_is_nothing(name, no_network):
     assert "\n" not in str(caught.value)
 
 
-def test_a_single_file_is_not_a_folder(tmp_path):
+def test_an_empty_file_is_no_checkpoint(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="single file"):
+    with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
         load(tmp_path / "model.safetensors")
 
 
@@ -168,3 +171,25 @@ def test_a_repository_that_is_no_pipeline(checkpoints, tmp_path, monkeypatch):
     FakeHub(monkeypatch, tmp_path / "hub", {REPO: checkpoints() / "vae"})
     with pytest.raises(CheckpointError, match=r"no model_index\.json"):
         load(REPO, cache_dir=tmp_path / "hub")
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", 5, None])
+def test_what_is_no_name_of_a_model(name, no_network):
+    with pytest.raises(SfumatoError) as caught:
+        load(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_hub_s_library_is_told_to_keep_to_itself():
+    code = "from sfumato.checkpoints import locate; locate.keep_to_itself(); import huggingface_hub.constants as c; print(c.HF_HUB_DISABLE_TELEMETRY)"
+    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert done.stdout.strip() == "True"
+
+
+def test_a_repository_with_hostile_names(monkeypatch, tmp_path):
+    """The hub's library refuses to write them, with an error of its own."""
+    hub = FakeHub(monkeypatch, tmp_path / "hub", {})
+    hub.error = ValueError("Invalid filename: ../../x")
+    with pytest.raises(DownloadError, match=r"cannot be downloaded \(Invalid filename"):
+        load(REPO, cache_dir=tmp_path)

@@ -39,6 +39,13 @@ def test_no_autoencoder_computes_in_float16(device, native, expected):
     assert vae_dtypes(device, "float16", native_bfloat16=native) == expected
 
 
+def test_an_autoencoder_made_for_float16_may_have_it():
+    assert vae_dtypes("cuda", "float16", native_bfloat16=True, force_upcast=False)[0] == "float16"
+    assert vae_dtypes("mps", "float16", native_bfloat16=True, force_upcast=False) == ("float16", "float32")
+    assert vae_dtypes("cpu", "float16", native_bfloat16=False, force_upcast=False) == ("float32",)
+    assert vae_dtypes("cuda", "bfloat16", native_bfloat16=True, force_upcast=False) == ("bfloat16",)
+
+
 def test_an_autoencoder_without_bfloat16_instructions_is_float32():
     assert vae_dtypes("cpu", "bfloat16", native_bfloat16=True) == ("bfloat16",)
     assert vae_dtypes("cpu", "bfloat16", native_bfloat16=False) == ("float32",)
@@ -63,7 +70,7 @@ def test_no_row_narrows_and_every_half_precision_can_be_repeated(device, dtype):
 
 
 def test_a_pair_that_does_not_exist_is_named():
-    with pytest.raises(UsageError, match=r"^there is no float64 on mps; known are .*float16 on mps"):
+    with pytest.raises(UsageError, match=r"^there is no float64 on mps; use one of .*float16 on mps"):
         policy_for("mps", "float64")
 
 

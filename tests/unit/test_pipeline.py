@@ -177,7 +177,7 @@ def test_damaged_inputs_name_their_stage(ours):
     nan = torch.full((1, 20, 24), float("nan"))
     with pytest.raises(NonFiniteError) as caught:
         ours()(prompt_embeds=nan, num_inference_steps=1)
-    assert caught.value.stage == "text encoder"
+    assert caught.value.stage == "prompt embeddings"
     latents = torch.zeros(1, 4, 8, 8)
     latents[0, 0, 0, 0] = float("inf")
     with pytest.raises(NonFiniteError, match=r"^U-Net, step 1 of") as caught:
@@ -188,7 +188,7 @@ def test_damaged_inputs_name_their_stage(ours):
 # ---- bad input ------------------------------------------------------------------------------------------------------
 
 BAD_CALLS = [
-    ({}, "nothing to draw"),
+    ({}, "the prompt is missing"),
     ({"prompt": 7}, "prompt"),
     ({"prompt": []}, "prompt"),
     ({"prompt": PROMPT, "num_inference_steps": 0}, "steps must be"),
@@ -197,16 +197,28 @@ BAD_CALLS = [
     ({"prompt": PROMPT, "width": 16, "height": 15}, "try 14 or 16"),
     ({"prompt": PROMPT, "width": 0}, "width"),
     ({"prompt": PROMPT, "num_images_per_prompt": 0}, "count"),
-    ({"prompt": ["a", "b"], "generator": [generator()]}, "1 generators for 2 pictures"),
-    ({"prompt": PROMPT, "generator": [generator(), generator()]}, "2 generators for 1 pictures"),
-    ({"prompt": ["a", "b"], "negative_prompt": ["x"]}, "2 prompts and 1 negative"),
+    ({"prompt": ["a", "b"], "generator": [generator()]}, "1 generators for 2 images"),
+    ({"prompt": PROMPT, "generator": [generator(), generator()]}, "2 generators for 1 images"),
+    ({"prompt": ["a", "b"], "negative_prompt": ["x"]}, "got 1 for 2 prompts"),
     ({"prompt": PROMPT, "negative_prompt": 5}, "negative_prompt"),
     ({"prompt": PROMPT, "prompt_embeds": torch.zeros(1, 20, 24)}, "prompt and prompt_embeds"),
-    ({"prompt": PROMPT, "negative_prompt": "x", "negative_prompt_embeds": torch.zeros(1, 20, 24)}, "exclude each other"),
+    ({"prompt": PROMPT, "negative_prompt": "x", "negative_prompt_embeds": torch.zeros(1, 20, 24)}, "cannot be combined"),
     ({"prompt_embeds": torch.zeros(1, 20, 24), "negative_prompt_embeds": torch.zeros(1, 19, 24)}, "must have the same shape"),
     ({"prompt_embeds": torch.zeros(1, 20, 23)}, "prompt_embeds"),
     ({"prompt_embeds": torch.zeros(20, 24)}, "prompt_embeds"),
     ({"prompt_embeds": torch.zeros(2, 20, 24), "negative_prompt": ["x", "y", "z"]}, "negative"),
+    ({"prompt": "\ud800"}, "not valid UTF-8"),
+    ({"prompt": PROMPT, "generator": 5}, "generator must be a torch.Generator"),
+    ({"prompt": PROMPT, "generator": [5]}, "generator must be a torch.Generator"),
+    ({"prompt": PROMPT, "latents": [1]}, "latents must be a tensor"),
+    ({"prompt": PROMPT, "latents": torch.zeros(1, 4, 8, 8).long()}, "latents must be a tensor of floating-point"),
+    ({"prompt": PROMPT, "latents": torch.zeros(0, 4, 8, 8)}, "latents must have the shape"),
+    ({"prompt_embeds": "x"}, "prompt_embeds must be a tensor"),
+    ({"prompt_embeds": torch.zeros(1, 20, 23), "guidance_scale": 1.0}, "embeddings have 23 values per token, but this U-Net needs 24"),
+    ({"prompt": PROMPT, "timesteps": ["x"]}, "timesteps must be"),
+    ({"prompt": PROMPT, "num_inference_steps": 10**9}, "steps must be at most"),
+    ({"prompt": PROMPT, "num_images_per_prompt": 10**9}, "count must be at most"),
+    ({"prompt": PROMPT, "output_type": 5}, "output_type"),
     ({"prompt": PROMPT, "latents": torch.zeros(1, 3, 8, 8)}, "latents must have the shape"),
     ({"prompt": PROMPT, "latents": torch.zeros(2, 4, 8, 8)}, "latents must have the shape"),
     ({"prompt": PROMPT, "width": 16, "height": 16, "latents": torch.zeros(1, 4, 8, 9)}, "latents must have the shape"),
@@ -218,7 +230,7 @@ BAD_CALLS = [
     ({"prompt": PROMPT, "sigmas": [3.0, 0.0]}, "sigmas"),
     ({"prompt": PROMPT, "guidance_scale": float("nan")}, "guidance_scale"),
     ({"prompt": PROMPT, "num_inference_step": 3}, "did you mean 'num_inference_steps'"),
-    ({"prompt": PROMPT, "ip_adapter_image": 3}, "no argument 'ip_adapter_image'"),
+    ({"prompt": PROMPT, "ip_adapter_image": 3}, "ip_adapter_image (an image for IP-Adapters) is not in Sfumato"),
     ({"prompt": PROMPT, "callback_on_step_end": lambda *_: {}, "callback_on_step_end_tensor_inputs": ["noise"]}, "'noise'"),
 ]  # fmt: skip
 
@@ -241,9 +253,9 @@ def test_arguments_that_are_not_used_may_be_none(ours):
         ({}, "image is missing"),
         ({"image": "cat.png"}, "image must be a PIL image"),
         ({"image": Image.new("RGB", (16, 16)), "strength": 1.5}, "strength"),
-        ({"image": Image.new("RGB", (16, 16)), "strength": 0.0}, "leaves none to draw"),
-        ({"image": Image.new("RGB", (16, 16)), "strength": 0.1, "num_inference_steps": 5}, "leaves none to draw"),
-        ({"image": [Image.new("RGB", (16, 16))] * 2}, "2 images cannot be shared"),
+        ({"image": Image.new("RGB", (16, 16)), "strength": 0.0}, "leaves none of the"),
+        ({"image": Image.new("RGB", (16, 16)), "strength": 0.1, "num_inference_steps": 5}, "leaves none of the"),
+        ({"image": [Image.new("RGB", (16, 16))] * 2}, "got 2 images for a batch"),
         ({"image": Image.new("RGB", (16, 16)), "width": 16}, "no argument 'width'"),
     ],
 )
@@ -261,7 +273,7 @@ def test_devices_and_precisions_that_are_not_there(ours):
     with pytest.raises(UnknownArgument, match="'divice'"):
         pipe.to(divice="cpu")
     if not torch.backends.mps.is_available():
-        with pytest.raises(UsageError, match="not present"):
+        with pytest.raises(UsageError, match="device 'mps' is not available"):
             pipe.to("mps")
 
 
@@ -271,7 +283,7 @@ def test_parts_of_the_wrong_kind(ours, fresh):
         with pytest.raises(UsageError, match=f"^{name} must be a"):
             setattr(pipe, name, value)
     with pytest.raises(UsageError, match="safety checker"):
-        sfumato.StableDiffusionPipeline(**pipe.components, safety_checker=object())
+        sfumato.StableDiffusionPipeline(**(pipe.components | {"safety_checker": object()}))
 
 
 def test_a_scheduler_name_that_does_not_exist(ours):
@@ -283,7 +295,7 @@ def test_parts_of_two_checkpoints(ours):
     pipe = ours()
     other = sfumato.CLIPTextModel(**(dict(pipe.text_encoder.config.items()) | {"vocab_size": 100})).eval()
     pipe.text_encoder = other
-    with pytest.raises(CheckpointError, match="not of one checkpoint"):
+    with pytest.raises(CheckpointError, match="they belong to different checkpoints"):
         pipe(PROMPT)
 
 
@@ -298,10 +310,10 @@ def test_indexes_that_do_not_fit(checkpoints, tmp_path):
 
     for changes, error, says in (
         ({"unet": ["diffusers", "UNet3DConditionModel"]}, ConfigError, "unet is a UNet3DConditionModel"),
-        ({"unet": [None, None]}, CheckpointError, "names no unet"),
-        ({"vae": "text"}, CheckpointError, "names no vae"),
-        ({"_class_name": "StableDiffusionXLPipeline"}, ConfigError, "StableDiffusionXLPipeline is not supported"),
-        ({"scheduler": ["diffusers", "LCMScheduler"]}, ConfigError, "scheduler is a LCMScheduler"),
+        ({"unet": [None, None]}, CheckpointError, "lists no unet"),
+        ({"vae": "text"}, CheckpointError, "lists no vae"),
+        ({"_class_name": "StableDiffusion3Pipeline"}, ConfigError, "StableDiffusion3Pipeline is not supported"),
+        ({"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}, ConfigError, "scheduler is a FlowMatchEuler"),
     ):
         broken(**changes)
         with pytest.raises(error, match=says) as caught:
@@ -313,10 +325,72 @@ def test_indexes_that_do_not_fit(checkpoints, tmp_path):
         sfumato.DiffusionPipeline.from_pretrained(checkpoints() / "unet")
 
 
+def edited(folder, target, **changes):
+    """A checkpoint with changes to its files: "unet/config.json" to keys and values."""
+    import json
+    import shutil
+
+    shutil.copytree(folder, target)
+    for name, values in changes.items():
+        path = target / name
+        path.write_text(json.dumps((json.loads(path.read_text()) if path.is_file() else {}) | values))
+    return target
+
+
+MISFITS = [
+    ({"unet/config.json": {"cross_attention_dim": 32}}, "they belong to different checkpoints|has shape"),
+    ({"unet/config.json": {"layers_per_block": 10**8}}, "unet/config.json: layers_per_block must be"),
+    ({"text_encoder/config.json": {"num_hidden_layers": 10**8}}, "text_encoder/config.json: num_hidden_layers must be"),
+    ({"vae/config.json": {"scaling_factor": "x"}}, "vae/config.json: scaling_factor must be"),
+    (
+        {"scheduler/scheduler_config.json": {"beta_start": None}},
+        "scheduler_config.json: PNDMScheduler: beta_start must be",
+    ),
+    ({"model_index.json": {"unet": ["diffusers", ["UNet2DConditionModel"]]}}, "lists no unet"),
+    ({"model_index.json": {"safety_checker": 5}}, "model_index.json: safety_checker must be"),
+    ({"model_index.json": {"_class_name": ["x"]}}, "model_index.json: _class_name must be"),
+    ({"sfumato.json": {"steps": "many"}}, "sfumato.json: steps must be a whole number"),
+    ({"sfumato.json": {"steps": 10**12}}, "sfumato.json: steps must be at most"),
+    ({"words.json": {"styles": ["x"]}}, "words.json: concepts must be"),
+    ({"words.json": {"concepts": {"a": "b"}, "styles": ["x"]}}, "words.json: concepts must be"),
+    ({"words.json": {"concepts": {"a": []}, "styles": ["x"]}}, "words.json: concepts must be"),
+]
+
+
+@pytest.mark.parametrize(("changes", "says"), MISFITS)
+def test_a_checkpoint_that_says_nonsense_is_one_sentence(checkpoints, tmp_path, changes, says):
+    folder = edited(checkpoints(), tmp_path / "c", **changes)
+    with pytest.raises(SfumatoError, match=says) as caught:
+        sfumato.DiffusionPipeline.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 1  # the user has typed nothing wrong
+
+
 def test_an_image_file_that_cannot_be_read(ours, tmp_path):
     (tmp_path / "cat.png").write_text("no")
-    with pytest.raises(UsageError, match="cannot be read as a picture"):
+    with pytest.raises(UsageError, match="cannot be read as an image"):
         ours().generate(GenerateRequest(prompt=PROMPT, image=str(tmp_path / "cat.png")))
+
+
+@pytest.mark.parametrize(
+    ("side", "size", "note"),
+    [
+        (16, {}, ""),
+        (
+            32,
+            {},
+            "the output is 32 × 32, as large as the input image; set width and height for the model's own 16 × 16",
+        ),
+        (32, {"width": 16, "height": 16}, ""),
+        (48, {}, "the image is 48 × 48, far above the 16 × 16 that this model was trained for"),
+        (16, {"width": 48, "height": 48}, "the image is 48 × 48, far above"),
+    ],
+)
+def test_the_size_of_an_input_image_is_noted(ours, tmp_path, side, size, note):
+    Image.new("RGB", (side, side)).save(tmp_path / "photo.png")
+    request = GenerateRequest(prompt=PROMPT, image=str(tmp_path / "photo.png"), steps=2, seed=0, **size)
+    notes = ours().generate(request).notes
+    assert [said[: len(note)] for said in notes] == ([note] if note else [])
 
 
 def test_saving_where_there_is_no_place(ours, tmp_path, monkeypatch):
@@ -412,3 +486,19 @@ def test_every_error_is_one_of_ours():
     assert issubclass(CheckpointError, OSError)
     assert issubclass(NonFiniteError, ArithmeticError)
     assert all(issubclass(error, SfumatoError) for error in (UsageError, CheckpointError, OutputError, ConfigError))
+
+
+@pytest.mark.parametrize("wrong", [5, "a cat", {"prompt": "a cat"}, torch.zeros(2, 2)])
+def test_what_is_no_request(fresh, wrong):
+    for call in (fresh().generate, fresh().largest_batch, lambda request: sfumato.load(request=request)):
+        with pytest.raises(UsageError, match="expected a GenerateRequest, not") as caught:
+            call(wrong)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [{"a": 1}, torch.zeros(2), 5.5])
+def test_what_is_no_device_and_no_precision(wrong):
+    with pytest.raises(UsageError, match="device must be a name"):
+        sfumato.load(device=wrong)
+    with pytest.raises(UsageError, match="dtype must be a precision"):
+        sfumato.load(dtype=wrong)

@@ -82,6 +82,48 @@ def test_networks_that_take_turns_draw_the_same(folder, expected):
     assert result.recipes[0]["model"]["weights"] == kept.recipes[0]["model"]["weights"]
 
 
+def test_another_pipeline_over_parts_that_take_turns(folder, expected):
+    pipe = load(folder, offload="staged")
+    other = sfumato.StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    assert other.device.type == "cpu"
+    assert np.abs(pixels(other.generate(request())) - expected).max() <= 1
+
+
+def told(result, *choices: str) -> set[str]:
+    """Of the choices named, those that the plan's reasons say were asked for."""
+    return {
+        choice for choice in choices for reason in result.plan.reasons if choice in reason and "as requested" in reason
+    }
+
+
+def test_reasons_say_as_requested_only_of_what_was_asked(folder):
+    choices = ("device", "U-Net in", "one network in memory", "engine", "torch.compile", "batch size", "steps")
+    few = request(steps=2)
+    assert told(sfumato.load(folder).generate(request(steps=41)), *choices) == set()
+    assert told(sfumato.load(folder, once=True).generate(few), *choices) == set()
+    assert told(sfumato.load(folder, device="auto").generate(few), *choices) == set()
+    assert told(sfumato.load(folder, device="cpu", dtype=torch.float32).generate(few), *choices) == {
+        "device",
+        "U-Net in",
+    }
+    options = {"offload": "staged", "compile": False, "micro_batch": 1, "engine": "torch"}
+    asked = sfumato.load(folder, **options).generate(few)
+    assert told(asked, *choices) == {"one network in memory", "engine", "torch.compile", "batch size"}
+
+
+def test_reasons_of_a_pipeline_that_no_plan_loaded_say_so(folder):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        pipe = sfumato.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype)
+        result = pipe.generate(request())
+        assert told(result, "device", "U-Net in", "one network in memory") == set()
+        assert result.plan.unet_dtype == str(dtype).removeprefix("torch.")
+        assert result.plan.reasons[0].startswith("device cpu")
+        assert "where the pipeline is" in result.plan.reasons[0]
+    assert "U-Net in float16: as it was loaded" in result.plan.reasons
+    moved = sfumato.load(folder, dtype=torch.bfloat16).to(torch.float32)
+    assert told(moved.generate(request()), "U-Net in") == set()
+
+
 def test_a_damaged_file_is_found_before_anything_is_drawn(folder, tmp_path):
     import shutil
 
@@ -171,7 +213,7 @@ def test_float16_on_a_cpu_becomes_what_the_processor_has(folder, caplog):
         pipe = load(folder, dtype=torch.float16)
     native = read_facts("cpu").native_bfloat16("cpu")
     assert pipe.dtype == (torch.bfloat16 if native else torch.float32)
-    assert sum("float16 was asked for and became" in record.message for record in caplog.records) == 1
+    assert sum("instead of float16" in record.message for record in caplog.records) == 1
 
 
 def test_many_pictures_are_those_of_single_runs(folder):

@@ -17,7 +17,7 @@ from sfumato.errors import CheckpointError, NonFiniteError
 from sfumato.models.packed import is_packed, pack, packable
 from sfumato.pipelines import stages
 from sfumato.pipelines.finite import FiniteWatch
-from sfumato.pipelines.repair import computed_in_float32, memory_file, recall, remember, saved_randomness
+from sfumato.pipelines.repair import MEMORY, computed_in_float32, recall, remember, saved_randomness
 from sfumato.pipelines.run import Run
 from sfumato.pipelines.stages import Given
 from support.checkpoints import SHAPES, randomize, write_ours
@@ -182,20 +182,20 @@ def test_a_model_is_left_as_it_was_when_a_layer_raises(error):
     ("stage", "named"),
     [("text encoder", "text encoder"), ("U-Net", "U-Net, step 1 of 3"), ("VAE decoder", "VAE decoder")],
 )
-def test_a_stage_is_repaired_named_and_remembered(overflowing, caplog, stage, named):
+def test_a_stage_is_repaired_named_and_remembered(overflowing, cache, caplog, stage, named):
     pipe = overflowing(stage)
     before = [{name: value.clone() for name, value in model.state_dict().items()} for model in (pipe.unet, pipe.vae)]
     with caplog.at_level(logging.WARNING, logger="sfumato"):
         said = notes(pipe)
-    assert said == (f"{named}: float16 gave NaN or infinite values, so it was computed again in float32",)
+    assert said == (f"{named}: float16 gave NaN or infinity, so it was computed again in float32",)
     assert [record.getMessage() for record in caplog.records] == list(said)
-    assert [*json.loads(memory_file().read_text())] == [f"{stage} on cpu in float16"]
+    assert [*json.loads((cache / MEMORY).read_text())] == [f"{stage} on cpu in float16"]
     assert same(pipe.unet, before[0])
     assert same(pipe.vae, before[1])
 
     again = overflowing(stage)
     repaired = draw(again)
-    assert notes(again) == (f"{stage}: computed in float32, as float16 has failed with this checkpoint before",)
+    assert notes(again) == (f"{stage}: computed in float32, because float16 failed with this checkpoint before",)
     assert distance(repaired, draw(overflowing(stage).to(torch.float32))) < FLOAT16
 
 
@@ -207,18 +207,18 @@ def test_the_encoder_is_repaired_with_the_noise_it_had(overflowing):
         return draw(pipe, image=image, strength=0.7)
 
     first, remembered = redraw(pipes[0]), redraw(pipes[1])
-    assert notes(pipes[1], image=image)[0].startswith("VAE encoder: computed in float32, as")
+    assert notes(pipes[1], image=image)[0].startswith("VAE encoder: computed in float32, because")
     assert torch.equal(first, remembered)
     assert distance(first, redraw(pipes[2].to(torch.float32))) < FLOAT16
 
 
 @pytest.mark.parametrize("stage", ["text encoder", "U-Net", "VAE decoder"])
-def test_a_repaired_picture_is_the_remembered_one(overflowing, stage):
+def test_a_repaired_picture_is_the_remembered_one(overflowing, cache, stage):
     assert torch.equal(draw(overflowing(stage)), draw(overflowing(stage)))
-    assert len(json.loads(memory_file().read_text())) == 1
+    assert len(json.loads((cache / MEMORY).read_text())) == 1
 
 
-def test_a_later_step_is_repeated_where_it_stands(overflowing):
+def test_a_later_step_is_repeated_where_it_stands(overflowing, cache):
     pipe = overflowing()
     calls = []
 
@@ -233,20 +233,18 @@ def test_a_later_step_is_repeated_where_it_stands(overflowing):
     handle.remove()
     assert numbers == [1, 2, 3, 4]
     assert calls == [torch.float16, torch.float16, *[torch.float32] * 3]
-    assert result.notes == (
-        "U-Net, step 2 of 4: float16 gave NaN or infinite values, so it was computed again in float32",
-    )
-    memory_file().unlink()
+    assert result.notes == ("U-Net, step 2 of 4: float16 gave NaN or infinity, so it was computed again in float32",)
+    (cache / MEMORY).unlink()
     whole = pipe.generate(request)
     assert whole.notes == ()
     difference = np.asarray(whole.images[0], dtype=int) - np.asarray(result.images[0], dtype=int)
     assert 0 < np.abs(difference).max() < 255 * FLOAT16
 
 
-def test_nothing_is_repaired_or_kept_without_need(overflowing):
+def test_nothing_is_repaired_or_kept_without_need(overflowing, cache):
     pipe = overflowing()
     assert notes(pipe) == ()
-    assert not memory_file().exists()
+    assert not (cache / MEMORY).exists()
 
 
 # ---- accelerators ---------------------------------------------------------------------------------------------------
@@ -257,11 +255,9 @@ def test_on_an_accelerator_all_steps_are_repeated_with_the_same_noise(overflowin
     numbers = []
     result = pipe.generate(GenerateRequest(prompt=PROMPT, steps=3, seed=5), lambda step: numbers.append(step.number))
     assert numbers == [1, 2, 3, 1, 2, 3]
-    assert result.notes == (
-        "U-Net, step 1 of 3: float16 gave NaN or infinite values, so it was computed again in float32",
-    )
+    assert result.notes == ("U-Net, step 1 of 3: float16 gave NaN or infinity, so it was computed again in float32",)
     remembered = overflowing("U-Net").generate(result.request)
-    assert remembered.notes == ("U-Net: computed in float32, as float16 has failed with this checkpoint before",)
+    assert remembered.notes == ("U-Net: computed in float32, because float16 failed with this checkpoint before",)
     assert np.array_equal(np.asarray(result.images[0]), np.asarray(remembered.images[0]))
 
 
@@ -292,6 +288,18 @@ def test_a_repeat_begins_with_the_prompt_it_had(overflowing, later):
     assert torch.equal(first, draw(overflowing("U-Net"), **call))
 
 
+def test_a_repeat_is_steered_and_interrupted_as_the_first_pass(overflowing, later):
+    seen = []
+
+    def steer(pipe, index, timestep, tensors):
+        seen.append((index, pipe.guidance_scale))
+        pipe._guidance_scale = 2.0
+        pipe._interrupt = len(seen) == 2  # as a button would, pressed once
+
+    draw(overflowing("U-Net"), num_inference_steps=4, callback_on_step_end=steer)
+    assert seen == [(0, 7.5), (1, 2.0)] * 2
+
+
 def test_a_preview_of_a_step_gone_wrong_is_grey_and_blames_nobody(overflowing, later):
     pipe = overflowing("U-Net")
     previews = []
@@ -319,7 +327,7 @@ def test_saved_randomness_goes_back():
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-def test_what_is_not_finite_in_float32_either_is_an_error_and_not_remembered(overflowing, monkeypatch, at_once):
+def test_what_is_not_finite_in_float32_either_is_an_error_and_not_remembered(overflowing, cache, monkeypatch, at_once):
     monkeypatch.setattr(FiniteWatch, "looks_at_once", staticmethod(lambda device: at_once))
     latents = torch.zeros(1, 4, 8, 8)
     latents[0, 0, 0, 0] = float("inf")
@@ -328,7 +336,7 @@ def test_what_is_not_finite_in_float32_either_is_an_error_and_not_remembered(ove
     with pytest.raises(NonFiniteError, match=r"^U-Net, step 1 of 2: .*; check the prompt embeddings, latents or"):
         pipe(PROMPT, latents=latents, num_inference_steps=2)
     assert same(pipe.unet, before)
-    assert not memory_file().exists()
+    assert not (cache / MEMORY).exists()
 
 
 def test_a_damaged_weight_is_named_without_a_repeat(overflowing, later):
@@ -364,11 +372,11 @@ def test_the_memory_knows_checkpoint_component_and_precision(tmp_path):
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 3}', '{"a": [3]}', '{"U-Net on cpu in float16": "x"}', "\x00"])
 def test_a_damaged_memory_starts_anew(overflowing, cache, caplog, text):
     cache.mkdir()
-    memory_file().write_text(text)
+    (cache / MEMORY).write_text(text)
     with caplog.at_level(logging.WARNING, logger="sfumato"):
         notes(overflowing("U-Net"))
     said = [record.getMessage() for record in caplog.records if "was damaged" in record.getMessage()]
-    assert said == [f"{memory_file()} was damaged and starts anew: it holds which checkpoints need float32"]
+    assert said == [f"{cache / MEMORY} was damaged and is recreated"]
     assert notes(overflowing("U-Net"))[0].startswith("U-Net: computed in float32")
 
 
@@ -377,7 +385,8 @@ def test_a_memory_that_cannot_be_written_stops_nothing(overflowing, cache, caplo
     with caplog.at_level(logging.WARNING, logger="sfumato"):
         said = notes(overflowing("VAE decoder"))
     assert len(said) == 1
-    assert "VAE decoder will be found to need float32 again in every run" in caplog.records[-1].getMessage()
+    (about,) = [message for message in caplog.messages if "cache" in message]
+    assert about.startswith(f"the cache in {cache} cannot be used (it is not a folder); ")
     assert cache.read_text() == "a file where the folder should be"
 
 
@@ -387,15 +396,15 @@ def test_a_memory_that_cannot_be_written_stops_nothing(overflowing, cache, caplo
 @pytest.mark.parametrize("micro_batch", [None, 1, 2, 5, 64])
 def test_slices_decode_the_same_pictures(ours, monkeypatch, micro_batch):
     pipe = ours()
-    run = Run(pipe, GenerateRequest(prompt=PROMPT), Given(), pipe.scheduler, micro_batch=micro_batch)
+    run = Run(pipe.parts, pipe.place, GenerateRequest(prompt=PROMPT), Given(), pipe.scheduler, micro_batch=micro_batch)
     latents = torch.randn(5, 4, 8, 8, generator=generator())
-    whole = Run(pipe, run.request, Given(), pipe.scheduler).pixels(latents)
+    whole = Run(pipe.parts, pipe.place, run.request, Given(), pipe.scheduler).pixels(latents)
     held: list[weakref.ref[torch.Tensor]] = []
     sizes: list[int] = []
     decode = stages.decode
 
-    def watched(vae, part, watch):
-        pixels = decode(vae, part, watch)
+    def watched(vae, part, watch, *rest, **more):
+        pixels = decode(vae, part, watch, *rest, **more)
         held.append(weakref.ref(pixels))
         sizes.append(part.shape[0])
         assert sum(one() is not None for one in held) <= 2  # the slice that is being turned into pictures, and this one
@@ -414,7 +423,7 @@ def test_slices_decode_the_same_pictures(ours, monkeypatch, micro_batch):
 
 def test_a_bad_slice_is_repaired_and_later_ones_are_float32_at_once(overflowing):
     pipe = overflowing("VAE decoder")
-    run = Run(pipe, GenerateRequest(prompt=PROMPT), Given(), pipe.scheduler, micro_batch=1)
+    run = Run(pipe.parts, pipe.place, GenerateRequest(prompt=PROMPT), Given(), pipe.scheduler, micro_batch=1)
     precisions = []
     handle = pipe.vae.decoder.register_forward_pre_hook(lambda _, args: precisions.append(pipe.vae.dtype))
     assert len(run.pictures(torch.randn(3, 4, 8, 8, generator=generator()))) == 3

@@ -1,4 +1,4 @@
-"""NumPy's stream as a source of noise: its numbers, and that it stands wherever torch's generators do."""
+"""Sources of noise beside torch's: their numbers, and that they stand wherever torch's generators do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import sfumato
 from sfumato import GenerateRequest
 from sfumato.errors import UsageError
 from sfumato.pipelines.repair import saved_randomness
-from sfumato.runtime.generators import NumpyGenerator, generator_for, normal
+from sfumato.request import Noise
+from sfumato.runtime.generators import NumpyGenerator, PhiloxGenerator, generator_for, normal, philox, slerp
 from sfumato.schedulers import BrownianNoise, GaussianNoise
 
 PROMPT = "a photo"
@@ -91,9 +92,9 @@ def test_requests():
     assert "rng" not in request.replace(rng="torch").to_dict()
     assert GenerateRequest.from_dict(request.to_dict()) == request
     for wrong, sentence in (
-        ({"rng": "nvidia"}, "rng must be torch or numpy, not 'nvidia'"),
-        ({"rng": None}, "rng must be torch or numpy"),
-        ({"rng": ["numpy"]}, "rng must be torch or numpy"),
+        ({"rng": "nvidia"}, "rng must be torch, numpy or cuda, not 'nvidia'"),
+        ({"rng": None}, "rng must be torch, numpy or cuda"),
+        ({"rng": ["numpy"]}, "rng must be torch, numpy or cuda"),
         ({"rng": "numpy", "seed": 2**32}, r"from 0 to 2\*\*32 - 1 with rng numpy"),
         ({"seed": 2**63}, r"from 0 to 2\*\*63 - 1, not"),
     ):
@@ -143,3 +144,67 @@ def test_image_to_image(ours):
     ]
     assert torch.equal(draw[0], draw[1])
     assert not torch.equal(draw[0], draw[2])
+
+
+# The known answers of Random123's own tests (kat_vectors: philox4x32 10).
+KNOWN = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN)
+def test_known_answers_of_philox(counter, key, answer):
+    found = philox([np.array([part], dtype=np.uint64) for part in counter], key)
+    assert tuple(int(part[0]) for part in found) == answer
+
+
+def test_known_numbers_of_cuda():
+    """torch.manual_seed(0); torch.randn(3, 4, device="cuda"), as A1111's rng_philox.py has published them."""
+    published = [
+        [-0.92466259, -0.42534415, -2.6438457, 0.14518388],
+        [-0.12086647, -0.57972564, -0.62285122, -0.32838709],
+        [-1.07454231, -0.36314407, -1.67105067, 2.26550497],
+    ]
+    source = PhiloxGenerator(0)
+    assert source.randn((3, 4)).numpy() == pytest.approx(np.array(published), abs=1e-6)
+    again = source.randn((12,))
+    assert not torch.equal(again, PhiloxGenerator(0).randn((12,)))
+    # Each number is its own counter's, so a longer draw begins with the same ones.
+    assert torch.equal(PhiloxGenerator(2**63 - 1).randn((5,)), PhiloxGenerator(2**63 - 1).randn((9,))[:5])
+
+
+@pytest.mark.parametrize("rng", ["torch", "numpy", "cuda"])
+def test_a_variation_is_between_two_seeds(rng):
+    shape = (1, 4, 8, 8)
+    first, other = (normal(shape, generator_for(rng, seed), torch.device("cpu")) for seed in (3, 9))
+
+    def drawn(**noise):
+        source = generator_for(rng, 3, Noise(**noise))
+        return [normal(shape, source, torch.device("cpu")) for _ in range(2)]
+
+    assert torch.equal(drawn()[0], first)
+    assert torch.allclose(drawn(variation_seed=9, variation_strength=0)[0], first, atol=1e-6)
+    assert torch.allclose(drawn(variation_seed=9, variation_strength=1)[0], other, atol=1e-5)
+    half, following = drawn(variation_seed=9, variation_strength=0.5)
+    assert torch.allclose(half, slerp(first, other, 0.5))
+    assert torch.equal(following, drawn()[1])  # the steps go on with the first one's stream
+    # A1111's ENSD: the steps draw from a stream of their own, of the seed and this much more.
+    assert torch.equal(drawn(step_seed=6)[1], other)
+    assert torch.equal(drawn(step_seed=6, variation_seed=9, variation_strength=0.5)[0], half)
+    expected = normal(shape, generator_for("cuda", 3), torch.device("cpu"))
+    assert torch.equal(drawn(step_rng="cuda")[1], expected)
+
+
+def test_a_turned_stream_goes_back():
+    source = generator_for("cuda", 1, Noise(variation_seed=2, variation_strength=0.3, step_seed=5))
+    go_back = saved_randomness([source], torch.device("cpu"))
+    first = [normal((1, 1, 4, 4), source, torch.device("cpu")) for _ in range(3)]
+    go_back()
+    again = [normal((1, 1, 4, 4), source, torch.device("cpu")) for _ in range(3)]
+    assert all(map(torch.equal, first, again))
+    assert source.initial_seed() == 1

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import sfumato
 from sfumato.checkpoints.weights import find_weights, pick_weights, read_headers
-from sfumato.errors import CheckpointError, ConfigError, OutputError
+from sfumato.errors import CheckpointError, ConfigError, OutputError, UsageError
 from support.checkpoints import TEXT, UNET, VAE, randomize
 
 NAME = "diffusion_pytorch_model"
@@ -131,6 +131,106 @@ def test_an_index_without_a_map(folder, content):
     fails(folder, str(index), "weight_map")
 
 
+def test_shards_of_another_save(folder):
+    """An interrupted copy over an older one: the old index, and some shards of the new save."""
+    shard(folder)
+    other = folder.parent / "other"
+    randomize(sfumato.AutoencoderKL(**VAE), seed=1).save_pretrained(other, max_shard_size=10_000)
+    name = sorted(path.name for path in folder.glob("*-of-*.safetensors"))[3]
+    (folder / name).write_bytes((other / name).read_bytes())
+    fails(folder, str(folder / name), "is not the file that", "index.json was saved with")
+    (folder / name).unlink()
+    load(other)
+
+
+def test_an_index_of_others_says_nothing_of_its_shards(folder):
+    index = shard(folder)
+    content = json.loads(index.read_text())
+    for metadata in ({"total_size": 1}, {}, None, 5, {"sfumato_sha256": [1]}):
+        index.write_text(json.dumps(content | {"metadata": metadata}))
+        load(folder)
+
+
+def test_a_shard_that_is_a_pickle_is_not_opened(folder, file, tmp_path):
+    """SPEC D3: the index chooses the names, and so must not choose the reader."""
+    state = load_file(file)
+    file.unlink()
+    (folder / "weights.bin").write_bytes(pickle.dumps(Payload(tmp_path / "loud")))
+    (folder / f"{NAME}.safetensors.index.json").write_text(
+        json.dumps({"weight_map": dict.fromkeys(state, "weights.bin")})
+    )
+    for allowed in (None, True):
+        fails(folder, "weights.bin", "not a safetensors file", "use_safetensors=False", use_safetensors=allowed)
+    assert not (tmp_path / "loud").exists()
+
+
+HEADERS = [
+    {"shape": "abc"}, {"shape": [-8]}, {"shape": [[8]]}, {"shape": ["8"]}, {"shape": None}, {"shape": [8.0]}, {"shape": [2**62]},
+    {"dtype": None}, {"dtype": 5}, {"dtype": "X99"}, {"dtype": "f32"}, {"data_offsets": None}, {"data_offsets": [8, 0]},
+    {"data_offsets": [-8, 24]}, {"data_offsets": [0, 2**70]}, {"data_offsets": [0]}, {"data_offsets": [0, 4]},
+]  # fmt: skip
+
+
+def rewrite(file: Path, change) -> None:
+    """The same file with another header."""
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = change(json.loads(content[8 : 8 + length]))
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+@pytest.mark.parametrize("change", HEADERS)
+def test_a_header_that_cannot_be(folder, file, change):
+    key = "encoder.conv_in.bias"
+    rewrite(file, lambda header: header | {key: header[key] | change})
+    fails(folder, str(file), "safetensors")
+    with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
+        read_headers([file])
+
+
+@pytest.mark.parametrize(
+    "header", [b"[]", b"{", b"5", b'{"a":' * 100_000, b'{"a":[]}', b'{"a":' + b"[" * 900 + b"]" * 900 + b"}"]
+)
+def test_a_header_that_is_none(folder, file, header):
+    rewrite(file, lambda _: header)
+    fails(folder, str(file))
+    with pytest.raises(CheckpointError):
+        read_headers([file])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_weights_that_are_no_floating_point_numbers(folder, file, dtype):
+    save_file(load_file(file) | {"encoder.conv_in.bias": torch.zeros(8, dtype=dtype)}, file)
+    fails(folder, str(file), "'encoder.conv_in.bias'", "floating-point")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs pipes and devices")
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_weights_that_are_a_pipe_or_a_device(folder, file, suffix):
+    file.unlink()
+    path = folder / f"{NAME}.{suffix}"
+    allowed = None if suffix == "safetensors" else False
+    os.mkfifo(path)
+    fails(folder, str(path), "not a regular file", use_safetensors=allowed)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    fails(folder, str(path), "not a regular file", use_safetensors=allowed)
+
+
+@pytest.mark.parametrize("size", ["x", None, [1], 1.5])
+def test_a_size_of_shards_that_is_none(folder, tmp_path, size):
+    with pytest.raises(UsageError, match="max_shard_size"):
+        load(folder).save_pretrained(tmp_path / "again", max_shard_size=size)
+    assert load(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.int8, 5])
+def test_a_dtype_that_is_none(folder, dtype):
+    with pytest.raises(UsageError, match="dtype must be a precision"):
+        load(folder, torch_dtype=dtype)
+
+
 def test_a_key_in_two_shards(folder):
     shard(folder)
     first, second = sorted(folder.glob("*-of-*.safetensors"))[:2]
@@ -173,7 +273,7 @@ def test_a_harmless_pickle_is_read_when_asked_for(folder, file):
     torch.save({"state_dict": state}, folder / f"{NAME}.bin")
     assert torch.equal(load(folder, use_safetensors=False).state_dict()["encoder.conv_in.bias"], state["encoder.conv_in.bias"])  # fmt: skip
     torch.save({"step": 3}, folder / f"{NAME}.bin")
-    fails(folder, "something else than named tensors", use_safetensors=False)
+    fails(folder, "does not contain named tensors", use_safetensors=False)
 
 
 def test_safetensors_go_before_pickles(folder, file):

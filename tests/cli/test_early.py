@@ -1,0 +1,72 @@
+"""What is wrong with a command line is said at once: without torch, which takes seconds to import."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from cli.conftest import SCRIPT
+
+WRONG = [
+    (["generate", "x", "--model", "/nope"], 1, "there is no folder /nope"),
+    (["generate", "x", "--model", "sdxl-tubo"], 1, "there is no folder sdxl-tubo (did you mean 'sdxl-turbo'?)"),
+    (["generate", "x", "--model", "sd15"], 1, "run 'sfumato download sd15'"),
+    (["generate", "x", "--width", "100"], 2, "width must be divisible by 8, and 100 is not; try 96 or 104"),
+    (["generate", "x", "--scheduler", "dmp++"], 2, "there is no scheduler 'dmp++'"),
+    (["generate", "x", "--dtype", "float33"], 2, "there is no dtype 'float33'"),
+    (["generate", "x", "--device", "gpu"], 2, "there is no device 'gpu'"),
+    (["generate", "x", "--offload", "some"], 2, "there is no offload 'some'"),
+    (["generate", "x", "--image", "nope.png"], 2, "there is no image nope.png"),
+    (["generate", "x", "--output", "x.gif"], 2, "must end in .png"),
+    (["generate", "x", "--stps", "3"], 2, "--stps"),
+    (["replay", "nope.png"], 2, "there is no image nope.png"),
+    (["show", "/nope"], 1, "there is no folder /nope"),
+    (["show", "owner/name"], 1, "run 'sfumato download owner/name'"),
+    (["plan", "x", "--model", "/nope"], 1, "there is no folder /nope"),
+    (["plan", "x", "--width", "100"], 2, "width must be divisible by 8"),
+    (["plan", "x", "--facts", "m0"], 2, "there is no machine 'm0'"),
+    (["bench", "--model", "/nope"], 1, "there is no folder /nope"),
+    (["download", "/nope"], 1, "there is no folder /nope"),
+    (["models", "remove", "sd15"], 2, "'sd15' is not in the cache"),
+    (["coreml", "convert", "/nope"], 1, "there is no folder /nope"),
+    (["coreml", "verify", "nope"], 1, "there is no folder nope"),
+    (["coreml", "generate", "x", "-i", "nope"], 1, "there is no folder nope"),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "sentence"), WRONG, ids=lambda value: " ".join(value) if isinstance(value, list) else None
+)
+def test_refused_before_torch(environment, words, code, sentence, tmp_path):
+    command = [sys.executable, "-X", "importtime", SCRIPT, *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    imported = set(re.findall(r"^import time:[ \d|]+\| +([\w.]+)$", done.stderr, re.MULTILINE))
+    said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert sentence in "\n".join(said)
+    assert done.returncode == code
+    assert "sfumato.cli.main" in imported
+    assert {"torch", "numpy"} & imported == set()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name == "nt", reason="reads the time of processes from the system")
+def test_refused_in_less_than_half_a_second(environment, tmp_path):
+    """The processor's time, which other programs on the same cores do not stretch; the best of a few runs."""
+    import resource
+
+    def used() -> float:
+        times = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return times.ru_utime + times.ru_stime
+
+    seconds = []
+    for words in (["--model", "/nope"], ["--width", "100"], ["--stps", "3"]) * 2:
+        began = used()
+        subprocess.run(
+            [SCRIPT, "generate", "x", *words], cwd=tmp_path, env=environment, capture_output=True, check=False
+        )
+        seconds.append(used() - began)
+    assert max(map(min, zip(seconds[:3], seconds[3:], strict=True))) < 0.4

@@ -1,0 +1,142 @@
+"""IP-Adapters against the reference: plain and plus, with masks, several at once, down to the images."""
+
+from __future__ import annotations
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+import sfumato
+from sfumato.errors import CheckpointError, UsageError
+from sfumato.models import CLIPVisionModelWithProjection
+from sfumato.pipelines.recipe import checked
+from sfumato.request import GenerateRequest, ImagePrompt
+from support.checkpoints import UNET, randomize
+from support.control import control_picture
+
+VISION = {"hidden_size": 32, "intermediate_size": 48, "projection_dim": 20, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28, "patch_size": 7}  # fmt: skip
+# The reference knows plain adapters of four tokens and plus ones of four layers.
+WIDTH, TOKENS = UNET["cross_attention_dim"], 4
+
+
+def adapter(kind="plain", seed=0):
+    """A random adapter for the small checkpoint, as a file has it."""
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=random) / shape[-1] ** 0.5
+
+    if kind == "plain":
+        proj = {"proj.weight": draw(TOKENS * WIDTH, 20), "proj.bias": draw(TOKENS * WIDTH), "norm.weight": draw(WIDTH) + 1, "norm.bias": draw(WIDTH)}  # fmt: skip
+    else:
+        dim, inner = 40, 128
+        proj = {"latents": draw(1, TOKENS, dim), "proj_in.weight": draw(dim, 32), "proj_in.bias": draw(dim), "proj_out.weight": draw(WIDTH, dim), "proj_out.bias": draw(WIDTH), "norm_out.weight": draw(WIDTH) + 1, "norm_out.bias": draw(WIDTH)}  # fmt: skip
+        for i in range(4):
+            proj |= {f"layers.{i}.0.{name}.{part}": draw(dim) + (part == "weight") for name in ("norm1", "norm2") for part in ("weight", "bias")}  # fmt: skip
+            proj |= {f"layers.{i}.0.to_q.weight": draw(inner, dim), f"layers.{i}.0.to_kv.weight": draw(2 * inner, dim), f"layers.{i}.0.to_out.weight": draw(dim, inner)}  # fmt: skip
+            proj |= {f"layers.{i}.1.0.weight": draw(dim) + 1, f"layers.{i}.1.0.bias": draw(dim), f"layers.{i}.1.1.weight": draw(4 * dim, dim), f"layers.{i}.1.3.weight": draw(dim, 4 * dim)}  # fmt: skip
+    unet = sfumato.UNet2DConditionModel(**UNET)
+    blocks = (unet.down_blocks, unet.up_blocks, unet.mid_block)
+    widths = [block.attn2.to_q.out_features for part in blocks for block in part.modules() if hasattr(block, "attn2")]
+    ip = {f"{2 * i + 1}.to_{name}_ip.weight": draw(width, WIDTH) for i, width in enumerate(widths) for name in "kv"}
+    return {"image_proj": proj, "ip_adapter": ip}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    root = tmp_path_factory.mktemp("ip")
+    randomize(CLIPVisionModelWithProjection(**VISION)).save_pretrained(root / "encoder")
+    for kind in ("plain", "plus"):
+        flat = {f"{group}.{key}": value for group, part in adapter(kind).items() for key, value in part.items()}
+        save_file(flat, root / f"{kind}.safetensors")
+    control_picture(40, 30).save(root / "image.png")
+    control_picture(30, 40, seed=1).save(root / "other.png")
+    mask = np.zeros((16, 16), dtype=np.uint8)
+    mask[:, :8] = 255
+    Image.fromarray(mask).save(root / "mask.png")
+    return root
+
+
+def prompt(files, kind="plain", **fields):
+    names = {"model": f"{kind}.safetensors", "image": "image.png", "encoder": "encoder"} | {
+        key: fields.pop(key) for key in ("model", "image", "encoder", "mask") if key in fields
+    }
+    return ImagePrompt(**{key: str(files / name) for key, name in names.items()}, **fields)
+
+
+@pytest.fixture(scope="module")
+def pipeline(checkpoints):
+    return sfumato.load(checkpoints(), device="cpu", dtype=torch.float32)
+
+
+def drawn(pipeline, *prompts, **fields):
+    request = GenerateRequest(**{"prompt": "a photo", "seed": 3, "steps": 3, "image_prompts": prompts} | fields)
+    result = pipeline.generate(request)
+    return np.asarray(result.images[0]).astype(int), result
+
+
+CALLS = {
+    "plain": [("plain", "image.png", 1.0, None)],
+    "plus": [("plus", "image.png", 0.7, None)],
+    "a mask": [("plain", "image.png", 1.0, "mask.png")],
+    "two": [("plain", "image.png", 0.5, None), ("plus", "other.png", 0.8, None)],
+}
+
+
+@pytest.mark.parametrize("uses", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("guidance", [7.5, 1.0])
+def test_images_are_the_references(uses, guidance, files, pipeline, checkpoints):
+    import transformers
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    mine, _ = drawn(
+        pipeline,
+        *(
+            prompt(files, kind, image=image, scale=scale, **({"mask": mask} if mask else {}))
+            for kind, image, scale, mask in uses
+        ),
+        guidance_scale=guidance,
+    )
+    other = diffusers.StableDiffusionPipeline.from_pretrained(checkpoints())
+    other.set_progress_bar_config(disable=True)
+    encoder = transformers.CLIPVisionModelWithProjection.from_pretrained(files / "encoder").eval()
+    reader = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    other.register_modules(image_encoder=encoder, feature_extractor=reader)
+    other.unet._load_ip_adapter_weights([adapter(kind) for kind, *_ in uses])
+    other.set_ip_adapter_scale([scale for *_, scale, _ in uses])
+    masks = [torch.from_numpy(np.asarray(Image.open(files / mask)) / 255.0).float()[None, None] for *_, mask in uses if mask]  # fmt: skip
+    call = {"cross_attention_kwargs": {"ip_adapter_masks": masks}} if masks else {}
+    images = [Image.open(files / image) for _, image, *_ in uses]
+    theirs = other("a photo", ip_adapter_image=images, num_inference_steps=3, guidance_scale=guidance, generator=torch.Generator().manual_seed(3), **call).images[0]  # fmt: skip
+    assert abs(mine - np.asarray(theirs).astype(int)).max() <= 1
+    assert abs(mine - drawn(pipeline, guidance_scale=guidance)[0]).max() > 3
+
+
+def test_recipes_repeat_image_prompts_and_staged_networks_read_them(files, pipeline, checkpoints):
+    mine, result = drawn(pipeline, prompt(files))
+    told, scheduler = checked(result.recipes[0], "here")
+    assert len(told.image_prompts[0].hashes) == 3
+    staged = sfumato.load(checkpoints(), device="cpu", dtype=torch.float32, offload="staged", request=told)
+    staged.scheduler = scheduler
+    for _ in range(2):
+        again = staged.generate(told.replace(scheduler=None)).images[0]
+        assert (np.asarray(again) == mine).all()
+    changed = told.image_prompts[0].replace(image=str(files / "other.png"))
+    with pytest.raises(UsageError, match="are not those of the recipe"):
+        pipeline.generate(told.replace(image_prompts=(changed,)))
+
+
+def test_files_that_do_not_fit(files, pipeline, tmp_path):
+    randomize(CLIPVisionModelWithProjection(**VISION | {"projection_dim": 24})).save_pretrained(tmp_path / "encoder")
+    with pytest.raises(CheckpointError, match=r"reads 20 numbers of an image, and the encoder .* gives 24"):
+        drawn(pipeline, prompt(files).replace(encoder=str(tmp_path / "encoder")))
+    save_file({"image_proj.proj.0.weight": torch.zeros(1)}, tmp_path / "face.safetensors")
+    with pytest.raises(CheckpointError, match="is no plain or plus IP-Adapter"):
+        drawn(pipeline, prompt(files).replace(model=str(tmp_path / "face.safetensors")))
+    short = {f"{group}.{key}": value for group, part in adapter().items() for key, value in part.items() if not key.startswith("1.")}  # fmt: skip
+    save_file(short, tmp_path / "short.safetensors")
+    with pytest.raises(CheckpointError, match="is for another family"):
+        drawn(pipeline, prompt(files).replace(model=str(tmp_path / "short.safetensors")))

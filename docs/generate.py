@@ -1,4 +1,4 @@
-"""Write the pages made from the code, `docs/schedulers.md` and `docs/cli.md`; `--check` only says if they are stale."""
+"""Write the pages made from the code: schedulers, the command line, coming from diffusers; `--check` says if stale."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from compat import diffusers_page
+
 from sfumato.schedulers.names import NAMES
 
 HERE = Path(__file__).parent
-COMMANDS = ("", "generate", "replay", "schedulers", "show", "plan", "doctor", "bench", "download")
+COMMANDS = ("", "generate", "replay", "schedulers", "show", "plan", "convert", "doctor", "bench", "download", "models")
+MORE = ("models remove", "completion")
+BULK = ("bulk", "bulk plan", "bulk run", "bulk status", "bulk verify", "bulk export")
+STUDIO = ("studio", "serve")
 COREML = ("coreml", "coreml convert", "coreml verify", "coreml generate", "coreml download")
 NOTE = "<!-- made by docs/generate.py; change the code, then run `make docs` -->\n"
 
@@ -22,8 +27,9 @@ def schedulers_page() -> str:
         preset = ", ".join(f"`{key}={value!r}`" for key, value in alias.preset.items() if value not in (False, None))
         rows.append(f"| `{name}` | {alias.about} | `{alias.class_name}` | {preset} |")
     head = (
-        "# Schedulers\n\n`--scheduler NAME` and `GenerateRequest(scheduler=NAME)` take these names. In Python, each"
-        " class is also there by itself:\n"
+        "# Schedulers\n\n`--scheduler NAME` and `GenerateRequest(scheduler=NAME)` take these names,"
+        " and what other programs call these samplers\n(`DPM++ 2M Karras`, `Euler a`). In Python, each class"
+        " can also be used directly:\n"
         "`pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)`.\n\n"
         "| name | what it is | class | settings |\n|---|---|---|---|\n"
     )
@@ -33,7 +39,7 @@ def schedulers_page() -> str:
 def cli_page() -> str:
     """The help of every command."""
     parts = ["# The command line\n"]
-    for command in (*COMMANDS, *COREML):
+    for command in (*COMMANDS, *MORE, *COREML, *BULK, *STUDIO):
         words = ["sfumato", *command.split(), "--help"]
         script = Path(sys.executable).with_name("sfumato")
         environment = os.environ | {"COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1"}
@@ -43,10 +49,11 @@ def cli_page() -> str:
 
 
 def main() -> int:
-    """Write or check both pages."""
+    """Write or check all pages."""
     check = "--check" in sys.argv[1:]
     stale = []
-    for name, text in (("schedulers.md", schedulers_page()), ("cli.md", cli_page())):
+    pages = {"schedulers.md": schedulers_page(), "cli.md": cli_page(), "diffusers.md": NOTE + diffusers_page()}
+    for name, text in pages.items():
         path = HERE / name
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             stale.append(name)

@@ -128,12 +128,41 @@ def test_payloads_of_other_clients(server, payload):
     assert json.loads(told["info"])["infotexts"][0].startswith(APPLE)
 
 
+def test_a_second_pass(api, server):
+    found = api.txt2img(
+        prompt=APPLE, seed=7, width=128, height=128, enable_hr=True, hr_scale=1.5, denoising_strength=0.5,
+        hr_upscaler=webuiapi.HiResUpscaler.Latent, hr_second_pass_steps=3,
+    )  # fmt: skip
+    assert found.image.size == (192, 192)
+    text = found.info["infotexts"][0]
+    assert {"Hires upscale: 1.5", "Hires steps: 3", "Hires upscaler: Latent", "Denoising strength: 0.5"} <= set(
+        text.splitlines()[-1].split(", ")
+    )
+    payload = {
+        "prompt": APPLE, "seed": 7, "steps": 1, "width": 128, "height": 128, "enable_hr": True, "hr_resize_x": 192,
+        "hr_resize_y": 160, "hr_upscaler": "R-ESRGAN 4x+", "hr_sampler_name": "Heun", "hr_scheduler": "Karras",
+        "hr_prompt": "a green apple, 3d", "hr_checkpoint_name": "other",
+    }  # fmt: skip
+    status, told, _ = server("POST", "/sdapi/v1/txt2img", payload)
+    assert status == 200
+    image = Image.open(io.BytesIO(base64.b64decode(told["images"][0])))
+    assert image.size == (192, 160)
+    assert json.loads(image.text["sfumato"])["request"]["hires"] == {
+        "width": 192, "height": 160, "upscaler": "lanczos", "strength": 0.75, "prompt": "a green apple, 3d",
+        "scheduler": "heun", "spacing": "karras",
+    }  # fmt: skip
+    assert {"Hires checkpoint is not honoured: 'other'",
+            "Hires upscaler is not honoured: 'R-ESRGAN 4x+'; Lanczos is used"} <= set(told["warnings"])  # fmt: skip
+    assert "Latent (nearest-exact)" in [one["name"] for one in server("GET", "/sdapi/v1/latent-upscale-modes")[1]]
+    assert "Lanczos" in [one["name"] for one in server("GET", "/sdapi/v1/upscalers")[1]]
+
+
 @pytest.mark.parametrize(
     ("field", "words"),
     [
         ({"alwayson_scripts": {"ControlNet": {"args": [{"enabled": True}]}}}, "scripts"),
         ({"script_name": "X/Y/Z plot"}, "scripts"),
-        ({"enable_hr": True}, "second pass"),
+        ({"enable_hr": True, "denoising_strength": 7}, "denoising_strength"),
         ({"prompt": "<lora:nothing:1>"}, "no model"),
         ({"steps": 0}, "steps"),
     ],

@@ -15,7 +15,7 @@ import sfumato
 from sfumato.adapters import files
 from sfumato.adapters.about import about_adapter, is_adapter
 from sfumato.adapters.adapter import read_adapter
-from sfumato.adapters.named import find_adapter, moved, with_named_adapters
+from sfumato.adapters.named import find_adapter, hashes_to, moved, with_named_adapters
 from sfumato.adapters.outfit import Worn, kept_bytes, wear
 from sfumato.checkpoints.rules import original_name, unet_names
 from sfumato.errors import CheckpointError, UsageError
@@ -414,6 +414,27 @@ def test_show_says_what_a_file_is(tmp_path, nets):
     plain = tmp_path / "weights.safetensors"
     save_file({"conv_in.weight": torch.zeros(3)}, plain)
     assert not is_adapter(plain)
+
+
+def test_files_are_found_by_the_hashes_that_others_write(tmp_path, nets):
+    """A1111 and Civitai say how one begins, of the weights (AutoV3) or of the file (AutoV2); names change."""
+    tensors = kohya(random_lora(nets))
+    paths = {}
+    for number, (name, told) in enumerate({"old": {}, "renamed": {}, "told": {"sshs_model_hash": "ab" * 32}}.items()):
+        state = {key: one + number for key, one in tensors.items()}
+        save_file(state, paths.setdefault(name, tmp_path / f"{name}.safetensors"), told)
+    data = paths["renamed"].read_bytes()
+    weights = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+    for known in (weights[:12], hashlib.sha256(data).hexdigest()[:10], weights):
+        assert find_adapter("Old", tmp_path, {"old": known}) == paths["renamed"]
+        assert hashes_to(paths["renamed"], known)
+    assert find_adapter("old", tmp_path, {"old": "ab" * 6}) == paths["told"]
+    # Where there is none, the name decides; and it does where nothing is known of it.
+    assert find_adapter("old", tmp_path, {"old": "0" * 12}) == paths["old"]
+    assert find_adapter("old", tmp_path, {"other": weights[:12]}) == paths["old"]
+    assert find_adapter("away", tmp_path, {"away": weights[:12]}) == paths["renamed"]
+    with pytest.raises(UsageError, match="no adapter 'away'"):
+        find_adapter("away", tmp_path, {"away": "0" * 12})
 
 
 @pytest.fixture

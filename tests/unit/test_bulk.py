@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfumato.bulk import extras
-from sfumato.bulk.job import Job, Picture, Shard, held, open_job
+from sfumato.bulk.job import Job, Picture, Shard, Sieve, held, open_job
 from sfumato.bulk.ledger import Entry, Ledger, conflicts, read_ledger, standing
 from sfumato.bulk.painter import Shards, draw_requests, settings_of
 from sfumato.bulk.report import status
@@ -390,6 +390,23 @@ def test_a_row_is_drawn_as_its_request_is(pipeline):
     images, _, _ = draw_requests(pipeline, [first, first | {"prompt": "a [horse]", "seed": 6}])
     alone = pipeline.generate(GenerateRequest.from_dict(first))
     assert psnr(images[0], alone.images[0]) > 50
+
+
+def test_a_row_with_a_second_pass(pipeline, tmp_path):
+    rows = [
+        {"prompt": name, "seed": 9 * i, "steps": 2, "hires": {"scale": 1.5, "steps": 1}} for i, name in enumerate("ab")
+    ]
+    found, _, job = planned(pipeline, tmp_path, rows)
+    images, recipes, _ = draw_requests(pipeline, [json.loads(one.request) for one in found])
+    for image, recipe in zip(images, recipes, strict=True):
+        alone = pipeline.generate(GenerateRequest.from_dict(recipe["request"]))
+        assert image.size == (24, 24)
+        assert psnr(image, alone.images[0]) > 50
+        assert alone.recipes[0] == recipe
+    with pytest.raises(UsageError, match="bulk jobs do not support a refiner; omit it"):
+        list(Sieve(pipeline, job).pictures(1, {"prompt": "a", "refiner": "x"}))
+    with pytest.raises(UsageError, match="karas"):
+        list(Sieve(pipeline, job).pictures(1, {"prompt": "a", "hires": {"scheduler": "euler_karas"}}))
 
 
 def test_a_row_of_several_pictures(pipeline, tmp_path):

@@ -131,9 +131,8 @@ class Sieve:
         request = GenerateRequest.from_dict({**self._left_open, **sized, **seeded, **values})
         if not any(request.prompts):
             raise UsageError("the prompt is missing; add one")
-        for name in ("refiner", "hires"):
-            if getattr(request, name) is not None:
-                raise UsageError(f"bulk jobs do not support {name}; omit it")
+        if request.refiner is not None:
+            raise UsageError("bulk jobs do not support a refiner; omit it")
         request = self._with_hashes(with_named_adapters(request))
         image = self._checked(request)
         for index, seed in enumerate(request.seeds):
@@ -155,16 +154,15 @@ class Sieve:
     def _checked(self, request: GenerateRequest) -> str:
         """The hashes of the pictures that a request reads, "" without any; what was looked at is not again."""
         check_sides(self._parts.vae_scale_factor, width=request.width, height=request.height)
-        self._once(lambda: choose_scheduler(request.scheduler, self._parts.scheduler), request.scheduler)
+        hires = request.hires
+        for name in (request.scheduler, hires and hires.scheduler):
+            self._once(lambda name=name: choose_scheduler(name, self._parts.scheduler), name)
         if request.image is None:
-            width, height = request.width, request.height
-            self._once(lambda: self._fits(width, height), width, height)
+            sized = GenerateRequest(width=request.width, height=request.height, hires=hires)
+            self._once(lambda: self._place.plan(self._parts, sized), sized)
             return ""
         files = request.pictures.values()
         return "".join(self._once(lambda file=file: file_hash(expanded(file)), file, "") for file in files)
-
-    def _fits(self, width: int | None, height: int | None) -> None:
-        self._place.plan(self._parts, GenerateRequest(width=width, height=height))
 
     def _once(self, find: Callable[[], Any], *what: Any) -> Any:
         if what not in self._known:

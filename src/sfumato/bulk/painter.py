@@ -16,13 +16,10 @@ from sfumato.bulk.job import Job, Picture
 from sfumato.bulk.ledger import Entry
 from sfumato.errors import SfumatoError, UsageError
 from sfumato.files import output_folder, replacing
-from sfumato.metadata.carriers import png_bytes, read_recipe
-from sfumato.pipelines.components import choose_scheduler
-from sfumato.pipelines.recipe import describe, model_digest
-from sfumato.pipelines.run import Run
-from sfumato.pipelines.stages import Given
+from sfumato.metadata.carriers import image_bytes, read_recipe
+from sfumato.pipelines.draw import draw
+from sfumato.pipelines.recipe import model_digest
 from sfumato.request import GenerateRequest
-from sfumato.runtime.generators import generator_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -103,7 +100,7 @@ class Painter:
         seconds = (time.perf_counter() - began) / len(pictures)
         entries = []
         for picture, image, recipe in zip(pictures, images, recipes, strict=True):
-            data = png_bytes(image, recipe)
+            data = image_bytes(image, recipe)
             shared = {"device": self.pipeline.device.type, "seconds": seconds, "notes": "; ".join(notes)}
             entries.append(self._entry(picture, self._put(picture, data), data, **shared))
         if self._shards is None:
@@ -163,23 +160,18 @@ def draw_requests(
 
     Notes stay out of the recipes: which others a picture was drawn with must leave no trace in its file.
     """
-    first = requests[0]
-    texts = {name: tuple(one[name] for one in requests) for name in OWN[:-1] if name in first}
-    request = GenerateRequest.from_dict({**first, **texts})
-    generators = [generator_for(request.rng, one["seed"], request.noise) for one in requests]
-    parts = pipeline.parts
-    scheduler = choose_scheduler(request.scheduler, parts.scheduler)
-    run = Run(parts, pipeline.place, request, Given(generators=generators), scheduler)
-    loop = run.latents()
+    texts = {name: tuple(one[name] for one in requests) for name in OWN[:-1] if name in requests[0]}
+    request = GenerateRequest.from_dict({**requests[0], **texts})
+    loop = draw(pipeline.parts, pipeline.place, request, seeds=[one["seed"] for one in requests])
     while True:
         try:
             next(loop)
         except StopIteration as end:
-            images = run.pictures(end.value)
+            result = end.value
             break
         check()
-    shared = describe(parts, scheduler, run.device, GenerateRequest.from_dict(first), [])[0]
-    return images, [shared | {"request": one} for one in requests], run.notes
+    shared = result.recipes[0] | {"notes": []}
+    return result.images, [shared | {"request": one} for one in requests], list(result.notes)
 
 
 class Shards:

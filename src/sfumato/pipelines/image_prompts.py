@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sfumato.models import UNet2DConditionModel
+    from sfumato.pipelines.conditioning import Conditioning
     from sfumato.request import ImagePrompt
 
 __all__ = ["Seen", "see"]
@@ -38,10 +39,10 @@ class Seen:
     scale: float = 1.0
     mask: Tensor | None = None
 
-    def told(self, unet: UNet2DConditionModel, branches: int, pictures: int, states: Tensor) -> ImageTokens:
-        """For a context of so many branches of guidance, the prompt's last, of so many images; as states are."""
-        rows = [self.nothing] * (branches - 1) + [self.something]
-        tokens = torch.cat([row.expand(pictures, -1, -1) for row in rows]).to(states)
+    def told(self, unet: UNet2DConditionModel, part: Conditioning, states: Tensor) -> ImageTokens:
+        """For a context of a conditioning's branches, of which only the prompt's see the image; as states are."""
+        rows = [self.nothing] * (part.branches - part.prompts) + [self.something] * part.prompts
+        tokens = torch.cat([row.expand(part.pictures, -1, -1) for row in rows]).to(states)
         return ImageTokens(tokens, self.adapter.matrices(unet), self.scale, self.mask)
 
 

@@ -1,7 +1,7 @@
 """AUTOMATIC1111's `/sdapi/v1`, the part that clients use, in the words that its own image files use.
 
 What a payload asks for and is not done stands in the answer's `warnings`; what would make another image altogether
-(scripts, a second pass) is refused. `skip` ends the whole job, as `interrupt` does. Every image is kept.
+(scripts) is refused. `skip` ends the whole job, as `interrupt` does. Every image is kept.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from sfumato.errors import UsageError
+from sfumato.metadata.names import names
 from sfumato.metadata.samplers import SAMPLERS, SPACINGS
 from sfumato.metadata.told import Told, request_of
 from sfumato.request import AdapterFile, GenerateRequest, Mask
@@ -29,9 +30,9 @@ if TYPE_CHECKING:
     from sfumato.jobs.store import Job
 
 __all__ = [
-    "ImageToImage", "PngInfo", "TextToImage", "embeddings", "img2img", "interrupt", "loras", "memory", "nothing",
-    "options", "png_info", "progress", "refresh", "router", "samplers", "schedulers", "scripts", "sd_models",
-    "set_options", "txt2img", "upscalers",
+    "ImageToImage", "PngInfo", "TextToImage", "embeddings", "img2img", "interrupt", "latent_upscale_modes", "loras",
+    "memory", "nothing", "options", "png_info", "progress", "refresh", "router", "samplers", "schedulers", "scripts",
+    "sd_models", "set_options", "txt2img", "upscalers",
 ]  # fmt: skip
 
 router = APIRouter(prefix="/sdapi/v1", tags=["sdapi"])
@@ -40,14 +41,13 @@ CLIENT = "sdapi"
 # Fields that are only about what A1111 does with files, or that do nothing unless others are set.
 HARMLESS = {
     "sampler_index", "send_images", "save_images", "do_not_save_samples", "do_not_save_grid", "script_args", "eta",
-    "s_churn", "s_tmax", "s_tmin", "s_noise", "s_min_uncond", "seed_resize_from_h", "seed_resize_from_w", "hr_scale",
-    "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y", "hr_checkpoint_name", "hr_sampler_name",
-    "hr_scheduler", "hr_prompt", "hr_negative_prompt", "firstphase_width", "firstphase_height", "comments", "infotext",
+    "s_churn", "s_tmax", "s_tmin", "s_noise", "s_min_uncond", "seed_resize_from_h", "seed_resize_from_w",
+    "firstphase_width", "firstphase_height", "comments", "infotext",
     "override_settings_restore_afterwards", "mask_blur_x", "mask_blur_y", "inpainting_fill",
     "include_init_images", "resize_mode", "mask_blur", "inpaint_full_res", "inpaint_full_res_padding",
     "inpainting_mask_invert",
     "initial_noise_multiplier", "image_cfg_scale", "refiner_switch_at", "force_task_id", "disable_extra_networks",
-    "mask_round", "latent_mask", "denoising_strength",
+    "mask_round", "latent_mask",
 }  # fmt: skip
 OPTIONS = {"samples_format": "png", "sd_vae": "Automatic", "CLIP_stop_at_last_layers": 1, "eta_noise_seed_delta": 0}
 
@@ -75,6 +75,17 @@ class TextToImage(BaseModel):
     alwayson_scripts: dict[str, Any] | None = None
     script_name: str | None = None
     enable_hr: bool | None = False
+    denoising_strength: Annotated[float, Field(ge=0, le=1)] | None = None
+    hr_scale: float | None = None
+    hr_upscaler: str | None = None
+    hr_second_pass_steps: int | None = None
+    hr_resize_x: int | None = None
+    hr_resize_y: int | None = None
+    hr_checkpoint_name: str | None = None
+    hr_sampler_name: str | None = None
+    hr_scheduler: str | None = None
+    hr_prompt: str | None = None
+    hr_negative_prompt: str | None = None
     styles: list[str] | None = None
     tiling: bool | None = False
     restore_faces: bool | None = False
@@ -85,7 +96,6 @@ class ImageToImage(TextToImage):
     """The same from an image."""
 
     init_images: Annotated[list[str], Field(min_length=1, max_length=1)]
-    denoising_strength: Annotated[float, Field(ge=0, le=1)] = 0.75
     mask: str | None = None
     mask_blur: Annotated[int, Field(ge=0, le=255)] = 4
     inpainting_mask_invert: bool = False
@@ -156,8 +166,6 @@ def _refuse(asked: TextToImage) -> None:
     if used or asked.script_name:
         told = ", ".join([*used, *([asked.script_name] if asked.script_name else [])])[:200]
         raise ApiError(422, f"scripts of A1111 are not run here: {told}", param="alwayson_scripts")
-    if asked.enable_hr:
-        raise ApiError(422, "there is no second pass in a larger size yet; send enable_hr false", param="enable_hr")
 
 
 def _as_told(asked: TextToImage, settings: dict[str, Any]) -> Told:
@@ -175,12 +183,26 @@ def _as_told(asked: TextToImage, settings: dict[str, Any]) -> Told:
         fields |= {"Variation seed": max(0, asked.subseed), "Variation seed strength": asked.subseed_strength}
     if asked.tiling or asked.restore_faces:
         fields |= {"Tiling": bool(asked.tiling), "Face restoration": bool(asked.restore_faces)}
-    if isinstance(asked, ImageToImage):
-        fields["Denoising strength"] = asked.denoising_strength
+    second = bool(asked.enable_hr) and not isinstance(asked, ImageToImage)
+    if second or isinstance(asked, ImageToImage):
+        fields["Denoising strength"] = 0.75 if asked.denoising_strength is None else asked.denoising_strength
+        fields |= _second_pass(asked) if second else {}
     if settings.get("eta_noise_seed_delta"):
         fields["ENSD"] = settings["eta_noise_seed_delta"]
     texts = {key: str(value) for key, value in fields.items() if value is not None}
     return Told("AUTOMATIC1111", asked.prompt, asked.negative_prompt or None, texts)
+
+
+def _second_pass(asked: TextToImage) -> dict[str, Any]:
+    sides = (asked.hr_resize_x or 0, asked.hr_resize_y or 0)
+    checkpoint = None if asked.hr_checkpoint_name == "Use same checkpoint" else asked.hr_checkpoint_name
+    return {
+        "Hires upscale": None if any(sides) else asked.hr_scale or 2.0, "Hires upscaler": asked.hr_upscaler or "Latent",
+        "Hires resize": "{}x{}".format(*sides) if any(sides) else None, "Hires steps": asked.hr_second_pass_steps,
+        "Hires sampler": asked.hr_sampler_name or None, "Hires schedule type": asked.hr_scheduler or None,
+        "Hires prompt": asked.hr_prompt or None, "Hires negative prompt": asked.hr_negative_prompt or None,
+        "Hires checkpoint": checkpoint or None,
+    }  # fmt: skip
 
 
 def _with_adapters(request: GenerateRequest, queue: JobQueue) -> GenerateRequest:
@@ -224,7 +246,7 @@ def _told(http: Request, asked: TextToImage, job: Job, warnings: list[str]) -> d
         "subseed_strength": asked.subseed_strength, "width": asked.width, "height": asked.height,
         "sampler_name": asked.sampler_name or asked.sampler_index or "Euler", "cfg_scale": asked.cfg_scale,
         "steps": asked.steps, "batch_size": asked.batch_size, "sd_model_name": job.model, "sd_model_hash": "",
-        "denoising_strength": getattr(asked, "denoising_strength", None), "extra_generation_params": {},
+        "denoising_strength": asked.denoising_strength, "extra_generation_params": {},
         "index_of_first_image": 0, "infotexts": texts, "styles": asked.styles or [], "clip_skip": 1,
         "job_timestamp": str(int(job.created)), "restore_faces": False, "is_using_inpainting_conditioning": False,
     }  # fmt: skip
@@ -336,13 +358,19 @@ def embeddings(http: Request) -> dict[str, Any]:
 
 @router.get("/upscalers")
 def upscalers() -> list[dict[str, Any]]:
-    """None but the one that does nothing."""
-    return [{"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 1.0}]
+    """Those of pixels, of which Lanczos enlarges."""
+    none = {"model_name": None, "model_path": None, "model_url": None}
+    return [{"name": name, **none, "scale": scale} for name, scale in (("None", 1.0), ("Lanczos", 4.0))]
+
+
+@router.get("/latent-upscale-modes")
+def latent_upscale_modes() -> list[dict[str, str]]:
+    """Those of latents."""
+    return [{"name": name} for name in names()["upscalers"] if name.startswith("Latent")]
 
 
 @router.get("/sd-vae")
 @router.get("/sd-modules")
-@router.get("/latent-upscale-modes")
 @router.get("/hypernetworks")
 @router.get("/face-restorers")
 @router.get("/realesrgan-models")

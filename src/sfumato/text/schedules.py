@@ -3,24 +3,44 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
-__all__ = ["at_step"]
+__all__ = ["Timeline", "at_step"]
 
 # Brackets nested deeper are plain text.
 MOST_DEPTH = 30
-NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)\s*")
+NUMBER = re.compile(r"\s*[+-]?(\d{1,99}\.?\d{0,99}|\.\d{1,99})\s*")
 
 
-def at_step(text: str, step: int, steps: int) -> str:
-    """A prompt as it is read at one of its steps, counted from 1.
+@dataclass(frozen=True)
+class Timeline:
+    """What schedules count, in calls of the U-Net (A1111 1.6 and later).
+
+    steps: those of this pass; before: those of a pass before it, which whole numbers count on from, while shares go on
+    from 1, so that 1.5 is the middle of a second pass; taken: those of this pass that another checkpoint has taken.
+    """
+
+    steps: int
+    before: int = 0
+    taken: int = 0
+
+    def when(self, number: str) -> int:
+        """The last of its steps, counted from 1, at which what stands before a number holds."""
+        if "." not in number:
+            return int(number) - self.before
+        return int((float(number) - (1 if self.before else 0)) * self.steps)
+
+
+def at_step(text: str, step: int, timeline: Timeline) -> str:
+    """A prompt as it is read at one of the steps of a timeline, counted from 1 after those that are taken.
 
     `[a:b:when]` is a while step <= when, and then b: a whole number is a step, one with a point a share of the steps;
     `[b:when]` is nothing before and `[a::when]` nothing after. `[a|b]` is each in turn. All may stand within others.
     """
-    return _read(text, _closed(text), (0, len(text)), (step, steps), 0)
+    return _read(text, _closed(text), (0, len(text)), (step + timeline.taken, timeline), 0)
 
 
-def _read(text: str, closed: dict[int, int], within: tuple[int, int], when: tuple[int, int], depth: int) -> str:
+def _read(text: str, closed: dict[int, int], within: tuple[int, int], when: tuple[int, Timeline], depth: int) -> str:
     """What is read of a part of the text; `depth` is how many square brackets and round ones it stands in."""
     place, end = within
     # What stands before a square bracket's first mark, and then each mark with what follows it.
@@ -45,7 +65,7 @@ def _read(text: str, closed: dict[int, int], within: tuple[int, int], when: tupl
     return _chosen(parts, marks, *when) if squared else parts[0]
 
 
-def _chosen(parts: list[str], marks: list[str], step: int, steps: int) -> str:
+def _chosen(parts: list[str], marks: list[str], step: int, timeline: Timeline) -> str:
     """What of the parts of a pair of brackets holds at a step; all of them where it is no schedule."""
     if "|" in marks:
         turns, turn = [""], 0
@@ -56,10 +76,8 @@ def _chosen(parts: list[str], marks: list[str], step: int, steps: int) -> str:
             turns[turn] += part if mark != ":" else f":{part}"
         return turns[(step - 1) % len(turns)]
     if len(parts) in (2, 3) and NUMBER.fullmatch(parts[-1]):
-        number = parts[-1].strip()
-        when = min(int(float(number) * steps) if "." in number else int(number), steps)
         before, after = ("", parts[0]) if len(parts) == 2 else parts[:2]
-        return before if step <= when else after
+        return before if step <= min(timeline.when(parts[-1].strip()), timeline.steps) else after
     return "[" + "".join(mark + part for mark, part in zip(marks, parts, strict=True)) + "]"
 
 

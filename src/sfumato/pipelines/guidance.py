@@ -177,7 +177,8 @@ class Guidance:
             if every and every[-1].read.reads(states, with_time):
                 read = every[-1].read
             else:
-                images = [one.told(self.unet, part, states) for one in part.images]
+                own = part.branches - part.prompts, part.prompts
+                images = [one.told(self.unet, own, part.pictures, states) for one in part.images]
                 read = Read(Context(states, keep=keep, images=images), with_time, part.prompts)
             every.append(_Part(part, read, part.joined("extra").to(dtype) if part.extra else None))
         for context in {id(part.read): part.read.context for part in every}.values():

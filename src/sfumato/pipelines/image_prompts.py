@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from sfumato.models import UNet2DConditionModel
-    from sfumato.pipelines.conditioning import Conditioning
     from sfumato.request import ImagePrompt
 
 __all__ = ["Seen", "see"]
@@ -39,10 +38,10 @@ class Seen:
     scale: float = 1.0
     mask: Tensor | None = None
 
-    def told(self, unet: UNet2DConditionModel, part: Conditioning, states: Tensor) -> ImageTokens:
-        """For a context of a conditioning's branches, of which only the prompt's see the image; as states are."""
-        rows = [self.nothing] * (part.branches - part.prompts) + [self.something] * part.prompts
-        tokens = torch.cat([row.expand(part.pictures, -1, -1) for row in rows]).to(states)
+    def told(self, unet: UNet2DConditionModel, branches: tuple[int, int], pictures: int, states: Tensor) -> ImageTokens:
+        """For a context of so many branches of so many images, first those that do not see the image; as states are."""
+        rows = [self.nothing] * branches[0] + [self.something] * branches[1]
+        tokens = torch.cat([row.expand(pictures, -1, -1) for row in rows]).to(states)
         return ImageTokens(tokens, self.adapter.matrices(unet), self.scale, self.mask)
 
 

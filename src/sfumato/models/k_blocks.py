@@ -111,7 +111,7 @@ class KAttention(nn.Module):
         return (self.attn2,)
 
     def forward(self, x: Tensor, time: Moment, context: Context) -> Tensor:
-        """Map x (B or a divisor of B, C, H, W), context of B prompts to (B, C, H, W)."""
+        """Map x (B or a divisor of B, C, H, W) and a context of B prompts to (B, C, H, W)."""
         size = x.shape[2:]
         if self.within:
             x = x + self.attn1(_tokens(self.norm1(x, time)), None, context.mask).transpose(1, 2).unflatten(2, size)
@@ -188,7 +188,7 @@ class KUpBlock(_KBlock):
         self.first, self.last = first, last
 
     def forward(self, x: Tensor, time: Moment, context: Context, skips: list[Tensor]) -> Tensor:
-        """Map x (B, C, H, W) to (B, C', 2H, 2W); pops its skip connection from the end of the list."""
+        """Map x (B, C, H, W) to (B, C', 2H, 2W); pop its skip connection from the end of the list."""
         x = self._through(x if self.first else torch.cat([x, skips.pop()], dim=1), time, context)
         return x if self.last else _doubled(x)
 

@@ -77,7 +77,7 @@ class BasicTransformerBlock(nn.Module):
         return (self.attn1, self.attn2) if self.only_cross_attention else (self.attn2,)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """Map x (B or a divisor of B, L, C), context of B prompts to (B, L, C)."""
+        """Map x (B or a divisor of B, L, C) and a context of B prompts to (B, L, C)."""
         if self.only_cross_attention:
             x = context.widen(x)
             x = x + self.attn1(self.norm1(x), context, context.mask)
@@ -117,7 +117,7 @@ class Transformer2DModel(Recomputed):
         self.proj_out = nn.Linear(channels, channels) if use_linear_projection else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """Map x (B or a divisor of B, C, H, W), context of B prompts to (B, C, H, W)."""
+        """Map x (B or a divisor of B, C, H, W) and a context of B prompts to (B, C, H, W)."""
         height, width = x.shape[2:]
         # Tokens need contiguous channels; the image keeps its memory format.
         layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format

@@ -182,7 +182,7 @@ class UpBlock(nn.Module):
         skips: list[Tensor],
         freeu: tuple[float, float] | None = None,
     ) -> Tensor:
-        """Map x (B, C, H, W) to (B, C', 2H, 2W); pops its skip connections from the end of the list."""
+        """Map x (B, C, H, W) to (B, C', 2H, 2W); pop its skip connections from the end of the list."""
         for i, resnet in enumerate(self.resnets):
             skip = skips.pop()
             if freeu is not None:

@@ -14,10 +14,10 @@ NUMBER = re.compile(r"\s*[+-]?(\d{1,99}\.?\d{0,99}|\.\d{1,99})\s*")
 
 @dataclass(frozen=True)
 class Timeline:
-    """What schedules count, in calls of the U-Net (A1111 1.6 and later).
+    """The steps that schedules in prompts count, in calls of the U-Net (A1111 1.6 and later).
 
-    steps: those of this pass; before: those of a pass before it, which whole numbers count on from, while shares go on
-    from 1, so that 1.5 is the middle of a second pass; taken: those of this pass that another checkpoint has taken.
+    steps: of this pass; before: of the pass before it, if there was one: whole numbers then count both passes, and
+    fractions start at 1, so 1.5 is the middle of the second pass; taken: by another checkpoint, of this pass.
     """
 
     steps: int
@@ -25,7 +25,7 @@ class Timeline:
     taken: int = 0
 
     def when(self, number: str) -> int:
-        """The last of its steps, counted from 1, at which what stands before a number holds."""
+        """Return the last step of this pass, counted from 1, before a schedule changes; `number` as in the prompt."""
         if "." not in number:
             return int(number) - self.before
         return int((float(number) - (1 if self.before else 0)) * self.steps)

@@ -390,3 +390,34 @@ def test_a_brownian_path_is_never_asked_outside_itself(options):
 def test_timesteps_that_are_no_numbers(wrong):
     with pytest.raises(UsageError, match="timesteps must be a list of numbers"):
         schedulers.DDPMScheduler().set_timesteps(timesteps=wrong)
+
+
+X = torch.ones(2, 4, 2, 2)
+
+
+@pytest.mark.parametrize("method", ["add_noise", "get_velocity"])
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler"])
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (([1], X, 3), r"the latents must be a tensor, not \[1\]"),
+        ((X, "x", 3), "noise must be a tensor, not 'x'"),
+        ((X, X, None), "timesteps must be a tensor of timesteps, one per image, not None"),
+        ((X, X, "x"), "timesteps must be a tensor of timesteps, one per image, not 'x'"),
+        ((X, torch.ones(2, 4, 3, 3), 3), "do not fit together"),
+        ((X, X, [1, 2, 3]), "3 timesteps do not fit together"),
+    ],
+)
+def test_noise_that_cannot_be_added_is_one_sentence(name, method, values, says):
+    with pytest.raises(UsageError, match=says):
+        getattr(make(name), method)(*values)
+
+
+@pytest.mark.parametrize("method", ["add_noise", "get_velocity"])
+def test_a_timestep_that_was_not_trained_is_refused_and_a_plain_number_taken(method):
+    scheduler = make("DDIMScheduler")
+    for timestep in (1000, -1):
+        with pytest.raises(UsageError, match="timesteps must be from 0 to 999"):
+            getattr(scheduler, method)(X, X, torch.tensor([timestep]))
+    call = getattr(scheduler, method)
+    assert torch.equal(call(X, X, 7), call(X, X, torch.tensor([7, 7])))

@@ -106,7 +106,7 @@ class ConsistencyScheduler(TimestepScheduler):
         """The row of a timestep; the one that follows, None after the last, and whether noise leads there."""
         raise NotImplementedError
 
-    def _second(self, row: Row, sample: Tensor, model_output: Tensor, z: Tensor | None = None) -> Tensor:
+    def second_output(self, row: Row, sample: Tensor, model_output: Tensor, z: Tensor | None = None) -> Tensor:
         """The latents y before noise was added: x' = sqrt(1 - n^2) y + n z."""
         return advance(replace(_without_noise(row), noise=None), State(sample), model_output).x
 

@@ -14,11 +14,34 @@ from torch import Tensor
 from sfumato.errors import MissingExtra, UsageError
 from sfumato.runtime.generators import RandomSource, normal
 from sfumato.schedulers.rows import Noise, Row
+from sfumato.values import shown
 
 Generators = RandomSource | Sequence[RandomSource] | None
 Seeds = int | Sequence[int] | None
 
-__all__ = ["BrownianNoise", "GaussianNoise", "noise_for"]
+__all__ = ["BrownianNoise", "GaussianNoise", "noise_for", "noising"]
+
+
+def noising(original: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
+    """The timesteps (B,) of `add_noise` and `get_velocity`, which may be numbers, too.
+
+    Raises `UsageError` for what is no tensor, and for shapes that do not fit together.
+    """
+    for name, value in (("the latents", original), ("noise", noise)):
+        if not isinstance(value, Tensor):
+            raise UsageError(f"{name} must be a tensor, not {shown(value)}")
+    try:
+        found = torch.as_tensor(timesteps).flatten()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(f"timesteps must be a tensor of timesteps, one per image, not {shown(timesteps)}") from error
+    try:
+        torch.broadcast_shapes(original.shape, noise.shape, (len(found), *(1,) * (original.dim() - 1)))
+    except RuntimeError as error:
+        raise UsageError(
+            f"latents {tuple(original.shape)}, noise {tuple(noise.shape)} and {len(found)} timesteps do not fit "
+            "together; pass latents and noise of the same shape, and one timestep per image"
+        ) from error
+    return found
 
 
 def noise_for(sample: Tensor, generators: Generators, given: Tensor | None = None) -> Noise:

@@ -23,23 +23,15 @@ __all__ = ["BrownianNoise", "GaussianNoise", "noise_for", "noising"]
 
 
 def noising(original: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
-    """The timesteps (B,) of `add_noise` and `get_velocity`, which may be numbers, too.
-
-    Raises `UsageError` for what is no tensor, and for shapes that do not fit together.
-    """
-    for name, value in (("the latents", original), ("noise", noise)):
-        if not isinstance(value, Tensor):
-            raise UsageError(f"{name} must be a tensor, not {shown(value)}")
+    """Return the timesteps (B,) of `add_noise` and `get_velocity`, which can be plain numbers; raises `UsageError`."""
     try:
         found = torch.as_tensor(timesteps).flatten()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UsageError(f"timesteps must be a tensor of timesteps, one per image, not {shown(timesteps)}") from error
-    try:
         torch.broadcast_shapes(original.shape, noise.shape, (len(found), *(1,) * (original.dim() - 1)))
-    except RuntimeError as error:
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        given = (original, noise, timesteps)
+        what = ", ".join(str(tuple(one.shape)) if isinstance(one, Tensor) else shown(one) for one in given)
         raise UsageError(
-            f"latents {tuple(original.shape)}, noise {tuple(noise.shape)} and {len(found)} timesteps do not fit "
-            "together; pass latents and noise of the same shape, and one timestep per image"
+            f"latents and noise must be tensors of the same shape, with one timestep per image, not {what}"
         ) from error
     return found
 

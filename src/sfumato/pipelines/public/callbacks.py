@@ -110,7 +110,8 @@ def _checked(changes: Any, before: dict[str, Any]) -> dict[str, Tensor]:
     """What a callback gave back of what it may change. Raises `UsageError` for what can take no tensor's place."""
     if changes is not None and not isinstance(changes, Mapping):
         raise UsageError(f"callback_on_step_end must return a dict of tensors, or None, not {shown(changes)}")
-    found = {name: changes[name] for name in before.keys() & (changes or {}).keys()}
+    given = changes or {}
+    found = {name: given[name] for name in before.keys() & given.keys()}
     for name, value in found.items():
         if value is None and before[name] is None:
             continue

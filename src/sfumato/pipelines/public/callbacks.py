@@ -113,8 +113,8 @@ def _checked(changes: Any, before: dict[str, Any]) -> dict[str, Tensor]:
     given = changes or {}
     found = {name: given[name] for name in before.keys() & given.keys()}
     for name, value in found.items():
-        if value is None and before[name] is None:
-            continue
+        if value is None and (before[name] is None or name == "negative_prompt_embeds"):
+            continue  # the loop reads these in prompt_embeds
         if not isinstance(value, torch.Tensor):
             raise UsageError(f"callback_on_step_end returned {shown(value)} as {name}, which must be a tensor")
         if name in ("latents", "denoised") and value.shape != before[name].shape:

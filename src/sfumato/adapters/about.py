@@ -44,13 +44,13 @@ def about_adapter(name: str | PathLike[str]) -> dict[str, Any]:
     Raises `CheckpointError` for a file that cannot be read.
     """
     header: Any = read_header(expanded(name), MOST_HEADER)
-    headers, metadata = header.tensors, header.metadata
-    stored = Stored(headers, metadata, header.path)
+    stored = Stored(headers := header.tensors, metadata := header.metadata, header.path)
     numbers = sum(getattr(header, "count", 0) for header in headers.values())
     about: dict[str, Any] = {"name": str(name), "parameters": numbers, "family": made_for(stored)}
     if _is_embedding(headers):
         vectors = {key: header.shape[0] if len(header.shape) > 1 else 1 for key, header in headers.items()}
-        return about | {"is": "embedding", "vectors": vectors, "widths": [one.shape[-1] for one in headers.values()]}
+        widths = [(one.shape or (1,))[-1] for one in headers.values()]
+        return about | {"is": "embedding", "vectors": vectors, "widths": widths}
     words = _words(headers)
     modules, unknown = grouped(stored, words)
     return about | {

@@ -96,19 +96,19 @@ class Outcome:
 
 
 class Queue:
-    """What is left to draw, in batches of equal settings; what failed comes last, each picture alone."""
+    """What is left to draw, in batches of equal settings; what failed comes last, in ever smaller ones."""
 
     def __init__(self, pictures: Iterator[Picture], attempts: dict[str, int], size: Callable[[Picture], int]) -> None:
         self._pictures, self._size, self.attempts = pictures, size, attempts
         self._waiting: dict[str, Batch] = {}
-        self._again: deque[Picture] = deque()
+        self._again: deque[Batch] = deque()
         self._count = 0
 
     def take(self) -> Batch | None:
         """The next batch; None if nothing is left, as far as is known now."""
         for picture in self._pictures:
             if picture.key in self.attempts:
-                self._again.append(picture)
+                self._again.append([picture])
                 continue
             settings = settings_of(picture)
             batch = self._waiting.setdefault(settings, [])
@@ -118,7 +118,7 @@ class Queue:
                 return self._leave(settings)
         if self._waiting:
             return self._leave(next(iter(self._waiting)))
-        return [self._again.popleft()] if self._again else None
+        return self._again.popleft() if self._again else None
 
     def _leave(self, settings: str) -> Batch:
         batch = self._waiting.pop(settings)
@@ -126,8 +126,13 @@ class Queue:
         return batch
 
     def again(self, batch: Batch) -> None:
-        """Draw these once more, later, each alone."""
-        self._again.extend(batch)
+        """Draw these once more, later, in batches of at most half as many: what fails again is alone in the end."""
+        groups: dict[str, Batch] = {}
+        for picture in batch:
+            groups.setdefault(settings_of(picture), []).append(picture)
+        for group in groups.values():
+            size = min(self._size(group[0]), (len(batch) + 1) // 2)
+            self._again += (group[start : start + size] for start in range(0, len(group), size))
 
 
 def here(painter: Painter, queue: Queue, ledger: Ledger, ending: Ending) -> Iterator[Drawn]:

@@ -180,8 +180,9 @@ def contact_sheet(job: Job, file: Path, count: int, size: int) -> Path:
 
 
 def webdataset(job: Job, folder: Path, most: int) -> list[Path]:
-    """Write all images into WebDataset shards of `most` each, in the order of their rows."""
-    found = ((one, data) for one, entry in _drawn(job) if (data := image_of(job, entry)) is not None)
+    """Write all images into WebDataset shards of `most` each, in the order of their keys."""
+    drawn = sorted(_drawn(job), key=lambda one: one[0].key)
+    found = ((one, data) for one, entry in drawn if (data := image_of(job, entry)) is not None)
     written = []
     while part := [(one.key, one.request, data) for one, data in itertools.islice(found, most)]:
         written.append(folder / f"shard-{len(written):05d}.tar")

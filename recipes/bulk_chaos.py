@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--micro-batch", type=int, default=1)
+    parser.add_argument("--pause", type=float, default=4, help="seconds between two kills, at least")
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -84,6 +86,7 @@ class Chaos:
     memory: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: {"peace": [], "workers": [], "driver": []})
     spilled: int = 0
     driver: subprocess.Popen[bytes] | None = None
+    session: Path = Path()
 
     def run(self) -> None:
         """Draw the job."""
@@ -91,14 +94,16 @@ class Chaos:
 
         options, chance, began = self.options, random.Random(self.options.seed), time.monotonic()
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": STORE})
+        self.session = Path(cluster.head_node.get_session_dir_path())
         nodes = [cluster.add_node(num_cpus=1, object_store_memory=STORE) for _ in range(options.nodes)]
         self.words += ["--output", self.folder / "job", "--ray", cluster.address, "--workers", f"1:{options.nodes}"]
+        kinds = chance.sample(("worker", "node", "driver"), 3)
         end, before = began + 60 * options.minutes, self.there()
         while time.monotonic() < end:
             self.driver = self.driver or self.drive()
-            next_kill = time.monotonic() + chance.uniform(4, 12)
+            next_kill = time.monotonic() + chance.uniform(options.pause, 3 * options.pause)
             while time.monotonic() < next_kill and self.driver.poll() is None:
-                time.sleep(2)
+                time.sleep(min(2, options.pause / 4))
                 self.watch()
             if self.driver.poll() == 0 and self.peace.poll() is not None:
                 break
@@ -107,7 +112,7 @@ class Chaos:
             # Evenly over the job, so that what is killed late has grown old.
             if drawn * options.kills < self.killed.total() * options.pictures or not drawn or self.driver.poll() == 0:
                 continue
-            what = chance.choice(("worker", "node", "driver"))
+            what = kinds[self.killed.total() % 3] if options.kills < 3 else chance.choice(kinds)
             if what == "worker" and (workers := painters()):
                 chance.choice(workers).kill()
             elif what == "node":
@@ -147,8 +152,9 @@ class Chaos:
             sizes = [size for one in found if (size := held(one))]
             if sizes:
                 self.memory[name].append((len(pictures_of(place)), max(sizes)))
-        spilled = Path("/tmp/ray").glob("session_latest/**/ray_spilled_objects*/**/*")
-        self.spilled = max(self.spilled, sum(path.stat().st_size for path in spilled if path.is_file()))
+        for place in self.session.glob("ray_spilled_objects*/*"):
+            with suppress(OSError):
+                self.spilled = max(self.spilled, place.stat().st_size)
 
 
 def pictures_of(job: Path) -> list[Path]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from sfumato.pipelines.pipeline import DiffusionPipeline
 
-__all__ = ["Job", "Picture", "Shard", "WrongCheckpoint", "held", "is_running", "open_job", "with_refiner"]
+__all__ = ["Job", "Picture", "Shard", "Sieve", "WrongCheckpoint", "held", "is_running", "open_job", "with_refiner"]
 
 log = logging.getLogger("sfumato")
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sfumato.bulk.extras import arrow
 from sfumato.errors import OutputError
-from sfumato.files import output_folder, replacing
+from sfumato.files import naming, output_folder, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -103,19 +103,15 @@ class Ledger:
 
     def forget(self, keys: Iterable[str]) -> None:
         """Have these keys drawn again by the next run."""
-        compute, paths = arrow("pyarrow.compute"), sorted(self.folder.glob("part-*.parquet"))
-        table = _first(_concat(paths))
-        keys = arrow().array(list(keys), arrow().string())
-        self._write(table.filter(compute.invert(compute.is_in(table["key"], keys))))
-        for path in paths:
-            path.unlink(missing_ok=True)
+        self._merge(sorted(self.folder.glob("part-*.parquet")), arrow().array(list(keys), arrow().string()))
 
     def in_flight(self, keys: Sequence[str]) -> None:
         """Say what is being drawn, so that who comes after a sudden death knows; nothing if it is empty."""
-        if keys:
-            self._flight.write_text(json.dumps(list(keys)))
-        else:
-            self._flight.unlink(missing_ok=True)
+        with naming(self._flight):
+            if keys:
+                self._flight.write_text(json.dumps(list(keys)))
+            else:
+                self._flight.unlink(missing_ok=True)
 
     def died_on(self) -> list[str]:
         """The keys that the last run of this part was drawing when it died."""
@@ -130,10 +126,10 @@ class Ledger:
             arrow("pyarrow.parquet").write_table(table, temporary, compression="zstd")
         self._written.append(path)
 
-    def _merge(self, paths: list[Path]) -> None:
-        table = _first(_concat(paths))
+    def _merge(self, paths: list[Path], forgotten: Any = None) -> None:
+        table, compute = _first(_concat(paths)), arrow("pyarrow.compute")
         self._written = []
-        self._write(table)
+        self._write(table if forgotten is None else table.filter(~compute.field("key").isin(forgotten)))
         for path in paths:
             path.unlink(missing_ok=True)
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sfumato.bulk.job import Picture
     from sfumato.pipelines.pipeline import DiffusionPipeline
 
-__all__ = ["Check", "contact_sheet", "estimate", "status", "thumbnails", "verify", "webdataset"]
+__all__ = ["Check", "contact_sheet", "estimate", "image_of", "status", "thumbnails", "verify", "webdataset"]
 
 
 def estimate(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sfumato.bulk.job import Job
     from sfumato.bulk.painter import Painter
 
-__all__ = ["Batch", "Drawn", "Ending", "Executor", "Outcome", "Queue", "TooManyErrors", "here", "run"]
+__all__ = ["Batch", "Drawn", "Ending", "Executor", "Outcome", "Packer", "Queue", "TooManyErrors", "here", "run"]
 
 log = logging.getLogger("sfumato")
 

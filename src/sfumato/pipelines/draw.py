@@ -65,7 +65,7 @@ def draw(
     told = runs[0].added.request.replace(image=request.image)
     other = None if refiner is None else refiner[0]
     recipes = recipe.describe(parts, runs[0].scheduler, run.device, told, notes, other, runs[0].added.hashes)
-    return Result(images, request, list(seeds), recipes, notes, seconds, runs[0].plan, tuple(runs[0].controls))
+    return Result(images, request, tuple(seeds), recipes, notes, seconds, runs[0].plan, tuple(runs[0].controls))
 
 
 def _second_pass(first: Run, latents: Tensor, seeds: Sequence[int]) -> Run:

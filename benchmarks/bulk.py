@@ -28,7 +28,7 @@ COMMAND = [sys.executable, "-c", "from sfumato.cli.main import main; main()"]
 LOAD = "from sfumato.bulk.painter import Work; work = Work(sys.argv[2], 'built-in', 'built-in'); "
 # Each in a process of its own, as a command would be; the last line is what it took and its largest memory.
 TIMED = "import resource, sys, time; from pathlib import Path; {before}; began = time.perf_counter(); {work}; \
-print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+print(time.process_time(), time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
 PLAN = (
     "from sfumato.bulk.job import open_job; " + LOAD + "pipeline = work.load()",
     "open_job(Path(sys.argv[2]), Path(sys.argv[1]), pipeline, on_bad=print)",
@@ -88,8 +88,9 @@ def rate(runs: int = 2, images: int = IMAGES) -> Result:
 def _timed(code: tuple[str, str], source: Path, job: Path) -> tuple[float, float]:
     command = [sys.executable, "-c", TIMED.format(before=code[0], work=code[1]), str(source), str(job)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    took, memory = done.stdout.split()[-2:]
-    return float(took), float(memory)
+    processor, took, memory = map(float, done.stdout.split()[-3:])
+    print(f"{processor:.2f} s of processor time, start included", file=sys.stderr)
+    return took, memory
 
 
 def nobody(queue: Queue, ledger: Ledger, ending: Ending) -> Iterator[Drawn]:

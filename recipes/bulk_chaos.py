@@ -110,7 +110,8 @@ class Chaos:
             assert self.driver.poll() in (None, 0), f"a driver ended with {self.driver.poll()}"
             drawn = self.there() - before
             # Evenly over the job, so that what is killed late has grown old.
-            if drawn * options.kills < self.killed.total() * options.pictures or not drawn or self.driver.poll() == 0:
+            is_early = drawn * options.kills < self.killed.total() * options.pictures
+            if not drawn or is_early or self.killed.total() >= options.kills or self.driver.poll() == 0:
                 continue
             what = kinds[self.killed.total() % 3] if options.kills < 3 else chance.choice(kinds)
             if what == "worker" and (workers := painters()):

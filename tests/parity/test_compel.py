@@ -74,7 +74,7 @@ def test_spans(prompt, spans):
 @pytest.mark.parametrize(
     ("prompt", "note"),
     [
-        ("a (horse", "a bracket is never closed"),
+        ("a (horse", "an unclosed bracket"),
         ("a cat.swap(dog)", ".swap(dog) in the prompt is ignored"),
         ("a cat withLora(style, 0.5)", "withLora(style, 0.5) in the prompt is ignored"),
         ('("a", "b").blend(1)', "(1) are no weights for 2 prompts"),

@@ -203,7 +203,7 @@ def _extended(image: Image.Image, mask: Image.Image, extend: Box, edge: int) -> 
 
 
 def _soft(mask: Image.Image, edge: int) -> Image.Image:
-    """Return an alpha mask: opaque where the mask is not black, fading to its rim over `edge` pixels, not at borders."""
+    """Return an alpha mask: opaque where the mask is not black, fading over `edge` pixels to its rim in the image."""
     shrunk = mask.point(lambda level: 255 if level else 0)
     total = np.asarray(shrunk, dtype=np.float32)
     for _ in range(edge):

@@ -76,9 +76,7 @@ def show(
     table.add_row("total", "", _count(facts["parameters"]), _bytes(facts["bytes"]), "")
     console.print(table)
     if "prediction_type" in facts:
-        console.print(
-            f"predicts {facts['prediction_type']}, prompts of up to {facts['prompt_tokens']} tokens", highlight=False
-        )
+        console.print(f"predicts {facts['prediction_type']}, {facts['prompt_tokens']} prompt tokens", highlight=False)
     for line in [*_abilities(facts), *_reasons(facts)]:
         console.print(escape(line), highlight=False, soft_wrap=True)
 

@@ -120,7 +120,7 @@ MaskFile = Annotated[
     Path | None,
     typer.Option(
         "--mask",
-        help="Change only the white area of this mask, which has the size of the input image; gray changes less.",
+        help="Change the image only where this mask, an image of the same size, is white; gray changes less.",
     ),
 ]
 Extend = Annotated[

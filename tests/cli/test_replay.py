@@ -235,7 +235,7 @@ def test_a_refiner_is_told_found_and_repeated(sfumato_each, checkpoints, tmp_pat
     drawn.succeeded()
     assert "identical to the original" in same.succeeded().out
     assert read_recipe(tmp_path / "fox.png")["request"]["refiner"] == refiner
-    other.failed(2, "has other weights", "give the right checkpoint (--refiner)")
+    other.failed(2, "are not those that", "give the right checkpoint (--refiner)")
     wrong[0].failed(2, "give one with --refiner")
     wrong[1].failed(2, "between the first and the last step")
     wrong[2].failed(1, "there is no folder")

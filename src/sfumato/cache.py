@@ -1,4 +1,4 @@
-"""The user's cache: what can be made again. Whatever is wrong with it, work goes on without it, and the log says so."""
+"""The user's cache. Everything in it can be rebuilt, so a broken cache is logged and never stops the work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ecosystem's names that are not here, or mean something else here: one table, read from `ecosystem.toml`.
+"""Names from the ecosystem that are missing here or mean something else: one table, read from `ecosystem.toml`.
 
 No torch here, and the table is read only when a name is asked for that does not exist.
 """

@@ -1,4 +1,4 @@
-"""All errors that Sfumato raises intentionally, in one tree.
+"""Every error that Sfumato raises on purpose, in one hierarchy.
 
 Each message is one sentence that users can act on: it names the file, key or argument, and the next step::
 

@@ -1,4 +1,4 @@
-"""The families of checkpoints, as data: what the parts of each are, and what they want.
+"""Model families as data: the parts of each one and their settings.
 
 One frozen `Family` is one row. Its configs are those published with the checkpoint, as far as they differ from the
 config classes' defaults; they are also how a checkpoint is known, by `find`. Nothing else in the package knows a family

@@ -1,4 +1,4 @@
-"""Reading and writing files so that a bad one is named and a new one is whole or absent.
+"""Safe file access: errors name the file, and writes are atomic.
 
 Whatever is read comes through `open_file`: regular files only, so that no pipe is waited for and no device read without
 end, and none that is larger than its kind can be.

@@ -1,4 +1,4 @@
-"""Whole folders: what is saved into one is there when all of it is, and what was there before is whole until then."""
+"""Atomic folder writes: a folder appears when it is complete, and replaces the old one only then."""
 
 from __future__ import annotations
 

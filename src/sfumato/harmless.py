@@ -1,4 +1,4 @@
-"""Arguments for loading and saving in the ecosystem that ask for what Sfumato does anyway."""
+"""The ecosystem's loading and saving arguments that ask for what Sfumato does anyway."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images between PIL, arrays and tensors, by the names that the ecosystem's code calls."""
+"""Converts images between PIL, arrays and tensors, under the ecosystem's names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images: between tensors and files, and grids."""
+"""Images: tensors to files and back, and image grids."""
 
 from __future__ import annotations
 

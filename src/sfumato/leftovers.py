@@ -1,4 +1,4 @@
-"""Hidden names for what is being written, and sweeping what killed processes left under them.
+"""Hidden names for unfinished files, and cleaning up after processes that were killed.
 
 A name is `.NAME.PID.RANDOM.part` for a file, `….new` for a folder. Whoever writes also holds a lock on it, which the
 system lets go when the process dies, so that nobody takes away what another container, with numbers of its own, is

@@ -1,4 +1,4 @@
-"""Images that are painted in part: what is read of them, and how what was painted is put back."""
+"""Masked images: reading masks, and compositing the painted area back."""
 
 from __future__ import annotations
 

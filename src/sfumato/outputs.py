@@ -1,4 +1,4 @@
-"""What the ecosystem's calls return: a record that is a mapping too and, by number, a tuple."""
+"""Outputs in the ecosystem's form: records that are also mappings and, by index, tuples."""
 
 # pyright: reportIncompatibleMethodOverride=false
 

@@ -1,4 +1,4 @@
-"""Pictures as the networks beside the U-Net see them: fitted to the image's size, and made of a photo without a model.
+"""Control images: fitted to the output size, and made from a photo without a model.
 
 OpenCV is imported only where a preprocessor needs it.
 """

@@ -1,4 +1,4 @@
-"""One check for every value that a file or a caller gives: the annotation of its field, with bounds, is the rule."""
+"""One validator for all values from files and callers: a field's annotation, with bounds, is the rule."""
 
 from __future__ import annotations
 

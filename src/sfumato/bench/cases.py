@@ -1,4 +1,4 @@
-"""What is measured: cases that a process of its own carries out, as data."""
+"""What is measured: cases as data, each run in its own process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What everybody is given: the same words, and for single calls the same random tensors."""
+"""The inputs that every library gets: the same prompts and, for single calls, the same random tensors."""
 
 from __future__ import annotations
 

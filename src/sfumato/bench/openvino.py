@@ -1,4 +1,4 @@
-"""OpenVINO on the same weights: our networks, converted by it and compiled for the CPU."""
+"""OpenVINO on the same weights: our networks, converted and compiled for the CPU."""
 
 from __future__ import annotations
 

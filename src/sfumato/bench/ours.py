@@ -1,4 +1,4 @@
-"""Sfumato as its users have it: everything as the plan says."""
+"""Sfumato as its users run it: everything follows the plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A report as an image: bars of seconds, drawn as SVG."""
+"""A benchmark report as an SVG bar chart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reference library, `diffusers`, at its defaults or at its best: the one place that imports it."""
+"""The reference library, `diffusers`, at its defaults and at its best. Only this module imports it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole benchmark: every case in turn, round after round, and what came out of it."""
+"""The whole benchmark: all cases in alternating rounds, and their summary."""
 
 from __future__ import annotations
 

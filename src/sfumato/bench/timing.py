@@ -1,4 +1,4 @@
-"""Things timed in turn, so that a machine that drifts drifts under all of them."""
+"""Alternated timing, so that a machine that slows down slows down every candidate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One case in a process of its own, whose memory is this case's alone: `python -m sfumato.bench.worker JSON`."""
+"""Runs one case in its own process, so that memory is measured per case: `python -m sfumato.bench.worker JSON`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a single file is, in the words and numbers of `sfumato show`: from its header, without torch."""
+"""What `sfumato show` prints about a single-file checkpoint, from its header and without torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The small checkpoint that comes with the package."""
+"""The small checkpoint that ships with the package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is in the hub's cache: the models that can be used here, their sizes, and their removal."""
+"""The checkpoints in the hub cache: listing them, their sizes, and removing them."""
 
 from __future__ import annotations
 

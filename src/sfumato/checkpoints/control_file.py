@@ -1,4 +1,4 @@
-"""Networks beside the U-Net in one file: what a file holds, and its config, told from its header alone."""
+"""Single-file control networks: their kind and config, derived from the header alone."""
 
 from __future__ import annotations
 

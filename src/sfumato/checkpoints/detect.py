@@ -1,4 +1,4 @@
-"""What a file is: told from the names, shapes and metadata in its header, and from what lies beside it.
+"""Detects what a file contains from its header (names, shapes, metadata) and from the files next to it.
 
 No weight is read but a handful of numbers, and torch is not imported. The user's word goes before all that is told.
 """

@@ -1,4 +1,4 @@
-"""Which family a checkpoint is of."""
+"""The family that a checkpoint belongs to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The configs of networks, read off the names and shapes of their weights in either naming."""
+"""Network configs derived from the names and shapes of weights, in either naming."""
 
 from __future__ import annotations
 

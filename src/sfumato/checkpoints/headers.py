@@ -1,4 +1,4 @@
-"""Headers of safetensors files: names, precisions, shapes and a few numbers, read without torch and without weights."""
+"""Safetensors headers: names, dtypes, shapes and a few values, read without torch and without loading weights."""
 
 from __future__ import annotations
 

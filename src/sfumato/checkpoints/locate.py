@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are: a local folder, the hub's cache, or the hub itself, in this order."""
+"""Locates a checkpoint's files: a local folder, then the hub cache, then the hub."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where one file of weights is: on this machine, in the hub's cache, or on the hub, in this order."""
+"""Locates a single weights file: on this machine, then in the hub cache, then on the hub."""
 
 from __future__ import annotations
 

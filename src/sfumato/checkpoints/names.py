@@ -1,4 +1,4 @@
-"""Short names of well-known checkpoints: the families' own names, and the repositories that publish them."""
+"""Short names for well-known checkpoints: family names, and the repositories that publish them."""
 
 from __future__ import annotations
 

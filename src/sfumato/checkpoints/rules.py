@@ -1,4 +1,4 @@
-"""Names of weights in the original layout (CompVis' and Stability's single files) and in ours, as data.
+"""Weight names in the original layout (CompVis and Stability single files) and in ours, as data.
 
 Each `Names` is one correspondence, read both ways: # stands for a number, ^ and $ for the beginning and the end. Where
 several fit a name they follow one another, first to last on the way to our names and last to first on the way back.

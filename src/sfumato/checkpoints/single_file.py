@@ -1,4 +1,4 @@
-"""Checkpoints in one file: opened by header, given to models part by part, and written.
+"""Single-file checkpoints: opening them by header and loading each part on demand.
 
 A part is read by our own names: each weight of a model is looked up under its original name. So what is missing, left
 over or of another shape is known from the header, and each tensor is mapped, put into our form and cast alone.

@@ -1,4 +1,4 @@
-"""The settings a checkpoint asks for, where a request leaves them open."""
+"""A checkpoint's recommended settings, used where a request leaves them unset."""
 
 from __future__ import annotations
 

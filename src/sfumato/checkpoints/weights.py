@@ -1,4 +1,4 @@
-"""Weight files: which ones a folder offers, how they get into a model, and how they are written.
+"""Weight files: choosing them in a folder, loading them into a model, and saving them.
 
 Weights are mapped from disk, not read: a tensor kept in its stored precision is never copied. Where another precision
 is asked for, tensors are cast one by one, and what was mapped for it is let go every few megabytes.

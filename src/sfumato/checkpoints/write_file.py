@@ -1,4 +1,4 @@
-"""Checkpoints written into one file, in the original layout, by the names that they are read by."""
+"""Writes a checkpoint to a single file in the original layout, under the names it is read by."""
 
 from __future__ import annotations
 

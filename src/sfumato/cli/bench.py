@@ -1,4 +1,4 @@
-"""`sfumato bench`: the guide's steps to faster images, measured on this machine, also for other libraries."""
+"""`sfumato bench`: measures each speed-up from the guide on this machine, also for other libraries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `sfumato bulk` prints for people."""
+"""The text that `sfumato bulk` prints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sfumato completion`: what a shell needs to complete commands, options and names; the parser itself answers."""
+"""`sfumato completion`: shell completion for commands, options and names, generated from the parser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--control` and `--controlnet`: pictures that steer, and the networks that read them."""
+"""`--control` and `--controlnet`: control images and the networks that read them."""
 
 from __future__ import annotations
 

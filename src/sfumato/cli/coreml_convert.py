@@ -1,4 +1,4 @@
-"""`sfumato coreml convert`: a checkpoint as verified Core ML packages."""
+"""`sfumato coreml convert`: converts a checkpoint to verified Core ML packages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sfumato coreml download`: converted models from the hub."""
+"""`sfumato coreml download`: downloads converted models from the hub."""
 
 from __future__ import annotations
 

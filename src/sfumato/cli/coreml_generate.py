@@ -1,4 +1,4 @@
-"""`sfumato coreml generate`: images from converted models, with our options or those of Apple's two runners."""
+"""`sfumato coreml generate`: generates images with converted models, with our options or Apple's."""
 
 from __future__ import annotations
 

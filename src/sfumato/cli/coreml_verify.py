@@ -1,4 +1,4 @@
-"""`sfumato coreml verify`: converted models compared with the checkpoint they were made from."""
+"""`sfumato coreml verify`: compares converted models with the checkpoint they came from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts of a request as they are written on a command line."""
+"""Structured parts of a request, as they are written on the command line."""
 
 from __future__ import annotations
 

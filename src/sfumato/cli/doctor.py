@@ -1,4 +1,4 @@
-"""`sfumato doctor`: what this machine has, how fast it is, and what is missing."""
+"""`sfumato doctor`: this machine's hardware, its speed, and what is missing."""
 
 from __future__ import annotations
 

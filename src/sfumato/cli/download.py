@@ -1,4 +1,4 @@
-"""`sfumato download`: a checkpoint from the hub into the local cache."""
+"""`sfumato download`: downloads a checkpoint from the hub to the local cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands that generate images share: early checks, progress, file names, and what is printed."""
+"""Shared by the commands that generate images: early checks, progress, file names and output."""
 
 from __future__ import annotations
 

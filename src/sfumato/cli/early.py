@@ -1,4 +1,4 @@
-"""What can be known to be wrong before torch is imported, which takes seconds."""
+"""Checks that fail before torch, which takes seconds to import, is loaded."""
 
 from __future__ import annotations
 

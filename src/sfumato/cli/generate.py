@@ -1,4 +1,4 @@
-"""`sfumato generate`: images from prompts."""
+"""`sfumato generate`: generates images from prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sfumato`: the commands, and the one place where an error becomes a sentence and an exit code."""
+"""`sfumato`: the list of commands, and the one place where an error becomes a message and an exit code."""
 
 from __future__ import annotations
 

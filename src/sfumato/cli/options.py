@@ -1,4 +1,4 @@
-"""Options that several commands have in common, worded once."""
+"""Options shared by several commands, each defined once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sfumato show image.png`: what an image says of how it was generated."""
+"""`sfumato show image.png`: how an image was generated, according to its metadata."""
 
 from __future__ import annotations
 

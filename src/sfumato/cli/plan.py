@@ -1,4 +1,4 @@
-"""`sfumato plan`: how a request would run on this machine or another, and whether it fits."""
+"""`sfumato plan`: how a request would run on this or another machine, and whether it fits."""
 
 from __future__ import annotations
 

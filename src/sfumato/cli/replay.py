@@ -1,4 +1,4 @@
-"""`sfumato replay`: generate an image again, from its recipe or from what another program wrote."""
+"""`sfumato replay`: generates an image again from its recipe or from another program's metadata."""
 
 from __future__ import annotations
 

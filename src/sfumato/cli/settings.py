@@ -1,4 +1,4 @@
-"""What a user has set once for all commands: the model that is used when none is named."""
+"""User defaults for all commands, such as the default model."""
 
 from __future__ import annotations
 

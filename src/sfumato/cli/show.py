@@ -1,4 +1,4 @@
-"""`sfumato show`: what a checkpoint is, from its file headers alone, or what an image says of itself."""
+"""`sfumato show`: describes a checkpoint from its file headers, or an image from its metadata."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Standard streams that are always there, show what they can, and say so when they cannot be written."""
+"""Standard streams that always exist, replace characters they cannot print, and report failed writes."""
 
 from __future__ import annotations
 

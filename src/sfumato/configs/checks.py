@@ -1,4 +1,4 @@
-"""What the configs of networks have in common: the functions they may name, and how large they may be."""
+"""Checks shared by network configs: allowed activation functions and size limits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What models and schedulers have in common: a config whose keys the ecosystem's older code reads as attributes."""
+"""Base of models and schedulers: a config whose keys can also be read as attributes, as older code does."""
 
 from __future__ import annotations
 

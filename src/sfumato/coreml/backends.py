@@ -1,4 +1,4 @@
-"""Who computes a converted model: Apple's framework on macOS, the portable runtime everywhere else."""
+"""The two backends for converted models: Apple's framework on macOS, the portable runtime elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models in pieces: one program cut into several that run one after another, and several models joined into one.
+"""Splits one program into chunks that run in sequence, and merges several models into one package.
 
 A phone gives the memory of one piece at a time. What one piece computes and a later one needs leaves it as an output
 and comes back as an input of the same name: whoever runs them keeps every feature until the last has run. Values in

@@ -1,4 +1,4 @@
-"""From a checkpoint to Core ML packages: checked before the work, written whole, resumed where it was interrupted."""
+"""Converts a checkpoint to Core ML packages: checked up front, written atomically, resumed after an interruption."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where two runs part: the first operation that goes wrong, by name."""
+"""Finds where two runs diverge: the first operation whose result is wrong, by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Converted models from the hub: one variant of a repository, and nothing of the others.
+"""Downloads converted models from the hub: one variant of a repository and nothing else.
 
 Repositories of converted models hold them several times, for other attention and for other runners, gigabytes each:
 `original/packages`, `split_einsum/compiled` and so on.

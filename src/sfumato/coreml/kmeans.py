@@ -1,4 +1,4 @@
-"""k-means on a line: the few numbers that stand best for many, the same ones every time.
+"""Deterministic one-dimensional k-means for weight palettes.
 
 On a line the clusters are intervals, so the best k of them are found by dynamic programming and not by luck
 (Wang and Song, "Ckmeans.1d.dp", The R Journal 3/2, 2011). Weights in half precision have at most 63,488 different

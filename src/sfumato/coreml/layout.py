@@ -1,4 +1,4 @@
-"""Where converted models lie: the names that Apple's runners read, and finding models by what they are.
+"""Folders of converted models: the file names that Apple's runners expect, and discovery by content.
 
 Names are those of apple/ml-stable-diffusion: packages `Stable_Diffusion_version_{model}_{part}.mlpackage`, which its
 Python runner reads, and compiled `TextEncoder.mlmodelc` and so on, which Swift apps read. Nothing here relies on them:

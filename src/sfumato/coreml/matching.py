@@ -1,4 +1,4 @@
-"""Which constants of a program are weights of a checkpoint, and how near to them they are.
+"""Matches a program's constants to the checkpoint's weights and measures how close they are.
 
 Our own converter names a constant after its parameter. In others' programs a constant is known by its numbers: it is
 the weight of its shape, as it is or transposed, that it is nearest to.

@@ -1,4 +1,4 @@
-"""How well two tensors agree."""
+"""Measures how well two tensors agree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stand-ins for the networks of a checkpoint: the same calls and results, computed by converted models.
+"""Drop-in networks: the same calls and results as the checkpoint's, computed by converted models.
 
 They have a config and no layers. Numbers come and go as float32 on the CPU; a model's fixed batch is filled row by row,
 and what is missing in the last one is filled with a repeated row, so that each row is computed as if it were alone.

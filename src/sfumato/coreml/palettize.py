@@ -1,4 +1,4 @@
-"""Palettes: each weight as an index of a few bits into a table of the 2^bits numbers that stand best for all of them.
+"""Palettization: each weight becomes an index of a few bits into a table of 2^bits values.
 
 The numbers are found by k-means (kmeans.py). In files a palette is the operation `constexpr_lut_to_dense`, in the form
 of iOS 16 up to its opset "CoreML7" and in that of iOS 18 from "CoreML8" on; it has the name of the constant whose place

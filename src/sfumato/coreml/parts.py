@@ -1,4 +1,4 @@
-"""The parts of a pipeline from a folder of converted models: what each says of itself, or the checkpoint it is of.
+"""The parts of a pipeline from a folder of converted models, by their metadata or by their checkpoint.
 
 Models that Sfumato converted carry their config, scheduler and settings (metadata "sfumato.…"). Those that Apple and
 others publish do not: for them the small files of a checkpoint are read, never its weights.

@@ -1,4 +1,4 @@
-"""Generating with converted models: the same loop, schedulers and seeds, with other networks."""
+"""Generation with converted models: the same loop, schedulers and seeds, with other networks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What converted networks are tried with: inputs as a run would give them, and what the source makes of them."""
+"""Test inputs for converted networks, as a real run would produce them, and the source's outputs."""
 
 from __future__ import annotations
 

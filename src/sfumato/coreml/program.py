@@ -1,4 +1,4 @@
-"""ML Programs in memory: the one form that files are read into, networks are converted to, and that is run.
+"""ML Programs in memory: the one form that is read, converted to, written and run.
 
 A `Model` is what a package or a compiled folder holds: an interface and either one `Program` or, for a pipeline, a
 chain of models. A `Program` is functions of operations in static single assignment, as in Core ML's model intermediate

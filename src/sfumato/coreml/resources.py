@@ -1,4 +1,4 @@
-"""The folder that Swift apps read: compiled models under Apple's names, and the checkpoint's own tokenizer.
+"""The resources folder that Swift apps read: compiled models under Apple's names, and the tokenizer.
 
 Apple's compiler (`xcrun coremlcompiler`, of Xcode) is used where there is one; elsewhere the compiled form is written
 here (formats/compiled.py), which is experimental: no document says that devices take it.

@@ -1,4 +1,4 @@
-"""What a converted model is, judged by its inputs and outputs alone; and which models go together."""
+"""A converted model's role, from its inputs and outputs alone, and which models belong together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The checkpoint that Core ML models are made from, or proved against: its networks, loaded one at a time."""
+"""The source checkpoint of a conversion or verification: its networks, loaded one at a time."""
 
 from __future__ import annotations
 

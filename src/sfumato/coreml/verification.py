@@ -1,4 +1,4 @@
-"""Verifying converted models against the checkpoint they were made from, on any machine.
+"""Verifies converted models against their checkpoint, on any machine.
 
 Core ML only runs on Apple's devices, but a package is an exact program, which the portable runtime can run. Three
 things are verified for each network: its weights are the source's, value by value, rounded to float16 or as near as

@@ -1,4 +1,4 @@
-"""The queue: jobs are accepted, drawn one after the other by the worker, and each ends exactly once."""
+"""The queue: accepts jobs, has the worker run them one at a time, and ends each exactly once."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from sfumato.errors import SfumatoError, UsageError
 from sfumato.files import output_folder
 from sfumato.jobs.events import Hub
 from sfumato.jobs.gallery import HIDDEN, Gallery
-from sfumato.locks import locked
 from sfumato.jobs.process import Process
 from sfumato.jobs.store import Event, Job, Store
+from sfumato.locks import locked
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,4 +1,4 @@
-"""Compiling our C sources with the machine's own compiler, once, into the cache folder.
+"""Compiles the C sources with the local compiler, once, into the cache folder.
 
 They are plain C with a C interface, so that a compiler is all it takes and a second is enough (ADR 9).
 """

@@ -1,4 +1,4 @@
-"""The compiled kernels as functions on tensors, each equal to a few lines of torch."""
+"""The compiled kernels as functions on tensors, each equivalent to a few lines of torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention: one function `(q, k, v, mask) -> out`, chosen once and handed to the models that use it.
+"""Attention: one function `(q, k, v, mask) -> out`, chosen once and passed to the models that use it.
 
 All implementations compute softmax(q k^T / sqrt(d) + mask) v ("Attention Is All You Need", arXiv 1706.03762, eq. 1)
 and differ only in how much memory they hold at a time. Shapes: q (B, heads, L, d); k and v (B, heads, S, d); mask None

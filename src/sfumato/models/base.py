@@ -1,4 +1,4 @@
-"""What every model has in common: a frozen config, and loading from and saving to a folder."""
+"""Base of every model: a frozen config, and loading from and saving to a folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layers that the U-Net and the autoencoder share. Attribute names are the ecosystem's parameter names.
+"""Layers shared by the U-Net and the autoencoder. Attribute names are the ecosystem's parameter names.
 
 Layers are also made and registered in the ecosystem's order, so that a seed gives the same fresh weights, and optimizer
 states, which go by position, fit.

@@ -1,4 +1,4 @@
-"""FreeU: other weights for what meets on a U-Net's way up (arXiv 2309.11497)."""
+"""FreeU: reweights backbone and skip features in the U-Net's decoder (arXiv 2309.11497)."""
 
 from __future__ import annotations
 

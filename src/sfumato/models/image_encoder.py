@@ -1,4 +1,4 @@
-"""CLIP's image encoder, a vision transformer (arXiv 2103.00020 and 2010.11929), and images as it reads them."""
+"""CLIP's image encoder, a vision transformer (arXiv 2103.00020 and 2010.11929), and its preprocessing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""IP-Adapter: tokens of images beside those of the prompt, with keys and values of their own (arXiv 2308.06721)."""
+"""IP-Adapter: image tokens next to the prompt's, with their own keys and values (arXiv 2308.06721)."""
 
 from __future__ import annotations
 

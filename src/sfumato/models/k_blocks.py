@@ -1,4 +1,4 @@
-"""The blocks of k-diffusion's U-Net (arXiv 2206.00364), as the latent upscaler has them.
+"""The blocks of k-diffusion's U-Net (arXiv 2206.00364), used by the latent upscaler.
 
 Time steers every normalization, attention has no feed-forward, sizes change by a fixed filter, and only the last result
 of a level is handed across, none from the deepest.

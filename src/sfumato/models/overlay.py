@@ -1,4 +1,4 @@
-"""Other weights in the place of a model's own, and the way back to them, bit for bit.
+"""Replaces a model's weights temporarily and restores them bit for bit.
 
 What stands in is made of the model's own weights, which are kept: only those that are replaced are there twice.
 """

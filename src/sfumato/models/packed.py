@@ -1,4 +1,4 @@
-"""Layers for one CPU: weights in the order oneDNN multiplies them, and our own kernels between.
+"""CPU layers: weights packed in oneDNN's order, with our own kernels in between.
 
 `pack` puts them in the place of torch's layers, one by one and without a second copy of the weights, and `unpack` puts
 torch's back. They take and give the same tensors, so that a model's own code does not know of them.

@@ -1,4 +1,4 @@
-"""Layers that are computed again in the backward pass: less memory for training, more time (arXiv 1604.06174)."""
+"""Gradient checkpointing: layers are recomputed in the backward pass (arXiv 1604.06174)."""
 
 from __future__ import annotations
 

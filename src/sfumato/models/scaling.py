@@ -1,4 +1,4 @@
-"""Between latents as an autoencoder makes them and latents as they are denoised."""
+"""Scales latents between the autoencoder's range and the denoiser's."""
 
 from __future__ import annotations
 

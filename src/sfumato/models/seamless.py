@@ -1,4 +1,4 @@
-"""Seamless images: every convolution reads beyond an edge what stands at the opposite one.
+"""Seamless images: every convolution wraps around at the edges.
 
 So a network commutes with moving its input around in a circle, and an image has no edge in that direction.
 """

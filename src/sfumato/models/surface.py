@@ -1,4 +1,4 @@
-"""What the ecosystem's code asks of a model beside a forward pass."""
+"""The ecosystem's model interface apart from the forward pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""T2I-Adapter: features of a picture for the U-Net's way down, made once (arXiv 2302.08453)."""
+"""T2I-Adapter: features of a control image for the U-Net's encoder, computed once (arXiv 2302.08453)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoding and decoding large images in overlapping tiles, and batches one image at a time."""
+"""Encodes and decodes large images in overlapping tiles, and batches one image at a time."""
 
 from __future__ import annotations
 

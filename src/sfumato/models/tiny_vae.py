@@ -1,4 +1,4 @@
-"""The small autoencoder of the TAESD family: plain convolutions, a hundredth of the work, softer images."""
+"""The tiny autoencoder of the TAESD family: plain convolutions, about 1 % of the work, softer images."""
 
 from __future__ import annotations
 

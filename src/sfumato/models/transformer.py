@@ -1,4 +1,4 @@
-"""The spatial transformer of the U-Net: image tokens attend to themselves and to the prompt."""
+"""The U-Net's spatial transformer: image tokens attend to each other and to the prompt."""
 
 from __future__ import annotations
 

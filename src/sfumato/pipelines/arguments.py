@@ -1,4 +1,4 @@
-"""The arguments of the ecosystem's calls, as a request; those that do not exist, as an error."""
+"""Turns the arguments of the ecosystem's calls into a request, and rejects those that do not exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of a pipeline folder: which there are, where each lies, how each is loaded and saved."""
+"""The components of a pipeline folder: their names, locations, and how to load and save each."""
 
 from __future__ import annotations
 

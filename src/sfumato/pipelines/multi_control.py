@@ -1,4 +1,4 @@
-"""Several ControlNets as one part of a pipeline."""
+"""Several ControlNets as one component of a pipeline."""
 
 from __future__ import annotations
 

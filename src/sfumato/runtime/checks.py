@@ -1,4 +1,4 @@
-"""What Sfumato needs from a machine, checked against its facts; each problem comes with the command that fixes it."""
+"""Sfumato's requirements, checked against the machine; each problem comes with the command that fixes it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan is made of: the networks' sizes, the task, the user's wishes, and the choices themselves."""
+"""The inputs and outputs of planning: network sizes, the task, the user's settings, and the choices."""
 
 from __future__ import annotations
 

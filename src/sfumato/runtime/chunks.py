@@ -1,4 +1,4 @@
-"""How attention is cut so that its scores stay below a number of bytes, and images into tiles: the arithmetic alone."""
+"""How attention is split to bound the memory of its scores, and images into tiles: the arithmetic alone."""
 
 from __future__ import annotations
 

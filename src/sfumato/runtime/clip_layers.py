@@ -1,4 +1,4 @@
-"""The work of CLIP's encoders of texts and images, layer by layer."""
+"""The compute of CLIP's text and image encoders, layer by layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which device to use, and in which precision."""
+"""Selects the device and the precision."""
 
 from __future__ import annotations
 

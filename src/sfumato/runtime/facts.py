@@ -1,4 +1,4 @@
-"""What a machine is: a frozen value, read from the machine at hand or from a JSON file, which simulates any other."""
+"""Machine facts: a frozen value, read from this machine or from a JSON file that describes another."""
 
 from __future__ import annotations
 

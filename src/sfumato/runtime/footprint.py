@@ -1,4 +1,4 @@
-"""How many bytes and seconds a plan takes: the layers' own counts, and a few coefficients that were measured."""
+"""The memory and time of a plan: layer counts and a few measured coefficients."""
 
 from __future__ import annotations
 

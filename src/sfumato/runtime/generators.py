@@ -1,4 +1,4 @@
-"""Where random numbers come from: torch's generators, NumPy's stream as in Apple's Core ML runners, or CUDA's.
+"""Random number sources: torch's generators, NumPy's stream as in Apple's Core ML runners, or CUDA's.
 
 A source is anything with torch's own `device`, `initial_seed`, `get_state` and `set_state`; `normal` draws from any.
 """

@@ -1,4 +1,4 @@
-"""The work of the networks, layer by layer, counted from their configs alone: no weights, no torch.
+"""The compute of the networks, layer by layer, from their configs alone: no weights, no torch.
 
 Each layer says how many parameters it has, how many operations it takes (a multiplication and an addition are two), and
 how many numbers are held while it runs: what the layers around it still need, its inputs and its outputs. All is for

@@ -1,4 +1,4 @@
-"""What this process may use of the machine: control groups (versions 1 and 2), affinity and `ulimit -v`."""
+"""Limits on this process: control groups (versions 1 and 2), CPU affinity and `ulimit -v`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The numeric policy: in which precision each kind of device computes what, in one table.
+"""The numeric policy: one table of the precision that each kind of device uses for each computation.
 
 Who reads it: attention asks `softmax_dtype` and, where the answer is wider than its tensors, is wrapped so that q, k, v
 and the mask are cast to it before scores and softmax, and the result is cast back; the plan asks `vae_dtypes` and

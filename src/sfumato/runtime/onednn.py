@@ -1,4 +1,4 @@
-"""Torch's oneDNN operations on packed weights. They are private to torch, so each is tried before it is relied on."""
+"""Torch's oneDNN operations on packed weights. They are private to torch, so each is tested before use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How to run a request on a machine: decided from facts and sizes alone, before any weights are read.
+"""Plans how to run a request on a machine, from facts and sizes alone, before any weights are read.
 
 `plan` is pure: the same facts, sizes, request and wishes give the same plan on any machine. The user's choices have
 precedence; everything else is the fastest choice that fits. If nothing fits, the request is refused with numbers.

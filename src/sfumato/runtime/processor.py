@@ -1,4 +1,4 @@
-"""The processor: its name, its instruction sets, its caches, and a C compiler for it."""
+"""The processor: its name, instruction sets and caches, and the C compiler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Known issues of operating systems and versions of torch, and what is done about each."""
+"""Known issues of operating systems and torch versions, and their workarounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Why a plan is as it is: one sentence for each choice, with its numbers."""
+"""The reasons for a plan: one sentence per choice, with its numbers."""
 
 from __future__ import annotations
 

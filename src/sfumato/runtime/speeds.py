@@ -1,4 +1,4 @@
-"""How fast a machine multiplies: measured once and kept in the user's cache, or estimated from what it is."""
+"""The machine's matrix multiplication speed: measured once and cached, or estimated from its hardware."""
 
 from __future__ import annotations
 

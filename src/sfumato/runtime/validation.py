@@ -1,4 +1,4 @@
-"""Checking the values of a JSON object against the fields of a dataclass of facts."""
+"""Validates JSON values against the fields of a facts dataclass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ecosystem's scheduler contract over tables of rows: configuration, files, grids, `step`, `add_noise`."""
+"""The ecosystem's scheduler interface over tables of rows: configuration, files, grids, `step`, `add_noise`."""
 
 # pyright: reportIncompatibleMethodOverride=false
 

@@ -1,4 +1,4 @@
-"""What a `scheduler_config.json` may say: a frozen dataclass per scheduler, from one table of keys and defaults."""
+"""The keys of `scheduler_config.json`: a frozen dataclass per scheduler, from one table of keys and defaults."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Schedulers of few-step models, whose grid is a part of the one they were distilled on: LCM and TCD."""
+"""Schedulers of few-step models, whose timesteps are a subset of those used in distillation: LCM and TCD."""
 
 # pyright: reportIncompatibleMethodOverride=false
 

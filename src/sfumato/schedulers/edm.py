@@ -1,4 +1,4 @@
-"""Schedulers of models trained as EDM (2206.00364): Euler, and DPM-Solver++ multistep. No betas: sigmas all the way.
+"""Schedulers of EDM models (arXiv 2206.00364): Euler and DPM-Solver++ multistep, on sigmas without betas.
 
 The network is given x / sqrt(s^2 + s_data^2) and log(s) / 4, and its output F means x0 = c_skip x + c_out F (table 1).
 """

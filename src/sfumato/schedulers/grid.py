@@ -1,4 +1,4 @@
-"""Noise grids: from the training betas to the timesteps and sigmas a sampler visits.
+"""Noise grids: from the training betas to the timesteps and sigmas that a sampler visits.
 
 Training tables are float32 torch tensors because their last bit decides timesteps after rounding; everything later
 is float64 until the sigmas are rounded to float32 once, as the ecosystem does.

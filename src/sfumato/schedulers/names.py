@@ -1,4 +1,4 @@
-"""Short names of samplers for the command line: name -> class, config preset, one line about it. No torch here."""
+"""Short names of samplers: class, config preset and a one-line description. Does not import torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a step's noise comes from: generators, or a Brownian path that any two sigmas can be asked about.
+"""The noise of a step: from generators, or from a Brownian path that can be sampled between any two sigmas.
 
 Noise is always drawn in float32 and cast later, so the dtype of the latents does not change an image.
 """

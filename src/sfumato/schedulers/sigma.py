@@ -1,4 +1,4 @@
-"""What schedulers on a grid of sigmas share, and those in the variance-exploding form x = x0 + s eps."""
+"""Base of schedulers on a grid of sigmas, and the variance-exploding ones, x = x0 + s eps."""
 
 # pyright: reportIncompatibleMethodOverride=false
 

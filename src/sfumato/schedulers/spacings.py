@@ -1,4 +1,4 @@
-"""How A1111 and ComfyUI space the noise levels of the steps (k-diffusion's way), whatever the sampler."""
+"""A1111's and ComfyUI's step spacings (k-diffusion's formulas), available with any sampler."""
 
 from __future__ import annotations
 

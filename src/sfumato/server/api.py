@@ -1,4 +1,4 @@
-"""The APIs, three routers over one queue."""
+"""Combines the three APIs into one application."""
 
 from __future__ import annotations
 

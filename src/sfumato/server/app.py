@@ -1,4 +1,4 @@
-"""The server: the page at once, and the API as soon as it can be imported, which takes longer than all else."""
+"""The ASGI application: serves the page at once, and the API once it has been imported."""
 
 from __future__ import annotations
 

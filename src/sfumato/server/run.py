@@ -1,4 +1,4 @@
-"""Listening: a socket first, then the queue and its worker, then the page, and the API last."""
+"""Starts the server: first the socket, then the queue and its worker, then the page; the API comes last."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From words to embeddings."""
+"""From prompts to embeddings."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,4 +1,4 @@
-"""A tokenizer as the ecosystem's code calls it: ids in lists or tensors, and back to text."""
+"""The tokenizer's ecosystem interface: ids as lists or tensors, and decoding."""
 
 from __future__ import annotations
 

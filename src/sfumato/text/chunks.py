@@ -1,4 +1,4 @@
-"""Prompts of any length: tokens with weights in chunks of the model's length, each encoded by itself."""
+"""Long prompts: weighted tokens in chunks of the model's length, each encoded separately."""
 
 from __future__ import annotations
 

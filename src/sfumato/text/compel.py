@@ -1,4 +1,4 @@
-"""Prompts with weights in the grammar of compel and InvokeAI. No torch here."""
+"""Weighted prompts in the syntax of compel and InvokeAI. Does not import torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""New words (textual inversion, arXiv 2208.01618): vectors that stand in a prompt where their name is written."""
+"""Textual inversion (arXiv 2208.01618): learned vectors that replace their name in a prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts with weights: what stands in A1111's brackets and in ComfyUI's, as spans of text. No torch here."""
+"""Weighted prompts in A1111's and ComfyUI's syntax, as weighted spans of text. Does not import torch."""
 
 from __future__ import annotations
 

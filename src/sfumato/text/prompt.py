@@ -1,4 +1,4 @@
-"""From prompts to the embeddings the U-Net reads."""
+"""From prompts to the embeddings that the U-Net reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts that change while a picture is drawn, as A1111 writes them. No torch here."""
+"""Prompts that change during a run, in A1111's syntax. Does not import torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CLIP's byte-pair tokenizer, from the files a checkpoint carries."""
+"""CLIP's byte-pair tokenizer, read from a checkpoint's files."""
 
 from __future__ import annotations
 

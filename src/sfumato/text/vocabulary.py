@@ -1,4 +1,4 @@
-"""CLIP's vocabulary, which every Stable Diffusion reads prompts with and no single file carries.
+"""CLIP's vocabulary, which every Stable Diffusion model uses and no single-file checkpoint contains.
 
 In the package are the merges of OpenAI's CLIP (MIT, clip/LICENSE); its 49,408 tokens follow from them.
 """

@@ -1,4 +1,4 @@
-"""Attention in Core ML's three customary forms, over (B, C, 1, S) with the heads side by side in the channels.
+"""The three attention implementations used with Core ML, on (B, C, 1, S) with heads side by side in the channels.
 
 All compute softmax(q k^T / sqrt(d) + mask) v ("Attention Is All You Need", arXiv 1706.03762, eq. 1). Which one is
 fastest depends on the hardware: see "Deploying Transformers on the Apple Neural Engine" (Apple, 2022).

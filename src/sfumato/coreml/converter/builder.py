@@ -1,4 +1,4 @@
-"""The operations of Core ML's model intermediate language that Stable Diffusion needs, with their shapes.
+"""The Core ML (MIL) operations that Stable Diffusion needs, with shape inference.
 
 Each is written down as Apple's converter writes it: every input that has a default is given too. What they compute is
 documented with coremltools (`coremltools.converters.mil.mil.ops.defs`). All sides are known numbers, axes count from 0.

@@ -1,4 +1,4 @@
-"""Writing operations down, one after another: names, constants, and the model they make in the end."""
+"""Emits operations in order: names, constants, and the finished model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers that float16 cannot say, as products of two that it can."""
+"""Constants that float16 cannot represent, split into two factors that it can."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layers of our torch models as operations.
+"""The layers of our torch models as Core ML operations.
 
 Each takes the module itself, whose weights are read when they are written.
 """

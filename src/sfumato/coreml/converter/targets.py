@@ -1,4 +1,4 @@
-"""The systems a program can be made for, by Apple's names, and what differs between them."""
+"""Deployment targets by Apple's names, and the differences between them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CLIP's text encoder as a program."""
+"""The CLIP text encoder as an ML Program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The conditional U-Net as a program."""
+"""The conditional U-Net as an ML Program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two halves of the autoencoder as programs."""
+"""The autoencoder's encoder and decoder as ML Programs."""
 
 from __future__ import annotations
 

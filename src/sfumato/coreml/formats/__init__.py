@@ -1,4 +1,4 @@
-"""Core ML's files, read and written on any system: packages (`.mlpackage`) and compiled models (`.mlmodelc`)."""
+"""Core ML file formats on any system: packages (`.mlpackage`) and compiled models (`.mlmodelc`)."""
 
 from __future__ import annotations
 

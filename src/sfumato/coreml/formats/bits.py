@@ -1,4 +1,4 @@
-"""Numbers of fewer than eight bits, as weight files hold them: one after another, from the lowest bit of a byte up."""
+"""Sub-byte integers as weight files store them: packed, least significant bits first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writing weight files, one tensor in memory at a time."""
+"""Writes weight files with one tensor in memory at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weight files (`weight.bin`): Core ML's blob storage, version 2, mapped into memory and read when asked for.
+"""Weight files (`weight.bin`, blob storage version 2), memory-mapped and read on demand.
 
 A file is a header of 64 bytes (uint32 count of records, uint32 version), then records at multiples of 64: uint32
 0xDEADBEEF, uint32 type, uint64 bytes, uint64 where the data begin, uint64 unused bits at their end, 32 bytes of zeros.

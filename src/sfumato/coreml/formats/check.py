@@ -1,4 +1,4 @@
-"""Whether a model hangs together, so that nothing that is read or written fails only when it is run."""
+"""Validates a model's structure, so that errors appear when it is read or written, not when it runs."""
 
 from __future__ import annotations
 

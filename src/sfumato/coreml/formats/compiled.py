@@ -1,4 +1,4 @@
-"""Compiled models (`.mlmodelc`): what devices load, read and written without Apple's compiler.
+"""Compiled models (`.mlmodelc`), read and written without Apple's compiler.
 
 A folder holds the program as text (`model.mil`), the weight file as it is in a package, the interface and metadata in
 binary (`coremldata.bin`) and for people (`metadata.json`), and a note for statistics (`analytics/coremldata.bin`).

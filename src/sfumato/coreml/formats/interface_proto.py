@@ -1,4 +1,4 @@
-"""Interfaces and metadata as messages: the `ModelDescription` of packages and of compiled models alike."""
+"""The `ModelDescription` message: interfaces and metadata of packages and compiled models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`metadata.json` of compiled models: what Xcode shows of one, and what some apps read to tell one from another."""
+"""`metadata.json` of compiled models, which Xcode displays and some apps use to identify a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers and texts as `model.mil` writes them, both ways and exactly."""
+"""Numbers and strings in `model.mil`, read and written exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The text of compiled programs (`model.mil`), read in both of its dialects: `program(1.0)` and `program(1.3)`.
+"""Parses compiled programs (`model.mil`) in both dialects, `program(1.0)` and `program(1.3)`.
 
 The two differ in how they write what has no sides: `tensor<int32, []>(1)` in the first, `int32(1)` in the second. A
 program is functions; a function is statements such as

@@ -1,4 +1,4 @@
-"""Programs as the text of compiled models (`model.mil`), in the dialect that their system expects."""
+"""Writes programs as `model.mil` text, in the dialect that the target system expects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packages (`.mlpackage`): a folder with a manifest that says where in it the model and its weights are."""
+"""Packages (`.mlpackage`): a folder whose manifest locates the model and its weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is checked of every file before it is read: that it is there, a file and not too large, and no mere pointer."""
+"""Checks before any file is read: it exists, is a regular file, is not too large, and is not a Git LFS pointer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From messages to programs: what a `model.mlmodel` says, with its weights left in their files until asked for."""
+"""Builds programs from `model.mlmodel` messages; weights stay in their files until they are needed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From programs to messages, while the numbers go into weight files one tensor at a time."""
+"""Builds `model.mlmodel` messages from programs, and writes weights to their files one tensor at a time."""
 
 from __future__ import annotations
 

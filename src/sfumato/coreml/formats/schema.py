@@ -1,4 +1,4 @@
-"""The protocol buffer messages of Core ML model files, as a table of facts from which their classes are made.
+"""The protocol buffer messages of Core ML models, as a table from which the message classes are built.
 
 Source: the message definitions of Core ML's model format, https://apple.github.io/coremltools/mlmodel. Only what ML
 Programs and pipelines need is declared; fields that are not are carried along unread. The classes live in a pool of

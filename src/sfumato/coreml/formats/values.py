@@ -1,4 +1,4 @@
-"""The types of Core ML's intermediate language as numbers, and the bytes of its numbers."""
+"""Core ML's data types as numbers, and the byte encoding of their values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Versions of the model format: what Apple calls them in its files, and the systems that have them."""
+"""Model format versions: Apple's names for them, and the systems that support them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An operation as the runtime plans it: its parameters read, and what it computes bound into one function."""
+"""A planned operation: its parameters resolved and bound to one function."""
 
 from __future__ import annotations
 

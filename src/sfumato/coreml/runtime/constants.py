@@ -1,4 +1,4 @@
-"""The values of a function that are known before it runs: constants, compressed weights, and what follows from them."""
+"""Values known before a function runs: constants, compressed weights, and anything computed from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs one function: slots instead of names, weights widened when they are used, values freed after their last use."""
+"""Runs one function: slots instead of names, weights widened on use, values freed after their last use."""
 
 from __future__ import annotations
 

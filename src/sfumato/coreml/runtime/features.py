@@ -1,4 +1,4 @@
-"""Features: checks of what a caller gives, and numbers to and from the types of an interface."""
+"""Features: validates a caller's inputs and converts values to and from the interface's types."""
 
 from __future__ import annotations
 

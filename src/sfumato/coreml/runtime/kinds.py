@@ -1,4 +1,4 @@
-"""The types of ML Programs as tensors: which torch type holds which, and numbers from files as tensors.
+"""ML Program types as torch dtypes, and file values as tensors.
 
 Floating point is held and computed in float32 (float64 for "fp64"), whatever a program calls it; that a value is fp16
 shows only in its being rounded to fp16. Unsigned types that torch has no arithmetic for are held in the next wider

@@ -1,4 +1,4 @@
-"""From a function to bound operations: known values are read or folded, what nobody reads is dropped."""
+"""Turns a function into bound operations: known values are folded and unused ones dropped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ecosystem's way to draw: its arguments as a request, callbacks between steps, several kinds of output."""
+"""The ecosystem's call: arguments become a request, with callbacks between steps and several output types."""
 
 from __future__ import annotations
 

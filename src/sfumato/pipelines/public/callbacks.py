@@ -1,4 +1,4 @@
-"""The ecosystem's `callback_on_step_end`: what it is shown after a step, and what it changes."""
+"""The ecosystem's `callback_on_step_end`: what it receives after a step and what it may change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ControlNet under the ecosystem's names: the signatures of Stable Diffusion's pipelines, and pictures that steer."""
+"""ControlNet under the ecosystem's names: Stable Diffusion's signatures plus control images."""
 
 from __future__ import annotations
 

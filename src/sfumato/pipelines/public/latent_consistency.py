@@ -1,4 +1,4 @@
-"""Latent consistency models under the ecosystem's names: distilled for few steps, with the guidance as an input."""
+"""Latent consistency models under the ecosystem's names: few steps, with guidance as an input."""
 
 from __future__ import annotations
 

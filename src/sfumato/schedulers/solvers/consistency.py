@@ -1,4 +1,4 @@
-"""Samplers of models distilled to jump straight to the trajectory's end: LCM, and TCD, which jumps to any point of it.
+"""Consistency samplers: LCM, which jumps to the end of the trajectory, and TCD, which jumps to any point on it.
 
 x = sqrt(a) x0 + sqrt(1 - a) eps as in `discrete`; a' (`a_next`) is the cumulative product where the step leads.
 """

@@ -1,4 +1,4 @@
-"""A stretch of a noise grid, and what the model's output means at each of its points."""
+"""An interval of the noise grid, and how to interpret the model's output at each of its points."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chains of operations that are computed as one: group normalization, and attention in every customary form.
+"""Fuses chains of operations: group normalization, and attention in every common form.
 
 A chain is replaced only if nobody else reads a value within it. Its result is rounded once, at its end, where the
 single operations would each be rounded to fp16; and what would overflow within it does not.

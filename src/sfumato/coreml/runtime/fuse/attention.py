@@ -1,4 +1,4 @@
-"""Attention, which ML Programs spell out in several forms, as one operation.
+"""Recognizes attention in its several ML Program forms and fuses it into one operation.
 
 The core is: a product of queries and keys, maybe times a number, maybe plus a mask, softmax over the keys, and a
 product with values ("Attention Is All You Need", arXiv 1706.03762, eq. 1). Which axis of an operand means what is

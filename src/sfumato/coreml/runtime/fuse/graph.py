@@ -1,4 +1,4 @@
-"""A function as a graph that can be asked who makes a value and who reads it, and whose operations can be replaced."""
+"""A function as a graph: who produces and who reads each value, with replaceable operations."""
 
 from __future__ import annotations
 

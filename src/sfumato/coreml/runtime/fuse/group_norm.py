@@ -1,4 +1,4 @@
-"""Group normalization, which ML Programs spell out, as one operation.
+"""Recognizes group normalization spelled out in ML Programs and fuses it into one operation.
 
 The chain is: split the channels into groups, subtract the mean, divide by the square root of the variance, join the
 groups, then scale and shift each channel ("Group Normalization", arXiv 1803.08494, eq. 1).

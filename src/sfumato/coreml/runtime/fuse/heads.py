@@ -1,4 +1,4 @@
-"""Joins attentions that a program computes apart, head by head or some queries at a time, into one; and computes it."""
+"""Merges attention that a program computes separately, by head or by groups of queries, and runs it."""
 
 from __future__ import annotations
 

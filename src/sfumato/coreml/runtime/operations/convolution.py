@@ -1,4 +1,4 @@
-"""Convolutions, and the padding that they and pooling have in common."""
+"""Convolutions, and the padding rules they share with pooling."""
 
 from __future__ import annotations
 

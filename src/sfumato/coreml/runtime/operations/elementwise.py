@@ -1,4 +1,4 @@
-"""Operations that compute each number from the numbers at its place."""
+"""Elementwise operations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pooling and resizing of images."""
+"""Pooling and image resizing."""
 
 from __future__ import annotations
 

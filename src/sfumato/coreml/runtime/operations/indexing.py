@@ -1,4 +1,4 @@
-"""Operations that read or write at computed places, and that make tensors of shapes and counts."""
+"""Gather, scatter, and operations that create tensors from shapes and counts."""
 
 from __future__ import annotations
 

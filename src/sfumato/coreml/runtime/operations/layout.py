@@ -1,4 +1,4 @@
-"""Operations that move numbers without computing: new shapes, new orders, parts and joins."""
+"""Operations that only rearrange values: reshaping, transposing, slicing and joining."""
 
 from __future__ import annotations
 

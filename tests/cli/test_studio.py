@@ -109,7 +109,7 @@ def test_a_port_that_is_taken_is_said(environment, tmp_path):
 
 
 def test_without_the_extra_it_is_said_what_to_install(environment, tmp_path):
-    (tmp_path / "fastapi.py").write_text("raise ModuleNotFoundError('No module named fastapi', name='fastapi')")
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['fastapi'] = None\n")
     path = os.pathsep.join([str(tmp_path), *filter(None, [environment.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-c", MAIN, "serve"],

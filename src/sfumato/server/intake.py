@@ -157,19 +157,19 @@ class Intake:
         except UsageError as error:
             return {"request": None, "notes": [str(error)], "fields": {}}
         names, notes = {one.path: one.name for one in self._queue.models.all()}, list(found.notes)
+        request, lost = found.request.to_dict(), set[str]()
+        for field in [one for one in FILES if one in request]:
 
-        def name(file: str, kind: str) -> str:
-            if kind != "image":
-                return names.get(file, Path(file).stem)
-            return file if KEPT.fullmatch(file) else ""
+            def name(file: str, kind: str, field: str = field) -> str:
+                lost.update({field} if kind == "image" and not KEPT.fullmatch(file) else ())
+                return file if kind == "image" else names.get(file, Path(file).stem)
 
-        told = _placed(found.request.to_dict(), FILES, name)
-        left = {one: value for one, value in told.items() if not _lacks(value, FILES.get(one))}
-        if len(left) < len(told):
-            left = left if "image" in left else left | {"mask": None}
+            request[field] = _placed(request[field], FILES[field], name)
+        if lost:
+            lost |= {"mask"} if "image" in lost else set()
             notes.append("it was made from another image, which is not here; send that with it")
-        request = {one: value for one, value in left.items() if value is not None}
-        return {"program": found.program, "request": request, "notes": notes, "fields": found.fields}
+        told = {field: value for field, value in request.items() if field not in lost}
+        return {"program": found.program, "request": told, "notes": notes, "fields": found.fields}
 
     def texts(self, data: bytes) -> dict[str, str]:
         """The texts that an image file carries, by keyword."""
@@ -199,12 +199,3 @@ def _placed(value: Any, kinds: Any, put: Callable[[str, str], str]) -> Any:
     if not isinstance(value, dict):
         return value
     return value | {name: _placed(value[name], kind, put) for name, kind in kinds.items() if name in value}
-
-
-def _lacks(value: Any, kinds: Any) -> bool:
-    """Whether an image is missing there."""
-    if isinstance(value, list):
-        return any(_lacks(one, kinds) for one in value)
-    if isinstance(kinds, dict) and isinstance(value, dict):
-        return any(_lacks(value.get(name), kind) for name, kind in kinds.items())
-    return kinds == "image" and value == ""

@@ -67,5 +67,6 @@ def run(
             app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2, lifespan="off"
         )
         uvicorn.Server(config).run(sockets=[sock])
+        raise KeyboardInterrupt  # asyncio takes Ctrl-C for a wish to cancel what is at its end already
     finally:
         queue.stop()

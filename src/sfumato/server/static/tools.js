@@ -1,4 +1,4 @@
-// The larger tools. Painting what a picture's mask repaints: with a pointer, the keyboard, or as a rectangle in numbers.
+// The larger tools. What a mask repaints, painted with a pointer, with the keyboard, or as a rectangle in numbers.
 import { useEffect, useRef, useState } from 'preact/hooks';
 import { attempt, submit } from './actions.js';
 import { Choice, Dialog, html, Icon, NumberInput, Slider, TextInput } from './fields.js';

@@ -116,7 +116,7 @@ function Worn({ field, kind, label, fresh, by = 'file', Row }) {
   const worn = settings.value[field];
   const free = models.value.filter((one) => one.kind === kind && !worn.some((other) => other[by] === one.name));
   const set = (list) => change({ [field]: list });
-  return (free.length > 0 || worn.length > 0) && html`<div class="field" role="group" aria-label=${label}>
+  return (free.length > 0 || worn.length > 0) && html`<div class="field">
     ${worn.map((one, place) => html`<div class="row worn" key=${one[by]}>
       <${Row} one=${one} update=${(fields) => set(worn.with(place, { ...one, ...fields }))} />
       <${IconButton} icon="close" class="tiny" label=${t('remove_named', { name: one[by] })}

@@ -205,7 +205,7 @@ class Wishes:
     """Explicit choices of the user, which have precedence; None leaves a choice to the plan.
 
     dtype            of all networks (also as fp32, fp16, bf16, auto); the fields of single networks override it
-    attention        "fused" or "chunked"; attention_bytes is the chunk size
+    attention        "fused", "chunked" or "split"; attention_bytes is the chunk size
     threads          of the CPU; all other fields as in `Plan`
     once             nothing is generated after this request, so no network is needed again
     settled          names of fields that describe a loaded pipeline and that nobody asked for
@@ -230,7 +230,7 @@ class Wishes:
 
     def __post_init__(self) -> None:
         words: dict[str, tuple[str, ...]] = {"engine": ("torch", "onednn")}
-        words |= {"attention": ("fused", "chunked"), "offload": ("none", "staged")}
+        words |= {"attention": ("fused", "chunked", "split"), "offload": ("none", "staged")}
         for name in ("dtype", *(f"{part}_dtype" for part in PARTS)):
             words[name] = tuple(DTYPE_BYTES)
             object.__setattr__(self, name, DTYPE_ALIASES.get(getattr(self, name), getattr(self, name)))
@@ -271,12 +271,16 @@ class Plan:
 
     memory_format   "contiguous" or "channels_last"
     engine          "torch", or "onednn": weights packed once, and our own kernels; x86 only
-    attention       "fused" (torch's own) or "chunked": no score matrix larger than `attention_bytes`
+    attention       "fused" (torch's own), "chunked": no score matrix larger than `attention_bytes`, or "split": by
+                    plain products over pieces of the keys; on Metal, heads too wide for fused kernels are chunked
+    attention_keys  at most so many keys are summed at a time, where that is limited
     micro_batch     images per call of the U-Net
+    singly          convolutions take the images of a batch one at a time
     offload         "none", or "staged": the text encoder leaves memory after encoding, the U-Net before decoding
     steps           of the schedule, as requested
     keep_freed      while the VAE decodes, the process keeps large freed tensors for reuse
     reasons         one sentence per choice
+    faults          what the device computes wrongly, and what is done instead
     peak_bytes      estimated peak: of the process on a CPU, of device memory elsewhere
     free_bytes      what was free
     seconds         estimated time; with `once` including the start of the command, otherwise without loading
@@ -298,6 +302,9 @@ class Plan:
     threads: int | None
     steps: int
     keep_freed: bool = False
+    attention_keys: int | None = None
+    singly: bool = False
+    faults: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
     peak_bytes: int = 0
     free_bytes: int = 0

@@ -1,9 +1,9 @@
 """The numeric policy: one table of the precision that each kind of device uses for each computation.
 
-Who reads it: attention asks `softmax_dtype` and, where the answer is wider than its tensors, is wrapped so that q, k, v
-and the mask are cast to it before scores and softmax, and the result is cast back; the plan asks `vae_dtypes` and
-`is_emulated`; the finite guard asks `repeat_dtype` before it repeats a stage. Precisions and kinds of device are plain
-names ("float16", "mps"), so that a plan is made without torch.
+Who reads it: attention that stores its scores asks `softmax_dtype` and, where the answer is wider than its tensors, is
+wrapped so that q, k, v and the mask are cast to it before scores and softmax, and the result is cast back; the plan
+asks `vae_dtypes` and `is_emulated`; the finite guard asks `repeat_dtype` before it repeats a stage. Precisions and
+kinds of device are plain names ("float16", "mps"), so that a plan is made without torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FOUR_BYTES = ("float32",)
 class Policy:
     """What a kind of device does with a model whose weights are in one precision.
 
-    softmax     precision of attention's scores and softmax
+    softmax     precision of attention's scores and softmax, where they are stored; fused kernels have their own
     upcast      the same, in models whose config has `upcast_attention` (Stable Diffusion 2.x)
     vae         precisions for the autoencoder, from the one to take first; one that the device emulates is passed over
     repeat      precision in which a stage with NaN or infinite values is repeated; None: there is no wider one to try
@@ -48,8 +48,9 @@ _FLOAT32 = Policy("float32", "float32", FOUR_BYTES, None)
 _FLOAT64 = Policy("float64", "float64", ("float64",), None)
 
 # float16 ends at 65504. Scores of Stable Diffusion 2.x leave that range on any device, and so do activations of some
-# autoencoders, most of all SDXL's; bfloat16 has the range of float32. Metal loses the scores of both, from macOS 14.5
-# on at least (ComfyUI#3521, ComfyUI#4799, ComfyUI#15819). CPUs have no instructions for float16 (CompVis#307).
+# autoencoders, most of all SDXL's; bfloat16 has the range of float32. MPSGraph loses stored scores of both, from macOS
+# 14.5 on at least (ComfyUI#3521, ComfyUI#4799, ComfyUI#15819); Metal's fused kernels sum in float32 (pytorch#181575).
+# Few CPUs have instructions for float16 (CompVis#307).
 POLICIES: dict[tuple[str, str], Policy] = {
     ("cpu", "float64"): _FLOAT64,
     ("cpu", "float32"): _FLOAT32,
@@ -79,9 +80,13 @@ def softmax_dtype(device: str, dtype: str, *, upcast_attention: bool = False) ->
     return policy.upcast if upcast_attention else policy.softmax
 
 
-def best_dtype(device: str, *, native_bfloat16: bool) -> str:
-    """The fastest precision of text encoder and U-Net that is safe on a kind of device, where memory allows it."""
-    return {"cpu": "bfloat16" if native_bfloat16 else "float32", "mps": "float32", "cuda": "float16"}[device]
+def best_dtype(device: str, *, native_bfloat16: bool, proved: bool = False) -> str:
+    """The fastest precision of text encoder and U-Net that is safe on a kind of device, where memory allows it.
+
+    proved: half precision has passed its canaries here, which Metal needs.
+    """
+    half = {"cpu": native_bfloat16, "mps": proved, "cuda": True}[device]
+    return ("float16" if device == "cuda" else "bfloat16") if half else "float32"
 
 
 def vae_dtypes(device: str, dtype: str, *, native_bfloat16: bool, force_upcast: bool = True) -> tuple[str, ...]:

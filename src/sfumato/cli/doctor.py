@@ -44,7 +44,7 @@ def doctor(
     from sfumato.runtime.faults import told
 
     if save_facts is not None:
-        output_file(save_facts)  # known to be wrong before anything is measured
+        output_file(save_facts)  # report a bad path before measuring anything
     found = facts_named(facts) if facts else _measured(read_facts(), Terminal(quiet=False), again=again)
     found = found if facts else _checked(found, Terminal(quiet=False), again=again)
     if save_facts is not None:
@@ -64,7 +64,7 @@ def doctor(
 
 
 def _measured(facts: Facts, terminal: Terminal, *, again: bool) -> Facts:
-    """The facts with speeds, from the cache or measured now."""
+    """Return the facts with speeds, cached or measured now."""
     if facts.speeds and not again:
         return facts
     from sfumato.runtime.speeds import keep_speeds, measure_speeds

@@ -50,7 +50,7 @@ def download(
     elif include:
         folder = fetch(repo, by_patterns(*include), HubOptions(revision=revision))
     else:
-        find_folder(repo)  # refuses what cannot be a name before torch is imported
+        find_folder(repo)  # reject an invalid name before torch is imported
         from sfumato.pipelines.components import ComponentFiles
 
         select = ComponentFiles(variant).select

@@ -256,7 +256,7 @@ def load_model(
 ) -> DiffusionPipeline:
     """Load a checkpoint by name, with a progress display.
 
-    request: what is about to be generated; options: for a checkpoint file. The process belongs to this command, so it
+    request: what is about to be generated. options: for a checkpoint file. The process belongs to this command, so it
     also uses as many threads as there are free cores.
     """
     import torch
@@ -279,12 +279,12 @@ def load_model(
 
 
 def _sized(request: GenerateRequest) -> GenerateRequest:
-    """The request with the size of the image it starts from, so that the plan is made for that size."""
+    """Set the request's size to that of its input image, so that the plan is made for that size."""
     from sfumato.images import open_image
 
     if request.image is None:
         return request
-    width, height = open_image(request.image).size  # also if the size is known: a damaged file is refused here
+    width, height = open_image(request.image).size  # even if the size is known, to reject a damaged file
     cropped = request.mask is not None and request.mask.crop is not None
     if request.width is not None or cropped:
         return request

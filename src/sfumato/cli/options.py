@@ -47,7 +47,7 @@ __all__ = [
 
 
 def complete_models(incomplete: str) -> list[str]:
-    """Short names that begin so, for shell completion."""
+    """Return short names that start with `incomplete`, for shell completion."""
     from sfumato.checkpoints.builtin import BUILT_IN
     from sfumato.checkpoints.names import PUBLISHED
 

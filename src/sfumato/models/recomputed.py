@@ -12,12 +12,12 @@ __all__ = ["Recomputed"]
 
 
 class Recomputed(nn.Module):
-    """A layer whose results can be computed again in the backward pass, and not kept until then."""
+    """A layer that can be recomputed in the backward pass instead of storing its intermediate results."""
 
     recompute = False
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        """As torch's modules are called."""
+        """Call the module, with checkpointing if `recompute` is set and gradients are enabled."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(super().__call__, *arguments, use_reentrant=False, **named)
         return super().__call__(*arguments, **named)

@@ -21,9 +21,9 @@ _Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def padded(widths: Sequence[int], otherwise: _Attention) -> _Attention:
-    """Torch's fused attention, with heads padded by zeros to the next of the ascending `widths`.
+    """Return torch's fused attention with heads zero-padded to the next of the ascending `widths`.
 
-    Zeros add nothing to q k^T, and only zeros to the output, which are cut off. Wider heads go to `otherwise`.
+    Zeros add nothing to q k^T, and only zeros to the output, which are cut off. Wider heads use `otherwise`.
     """
 
     def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -39,7 +39,7 @@ def padded(widths: Sequence[int], otherwise: _Attention) -> _Attention:
 
 
 def split(max_bytes: int, max_keys: int) -> _Attention:
-    """Attention by plain products over at most `max_keys` keys and `max_bytes` of scores at a time.
+    """Return attention by plain products over at most `max_keys` keys and `max_bytes` of scores at a time.
 
     A running maximum and a running sum join the pieces ("Online normalizer calculation for softmax", arXiv 1805.02867,
     algorithm 3), in float32 or wider. A query whose keys are all masked gives zeros. Raises `UsageError` for a limit
@@ -71,7 +71,7 @@ def split(max_bytes: int, max_keys: int) -> _Attention:
 
 
 def _joined(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, max_keys: int) -> Tensor:
-    """One piece of queries (N, L, d), already scaled, over all keys (N, S, d)."""
+    """Compute some queries (N, L, d), already scaled, over all keys (N, S, d)."""
     top = q.new_full((*q.shape[:2], 1), -torch.inf)
     total, out = torch.zeros_like(top), q.new_zeros(*q.shape[:2], v.shape[-1])
     for start in range(0, k.shape[1], max_keys):

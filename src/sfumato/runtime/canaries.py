@@ -37,8 +37,8 @@ __all__ = ["CANARIES", "TOLERANCE", "Shapes", "checked", "kept_name", "precision
 COMPARED = 1
 # Of the largest number of the exact result. cuDNN multiplies float32 with eleven bits (TF32) unless told otherwise.
 TOLERANCE = {"float32": 2e-3, "float16": 2e-2, "bfloat16": 3e-2}
-# Seconds after which a canary counts as failed: the first of a process also loads and compiles its kernels, on a machine
-# that may be busy. After as many that hang, the rest are not tried, and nothing is kept.
+# Seconds after which a canary counts as failed: the first of a process also loads and compiles its kernels, and the
+# machine may be busy. After this many that hang, the rest are not tried. Nothing is cached then.
 LIMIT, MOST_HUNG = 30.0, 2
 HUNG = "took more than"
 # Operations of one attention, so that all canaries take a second.
@@ -81,7 +81,7 @@ class _Draw:
 
 
 def shapes_of(sizes: Sizes) -> Shapes:
-    """The classes of shapes of a checkpoint at its own size: for each width of heads, the longest of each kind."""
+    """Return a checkpoint's shapes at its own image size: per head width, the longest of each kind of attention."""
     task = task_of(sizes, GenerateRequest(prompt=""))
     longest: dict[tuple[int, bool], tuple[int, int, int]] = {}
     for layer in (*task.unet_layers, *task.decoder_layers):
@@ -95,7 +95,7 @@ def shapes_of(sizes: Sizes) -> Shapes:
 
 
 def _attentions(draw: _Draw, work: Callable[..., Tensor], most: int = HEAD_WIDTHS[-1]) -> Iterator[_Case]:
-    """Two images of two heads (of one, if it is wide), views as layers have them; once with few queries, which have kernels of their own."""
+    """Yield images of several heads, as views like those of the layers; and few queries, which have own kernels."""
     heads = [shape for shape in draw.shapes.heads if shape[0] <= most]
     if heads:
         heads.append((heads[0][0], 4, 77))
@@ -124,7 +124,7 @@ def _exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 
 def _spread(count: int) -> list[int]:
-    """Rows from the first to the last."""
+    """Return rows spread from the first to the last."""
     return sorted({round(i * (count - 1) / (ROWS - 1)) for i in range(ROWS)})
 
 
@@ -146,7 +146,7 @@ def _split(draw: _Draw) -> Iterator[_Case]:
 
 
 def _mask(draw: _Draw) -> Iterator[_Case]:
-    """As the text encoder has it: no token sees what comes after it."""
+    """Yield the text encoder's attention, in which no token sees later ones."""
     q, k, v = (draw(1, 77, 128) for _ in range(3))
     mask = torch.full((77, 77), -torch.inf).triu(1)
     yield _Case(
@@ -174,7 +174,7 @@ def _linears(draw: _Draw, rows: int) -> Iterator[_Case]:
 def _convolutions(
     draw: _Draw, work: Callable[..., Tensor] | None = None, batch: int = 1, kernel: int = 3
 ) -> Iterator[_Case]:
-    """Compared within six by six pixels of each image, of which the inner ones know no border."""
+    """Yield a convolution, compared on a corner of each image, without the border."""
     channels, pad = draw.shapes.channels[0], kernel // 2
     inputs = (
         draw(batch, channels, SIDE, SIDE),
@@ -194,7 +194,7 @@ def _conv(draw: _Draw) -> Iterator[_Case]:
 
 
 def _batch(draw: _Draw) -> Iterator[_Case]:
-    """A batch, which is a half of a larger tensor as well (pytorch#169342)."""
+    """Yield a batch that is also half of a larger tensor (pytorch#169342)."""
     yield from _convolutions(draw, lambda x, w: F.conv2d(torch.cat([x, x], 1).chunk(2, 1)[0], w, padding=1), BATCH)
 
 
@@ -250,10 +250,11 @@ def run_canaries(
     limit: float = LIMIT,
     around: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, str]:
-    """The verdict of each canary in each precision: "passed", or what is wrong.
+    """Return the verdict of each canary in each dtype: "passed", or what is wrong.
 
-    None of one for which memory ran out, which says nothing of the device. limit: seconds for each, after which it is
-    left to itself and has failed; around: within it the device works, which tests make a faulty one of.
+    There is none for a canary that ran out of memory, which says nothing of the device. limit: seconds for each, after
+    which it has failed and its thread is abandoned; around: a context for the device's work, with which tests inject
+    faults.
     """
     verdicts: dict[str, str] = {}
     hung = f"{HUNG} {limit:g} s"
@@ -271,7 +272,7 @@ def run_canaries(
 
 
 def _within(limit: float, work: Callable[[], str]) -> str | None:
-    """The result of work; None after `limit` seconds, when its thread is left alone: nothing can end it."""
+    """Return the result of work, or None after `limit` seconds; its thread cannot be stopped, and is abandoned."""
     answers: SimpleQueue[str] = SimpleQueue()
     Thread(target=lambda: answers.put(work()), name="canary", daemon=True).start()
     try:
@@ -293,7 +294,7 @@ def _verdict(cases: Iterator[_Case], draw: _Draw, around: Callable[[], AbstractC
 
 
 def _error(case: _Case, device: torch.device, around: Callable[[], AbstractContextManager[Any]]) -> float:
-    """The largest error of two runs (some kernels err only in memory that was used), of the largest number."""
+    """Return the relative error of the worse of two runs: some kernels err only in memory that was used before."""
     exact = case.exact(*(one.double() for one in case.inputs))
     worst = 0.0
     with torch.no_grad(), around():
@@ -308,7 +309,7 @@ def _error(case: _Case, device: torch.device, around: Callable[[], AbstractConte
 
 
 def precisions(facts: Facts) -> tuple[str, ...]:
-    """Those that a plan may choose by itself here."""
+    """Return the dtypes that a plan may choose by itself on this machine."""
     half = facts.accelerator != "cpu" or facts.native_bfloat16("cpu")
     return ("float32", HALF[facts.accelerator]) if half else ("float32",)
 
@@ -321,15 +322,15 @@ def _key(facts: Facts, shapes: Shapes) -> str:
 
 
 def kept_name(facts: Facts, shapes: Shapes) -> str:
-    """Under which name of the cache the verdicts are kept."""
+    """Return the name under which the verdicts are cached."""
     return f"canaries/{hashlib.sha256(_key(facts, shapes).encode()).hexdigest()[:16]}.json"
 
 
 def checked(facts: Facts, sizes: Sizes, *, run: bool | None = None, again: bool = False) -> Facts:
-    """The facts with verdicts for a model: those kept, else new ones.
+    """Return the facts with verdicts for a model, from the cache or new ones.
 
-    run: whether to run them if none are kept; None: on accelerators only, so that no command starts more slowly on a
-    CPU. again: run them even if some are kept.
+    run: whether to run canaries if no verdicts are cached; None: on accelerators only, so that no command starts more
+    slowly on a CPU. again: run them in any case.
     """
     shapes = shapes_of(sizes)
     key, name = _key(facts, shapes), kept_name(facts, shapes)

@@ -54,12 +54,12 @@ ANSWERS = {
 
 
 def proved(facts: Facts, kind: str, name: str, dtype: str) -> bool:
-    """Whether a canary was run on this kind of device in this precision, and passed."""
+    """Return whether a canary was run on this kind of device in this precision, and passed."""
     return kind == facts.accelerator and facts.canaries.get(f"{name} {dtype}") == PASSED
 
 
 def fault(facts: Facts, kind: str, name: str, dtype: str) -> bool:
-    """Whether a canary failed; of a half precision that was not tried, what the other one says."""
+    """Return whether a canary failed; for a half precision that was not tried, the other one's verdict counts."""
     if kind != facts.accelerator:
         return False
     other = HALF[kind] if dtype in ("float16", "bfloat16") else dtype
@@ -67,14 +67,14 @@ def fault(facts: Facts, kind: str, name: str, dtype: str) -> bool:
 
 
 def unusable(facts: Facts, kind: str) -> bool:
-    """Whether a device computes wrongly even in float32, and there is the CPU instead."""
+    """Return whether a device other than the CPU computes incorrectly even in float32."""
     return kind != "cpu" and any(fault(facts, kind, name, "float32") for name in NETWORK)
 
 
 def best_for(facts: Facts, kind: str) -> str:
-    """The fastest precision of text encoder and U-Net that is safe, given what was found on this machine.
+    """Return the fastest dtype for text encoder and U-Net that is safe on this machine.
 
-    On Metal, half precision must have passed every canary of a network.
+    On Metal, half precision must have passed all canaries of a network.
     """
     half = HALF[kind]
     fine = _fused_on_metal(facts) and all(
@@ -85,12 +85,12 @@ def best_for(facts: Facts, kind: str) -> str:
 
 
 def half_failed(facts: Facts, kind: str) -> bool:
-    """Whether a network would be computed wrongly in half precision."""
+    """Return whether networks would be computed incorrectly in half precision."""
     return any(fault(facts, kind, name, HALF[kind]) for name in NETWORK)
 
 
 def attention_for_dtypes(facts: Facts, kind: str, dtypes: Iterable[str]) -> str:
-    """How networks in these precisions compute attention: "fused", "chunked" or "split", the first that all may."""
+    """Return how networks in these dtypes compute attention: "fused", "chunked" or "split", the first for all."""
     return max((_attention(facts, kind, dtype) for dtype in dtypes), key=("fused", "chunked", "split").index)
 
 
@@ -109,7 +109,7 @@ def _fused_on_metal(facts: Facts) -> bool:
 
 
 def told(facts: Facts) -> tuple[str, ...]:
-    """What is wrong with the accelerator, and what is done instead: why it is refused, and each canary that failed."""
+    """Return what is wrong with the accelerator and what is done instead: why it is refused, and each failed canary."""
     device, quirk = facts.accelerator_name or facts.processor, facts.refused
     sentences = [] if quirk is None else [f"{device} is not used: {quirk.trouble} ({quirk.source}); {quirk.answer}"]
     for key, verdict in facts.canaries.items():
@@ -117,7 +117,7 @@ def told(facts: Facts) -> tuple[str, ...]:
         if verdict == PASSED or not (name in NETWORK or name in ANSWERS):
             continue
         title, answer = ANSWERS.get(name) or (NETWORK[name], _network_answer(facts.accelerator, dtype))
-        sentences.append(f"{device} computes {title} in {dtype} wrongly (canary {name!r}: {verdict}); {answer}")
+        sentences.append(f"{device} computes {title} in {dtype} incorrectly (canary {name!r}: {verdict}); {answer}")
     return tuple(sentences)
 
 

@@ -12,8 +12,8 @@ __all__ = ["Quirk", "known_quirks", "release"]
 class Quirk:
     """An issue, where it occurs, and what Sfumato does about it.
 
-    accelerators, architectures empty: all; versions from `since` up to, but without, `until`, of `of` ("torch" or
-    "system"), on systems from `on_system` on; refused: the accelerator is not used there; source names the report.
+    accelerators, architectures: empty for all. It affects versions `since` ≤ v < `until` of `of` ("torch" or "system"),
+    on systems from version `on_system`. refused: the accelerator is not used there. source: the report.
     """
 
     name: str
@@ -171,7 +171,7 @@ QUIRKS = (
 
 
 def release(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: "2.13.0+cpu" is (2, 13, 0); nothing for a text without numbers."""
+    """Parse the leading numbers of a version: "2.13.0+cpu" gives (2, 13, 0), text without numbers gives ()."""
     found = re.match(r"\d+(\.\d+)*", version)
     return tuple(map(int, found[0].split("."))) if found else ()
 
@@ -179,7 +179,7 @@ def release(version: str) -> tuple[int, ...]:
 def known_quirks(
     system_version: str, accelerator: str, torch_version: str, architecture: str = "arm64"
 ) -> tuple[Quirk, ...]:
-    """The known issues of a machine, from its versions."""
+    """Return the known issues for these versions on this accelerator."""
 
     def applies(quirk: Quirk) -> bool:
         number = release(torch_version if quirk.of == "torch" else system_version)

@@ -48,7 +48,7 @@ _RULES: dict[str, Any] = {
 
 
 def check_fields(cls: Any, values: Mapping[str, Any], where: str) -> None:
-    """Raise `ConfigError` naming `where` and the key, if one is missing, unknown, or has no sensible value."""
+    """Raise `ConfigError`, naming `where` and the key, if one is missing, unknown or invalid."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key, value in values.items():
         if key not in fields:

@@ -21,9 +21,9 @@ FUSED: Mapping[str, Binder] = {**FUSED_ATTENTION, **GROUP_NORM}
 
 
 def fused(function: Function) -> Function:
-    """The same function with chains replaced by single operations of `FUSED`, which compute the same.
+    """Return the same function with chains replaced by equivalent single operations of `FUSED`.
 
-    One that is not well formed is left as it is: the planner names what is wrong with it.
+    A malformed function is returned unchanged: the planner reports what is wrong with it.
     """
     graph = Graph(function)
     try:

@@ -275,6 +275,7 @@ def test_macs_that_draw_garbage_are_refused(changes, words):
         assert word in " ".join(found.reasons)
         assert word in " ".join(told(facts))
     assert plan(dataclasses.replace(MAC, system_version="27.0"), SD15, REQUEST).device == "mps"
+    assert checked(facts, SD15).canaries == {}  # which no such GPU runs
 
 
 def test_facts_with_verdicts_go_through_json(tmp_path):

@@ -342,7 +342,8 @@ def checked(facts: Facts, sizes: Sizes, *, run: bool | None = None, again: bool 
     kept = {} if again else read_kept(name, check)
     if kept:
         return replace(facts, canaries=kept["verdicts"])
-    if not (facts.accelerator != "cpu" if run is None else run):
+    wanted = facts.accelerator != "cpu" if run is None else run
+    if not wanted or facts.refused is not None:
         return facts
     verdicts = run_canaries(torch.device(facts.accelerator), shapes, precisions(facts))
     if _are_verdicts(verdicts) and not any(HUNG in verdict for verdict in verdicts.values()):

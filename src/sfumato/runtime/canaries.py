@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import islice
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any
@@ -142,7 +143,8 @@ def _chunks(draw: _Draw) -> Iterator[_Case]:
 
 
 def _split(draw: _Draw) -> Iterator[_Case]:
-    yield from _attentions(draw, lambda q, k, v: split(2**26, k.shape[2] // 2 + 1)(q, k, v, None), 2**16)
+    """Yield two shapes: plain products know no widths."""
+    yield from islice(_attentions(draw, lambda q, k, v: split(2**26, k.shape[2] // 2 + 1)(q, k, v, None), 2**16), 2)
 
 
 def _mask(draw: _Draw) -> Iterator[_Case]:

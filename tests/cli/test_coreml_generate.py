@@ -196,7 +196,7 @@ def test_misuse_is_one_sentence(sfumato_each, models, model, tmp_path):
         (["x", "--prompt", "y", "-i", models], 2, "the prompt is given twice"),
         (["x", "-i", "empty"], 1, "there are no Core ML models"),
         (["x", "-i", "gone"], 1, "there is no folder gone"),
-        (["x", "-i", model], 1, "is a checkpoint and no Core ML model; convert it first"),
+        (["x", "-i", model], 1, "is a checkpoint, not a Core ML model; convert it first"),
         (["x", "-i", "no-unet"], 1, "no-unet has no U-Net"),
         (["x", "-i", "no-encoder", "--image", "start.png"], 2, "image-to-image needs a VAE encoder"),
         (["x", "-i", models, "--compute-unit", "CPU_AND_NE"], 2, "CPU_ONLY, the portable runtime runs"),

@@ -213,7 +213,12 @@ def network_class(role: str) -> Any:
 
 def check_component(part: str, value: Any) -> None:
     """Raise `UsageError` unless the value can serve as this component."""
-    if not (isinstance(value, _TYPES[part]) or (value is None and part not in REQUIRED)):
+    if value is None and part in REQUIRED:
+        raise UsageError(
+            f"{part} is None, but pipelines need every network, also to encode prompts; load it too: weights are "
+            "mapped, so a network that is not used takes no memory"
+        )
+    if value is not None and not isinstance(value, _TYPES[part]):
         names = " or ".join(cls.__name__ for cls in _TYPES[part])
         article = "an" if names.startswith("A") else "a"
         raise UsageError(

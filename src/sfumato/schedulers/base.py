@@ -27,7 +27,7 @@ from sfumato.request import MOST_STEPS
 from sfumato.runtime.device import as_device
 from sfumato.schedulers.configs import COMPATIBLE, CONFIGS, KINDS, SchedulerConfig, config_class, sibling_keys
 from sfumato.schedulers.grid import train_alphas_cumprod, train_betas
-from sfumato.schedulers.noise import GaussianNoise, Generators, noise_for
+from sfumato.schedulers.noise import GaussianNoise, Generators, noise_for, noising
 from sfumato.schedulers.rows import Clip, Noise, Row, State, advance, folded, predict_original
 from sfumato.values import Within, check_argument, check_number, check_value, kinds_of, reason, shown
 
@@ -382,10 +382,10 @@ class Scheduler(Configured):
         if self.step_index is not None:
             self.step_index += 1
         x = self._state.x
-        values = (x, self._second(row, sample, model_output, z)) if self.gives_original else (x,)
+        values = (x, self.second_output(row, sample, model_output, z)) if self.gives_original else (x,)
         return self.output(*values) if return_dict else values
 
-    def _second(self, row: Row, sample: Tensor, model_output: Tensor, z: Tensor | None = None) -> Tensor:
+    def second_output(self, row: Row, sample: Tensor, model_output: Tensor, z: Tensor | None = None) -> Tensor:
         """Return the second value of `step`, besides the next latents; `z` is the noise that was added."""
         return predict_original(row, sample, model_output)
 
@@ -393,6 +393,6 @@ class Scheduler(Configured):
         """Add noise to clean latents (B, C, H, W) at timesteps (B,), or at the current step during a run."""
         signal, spread = (
             weight.to(original_samples).view(-1, *(1,) * (original_samples.dim() - 1))
-            for weight in self._weights(timesteps)
+            for weight in self._weights(noising(original_samples, noise, timesteps))
         )
         return signal * original_samples + spread * noise

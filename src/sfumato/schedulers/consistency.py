@@ -106,7 +106,7 @@ class ConsistencyScheduler(TimestepScheduler):
         """Return the row of a timestep; `following` is the next (None after the last); `noised`: add noise there."""
         raise NotImplementedError
 
-    def _second(self, row: Row, sample: Tensor, model_output: Tensor, z: Tensor | None = None) -> Tensor:
+    def second_output(self, row: Row, sample: Tensor, model_output: Tensor, z: Tensor | None = None) -> Tensor:
         """Return the latents y before noise was added: x' = sqrt(1 - n^2) y + n z."""
         return advance(replace(_without_noise(row), noise=None), State(sample), model_output).x
 

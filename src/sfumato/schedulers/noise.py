@@ -14,11 +14,26 @@ from torch import Tensor
 from sfumato.errors import MissingExtra, UsageError
 from sfumato.runtime.generators import RandomSource, normal
 from sfumato.schedulers.rows import Noise, Row
+from sfumato.values import shown
 
 Generators = RandomSource | Sequence[RandomSource] | None
 Seeds = int | Sequence[int] | None
 
-__all__ = ["BrownianNoise", "GaussianNoise", "noise_for"]
+__all__ = ["BrownianNoise", "GaussianNoise", "noise_for", "noising"]
+
+
+def noising(original: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
+    """Return the timesteps (B,) of `add_noise` and `get_velocity`, which can be plain numbers; raises `UsageError`."""
+    try:
+        found = torch.as_tensor(timesteps).flatten()
+        torch.broadcast_shapes(original.shape, noise.shape, (len(found), *(1,) * (original.dim() - 1)))
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        given = (original, noise, timesteps)
+        what = ", ".join(str(tuple(one.shape)) if isinstance(one, Tensor) else shown(one) for one in given)
+        raise UsageError(
+            f"latents and noise must be tensors of the same shape, with one timestep per image, not {what}"
+        ) from error
+    return found
 
 
 def noise_for(sample: Tensor, generators: Generators, given: Tensor | None = None) -> Noise:

@@ -15,7 +15,7 @@ from torch import Tensor
 from sfumato.errors import UsageError
 from sfumato.schedulers.base import Scheduler, Stepped, Timestep
 from sfumato.schedulers.grid import respace, sigma_to_t, spaced_timesteps, train_sigmas
-from sfumato.schedulers.noise import BrownianNoise, Generators, noise_for
+from sfumato.schedulers.noise import BrownianNoise, Generators, noise_for, noising
 from sfumato.schedulers.rows import Noise, Row
 from sfumato.schedulers.solvers import ve
 from sfumato.schedulers.solvers.prediction import Grid
@@ -190,10 +190,10 @@ class ChurnedScheduler(VEScheduler):
         row = self._row(timestep, **options)
         return self._step(row, model_output, sample, noise_for(sample, generator), return_dict)
 
-    def _second(self, row: Row, sample: Tensor, model_output: Tensor, z: Tensor | None = None) -> Tensor:
-        # The noise of churn is added to x, so it reaches x' with the weight of x.
+    def second_output(self, row: Row, sample: Tensor, model_output: Tensor, z: Tensor | None = None) -> Tensor:
+        """Return the second value of `step`; the noise of churn is added to x, so it has the weight of x in x'."""
         churned = sample if z is None or not row.x else sample + z * ((row.noise or 0.0) / row.x)
-        return super()._second(row, churned, model_output)
+        return super().second_output(row, churned, model_output)
 
 
 class EulerDiscreteScheduler(ChurnedScheduler):
@@ -231,6 +231,7 @@ class EulerDiscreteScheduler(ChurnedScheduler):
 
         Parity note: products are looked up by *index* in `timesteps`, not by timestep.
         """
+        timesteps = noising(sample, noise, timesteps)
         self._refuse_index(timesteps)
         entries = [self.index_for_timestep(timestep) for timestep in timesteps]
         products = self.alphas_cumprod[entries].view(-1, *(1,) * (sample.dim() - 1)).to(sample)

@@ -14,7 +14,7 @@ from torch import Tensor
 from sfumato.errors import UsageError
 from sfumato.schedulers.base import Scheduler, Stepped, Table, Timestep
 from sfumato.schedulers.grid import spaced_timesteps
-from sfumato.schedulers.noise import Generators, noise_for
+from sfumato.schedulers.noise import Generators, noise_for, noising
 from sfumato.schedulers.rows import Row, folded
 from sfumato.schedulers.solvers.discrete import ddim_row, ddpm_row, plms_row, prk_row
 from sfumato.values import check_number
@@ -68,24 +68,29 @@ class TimestepScheduler(Scheduler):
         return 1.0 if self.config.own("set_alpha_to_one", True) else self._products[0]
 
     def _weights(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        products = self.alphas_cumprod[timesteps.to(self.alphas_cumprod.device).long()]
+        timesteps = timesteps.to(self.alphas_cumprod.device).long()
+        if (timesteps >= len(self)).any() or (timesteps < 0).any():
+            raise UsageError(f"timesteps must be from 0 to {len(self) - 1}, not {timesteps.tolist()}")
+        products = self.alphas_cumprod[timesteps]
         return products.sqrt(), (1 - products).sqrt()
 
     def _weights_at(self, entry: int) -> tuple[float, float]:
         product = self._products[int(self.timesteps[entry])]
         return product**0.5, (1 - product) ** 0.5
 
-    def previous_timestep(self, timestep: int) -> int:
-        """Return the run's next (lower) timestep, -1 after the last; before `set_timesteps`, `timestep` - 1."""
+    def previous_timestep(self, timestep: Timestep) -> Timestep:
+        """Return the run's next (lower) timestep (0-d), -1 after the last; before `set_timesteps`, `timestep` - 1."""
         if self.num_inference_steps is None:
             return timestep - 1
-        return [*self.timesteps.tolist(), -1][self.index_for_timestep(timestep) + 1]
+        following = self.index_for_timestep(timestep) + 1
+        return self.timesteps[following] if following < len(self.timesteps) else torch.tensor(-1)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Return the v-prediction target sqrt(a) noise - sqrt(1 - a) sample for timesteps (B,).
 
         Source: Progressive Distillation (2202.00512, appendix D).
         """
+        timesteps = noising(sample, noise, timesteps)
         return self.add_noise(noise, -sample, timesteps)
 
 
@@ -143,7 +148,7 @@ class DDPMScheduler(TimestepScheduler):
 
     def _row(self, timestep: Timestep) -> Row:
         check_number("timestep", timestep)
-        return folded(self._at(int(timestep), self.previous_timestep(int(timestep))))
+        return folded(self._at(int(timestep), int(self.previous_timestep(int(timestep)))))
 
 
 class PNDMScheduler(TimestepScheduler):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import UsageError, suggest
 from sfumato.images import to_arrays
-from sfumato.pipelines.arguments import not_here, request_from
+from sfumato.pipelines.arguments import OLDER, not_here, request_from
 from sfumato.pipelines.public.callbacks import StepEnd, older, tensor_names
 from sfumato.pipelines.run import Run
 from sfumato.pipelines.stages import Given
@@ -92,12 +92,22 @@ def call(pipeline: DiffusionPipeline, arguments: Mapping[str, Any]) -> Any:
     asked |= {field: Framing(**values) for field, values in framed.items()}
     if "cross_attention_kwargs" in arguments:
         asked["adapter_scale"] = _adapter_scale(arguments["cross_attention_kwargs"])
-    if "callback" in arguments:
-        arguments = dict(arguments) | older(arguments["callback"], arguments["callback_steps"])
+    arguments = _with_callback(arguments)
     request = request_from(prompt_embeds=given.prompt_embeds, **asked)
-    known = (*REQUEST, *FRAMING, *GIVEN, "self", "unknown", "cross_attention_kwargs", "callback", "callback_steps")
+    known = (*REQUEST, *FRAMING, *GIVEN, "self", "unknown", "cross_attention_kwargs", *OLDER)
     how = {name: value for name, value in arguments.items() if name not in known}
     return _draw(pipeline, request, given, **how)
+
+
+def _with_callback(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments, with an older callback as the newer one that does the same."""
+    told = {name: value for name, value in arguments.get("unknown", {}).items() if name in OLDER} | dict(arguments)
+    callback, every = told.get("callback"), told.get("callback_steps")
+    if callback is None and "callback_on_step_end" in told:
+        return told
+    if told.get("callback_on_step_end") is not None:
+        raise UsageError("callback and callback_on_step_end cannot be combined; pass callback_on_step_end")
+    return told | older(callback, 1 if every is None else every)
 
 
 def _adapter_scale(given: Mapping[str, Any] | None) -> Any:
@@ -141,7 +151,7 @@ def _draw(
                 break
             bar.advance(step.index + 1, step.total)
             timestep = run.scheduler.timesteps[run.first + step.index]
-            edited = step_end and step_end(pipeline, step.index, timestep, step.latents, run)
+            edited = step_end and step_end(pipeline, step, timestep, run)
     if output_type == "latent":
         images: Any = latents.to(pipeline.dtype)
     else:

@@ -136,8 +136,8 @@ def _fused(draw: _Draw) -> Iterator[_Case]:
 
 def _chunks(draw: _Draw) -> Iterator[_Case]:
     def work(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = F.scaled_dot_product_attention(*(x.contiguous().flatten(0, 1) for x in (q, k, v)))
-        return out.unflatten(0, q.shape[:2])
+        rows, keys, values = (x.contiguous().flatten(0, 1) for x in (q, k, v))
+        return F.scaled_dot_product_attention(rows, keys, values).unflatten(0, q.shape[:2])
 
     yield from _attentions(draw, work, 2**16)
 
@@ -153,8 +153,8 @@ def _mask(draw: _Draw) -> Iterator[_Case]:
     mask = torch.full((77, 77), -torch.inf).triu(1)
     yield _Case(
         (2 * q, k, v, mask.to(draw.dtype)),
-        lambda q, k, v, mask: F.scaled_dot_product_attention(*map(_as_heads, (q, k, v)), attn_mask=mask),
-        lambda q, k, v, mask: _exact(*map(_as_heads, (q, k, v)), mask),
+        lambda q, k, v, mask: F.scaled_dot_product_attention(_as_heads(q), _as_heads(k), _as_heads(v), attn_mask=mask),
+        lambda q, k, v, mask: _exact(_as_heads(q), _as_heads(k), _as_heads(v), mask),
     )
 
 

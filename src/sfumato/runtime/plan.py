@@ -156,7 +156,7 @@ def _best(facts: Facts, task: Task, wishes: Wishes) -> Plan:
     """Return the plan for unlimited memory."""
     device = _device(facts, wishes)
     kind = device.partition(":")[0]
-    dtypes = {f"{part}_dtype": _dtype(facts, kind, part, task, wishes) for part in PARTS}
+    dtypes: dict[str, Any] = {f"{part}_dtype": _dtype(facts, kind, part, task, wishes) for part in PARTS}
     used = sorted(set(dtypes.values()))
     attention = wishes.attention or attention_for_dtypes(facts, kind, used)
     layout = kind == "mps" or any(fault(facts, kind, "layout", dtype) for dtype in used)

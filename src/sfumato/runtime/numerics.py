@@ -48,7 +48,7 @@ _FLOAT32 = Policy("float32", "float32", FOUR_BYTES, None)
 _FLOAT64 = Policy("float64", "float64", ("float64",), None)
 
 # float16 ends at 65504. Attention scores of Stable Diffusion 2.x exceed that on any device, and so do activations of
-# some autoencoders, notably SDXL's; bfloat16 has the range of float32. On Metal, stored scores overflow in both, at
+# some autoencoders, notably SDXL's; bfloat16 has the range of float32. On Metal, stored scores fail in both, at
 # least since macOS 14.5 (ComfyUI#3521, ComfyUI#4799, ComfyUI#15819); its fused kernels sum in float32 (pytorch#181575).
 # Few CPUs have float16 instructions (CompVis#307).
 POLICIES: dict[tuple[str, str], Policy] = {

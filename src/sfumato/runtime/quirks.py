@@ -147,7 +147,7 @@ QUIRKS = (
     ),
     Quirk(
         "mps-priming",
-        "the first pass gives other results than later ones",
+        "the first pass gives different results from later ones",
         "update torch to 2.0 or newer",
         "the guide to Metal Performance Shaders",
         accelerators=("mps",),

@@ -222,7 +222,10 @@ def check(folder: Path, pictures: int) -> None:
     assert len(keys) == len(set(keys)), f"{len(keys) - len(set(keys))} keys have two rows"
     assert states == {"done"}, states
     assert not differ
-    assert job == dict(zip(keys, table["sha256"].to_pylist(), strict=True)), "files and ledger differ"
+    told = dict(zip(keys, table["sha256"].to_pylist(), strict=True))
+    # A job that was ended early has files of workers that died before they could tell; the next run finds them.
+    assert told.items() <= job.items(), "files and ledger differ"
+    assert len(job) < pictures or job == told, f"{len(job) - len(told)} files are not in the ledger"
     if len(both) == pictures == len(job):
         print(f"{pictures} pictures: one row a key, and every byte as in peace")
 

@@ -175,7 +175,7 @@ def test_replay(sfumato_each, models, tmp_path):
     drawn.succeeded()
     assert again.succeeded().out == "fox-replay.png\nidentical to the original\n"
     assert read_recipe(tmp_path / "fox-replay.png") == read_recipe(tmp_path / "fox.png")
-    refused.failed(2, "fox.png was generated with Core ML models, which take no --device or --dtype")
+    refused.failed(2, "fox.png was generated with Core ML models, which do not support --device and --dtype")
     folder.rename(tmp_path / "elsewhere")
     gone, named = sfumato_each([["replay", "fox.png"], ["replay", "fox.png", "--model", "elsewhere"]], cwd=tmp_path)
     gone.failed(1, "which was not found; give its new path with --model")

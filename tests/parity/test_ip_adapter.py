@@ -115,6 +115,13 @@ def test_images_are_the_references(uses, guidance, files, pipeline, checkpoints)
     assert abs(mine - drawn(pipeline, guidance_scale=guidance)[0]).max() > 3
 
 
+@pytest.mark.parametrize("guidance", [7.5, 1.0])
+def test_every_joined_prompt_sees_the_image(guidance, files, pipeline):
+    how = {"guidance_scale": guidance, "prompt_syntax": "a1111"}
+    joined = drawn(pipeline, prompt(files), prompt="a photo :0.5 AND a photo :0.5", **how)[0]
+    assert abs(joined - drawn(pipeline, prompt(files), **how)[0]).max() <= 1
+
+
 def test_recipes_repeat_image_prompts_and_staged_networks_read_them(files, pipeline, checkpoints):
     mine, result = drawn(pipeline, prompt(files))
     told, scheduler = checked(result.recipes[0], "here")
@@ -134,7 +141,7 @@ def test_files_that_do_not_fit(files, pipeline, tmp_path):
     with pytest.raises(CheckpointError, match=r"reads 20 numbers of an image, and the encoder .* gives 24"):
         drawn(pipeline, prompt(files).replace(encoder=str(tmp_path / "encoder")))
     save_file({"image_proj.proj.0.weight": torch.zeros(1)}, tmp_path / "face.safetensors")
-    with pytest.raises(CheckpointError, match="is no plain or plus IP-Adapter"):
+    with pytest.raises(CheckpointError, match="is not a plain or plus IP-Adapter"):
         drawn(pipeline, prompt(files).replace(model=str(tmp_path / "face.safetensors")))
     short = {f"{group}.{key}": value for group, part in adapter().items() for key, value in part.items() if not key.startswith("1.")}  # fmt: skip
     save_file(short, tmp_path / "short.safetensors")

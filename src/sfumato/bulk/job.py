@@ -16,7 +16,7 @@ from sfumato.bulk.rows import digest_of, read_rows
 from sfumato.errors import SfumatoError, UsageError
 from sfumato.files import expanded, file_hash, output_folder, read_json, replacing, write_json
 from sfumato.jobs.keys import NUMERICS, canonical, image_key, salt_of
-from sfumato.jobs.locks import is_locked, locked
+from sfumato.locks import is_locked, locked
 from sfumato.pipelines.components import choose_scheduler
 from sfumato.pipelines.loading import load
 from sfumato.pipelines.parts import check_latents

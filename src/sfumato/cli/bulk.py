@@ -177,7 +177,7 @@ def status(
 
     place = expanded(folder)
     told = find(place, price)
-    with Terminal(quiet=not watch).steps("drawing") as bar:
+    with Terminal(quiet=not watch).steps("generating") as bar:
         while watch and told["running"] and told["left"]:
             bar.show(SimpleNamespace(number=told["done"], total=told["images"]))  # pyright: ignore[reportArgumentType]
             time.sleep(5)

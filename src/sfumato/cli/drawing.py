@@ -58,7 +58,7 @@ def mask_of(file: Path | None, extend: str | None, edge: int | None, crop: int |
     for part in () if extend is None else extend.split(","):
         found = re.fullmatch(r"\s*(left|top|right|bottom)=(\d{1,8})\s*", part)
         if found is None:
-            raise UsageError(f"--extend takes sides and pixels such as left=256,top=64, and {part!r} is none")
+            raise UsageError(f"--extend takes sides and pixels such as left=256,top=64, not {part!r}")
         sides[found[1]] = int(found[2])
     pixels: Any = tuple(sides.values())
     return Mask(file=None if file is None else str(file), extend=pixels, edge=edge, crop=crop)
@@ -103,8 +103,9 @@ def check_early(request: GenerateRequest, base: Path, preview_every: int) -> Non
     if preview_every < 0:
         raise UsageError(f"--preview-every must be at least 0, not {preview_every}")
     format_of(base)
-    if request.scheduler is not None:
-        resolve(request.scheduler)
+    for scheduler in (request.scheduler, request.hires and request.hires.scheduler):
+        if scheduler is not None:
+            resolve(scheduler)
     check_writable(base.parent, f"{base.stem}.preview-{2**20}.png")  # the longest name
     for file in request.pictures.values():
         check_picture(file)

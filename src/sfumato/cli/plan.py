@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sfumato.cli import options
+from sfumato.cli import details, options
 from sfumato.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ EXAMPLES = """\b
 Examples:
   sfumato plan "a red apple, 3d"
   sfumato plan "fog" -m sd15 -W 1024 -H 1024 --facts m1-8gb
+  sfumato plan "fog" -m sd15 --hires 2 --hires-steps 15
   sfumato plan "a fox" --model ./my-checkpoint --count 64 --json
   sfumato plan "a fox" --model sdxl --refiner sdxl-refiner
   sfumato plan "a fox" --model sd15 --facts rtx-4090 --largest"""
@@ -41,6 +42,9 @@ def plan(
     count: options.Count = 1,
     steps: options.Steps = None,
     guidance_scale: options.GuidanceScale = None,
+    hires: options.Hires = None,
+    hires_upscaler: options.HiresUpscaler = None,
+    hires_steps: options.HiresSteps = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     variant: options.Variant = None,
@@ -73,7 +77,7 @@ def plan(
 
     request = GenerateRequest(
         prompt=prompt, width=width, height=height, count=count, steps=steps, guidance_scale=guidance_scale,
-        refiner=refiner,
+        refiner=refiner, hires=details.hires(hires, upscaler=hires_upscaler, steps=hires_steps),
     )  # fmt: skip
     check_choices(device, dtype=dtype)
     wishes = Wishes(device=device, dtype=dtype, once=True)
@@ -86,9 +90,11 @@ def plan(
         return
     found = [(make_plan(machine, sizes, request, wishes), sizes, request)]
     if refiner is not None:
-        then = request.replace(refiner=None, denoising_start=request.denoising_end, denoising_end=None)
         task = task_of(sizes, request)
-        sizes, then = _settled(refiner, then.replace(width=task.width, height=task.height), variant)
+        size = ((task.first or task).width, (task.first or task).height)
+        then = request.last_pass(size, sizes.vae_config.scale_factor)
+        then = then.replace(refiner=None, denoising_start=then.denoising_end, denoising_end=None)
+        sizes, then = _settled(refiner, then, variant)
         found.append((make_plan(machine, sizes, then, wishes), sizes, then))
     if as_json:
         one, *rest = [_as_dict(planned, machine, sizes) for planned, sizes, _ in found]
@@ -164,7 +170,7 @@ def _show(found: Plan, machine: Facts, task: Task, note: str) -> None:
     images = "1 image" if task.pictures == 1 else f"{task.pictures} images"
     console.print(
         f"[bold]{escape(task.sizes.name)}[/bold] on [bold]{escape(machine.name)}[/bold]: {images} of "
-        f"{task.width} × {task.height}, {found.steps} steps",
+        f"{task.width} × {task.height}, {_steps(task)}",
         highlight=False,
         soft_wrap=True,
     )
@@ -176,6 +182,12 @@ def _show(found: Plan, machine: Facts, task: Task, note: str) -> None:
     console.print(table)
     for sentence in (*([note] if note else []), *found.reasons):
         console.print(f"- {escape(sentence)}", highlight=False, soft_wrap=True)
+
+
+def _steps(task: Task) -> str:
+    """The steps of all passes."""
+    first = task.first
+    return f"{task.steps} steps" + (f" after {first.steps} of {first.width} × {first.height}" if first else "")
 
 
 def _choices(found: Plan) -> list[tuple[str, str]]:

@@ -23,13 +23,13 @@ from sfumato.jobs.keys import file_name
 from sfumato.values import reason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from sfumato.jobs.drawing import Loaded, Shown
     from sfumato.pipelines.result import Step
     from sfumato.request import GenerateRequest
 
-__all__ = ["Cancelled", "Worker", "chosen", "failure", "main"]
+__all__ = ["Cancelled", "Worker", "failure", "main"]
 
 
 class Cancelled(Exception):
@@ -120,7 +120,7 @@ class Worker:
         self, message: Mapping[str, Any], model: Loaded, request: GenerateRequest, place: int
     ) -> tuple[str, ...]:
         from sfumato.jobs.drawing import Shown, is_of, key_of, write
-        from sfumato.metadata.carriers import png_bytes
+        from sfumato.metadata.carriers import image_bytes
 
         job, notes = message["job"], ()
         self._check(job)
@@ -130,7 +130,7 @@ class Worker:
             result = model.pipeline.generate(request, lambda step: self._step(shown, step))
             self._check(job)
             model.decode_seconds, notes = result.seconds.get("decode", 0.0), result.notes
-            write(path, png_bytes(result.images[0], result.recipes[0]))
+            write(path, image_bytes(result.images[0], result.recipes[0]))
         self._say("image", job=job, place=place, path=str(path))
         return notes
 
@@ -203,17 +203,12 @@ def failure(error: Exception) -> dict[str, Any]:
     return {"kind": kind, "message": text}
 
 
-def chosen(arguments: list[str]) -> Iterator[str | None]:
-    """Device and precision, "-" for either if it is left to the plan."""
-    yield from (None if word == "-" else word for word in arguments)
-
-
 def main() -> None:
     """Answers go to what was standard output; whatever else is printed goes to standard error."""
     logging.getLogger("sfumato").setLevel(logging.ERROR)  # what is worth noting is among a job's notes
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    device, dtype = chosen(sys.argv[1:3])
+    device, dtype = (None if word == "-" else word for word in sys.argv[1:3])  # "-": the plan decides
     Worker(output, device, dtype).run()
 
 

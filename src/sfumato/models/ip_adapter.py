@@ -94,7 +94,7 @@ class IPAdapter(nn.Module):
         own = {key.removeprefix("image_proj."): one for key, one in tensors.items() if key.startswith("image_proj.")}
         self.plus = "latents" in own
         if not self.plus and {"proj.weight", "norm.weight"} - own.keys():
-            raise CheckpointError(f"{where} is no plain or plus IP-Adapter; those for faces need what Sfumato has not")
+            raise CheckpointError(f"{where} is not a plain or plus IP-Adapter; those for faces are not supported")
         if self.plus:
             self.image_proj: nn.Module = Resampler(own)
         else:
@@ -143,8 +143,8 @@ class IPAdapter(nn.Module):
         )
         if not fits:
             raise CheckpointError(
-                f"{self.where} is for another family: it changes {len(pairs)} layers, and this U-Net has {len(layers)} "
-                f"of a first width of {width}"
+                f"{self.where} is for another family: it has weights for {len(pairs)} layers, but this U-Net has "
+                f"{len(layers)}, with a first width of {width}"
             )
         return dict(zip(layers, pairs, strict=True))  # pyright: ignore[reportReturnType]
 

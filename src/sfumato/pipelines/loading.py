@@ -82,8 +82,8 @@ def load(
         home = torch.device(planned.device) if planned.offload == "staged" else None
     pipeline.place = Place(wishes, facts, may_reload=True, home=home)
     if request is not None and request.refiner is not None:
-        width, height = pipeline.size_of(request)
-        own = request.replace(refiner=None, image=None, width=width, height=height, controls=())
+        own = request.last_pass(pipeline.size_of(request), pipeline.parts.vae_scale_factor)
+        own = own.replace(refiner=None, image=None, mask=None, controls=())
         pipeline.refiner = load(
             request.refiner, device=device, dtype=dtype, request=own, variant=variant, **wished, **hub
         )

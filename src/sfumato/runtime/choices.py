@@ -174,8 +174,9 @@ def task_of(sizes: Sizes, request: GenerateRequest) -> Task:
     factor = sizes.vae_config.scale_factor
     check_sides(factor, width=width, height=height)
     if request.hires is not None:
-        first, second = request.replace(hires=None), request.second_pass((width, height), factor)
-        task, steps = task_of(sizes, second), request.hires.steps or request.chosen_steps
+        first, second = request.first_pass.replace(hires=None), request.second_pass((width, height), factor)
+        task = task_of(sizes, second)
+        steps = max(0, request.second_steps - (second.chosen_steps - task.steps))  # without those of a refiner
         coded = request.image is not None or not request.hires.upscaler.startswith("latent")
         return replace(task, steps=steps, from_picture=coded, first=task_of(sizes, first))
     custom = request.timesteps or request.sigmas

@@ -71,7 +71,7 @@ def plan(
     from sfumato.cli.terminal import print_json
     from sfumato.request import GenerateRequest
     from sfumato.runtime.choices import Wishes, task_of
-    from sfumato.runtime.facts import facts_named, read_facts
+    from sfumato.runtime.facts import facts_named
     from sfumato.runtime.plan import largest_batch
     from sfumato.runtime.plan import plan as make_plan
 
@@ -83,7 +83,7 @@ def plan(
     wishes = Wishes(device=device, dtype=dtype, once=True)
     other = facts_named(facts) if facts else None
     sizes, request = _settled(chosen_model(model), request, variant)
-    machine = other or read_facts(device)
+    machine = other or _this_machine(device, sizes)
     if largest:
         batch = largest_batch(machine, sizes, request, wishes)
         print_json({"largest_batch": batch}) if as_json else typer.echo(batch)
@@ -102,6 +102,13 @@ def plan(
         return
     for planned, sizes, asked in found:
         _show(planned, machine, task_of(sizes, asked), _other_side(asked, sizes))
+
+
+def _this_machine(device: str | None, sizes: Sizes) -> Facts:
+    from sfumato.runtime.canaries import checked
+    from sfumato.runtime.facts import read_facts
+
+    return checked(read_facts(device), sizes)
 
 
 def _settled(model: str, request: GenerateRequest, variant: str | None) -> tuple[Sizes, GenerateRequest]:

@@ -206,7 +206,7 @@ class Wishes:
     """Explicit choices of the user, which take precedence. None leaves a choice to the plan.
 
     dtype            of all networks (also as fp32, fp16, bf16, auto); the fields of single networks override it
-    attention        "fused" or "chunked"; attention_bytes is the chunk size
+    attention        "fused", "chunked" or "split"; attention_bytes is the chunk size
     threads          number of CPU threads; all other fields are as in `Plan`
     once             nothing is generated after this request, so no network is needed again
     settled          names of fields that describe a loaded pipeline rather than something the user requested
@@ -231,7 +231,7 @@ class Wishes:
 
     def __post_init__(self) -> None:
         words: dict[str, tuple[str, ...]] = {"engine": ("torch", "onednn")}
-        words |= {"attention": ("fused", "chunked"), "offload": ("none", "staged")}
+        words |= {"attention": ("fused", "chunked", "split"), "offload": ("none", "staged")}
         for name in ("dtype", *(f"{part}_dtype" for part in PARTS)):
             words[name] = tuple(DTYPE_BYTES)
             object.__setattr__(self, name, DTYPE_ALIASES.get(getattr(self, name), getattr(self, name)))
@@ -272,12 +272,16 @@ class Plan:
 
     memory_format   "contiguous" or "channels_last"
     engine          "torch", or "onednn": weights packed once, and our own kernels; x86 only
-    attention       "fused" (torch's own) or "chunked": no score matrix larger than `attention_bytes`
+    attention       "fused" (torch's own), "chunked": no score matrix larger than `attention_bytes`, or "split": by
+                    plain products over pieces of the keys; on Metal, heads too wide for fused kernels are chunked
+    attention_keys  at most so many keys are summed at a time, where that is limited
     micro_batch     images per call of the U-Net
+    singly          convolutions take the images of a batch one at a time
     offload         "none", or "staged": unload the text encoder after encoding, and the U-Net before decoding
     steps           number of steps in the schedule, as requested
     keep_freed      while the VAE decodes, keep large freed tensors for reuse
     reasons         one sentence per choice
+    faults          what the device computes incorrectly, and what is done instead
     peak_bytes      estimated peak memory: of the process on a CPU, of the device otherwise
     free_bytes      free memory
     seconds         estimated time; includes the start of the command with `once`, otherwise excludes loading
@@ -299,6 +303,9 @@ class Plan:
     threads: int | None
     steps: int
     keep_freed: bool = False
+    attention_keys: int | None = None
+    singly: bool = False
+    faults: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
     peak_bytes: int = 0
     free_bytes: int = 0

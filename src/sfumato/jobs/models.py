@@ -20,7 +20,7 @@ __all__ = ["Model", "Models"]
 
 # Folders below the one of the models in which others are looked for.
 DEPTH = 3
-CONTROLS = ("ControlNetModel", "T2IAdapter", "MultiAdapter")
+CONTROLS = ("ControlNetModel", "ControlNetUnionModel", "T2IAdapter", "MultiAdapter")
 UNITS = ("CPU_AND_GPU", "CPU_AND_NE", "ALL")
 
 

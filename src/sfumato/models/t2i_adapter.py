@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfumato.checkpoints.control_file import control_class, open_control_file
 from sfumato.configs import T2IAdapterConfig
+from sfumato.errors import CheckpointError
 from sfumato.models.base import Model
+
+if TYPE_CHECKING:
+    from sfumato.checkpoints.single_file import SingleFile
 
 __all__ = ["Adapter", "AdapterBlock", "AdapterResnetBlock", "T2IAdapter"]
 
@@ -65,6 +72,13 @@ class T2IAdapter(Model):
     def __init__(self, config: T2IAdapterConfig | None = None, **values: object) -> None:
         super().__init__(config, **values)
         self.adapter = Adapter(self.config)
+
+    @classmethod
+    def _open_file(cls, name: Any, **options: Any) -> SingleFile:
+        file = open_control_file(name, **options)
+        if control_class(file) != cls.__name__:
+            raise CheckpointError(f"{file.path} is no T2I-Adapter; open it with {control_class(file)}.from_single_file")
+        return file
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Pictures (B, 3, H, W) in [0, 1] -> a feature (B, C, h, w) for each block of the U-Net's way down."""

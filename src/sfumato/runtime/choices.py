@@ -41,6 +41,7 @@ __all__ = [
     "Wishes",
     "check_sides",
     "count_parameters",
+    "enlarged",
     "published_sizes",
     "task_of",
 ]
@@ -70,8 +71,9 @@ class Sizes:
     """A checkpoint without its weights: configs, and the number and bytes of the parameters of each part.
 
     The part `text_encoder` stands for all text encoders, whose configs are `text_encoder_configs`; the part `unet` also
-    for the networks beside the U-Net, whose configs are `control_configs`. kept: by part, bytes of weights that
-    adapters have changed and that are kept beside what took their place.
+    for the networks beside the U-Net, whose configs are `control_configs`. vision_configs: those of image encoders, one
+    for each image that is read like a prompt. kept: by part, bytes of weights that adapters have changed and that are
+    kept beside what took their place.
     """
 
     name: str
@@ -83,12 +85,19 @@ class Sizes:
     vae: Part
     tokens: int = 77
     control_configs: tuple[ControlNetConfig | T2IAdapterConfig, ...] = ()
+    vision_configs: tuple[CLIPVisionConfig, ...] = ()
     kept: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def text_encoder_config(self) -> CLIPTextConfig:
         """That of the first text encoder."""
         return self.text_encoder_configs[0]
+
+    @property
+    def enlarges(self) -> int:
+        """How many times as wide a result is as the image that it is drawn from."""
+        extra = self.unet_config.in_channels - self.vae_config.latent_channels
+        return self.vae_config.scale_factor if extra == 3 else 2 if self.unet_config.is_k else 1
 
     @property
     def picture_size(self) -> tuple[int, int]:
@@ -157,6 +166,11 @@ class Task:
         configs, tokens = self.sizes.text_encoder_configs, self.sizes.tokens
         return [layer for config in configs for layer in text_layers(config, tokens)]
 
+    @cached_property
+    def vision_layers(self) -> list[Layer]:
+        """The layers of the image encoders, for each image that they read."""
+        return [layer for config in self.sizes.vision_configs for layer in vision_layers(config)]
+
 
 def check_sides(factor: int, **sides: int | None) -> None:
     """Raise `UsageError` for a width or height that is no multiple of the VAE's factor; None lets the model decide."""
@@ -166,6 +180,13 @@ def check_sides(factor: int, **sides: int | None) -> None:
             raise UsageError(
                 f"{name} must be divisible by {factor}, and {value} is not; try {' or '.join(map(str, near))}"
             )
+
+
+def enlarged(sizes: Sizes, request: GenerateRequest) -> GenerateRequest:
+    """A request whose size is that of its image, with that of the result in its place."""
+    if request.image is None or request.width is None or request.height is None:
+        return request
+    return request.replace(width=sizes.enlarges * request.width, height=sizes.enlarges * request.height)
 
 
 def task_of(sizes: Sizes, request: GenerateRequest) -> Task:

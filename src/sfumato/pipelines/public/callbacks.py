@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,6 +76,7 @@ class StepEnd:
         if index == 0:
             told = run.guidance.conditioning
             self._tensors = {"negative_prompt_embeds": told.embeds[0] if told.branches > 1 else None} | _own(run)
+            self._tensors |= _shown(run)
         shown = self._tensors["latents"] = latents.to(self.dtype)
         before = dict(self._tensors)
         changes = self.callback(pipeline, index, timestep, {name: before.get(name) for name in self.names}) or {}
@@ -91,6 +93,9 @@ class StepEnd:
             run.guidance.tell(**fields)
         if changed & further.keys():
             _change(run, [self._tensors[name].clone() for name in further])
+        for name in {"image", "control_image"} & before.keys() & {*self.names}:
+            if self._tensors[name] is not before[name]:
+                _show(run, self._tensors[name])
         after = self._tensors["latents"]
         return None if after is shown and torch.equal(latents.to(self.dtype), shown) else after
 
@@ -99,6 +104,22 @@ def _own(run: Run) -> dict[str, Tensor]:
     """Copies of all that a run is told, by the ecosystem's names."""
     told = run.guidance.conditioning
     return {name: told.joined(field) for name, field in TOLD.items() if getattr(told, field)} | _further(run)
+
+
+def _shown(run: Run) -> dict[str, Any]:
+    """The pictures that networks beside the U-Net see, of several a list; for each branch unless in guess mode."""
+    told = run.guidance.conditioning
+    every = [one.pictures.repeat(1 if one.guess else told.branches, 1, 1, 1) for one in told.steered]
+    pictures = every[0] if len(every) == 1 else every
+    return {"image": pictures, "control_image": pictures} if every else {}
+
+
+def _show(run: Run, pictures: Any) -> None:
+    """Have the networks see other pictures from here on."""
+    told = run.guidance.conditioning
+    every = pictures if isinstance(pictures, (list, tuple)) else [pictures]
+    pairs = zip(told.steered, every, strict=True)
+    run.guidance.show(tuple(replace(one, pictures=new[-one.pictures.shape[0] :].clone()) for one, new in pairs))
 
 
 def _further(run: Run) -> dict[str, Tensor]:

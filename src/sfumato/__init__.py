@@ -1,6 +1,6 @@
 """Sfumato: Stable Diffusion that fits the machine it runs on.
 
-Names are loaded when they are first used, so that `import sfumato` costs nothing and imports no torch.
+Names are imported on first use, so that `import sfumato` is fast and does not import torch.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ _ROOMS = {
         "load",
     ),
 }
-# Modules that the ecosystem's code reaches without an import of their own, as `sfumato.utils.load_image`.
+# Modules that code written for diffusers accesses without importing them, such as `sfumato.utils.load_image`.
 _MODULES = {name: name for name in ("image_processor", "models", "pipelines", "schedulers", "utils")}
 _MODULES["logging"] = "utils.logging"
 _HOME = {name: f"sfumato.{room}" for room, names in _ROOMS.items() for name in names}

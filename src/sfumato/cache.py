@@ -1,4 +1,4 @@
-"""The user's cache: what can be made again. Whatever is wrong with it, work goes on without it, and the log says so."""
+"""The user's cache. Everything in it can be rebuilt, so a broken cache is logged and never stops the work."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ __all__ = ["cache_folder", "is_private", "keep", "private_folder", "read_kept", 
 
 log = logging.getLogger("sfumato")
 
-# What is kept as JSON is small; a larger file is not ours.
+# Cached JSON files are small; a larger file is not ours.
 MOST_BYTES = 2**22
 
 
 def cache_folder() -> Path | None:
-    """Where it is: $SFUMATO_CACHE, else the system's place for the user's caches. Not made; None without a home."""
+    """Return $SFUMATO_CACHE, else the system's cache folder for the user. Does not create it; None without a home."""
     try:
         if chosen := os.environ.get("SFUMATO_CACHE"):
             return Path(chosen).expanduser()
@@ -42,9 +42,9 @@ def cache_folder() -> Path | None:
 
 
 def read_kept(name: str, check: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
-    """The JSON object kept under a name such as "speeds/x.json"; empty where there is none.
+    """Return the JSON object cached under a name such as "speeds/x.json"; empty if there is none.
 
-    A damaged one, or one for which `check` raises `ConfigError`, is deleted, and that is said.
+    One that is damaged, or for which `check` raises `ConfigError`, is deleted with a warning.
     """
     folder = cache_folder()
     if folder is None:
@@ -71,7 +71,7 @@ def read_kept(name: str, check: Callable[[dict[str, Any]], object]) -> dict[str,
 
 
 def keep(name: str, values: dict[str, Any]) -> None:
-    """Keep a JSON object under a name, for `read_kept`."""
+    """Cache a JSON object under a name, for `read_kept`. A failure is only logged."""
     folder = cache_folder()
     if folder is None:
         return
@@ -83,7 +83,7 @@ def keep(name: str, values: dict[str, Any]) -> None:
 
 
 def private_folder(name: str) -> Path | None:
-    """A folder of the cache for what is run, made if necessary; None where others could write into it or replace it."""
+    """Create a cache folder for executable files and return it; None if other users could write to or replace it."""
     folder = cache_folder()
     if folder is None:
         return None
@@ -105,19 +105,19 @@ def private_folder(name: str) -> Path | None:
 
 
 def is_private(path: Path) -> bool:
-    """Whether a file or folder belongs to this user or to root, and nobody else may write it; a link never is.
+    """Return whether a file or folder belongs to this user or root and nobody else can write to it; False for links.
 
-    Raises `OSError` if it cannot be looked at.
+    Raises `OSError` if it cannot be inspected.
     """
     found = path.lstat()
-    if not hasattr(os, "geteuid"):  # Windows keeps the user's folders for the user
+    if not hasattr(os, "geteuid"):  # on Windows, the user's folders are private by default
         return True
     whole = stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)
     return whole and found.st_uid in (0, os.geteuid()) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def work_without(error: OSError) -> None:
-    """Say, once, that the cache cannot be used and why."""
+    """Warn once that the cache cannot be used, and why."""
     cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
     reason = (
         "it is not a folder" if isinstance(cause, (FileExistsError, NotADirectoryError)) else cause.strerror or cause
@@ -126,13 +126,13 @@ def work_without(error: OSError) -> None:
 
 
 def _open_to_all(folder: Path) -> bool:
-    """Whether anybody may rename what lies in a folder; in one like /tmp only the owner may."""
+    """Return whether anybody may rename a folder's contents; in sticky folders like /tmp, only the owner may."""
     mode = folder.lstat().st_mode
     return bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX
 
 
 def _make(folder: Path) -> None:
-    """Make a folder that is for this user only, and those around it. Raises `OSError`."""
+    """Create a folder for this user only, with its parents. Raises `OSError`."""
     for place in (*reversed(folder.parents), folder):
         place.mkdir(mode=0o700, exist_ok=True)
 

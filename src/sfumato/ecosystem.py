@@ -1,6 +1,6 @@
-"""The ecosystem's names that are not here, or mean something else here: one table, read from `ecosystem.toml`.
+"""Names from diffusers and transformers that are missing here or mean something else, as a table: `ecosystem.toml`.
 
-No torch here, and the table is read only when a name is asked for that does not exist.
+Does not import torch. The table is only read when a missing name is accessed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["Entry", "absent", "answer", "found", "meaning", "table"]
 
 
 class Entry(NamedTuple):
-    """What a name is in the ecosystem, and what is so here."""
+    """What a name is in diffusers or transformers, and what replaces it here."""
 
     what: str
     here: str
@@ -26,7 +26,7 @@ class Entry(NamedTuple):
 
 @cache
 def table() -> dict[str, dict[str, Entry]]:
-    """The whole table, by where a name stands: "package", "pipeline", "part" (of a pipeline), "utils", "meaning"."""
+    """Load the table, by kind of name: "package", "pipeline", "part" (of a pipeline), "utils", "meaning"."""
     text = files("sfumato").joinpath("ecosystem.toml").read_text(encoding="utf-8")
     return {
         where: {name: Entry(*entry) for name, entry in names.items()} for where, names in tomllib.loads(text).items()
@@ -34,7 +34,7 @@ def table() -> dict[str, dict[str, Entry]]:
 
 
 def found(where: str, name: str) -> Entry | None:
-    """The entry of a name, or of the first pattern that fits it, such as "Flux*"."""
+    """Return the entry for a name, or for the first pattern that matches, such as "Flux*"."""
     entries = table()[where]
     if name in entries:
         return entries[name]
@@ -42,7 +42,7 @@ def found(where: str, name: str) -> Entry | None:
 
 
 def answer(where: str, name: str, owner: str) -> AttributeError:
-    """The error for a name that `owner` does not have: a sentence where the ecosystem has it, else Python's own."""
+    """Return the error for an attribute that `owner` lacks: `NotHere` if the table has it, else Python's own."""
     entry = None if name.startswith("__") else found(where, name)
     if entry is None:
         return AttributeError(f"{owner!r} object has no attribute {name!r}")
@@ -50,9 +50,9 @@ def answer(where: str, name: str, owner: str) -> AttributeError:
 
 
 def absent(where: str, name: str, module: str) -> Exception:
-    """The error for a module's `__getattr__` to raise, so that `from module import name` says the sentence, too.
+    """Return the error for a module's `__getattr__` to raise, which `from module import name` also shows.
 
-    Such an import drops what an AttributeError says, and an ImportError is no answer for `hasattr`.
+    Such an import discards the message of an AttributeError, but `hasattr` needs one rather than an ImportError.
     """
     error = answer(where, name, module)
     imported = sys._getframe(2).f_code.co_name == "_handle_fromlist"
@@ -60,5 +60,5 @@ def absent(where: str, name: str, module: str) -> Exception:
 
 
 def meaning(name: str) -> str:
-    """What a name of the ecosystem that is here means here, for the log."""
+    """Return what a name from diffusers means here, for the log."""
     return f"{name}: {table()['meaning'][name].here}"

@@ -1,4 +1,4 @@
-"""All errors that Sfumato raises intentionally, in one tree.
+"""Every error that Sfumato raises on purpose, in one hierarchy.
 
 Each message is one sentence that users can act on: it names the file, key or argument, and the next step::
 
@@ -7,11 +7,11 @@ Each message is one sentence that users can act on: it names the file, key or ar
     │   └── UnknownArgument (TypeError)
     ├── ConfigError (ValueError)       a configuration value that is not supported
     ├── CheckpointError (OSError)      a file of a checkpoint is missing, damaged or does not fit its model
-    │   └── DownloadError              the hub could not be reached, or does not have what was asked for
-    ├── NotHere (AttributeError)       a name of the ecosystem that Sfumato does not have; the message says what to use
+    │   └── DownloadError              the hub could not be reached, or lacks the requested files
+    ├── NotHere (AttributeError)       a name from diffusers that Sfumato lacks; the message says what to use instead
     ├── OutputError (OSError)          a result could not be written
     ├── MissingExtra (ImportError)     an optional dependency is not installed
-    ├── MemoryPlanError (MemoryError)  a request that does not fit the memory; `needed` and `free` say by how much
+    ├── MemoryPlanError (MemoryError)  a request does not fit in memory; `needed` and `free` are bytes
     └── NonFiniteError (ArithmeticError)  a stage produced NaN or infinity; `stage` names it
 """
 
@@ -68,7 +68,7 @@ class DownloadError(CheckpointError):
 
 
 class NotHere(SfumatoError, AttributeError):
-    """A name of the ecosystem that Sfumato does not have; the message says what to use instead, if anything."""
+    """A name from diffusers or transformers that Sfumato lacks; the message says what to use instead, if anything."""
 
 
 class OutputError(SfumatoError, OSError):
@@ -102,6 +102,6 @@ class NonFiniteError(SfumatoError, ArithmeticError):
 
 
 def suggest(name: object, known: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` with the most similar known name, or an empty string if none is similar."""
+    """Return `" (did you mean 'x'?)"` with the most similar known name, or an empty string if none is similar."""
     near = get_close_matches(str(name)[:100], list(known), n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""

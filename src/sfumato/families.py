@@ -1,8 +1,8 @@
-"""The families of checkpoints, as data: what the parts of each are, and what they want.
+"""Model families as data: the parts of each one and their settings.
 
-One frozen `Family` is one row. Its configs are those published with the checkpoint, as far as they differ from the
-config classes' defaults; they are also how a checkpoint is known, by `find`. Nothing else in the package knows a family
-by its name: code that generates images asks the row.
+A `Family` is one row. Its configs are the published ones, as far as they differ from the config classes' defaults, and
+are also used to recognize a checkpoint (`find`). No other code knows a family by name: whatever generates images asks
+the row.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ __all__ = ["AESTHETIC_SCORES", "FAMILIES", "Encoder", "Family", "distilled", "fi
 
 Config = dict[str, Any]
 
-# The score of an image that is asked for and of one that is not, where a family reads such a thing.
+# The default aesthetic scores of the prompt and the negative prompt, in families that use them.
 AESTHETIC_SCORES = (6.0, 2.5)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """A text encoder, and what a family reads of it.
+    """A text encoder, and how a family uses it.
 
-    role        the folder it stands in; its tokenizer's is the same with "tokenizer"
+    role        its folder; its tokenizer's is the same with "tokenizer"
     config      of a `CLIPTextModel`; OpenCLIP's H is published without its last layer
-    layer       the layer whose result is read, -1 for the last one
-    normalized  whether that is put through the last normalization
-    projected   whether the pooled prompt is read of it, too, by a projection
-    pooled      whether its own is, the row where the text ends
-    pad         the token that prompts are filled up with
-    naming      whose names its weights have in single files: "clip" or "open_clip"
+    layer       the layer whose output is used, -1 for the last
+    normalized  whether the final layer norm is applied to it
+    projected   whether the pooled prompt is also used, with a projection
+    pooled      whether its pooled output is used, the row at the end of the text
+    pad         the padding token
+    naming      the naming scheme of its weights in single files: "clip" or "open_clip"
     """
 
     title: str
@@ -47,22 +47,22 @@ class Encoder:
 class Family:
     """One kind of checkpoint.
 
-    name, title     for the command line; for people
-    pipeline        the ecosystem's class that draws with it
-    encoders        what reads the prompt; their results stand side by side
-    unet, vae       configs; the VAE's scale, mean and spread go with the U-Net, never with a VAE's own file
-    scheduler       config of the default one, with its `_class_name`
-    steps, guidance settings that work well with it
-    sizes           what goes with the pooled prompt, in this order
-    absent_negative what a negative prompt is where none is given: an "empty" text, or "zeros"; an empty one is encoded
-    shortens        whether image to image shortens the schedule by its strength, and does not begin within it
-    clip_skip       whose layers it leaves out: those of "both" prompts or, as in the ecosystem, of the "prompt" alone
-    extra           what the U-Net's channels hold after the latents'
-    labels          what its class labels are
-    more            parts of its pipeline beside the usual ones: names in the index, and their configs
-    named           a regular expression that its files' names and titles match, in small letters and with hyphens for
-                    all that is neither letter nor digit; its group, if any, says the steps
-    markers         tensors that a file of it has beside its weights
+    name, title     for the command line, and for people
+    pipeline        the class in diffusers that generates images with it
+    encoders        text encoders; their outputs are concatenated
+    unet, vae       configs; the VAE's scale, mean and std belong to the U-Net, never to a separate VAE file
+    scheduler       config of the default scheduler, with its `_class_name`
+    steps, guidance good default settings
+    sizes           what is embedded in addition to the pooled prompt, in this order
+    absent_negative what replaces a missing negative prompt: an "empty" text, or "zeros"; an empty one is encoded
+    shortens        whether image-to-image shortens the schedule by its strength, instead of starting inside it
+    clip_skip       whose layers it skips: those of "both" prompts or, as in diffusers, only of the "prompt"
+    extra           what the U-Net's input channels contain after the latents
+    labels          the meaning of its class labels
+    more            additional parts of its pipeline: names in the index, and their configs
+    named           a regular expression for file names and titles, in lower case, with hyphens for whatever is neither
+                    letter nor digit; its group, if any, is the number of steps
+    markers         tensors in its files in addition to the weights
     """
 
     name: str
@@ -86,11 +86,11 @@ class Family:
 
     @property
     def prediction_type(self) -> str:
-        """What its U-Net predicts."""
+        """The prediction type of the U-Net."""
         return self.scheduler.get("prediction_type", "epsilon")
 
 
-# What the shapes of a U-Net's weights tell of its config.
+# The config keys that follow from the shapes of a U-Net's weights.
 SHAPED = (
     "block_out_channels", "down_block_types", "up_block_types", "mid_block_type", "layers_per_block",
     "transformer_layers_per_block", "reverse_transformer_layers_per_block", "projection_class_embeddings_input_dim",
@@ -100,13 +100,13 @@ SHAPED = (
 def find(
     unet: Config, *, encoders: int | None = None, naming: str | None = None, prediction_type: str | None = None
 ) -> list[Family]:
-    """The families that a U-Net may be of, the likeliest first; empty where it is of none.
+    """Return the families that a U-Net may belong to, the likeliest first; empty if there is none.
 
-    unet: its config; where they are known: how many text encoders go with it, the naming of the first, and what it
-    predicts. A pruned U-Net that is none of those published belongs to the family that it was pruned from.
+    unet: its config. If known: the number of text encoders, the naming scheme of the first, and the prediction type. A
+    pruned U-Net that is not a published one belongs to the family that it was pruned from.
     """
     found = [row for row in FAMILIES.values() if _kind(row.unet) == _kind(unet)]
-    # Prompts of a width of their own are told by who encodes them.
+    # If the prompt width is unknown, the text encoder's naming scheme decides.
     first = [row for row in found if row.encoders and row.encoders[0].naming == naming]
     found = [row for row in found if _context(row.unet) == _context(unet)] or first or found
     found = [row for row in found if encoders in (None, len(row.encoders))] or found
@@ -116,7 +116,7 @@ def find(
 
 
 def distilled(row: Family) -> Family:
-    """The same distilled for few steps, with a U-Net that reads the guidance (latent consistency, arXiv 2310.04378)."""
+    """Return a family's variant distilled for few steps, whose U-Net reads the guidance scale (arXiv 2310.04378)."""
     plain = row.pipeline == "StableDiffusionPipeline"
     return replace(
         row,
@@ -132,7 +132,7 @@ def distilled(row: Family) -> Family:
 
 
 def _kind(unet: Config) -> tuple[Any, ...]:
-    """What sets a U-Net apart from others whatever its widths are."""
+    """Return what distinguishes U-Nets regardless of their widths."""
     return (
         unet.get("in_channels", 4),
         unet.get("addition_embed_type"),
@@ -179,7 +179,7 @@ _EDM = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5, "sigma_schedul
 
 
 def _levels(pattern: str, *widths: int, k: str = "") -> dict[str, Any]:
-    """A U-Net's blocks from above, x for one that reads the prompt, - for one that does not; on the way up mirrored."""
+    """Return a U-Net's down blocks, x with and - without cross-attention; the up blocks are mirrored."""
     kinds = [f"{k}{'CrossAttn' if letter == 'x' else ''}{{}}Block2D" for letter in pattern]
     return {
         "block_out_channels": widths,
@@ -366,7 +366,7 @@ _LIGHTNING = replace(
 )
 _KOALA = _pruned(_XL, "koala-1b", "KOALA 1B", transformer_layers_per_block=(1, 2, 6), layers_per_block=1)
 
-# A row before its relatives: of two that fit equally well, the first is meant.
+# More common families come before their relatives: if two fit equally well, the first is chosen.
 _ROWS = (
     _SD1,
     _pruned(_SD1, "small-sd", "small Stable Diffusion 1.x", layers_per_block=1),

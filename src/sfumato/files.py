@@ -1,7 +1,7 @@
-"""Reading and writing files so that a bad one is named and a new one is whole or absent.
+"""Safe file access: errors name the file, and writes are atomic.
 
-Whatever is read comes through `open_file`: regular files only, so that no pipe is waited for and no device read without
-end, and none that is larger than its kind can be.
+All reads go through `open_file`. It accepts only regular files, so that pipes do not block and devices are not read
+endlessly, and limits their size.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ __all__ = [
     "write_json",
 ]
 
-# Folders are written in the layout of this version of the ecosystem's library, which reads the number.
+# Folders are written in the layout of this version of diffusers, which reads the number.
 LAYOUT_VERSION = "0.42.1"
-# Far more than any file of its kind has: of JSON, which takes up to thirty times its bytes once it is read, and of
-# other files that are read as a whole.
+# Far more than any valid file needs: for JSON, which takes up to thirty times its size in memory, and for other files
+# that are read as a whole.
 MOST_JSON, MOST_BYTES, MOST_DEPTH = 2**24, 2**30, 32
 
 
 @contextmanager
 def open_file(path: str | PathLike[str], most: int | None = MOST_BYTES) -> Iterator[BufferedReader]:
-    """A regular file of at most `most` bytes, open for reading.
+    """Open a regular file of at most `most` bytes for reading.
 
-    Raises `CheckpointError` if it is missing, something else than a file, larger, or cannot be opened or read.
+    Raises `CheckpointError` if it is missing, not a regular file, too large, or cannot be read.
     """
-    # A pipe that nobody writes to would be waited for, were it not for O_NONBLOCK, which files ignore.
+    # Without O_NONBLOCK, which regular files ignore, opening a pipe that nobody writes to would block.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     try:
         number = os.open(path, flags)
@@ -86,30 +86,30 @@ def _unreadable(path: object, error: Exception) -> CheckpointError:
 
 
 def check_file(path: str | PathLike[str], most: int | None = None) -> int:
-    """The size of a file that another library is about to open. Raises what `open_file` would."""
+    """Return the size of a file before another library opens it. Raises what `open_file` would."""
     with open_file(path, most) as stream:
         return os.fstat(stream.fileno()).st_size
 
 
 def read_bytes(path: str | PathLike[str], most: int = MOST_BYTES) -> bytes:
-    """All bytes of a regular file. Raises `CheckpointError` as `open_file` does."""
+    """Read a regular file. Raises `CheckpointError`, like `open_file`."""
     with open_file(path, most) as stream:
         return stream.read(os.fstat(stream.fileno()).st_size)
 
 
 def file_hash(path: Path, most: int | None = MOST_BYTES) -> str:
-    """SHA-256 of a file's bytes. Raises `CheckpointError` as `open_file` does."""
+    """Return the SHA-256 of a file. Raises `CheckpointError`, like `open_file`."""
     with open_file(path, most) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises `CheckpointError` if it is missing, not JSON, not an object, or too large."""
+    """Read a JSON object. Raises `CheckpointError` if it is missing, not JSON, not an object, or too large."""
     return parse_json(read_bytes(path, MOST_JSON), path)
 
 
 def parse_json(text: bytes | str, where: object) -> dict[str, Any]:
-    """The JSON object in a text that stands in `where`. Raises `CheckpointError` as `read_json` does."""
+    """Parse a JSON object from a text; `where` names its source. Raises `CheckpointError`, like `read_json`."""
     try:
         value = json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
     except (ValueError, RecursionError) as error:
@@ -135,9 +135,9 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def expanded(path: str | PathLike[str]) -> Path:
-    """The path with `~` and `~name` as the folders they stand for.
+    """Return the path with `~` and `~name` expanded.
 
-    Raises `UsageError` if there is no such folder, and for what is no path at all.
+    Raises `UsageError` if that home folder does not exist, or if it is not a path.
     """
     try:
         if b"\0" in os.fsencode(path):
@@ -150,7 +150,7 @@ def expanded(path: str | PathLike[str]) -> Path:
 
 
 def output_folder(path: str | PathLike[str]) -> Path:
-    """The folder, made if necessary. Raises `OutputError` if it cannot be."""
+    """Create a folder if necessary and return its path. Raises `OutputError` if that fails."""
     folder = expanded(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ def output_folder(path: str | PathLike[str]) -> Path:
 
 
 def output_file(path: str | PathLike[str]) -> Path:
-    """Where a file of the user's choice goes. Raises `OutputError` if it could not be written; touches nothing."""
+    """Expand and check a path for a new file. Raises `OutputError` if it could not be written; changes nothing."""
     file = expanded(path)
     _check_place(file)
     check_writable(file.parent, file.name)
@@ -168,9 +168,9 @@ def output_file(path: str | PathLike[str]) -> Path:
 
 
 def check_writable(folder: Path, *names: str) -> None:
-    """Raise `OutputError` if files of these names could not be written into the folder, made if necessary.
+    """Raise `OutputError` if files of these names could not be written to the folder, which may not exist yet.
 
-    Touches nothing.
+    Changes nothing.
     """
     try:
         nearest = folder.absolute()
@@ -183,7 +183,7 @@ def check_writable(folder: Path, *names: str) -> None:
     code = errno.ENOTDIR if not os.path.isdir(nearest) else 0 if os.access(nearest, os.W_OK | os.X_OK) else errno.EACCES
     if code:
         raise OutputError(_cannot_write(folder, OSError(code, f"{nearest} is not a folder")))
-    # The whole may be too long, or a part that is looked at only once those before it are there.
+    # The whole path may be too long, or a part of it, which is only noticed once its parents exist.
     for place in (folder, *(nearest / name for name in missing)):
         try:
             os.lstat(place)
@@ -194,7 +194,7 @@ def check_writable(folder: Path, *names: str) -> None:
 
 
 def names_in(folder: Path) -> set[str]:
-    """The names of what is in a folder, none where it is not there. Raises `CheckpointError` if one may not look."""
+    """Return the names in a folder; empty if it does not exist. Raises `CheckpointError` if it cannot be read."""
     try:
         return set(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
@@ -204,7 +204,7 @@ def names_in(folder: Path) -> set[str]:
 
 
 def inside(folder: Path, name: object) -> Path:
-    """A file of the folder by a name read from another file. Raises `CheckpointError` if it leads elsewhere."""
+    """Return a file in a folder, by a name from another file. Raises `CheckpointError` if it leads elsewhere."""
     if not isinstance(name, str) or len(name) > 255 or not name.isprintable():
         raise CheckpointError(f"{folder}: {shown(name)} is not a valid file name; do not use this checkpoint")
     windows, posix = PureWindowsPath(name), PurePosixPath(name)
@@ -215,24 +215,24 @@ def inside(folder: Path, name: object) -> Path:
 
 @contextmanager
 def replacing(path: Path, *, mode: int = 0o666) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well and vanishes when it does not.
+    """Yield a temporary file next to `path` that replaces it on success and is deleted on failure.
 
-    It exists, empty, when the block begins, and its bytes are on the disk before it takes the name. An interruption
-    leaves nothing behind; a failure to write becomes an `OutputError`. mode: permissions, less the umask's.
+    The file exists, empty, from the start, and is synced to disk before the replacement. An interruption leaves nothing
+    behind; failed writes raise `OutputError`. mode: permissions, before the umask.
     """
     with _temporary(path, mode) as temporary:
         wanted = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(wanted)  # other libraries write files that only their owner may read
+        temporary.chmod(wanted)  # other libraries write files that only the owner can read
         _settle(temporary)
         temporary.replace(path)
 
 
 def add_file(path: Path, write: Callable[[Path], object]) -> Path:
-    """Write a new file under this name, or under the first of `name-2.png`, `name-3.png`, … that is free; return it.
+    """Write a new file under this name or the first free one of `name-2.png`, `name-3.png`, …, and return its path.
 
-    Nothing is ever replaced, whoever writes there at the same time. `write` is given a temporary file to fill.
-    Raises `OutputError`.
+    Never replaces a file, even if another process writes at the same time. write: a function that fills a temporary
+    file. Raises `OutputError`.
     """
     _check_place(path)
     free, number = path, 1
@@ -246,18 +246,18 @@ def add_file(path: Path, write: Callable[[Path], object]) -> Path:
 
 
 def _settle(file: Path) -> None:
-    """Have what was written on the disk."""
+    """Sync a file to disk."""
     with file.open("r+b") as stream:
         os.fsync(stream.fileno())
 
 
 def _added(temporary: Path, path: Path) -> bool:
-    """Give a file a name, unless something has it already."""
+    """Give a file its name, unless that exists. Return whether it succeeded."""
     try:
         os.link(temporary, path)
     except FileExistsError:
         return False
-    except OSError:  # a file system without second names: take this one, then fill it
+    except OSError:  # a file system without hard links: claim the name, then fill it
         try:
             path.open("xb").close()
         except FileExistsError:
@@ -272,7 +272,7 @@ def _added(temporary: Path, path: Path) -> bool:
 
 @contextmanager
 def _temporary(path: Path, mode: int = 0o666) -> Iterator[Path]:
-    """A temporary file beside `path`; what goes wrong within the block is said of `path`."""
+    """Yield a temporary file next to `path`; errors are raised for `path`."""
     if not path.name:
         raise OutputError(f"{path} is a folder; give the name of a file in it")
     _check_kind(path)
@@ -281,7 +281,7 @@ def _temporary(path: Path, mode: int = 0o666) -> Iterator[Path]:
 
 
 def _check_place(path: Path) -> None:
-    """Raise `OutputError` for what no file can take the place of: a folder, and devices and pipes, which stay."""
+    """Raise `OutputError` for a path that cannot be replaced: a folder, device or pipe."""
     if not path.name or os.path.isdir(path):
         raise OutputError(f"{path} is a folder; give the name of a file in it")
     _check_kind(path)
@@ -294,7 +294,7 @@ def _check_kind(path: Path) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """What cannot be written within the block is said of `path`, as an `OutputError`."""
+    """Raise failed writes in this context as an `OutputError` that names `path`."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Whole folders: what is saved into one is there when all of it is, and what was there before is whole until then."""
+"""Atomic folder writes: a folder appears when it is complete, and replaces the old one only then."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ __all__ = ["replacing_folder", "saving_into"]
 def saving_into(
     path: str | PathLike[str], *, last: str, own: Collection[str] = (), stale: Callable[[str], bool] = lambda _: False
 ) -> Iterator[Path]:
-    """A hidden folder to save into; when the block ends well, what it holds is in `path`: all of it, and none before.
+    """Yield a hidden folder to save into. On success, all of its contents appear in `path` at once.
 
-    Other files of `path` stay. last: the file without which nothing in the folder is read; own: the subfolders that are
-    saved; stale: whether a file of an earlier save, by its name, goes where no new one takes its place. Whoever is
-    killed leaves the earlier save whole. Only where `path` cannot be exchanged as a whole (there are other folders in
-    it, it is where this process works, its parent is not ours) does this hold but for an instant, in which `last` is
-    missing, and so nothing is read. Raises `OutputError`.
+    Other files in `path` are kept. last: the file without which nothing in the folder is read. own: the subfolders that
+    are saved. stale: whether to delete a file of an earlier save, by its name, if no new one replaces it. A process
+    that is killed leaves the earlier save intact. If `path` cannot be exchanged as a whole (it has other subfolders,
+    contains the current folder, or its parent is not writable), there is a moment in which `last` is missing, so that
+    nothing is read. Raises `OutputError`.
     """
     folder = Path(os.path.realpath(output_folder(path)))
     with naming(folder):
@@ -52,9 +52,9 @@ def saving_into(
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """A new folder beside `path` that takes its place whole when the block ends well, and vanishes when it does not.
+    """Yield a new folder next to `path` that replaces it on success and is deleted on failure.
 
-    Its bytes are on the disk before it takes the name. Raises `OutputError`; what was at `path` is there until then.
+    It is synced to disk first, and the old one stays in place until then. Raises `OutputError`.
     """
     with naming(path), beside(path, folder=True) as new:
         yield new
@@ -66,7 +66,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 
 def _is_exchangeable(folder: Path, own: Collection[str]) -> bool:
-    """Whether a folder holds a save and files beside it, and can give its name to another without anybody noticing."""
+    """Return whether a folder contains only a save and plain files, and can be replaced without side effects."""
     ours = all(entry.name in own for entry in folder.iterdir() if entry.is_dir())
     here = Path(os.path.realpath(os.curdir))
     return (
@@ -75,22 +75,22 @@ def _is_exchangeable(folder: Path, own: Collection[str]) -> bool:
 
 
 def _as_before(folder: Path, new: Path) -> None:
-    """Permissions and owner of a folder for the one that takes its place."""
+    """Copy the permissions and owner of a folder to its replacement."""
     shutil.copymode(folder, new)
-    with suppress(OSError, AttributeError):  # only root may give folders away, and Windows knows no owners
+    with suppress(OSError, AttributeError):  # only root may change owners, and Windows has none
         os.chown(new, folder.stat().st_uid, folder.stat().st_gid)
 
 
 def _link(source: str | Path, target: str | Path) -> None:
-    """A second name for a file, which is never written into but replaced; a copy where there are no second names."""
+    """Hard-link a file, which is only ever replaced, never modified; copy it if links are not supported."""
     try:
         os.link(source, target, follow_symlinks=False)
-    except (OSError, RuntimeError):  # NotImplementedError where links themselves have no second names
+    except (OSError, RuntimeError):  # NotImplementedError: links themselves cannot be linked
         shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _move_into(folder: Path, new: Path, last: str, stale: Callable[[str], bool]) -> None:
-    """Entry by entry, while `last` is missing."""
+    """Move the contents one by one, while `last` is missing."""
     with suppress(FileNotFoundError):
         os.unlink(folder / last)
     for entry in folder.iterdir():
@@ -102,7 +102,7 @@ def _move_into(folder: Path, new: Path, last: str, stale: Callable[[str], bool])
 
 
 def _exchanged(one: Path, other: Path) -> bool:
-    """Let two folders change names: in one step where the system can (Linux, macOS), else in three, or not at all."""
+    """Exchange two folders, in one step if possible (Linux, macOS), else in three. Return whether it succeeded."""
     import ctypes
 
     with suppress(AttributeError, TypeError):
@@ -114,7 +114,7 @@ def _exchanged(one: Path, other: Path) -> bool:
         )
         if swapped == 0:
             return True
-    spare = one.with_suffix(".old")  # what is found under such a name, `other` being gone, is put back (leftovers.py)
+    spare = one.with_suffix(".old")  # restored from this name if the process is killed here (leftovers.py)
     with suppress(OSError):
         other.rename(spare)
         try:
@@ -128,7 +128,7 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 
 def _settle(folder: Path) -> None:
-    """Have the names in a folder on the disk; Windows has no way to ask for it."""
+    """Sync a folder's entries to disk; not possible on Windows."""
     if os.name == "posix":
         number = os.open(folder, os.O_RDONLY)
         try:

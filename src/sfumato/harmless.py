@@ -1,4 +1,4 @@
-"""Arguments for loading and saving in the ecosystem that ask for what Sfumato does anyway."""
+"""Arguments of diffusers for loading and saving that ask for what Sfumato does anyway."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["asked_device", "asked_dtype", "say_safe", "without_harmless"]
 
 log = logging.getLogger("sfumato")
 
-# Arguments that are accepted with any value, and those accepted with some, with the reason why not others.
+# Arguments accepted with any value, and those accepted with certain values, with the reason.
 ANY = ("low_cpu_mem_usage", "offload_folder", "offload_state_dict", "resume_download", "disable_mmap")
 SOME: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "trust_remote_code": ((None, False), "code in a checkpoint is never run"),
@@ -36,7 +36,7 @@ BEST = ("auto", "balanced", "sequential")
 
 
 def without_harmless(keywords: dict[str, Any]) -> dict[str, Any]:
-    """The keywords without those that ask for what Sfumato does anyway. Raises `UsageError` if one asks for more."""
+    """Remove arguments that ask for what Sfumato does anyway. Raises `UsageError` for unsupported values."""
     for name in keywords.keys() & SOME.keys():
         values, instead = SOME[name]
         if keywords[name] not in values:
@@ -45,9 +45,9 @@ def without_harmless(keywords: dict[str, Any]) -> dict[str, Any]:
 
 
 def asked_device(keywords: dict[str, Any]) -> torch.device | None:
-    """Remove `device_map` from keywords: the device it names, or the best one available; None if it is not there.
+    """Remove `device_map` from keywords and return its device, or the best one for "auto"; None if it is not set.
 
-    Raises `UsageError` for a map over several devices.
+    Raises `UsageError` for a map to several devices.
     """
     asked = keywords.pop("device_map", None)
     asked = asked[""] if isinstance(asked, Mapping) and [*asked] == [""] else asked
@@ -62,7 +62,7 @@ def asked_device(keywords: dict[str, Any]) -> torch.device | None:
 
 
 def asked_dtype(torch_dtype: Any, dtype: Any, *, each: bool = False) -> Any:
-    """The precision asked for under either name, None where there is none; `each` also takes one for each part.
+    """Return the dtype given under either name, or None. each: also accept a dict with one for each part.
 
     Raises `UsageError` for anything else.
     """
@@ -74,7 +74,7 @@ def asked_dtype(torch_dtype: Any, dtype: Any, *, each: bool = False) -> Any:
 
 
 def say_safe(*, safe_serialization: bool) -> None:
-    """Warn if weights are requested as a pickle: they are always safetensors, which every loader prefers."""
+    """Warn if weights are requested as a pickle: they are always saved as safetensors, which every loader prefers."""
     check_argument("safe_serialization", safe_serialization, bool)
     if not safe_serialization:
         log.warning("safe_serialization=False is ignored: weights are always saved as safetensors, never as pickles")

@@ -1,4 +1,4 @@
-"""Images between PIL, arrays and tensors, by the names that the ecosystem's code calls."""
+"""Converts images between PIL, arrays and tensors, with the interface of diffusers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 class VaeImageProcessor:
-    """Converts images for an autoencoder, and back. `vae_scale_factor`: pixels per latent pixel, along each side.
+    """Converts images for an autoencoder, and back. `vae_scale_factor`: image pixels per latent pixel, along each side.
 
-    With `do_normalize=False`, tensors are in [0, 1] and not in [-1, 1]; with `do_resize=False`, images keep their size.
+    With `do_normalize=False`, tensors are in [0, 1] instead of [-1, 1]; with `do_resize=False`, images keep their size.
     Latents (B, 4, h, w) are passed through unchanged.
     """
 
@@ -39,9 +39,9 @@ class VaeImageProcessor:
         self.config = Config(extra=told)
 
     def preprocess(self, image: Any, height: int | None = None, width: int | None = None) -> Tensor:
-        """An image, array or tensor, or a list of one of them -> (B, 3, H, W) float32.
+        """Convert an image, array or tensor, or a list of one kind, to (B, 3, H, W) float32.
 
-        PIL images are resized to the size given, or down to multiples of the scale factor.
+        PIL images are resized to the given size, or down to multiples of the scale factor.
         """
         factor = self.config.vae_scale_factor if self.config.do_resize else 1
         if isinstance(image, Tensor) and image.ndim == 4 and image.shape[1] == self.config.vae_latent_channels:
@@ -57,9 +57,9 @@ class VaeImageProcessor:
     def postprocess(
         self, image: Tensor, output_type: str = "pil", do_denormalize: list[bool] | None = None
     ) -> list[Image.Image] | np.ndarray | Tensor:
-        """What an autoencoder decodes, (B, 3, H, W) -> PIL images, an array (B, H, W, 3) or a tensor in [0, 1].
+        """Convert decoded images (B, 3, H, W) to PIL images, an array (B, H, W, 3) or a tensor in [0, 1].
 
-        "latent" returns it unchanged; do_denormalize: for each image, whether it is in [-1, 1]. Raises `UsageError`.
+        "latent" returns them unchanged. do_denormalize: for each image, whether it is in [-1, 1]. Raises `UsageError`.
         """
         if output_type not in OUTPUT_TYPES:
             near = suggest(output_type, OUTPUT_TYPES)
@@ -75,35 +75,35 @@ class VaeImageProcessor:
 
     @staticmethod
     def normalize(images: Any) -> Any:
-        """[0, 1] to [-1, 1]."""
+        """Map [0, 1] to [-1, 1]."""
         return 2 * images - 1
 
     @staticmethod
     def denormalize(images: Tensor) -> Tensor:
-        """[-1, 1] to [0, 1], clipped."""
+        """Map [-1, 1] to [0, 1], clipped."""
         return from_pixels(images)
 
     @staticmethod
     def numpy_to_pil(images: np.ndarray) -> list[Image.Image]:
-        """An array (H, W, C) or (B, H, W, C) in [0, 1] -> PIL images."""
+        """Convert an array (H, W, C) or (B, H, W, C) in [0, 1] to PIL images."""
         batch = images[None] if images.ndim == 3 else images
         return to_pictures(torch.from_numpy(np.ascontiguousarray(batch)).permute(0, 3, 1, 2))
 
     @staticmethod
     def pil_to_numpy(images: Image.Image | list[Image.Image]) -> np.ndarray:
-        """PIL images -> a float32 array (B, H, W, C) in [0, 1]."""
+        """Convert PIL images to a float32 array (B, H, W, C) in [0, 1]."""
         several = images if isinstance(images, list) else [images]
         return np.stack([np.array(one).astype(np.float32) / 255.0 for one in several])
 
     @staticmethod
     def numpy_to_pt(images: np.ndarray) -> Tensor:
-        """An array (B, H, W) or (B, H, W, C) -> a tensor (B, C, H, W)."""
+        """Convert an array (B, H, W) or (B, H, W, C) to a tensor (B, C, H, W)."""
         batch = images[..., None] if images.ndim == 3 else images
         return torch.from_numpy(batch.transpose(0, 3, 1, 2))
 
     @staticmethod
     def pt_to_numpy(images: Tensor) -> np.ndarray:
-        """A tensor (B, C, H, W) -> a float32 array (B, H, W, C)."""
+        """Convert a tensor (B, C, H, W) to a float32 array (B, H, W, C)."""
         return to_arrays(images)
 
 

@@ -1,4 +1,4 @@
-"""Images: between tensors and files, and grids."""
+"""Images: tensors to files and back, and image grids."""
 
 from __future__ import annotations
 
@@ -36,27 +36,27 @@ __all__ = [
     "to_pixels",
 ]
 
-# How many times a checkpoint's own pixels an image may have before that is worth a note.
+# An image with this many times the checkpoint's native pixels gets a note.
 FAR_ABOVE = 4
-# An image above this is far more likely a damaged or hostile file than one to draw from.
+# A larger input image is far more likely to be damaged or hostile.
 MAX_PIXELS = 2**26
-# What is read: formats that describe pixels. Others are programs, which Pillow hands to an interpreter (PostScript).
+# Only formats that contain pixels. Others are programs, which Pillow hands to an interpreter (PostScript).
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 
 def to_arrays(pixels: Tensor) -> np.ndarray:
-    """Pixels (B, 3, H, W) in [0, 1] -> float32 array (B, H, W, 3)."""
+    """Convert pixels (B, 3, H, W) in [0, 1] to a float32 array (B, H, W, 3)."""
     return pixels.permute(0, 2, 3, 1).float().cpu().numpy()
 
 
 def to_pictures(pixels: Tensor) -> list[Image.Image]:
-    """Pixels (B, 3, H, W) in [0, 1] -> PIL images, rounded to 8 bits."""
+    """Convert pixels (B, 3, H, W) in [0, 1] to PIL images, rounded to 8 bits."""
     arrays = (to_arrays(pixels) * 255).round().astype(np.uint8)
     return [Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array) for array in arrays]
 
 
 def from_pixels(sample: Tensor) -> Tensor:
-    """What the autoencoder decodes, about [-1, 1], to pixels in [0, 1]."""
+    """Map decoded images, about [-1, 1], to [0, 1], clipped."""
     return (sample / 2 + 0.5).clamp(0, 1)
 
 
@@ -66,13 +66,13 @@ def to_pixels(
     size: tuple[int, int] | None = None,
     resample: Image.Resampling = Image.Resampling.LANCZOS,
 ) -> Tensor:
-    """An image in any common form, as VAE input: (B, 3, H, W) float32 in [-1, 1].
+    """Convert an image in any common form to VAE input: (B, 3, H, W) float32 in [-1, 1].
 
-    Takes a PIL image, an array (H, W, 3) or (B, H, W, 3) in [0, 1], a tensor (3, H, W) or (B, 3, H, W) in [0, 1] or
-    [-1, 1], or a list of one of these. PIL images are resized to `size` (width, height), or down to multiples of
+    Accepts a PIL image, an array (H, W, 3) or (B, H, W, 3) in [0, 1], a tensor (3, H, W) or (B, 3, H, W) in [0, 1] or
+    [-1, 1], or a list of one kind. PIL images are resized to `size` (width, height), or down to multiples of
     `multiple`. Raises `UsageError` for anything else.
     """
-    import torch  # here, so that pictures can be read without it
+    import torch  # imported here, so that images can be read without it
 
     if isinstance(image, (list, tuple)):
         if not image:
@@ -112,15 +112,15 @@ def _checked(batch: Tensor, multiple: int) -> Tensor:
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Read an image file as RGB, upright. Raises `UsageError` if it is missing, unreadable or too large."""
+    """Read an image file as upright RGB. Raises `UsageError` if it is missing, unreadable or too large."""
     with opened(path, FORMATS, "give a PNG, JPEG or WebP file") as image:
-        with suppress(Exception):  # of a damaged tag, it cannot be known how the image stands
+        with suppress(Exception):  # if the tag is damaged, the orientation is unknown
             ImageOps.exif_transpose(image, in_place=True)
         return _rgb(image)
 
 
 def open_mask(path: str | Path) -> Image.Image:
-    """Read a mask or another picture of levels as 8 bits of grey; what is transparent is black. Raises `UsageError`."""
+    """Read a mask or depth map as 8-bit grayscale; transparent pixels become black. Raises `UsageError`."""
     with opened(path, FORMATS, "give a PNG, JPEG or WebP file") as image:
         with suppress(Exception):
             ImageOps.exif_transpose(image, in_place=True)
@@ -131,13 +131,13 @@ def open_mask(path: str | Path) -> Image.Image:
 
 @contextmanager
 def opened(path: str | Path, formats: tuple[str, ...], remedy: str) -> Iterator[Image.Image]:
-    """An image in one of these formats, open and not yet decoded; `UsageError` for all that can be wrong with it."""
+    """Open an image in one of these formats without decoding it. Raises `UsageError` if anything is wrong."""
     place = expanded(path)
     if not os.path.lexists(place):
         raise UsageError(f"there is no image {path}; check the path")
     try:
         with warnings.catch_warnings(), open_file(place) as stream:
-            warnings.simplefilter("ignore")  # of tags that are damaged
+            warnings.simplefilter("ignore")  # about damaged tags
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(stream, formats=formats) as image:
                 if image.width * image.height > MAX_PIXELS:
@@ -147,13 +147,13 @@ def opened(path: str | Path, formats: tuple[str, ...], remedy: str) -> Iterator[
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UsageError(f"{path} has more than {MAX_PIXELS // 10**6} million pixels; make it smaller first") from error
-    except Exception as error:  # decoders raise whatever happens to them
+    except Exception as error:  # decoders raise all kinds of exceptions
         what = "its format is not known" if isinstance(error, UnidentifiedImageError) else reason(error)
         raise UsageError(f"{path} cannot be read as an image ({what}); {remedy}") from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """An image of 8 bits a channel; of 16 bits, the upper ones. Raises `UsageError` where values have no white."""
+    """Convert to 8-bit RGB; 16-bit values keep their upper bits. Raises `UsageError` if white is undefined."""
     if image.mode == "F":
         raise UsageError("an image of floating-point values has no defined white; convert it to 8 or 16 bits")
     if image.mode.startswith("I"):
@@ -164,9 +164,9 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The center of an image, cropped to the aspect ratio of `size` (width, height) and resized to it.
+    """Return the center of an image, cropped to the aspect ratio of `size` (width, height) and resized to it.
 
-    What is cropped leaves no trace at the edges. An image of that size is returned unchanged.
+    Cropped pixels do not affect the edges. An image of that size is returned unchanged.
     """
     scale = min(image.width / size[0], image.height / size[1])
     width, height = (max(1, round(side * scale)) for side in size)
@@ -176,10 +176,10 @@ def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def size_notes(size: tuple[int, int], own: tuple[int, int], *, only: bool, source: bool, chosen: bool) -> list[str]:
-    """A note if images of `size` (width, height) will be worse than, or different from, what a user may expect.
+    """Return notes if images of `size` (width, height) will be worse than, or different from, what a user may expect.
 
-    own: the size the checkpoint was trained for; only: it supports no other. source: the size may come from an input
-    image; chosen: the user asked for it.
+    own: the size the checkpoint was trained for. only: it supports no other. source: the size may come from an input
+    image. chosen: the user set it.
     """
     this, best = f"{size[0]} × {size[1]}", f"{own[0]} × {own[1]}"
     if only and size != own:
@@ -195,7 +195,7 @@ def size_notes(size: tuple[int, int], own: tuple[int, int], *, only: bool, sourc
 
 
 def make_image_grid(images: Sequence[Image.Image], rows: int, cols: int, resize: int | None = None) -> Image.Image:
-    """Arrange rows × cols images of the same size in a grid; `resize` first makes each that many pixels square.
+    """Arrange rows × cols images of the same size in a grid; `resize` first makes each a square of that size.
 
     Raises `UsageError` if the number of images is not rows × cols.
     """
@@ -211,7 +211,7 @@ def make_image_grid(images: Sequence[Image.Image], rows: int, cols: int, resize:
 
 
 def auto_grid(images: Sequence[Image.Image]) -> Image.Image:
-    """All images in one grid, as square as possible, with black for empty cells; a single image as it is."""
+    """Arrange images in a grid, as square as possible, with black for empty cells. A single image is unchanged."""
     if len(images) == 1:
         return images[0]
     cols = ceil(sqrt(len(images)))
@@ -221,7 +221,7 @@ def auto_grid(images: Sequence[Image.Image]) -> Image.Image:
 
 
 def psnr(a: Image.Image, b: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two 8-bit images in dB, infinite if equal. Raises `UsageError` if sizes differ."""
+    """Return the peak signal-to-noise ratio of two 8-bit images in dB. Raises `UsageError` if their sizes differ."""
     if a.size != b.size:
         raise UsageError(f"images of {a.width}×{a.height} and {b.width}×{b.height} pixels cannot be compared")
     difference = np.asarray(a.convert("RGB"), dtype=np.float64) - np.asarray(b.convert("RGB"), dtype=np.float64)

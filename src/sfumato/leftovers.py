@@ -1,8 +1,8 @@
-"""Hidden names for what is being written, and sweeping what killed processes left under them.
+"""Hidden names for unfinished files, and cleaning up after processes that were killed.
 
-A name is `.NAME.PID.RANDOM.part` for a file, `….new` for a folder. Whoever writes also holds a lock on it, which the
-system lets go when the process dies, so that nobody takes away what another container, with numbers of its own, is
-still writing.
+A name is `.NAME.PID.RANDOM.part` for a file, `….new` for a folder. The writer also holds a lock on it, which the system
+releases when the process dies, so that files still being written by another container, which has its own process ids,
+are not removed.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 __all__ = ["beside", "sweep"]
 
-# Bytes of the name that are repeated; file systems allow 255 in all, encrypted ones 143.
+# How many bytes of the name to repeat; file systems allow 255 in total, encrypted ones 143.
 KEPT_BYTES = 100
 
 
 @contextmanager
 def beside(path: Path, *, folder: bool = False, mode: int = 0o777) -> Iterator[Path]:
-    """A new empty file (or folder) under a hidden name beside `path`, which is gone when the block ends.
+    """Yield a new empty file (or folder) under a hidden name next to `path`, which is deleted at the end.
 
-    The block may move it away before. What dead processes left of writing `path` is removed first. mode: permissions,
-    less the umask's; a file is never executable.
+    It may be moved away before that. What dead processes left behind for `path` is removed first. mode: permissions,
+    before the umask; files are never executable.
     """
     sweep(path)
     hidden = path.with_name(f"{_start(path)}{os.getpid()}.{secrets.token_hex(4)}.{'new' if folder else 'part'}")
@@ -45,7 +45,7 @@ def beside(path: Path, *, folder: bool = False, mode: int = 0o777) -> Iterator[P
 
 
 def sweep(path: Path) -> None:
-    """Remove what dead processes left of writing `path`; a folder that was being replaced is put back."""
+    """Remove what dead processes left behind while writing `path`; a folder that was being replaced is restored."""
     start = _start(path)
     with suppress(OSError), os.scandir(path.parent) as entries:
         for entry in entries:
@@ -72,10 +72,10 @@ def _start(path: Path) -> str:
 
 @contextmanager
 def _held(path: Path) -> Iterator[bool]:
-    """Hold the lock on a file or folder, if nobody else does; where there are no locks, nobody does."""
+    """Try to lock a file or folder; yield whether that succeeded. Always True on systems without locks."""
     try:
         import fcntl
-    except ImportError:  # Windows, which lets nobody remove a file that is open
+    except ImportError:  # Windows does not allow removing an open file
         yield True
         return
     number = None

@@ -1,4 +1,4 @@
-"""Images that are painted in part: what is read of them, and how what was painted is put back."""
+"""Masked images: reading masks, and compositing the generated area back."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True, eq=False)
 class Canvas:
-    """An image of which a part is painted.
+    """An image with a masked area to be generated.
 
-    pixels (P, 3, H, W) in [-1, 1], or latents (P, 4, h, w); mask (M, 1, H, W) in [0, 1], how much of each pixel is
-    painted, and coarse (M, 1, h, w) the same of latents; finish: a painted picture as it is handed over.
+    pixels: (P, 3, H, W) in [-1, 1], or latents (P, 4, h, w). mask: (M, 1, H, W) in [0, 1], how much of each pixel to
+    generate. coarse: (M, 1, h, w), the same for latents. finish: turns a generated image into the final one.
     """
 
     pixels: Tensor
@@ -41,16 +41,16 @@ class Canvas:
 
     @property
     def kept(self) -> Tensor:
-        """The pixels with middle grey in place of what is painted, as inpainting checkpoints were trained."""
+        """The pixels with the masked area in middle gray, as inpainting checkpoints were trained."""
         return self.pixels * (self.mask == 0)
 
 
 def requested_canvas(image: Image.Image, mask: Mask, size: Size | None, own: Size, factor: int) -> Canvas:
-    """What a request says: the whole of an image, or the surroundings of its mask enlarged.
+    """Prepare the canvas of a request: the whole image, or the area around its mask, enlarged.
 
-    size: what the request asks for, own: the checkpoint's; factor: pixels per latent pixel. The canvas is a multiple of
-    it; without a size of its own, a picture is as large as the image. Raises `UsageError` for a mask of another size,
-    and for one that says nothing.
+    size: the requested size. own: the checkpoint's native size. factor: image pixels per latent pixel; the canvas is a
+    multiple of it. Without a requested size, the result has the size of the image. Raises `UsageError` for a mask of
+    another size or an empty one.
     """
     painted = Image.new("L", image.size) if mask.file is None else open_mask(mask.file)
     if painted.size != image.size:
@@ -86,11 +86,11 @@ def requested_canvas(image: Image.Image, mask: Mask, size: Size | None, own: Siz
 
 
 def called_canvas(image: Any, mask: Any, size: Size, factor: int, margin: int | None = None) -> Canvas:
-    """What the ecosystem's calls say: everything has the size given, and a mask is black or white.
+    """Prepare the canvas of a call with the interface of diffusers: a fixed size, and a binary mask.
 
-    image: as `to_pixels` takes it, or latents; mask: a PIL image, an array (H, W), (B, H, W) or with a last axis of 1,
-    a tensor (H, W), (B, H, W) or (B, 1, H, W), in [0, 1], or a list of these; margin: paint the surroundings of a PIL
-    mask alone, with so many pixels around it. Raises `UsageError`.
+    image: as in `to_pixels`, or latents. mask: a PIL image, an array (H, W), (B, H, W) or with a last axis of 1, a
+    tensor (H, W), (B, H, W) or (B, 1, H, W), in [0, 1], or a list of these. margin: generate only the area of a PIL
+    mask and this many pixels around it. Raises `UsageError`.
     """
     finish = _as_it_is
     if margin is not None:
@@ -110,7 +110,7 @@ def called_canvas(image: Any, mask: Any, size: Size, factor: int, margin: int | 
 
 
 def _read_mask(mask: Any, size: Size) -> Tensor:
-    """Any form of a mask -> (M, 1, H, W) of a size (width, height)."""
+    """Convert a mask in any form to (M, 1, H, W) of `size` (width, height)."""
     if isinstance(mask, (list, tuple)) and mask:
         return torch.cat([_read_mask(one, size) for one in mask])
     if isinstance(mask, Image.Image):
@@ -133,9 +133,9 @@ def _read_mask(mask: Any, size: Size) -> Tensor:
 
 
 def crop_region(mask: Image.Image, size: Size, margin: int = 0) -> Box:
-    """The part of an image (left, top, right, bottom) that holds a mask and a margin, in the shape of `size`.
+    """Return the box (left, top, right, bottom) of a mask and its margin, grown to the aspect ratio of `size`.
 
-    It is smaller in one direction where the image ends. Raises `UsageError` for an empty mask.
+    The image's borders may limit it in one direction. Raises `UsageError` for an empty mask.
     """
     found = mask.convert("L").getbbox()
     if found is None:
@@ -158,7 +158,7 @@ def cropped(image: Image.Image, mask: Image.Image, size: Size, margin: int) -> I
 
 
 def _grown(low: int, high: int, more: int, end: int) -> tuple[int, int]:
-    """An interval that is longer on both sides, within 0 and `end`."""
+    """Grow an interval by `more` on both sides together, within 0 and `end`."""
     low, high = low - more // 2, high + more - more // 2
     beyond = max(0, high - end)
     low, high = low - beyond, high - beyond
@@ -167,9 +167,9 @@ def _grown(low: int, high: int, more: int, end: int) -> tuple[int, int]:
 
 
 def overlay(mask: Image.Image, original: Image.Image, painted: Image.Image, box: Box | None = None) -> Image.Image:
-    """The original with what was painted where its mask is white, mixed where it is grey.
+    """Blend a generated image over the original where the mask is white, partially where it is gray.
 
-    box: the part of the original that was painted, which the painted picture is cut and resized to.
+    box: the part of the original that was generated; the generated image is resized to it.
     """
     whole = painted
     if box is not None:
@@ -185,7 +185,7 @@ def overlay(mask: Image.Image, original: Image.Image, painted: Image.Image, box:
 
 
 def _extended(image: Image.Image, mask: Image.Image, extend: Box, edge: int) -> tuple[Image.Image, Image.Image]:
-    """An image with a border, mirrored and blurred, and a mask that is white there and `edge` pixels further in."""
+    """Extend an image with a mirrored, blurred border; extend its mask to that border and `edge` pixels further in."""
     left, top, right, bottom = extend
     size = image.width + left + right, image.height + top + bottom
     if size[0] * size[1] > MAX_PIXELS:
@@ -207,7 +207,7 @@ def _extended(image: Image.Image, mask: Image.Image, extend: Box, edge: int) -> 
 
 
 def _soft(mask: Image.Image, edge: int) -> Image.Image:
-    """Full where a mask is not black, fading to its rim over `edge` pixels; not where the image ends."""
+    """Return an alpha mask: opaque where the mask is not black, fading over `edge` pixels, except at image borders."""
     shrunk = mask.point(lambda level: 255 if level else 0)
     total = np.asarray(shrunk, dtype=np.float32)
     for _ in range(edge):
@@ -217,14 +217,14 @@ def _soft(mask: Image.Image, edge: int) -> Image.Image:
 
 
 def _enlarged(region: Size, size: Size, factor: int) -> Size:
-    """The largest size of a region's shape within another, in multiples of `factor`."""
+    """Return the largest size with a region's aspect ratio that fits into `size`, in multiples of `factor`."""
     scale = min(size[0] / region[0], size[1] / region[1])
     wide, high = (max(factor, round(side * scale / factor) * factor) for side in region)
     return wide, high
 
 
 def _padded(image: Image.Image, factor: int) -> Image.Image:
-    """An image that ends at multiples of `factor`, with its last rows and columns repeated; a mask stays black."""
+    """Pad to multiples of `factor`, an image by repeating its last rows and columns, a mask with black."""
     wide, high = (-side % factor for side in image.size)
     if not wide and not high:
         return image
@@ -234,7 +234,7 @@ def _padded(image: Image.Image, factor: int) -> Image.Image:
 
 
 def _filled(image: Image.Image, size: Size) -> Image.Image:
-    """An image resized to fit within a size; bars beside it continue its outermost rows or columns."""
+    """Resize an image to fit within a size, and fill the bars with its outermost rows or columns."""
     narrow = size[0] / size[1] < image.width / image.height
     wide = size[0] if narrow else max(1, image.width * size[1] // image.height)
     high = max(1, image.height * size[0] // image.width) if narrow else size[1]
@@ -244,7 +244,7 @@ def _filled(image: Image.Image, size: Size) -> Image.Image:
     whole.paste(inner, (left, top))
     rims = [((0, 0, wide, 0), (0, 0)), ((0, high, wide, high), (0, top + high))] if top else []
     rims += [((0, 0, 0, high), (0, 0)), ((wide, 0, wide, high), (left + wide, 0))] if left else []
-    for rim, place in rims:  # a box without a height or width is one row or column, which the filter continues
+    for rim, place in rims:  # a box without height or width is one row or column, which the filter extends
         whole.paste(inner.resize((wide if top else left, top or high), box=rim), place)
     return whole
 

@@ -1,4 +1,4 @@
-"""What the ecosystem's calls return: a record that is a mapping too and, by number, a tuple."""
+"""Outputs like those of diffusers: records that are also mappings and, by index, tuples."""
 
 # pyright: reportIncompatibleMethodOverride=false
 
@@ -14,7 +14,7 @@ __all__ = ["Output"]
 class Output(dict[str, Any]):
     """Base of frozen dataclasses whose fields can be read as `out.sample`, `out["sample"]` or `out[0]`.
 
-    As in the ecosystem, the mapping and the tuple omit None, and iterating yields the names. Fields declared with
+    As in diffusers, the mapping and the tuple omit None, and iterating yields the names. Fields declared with
     `compare=False` are only attributes.
     """
 
@@ -27,5 +27,5 @@ class Output(dict[str, Any]):
         return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """All values that are not None, in order."""
+        """Return all values that are not None, in order."""
         return tuple(self.values())

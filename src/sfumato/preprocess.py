@@ -1,4 +1,4 @@
-"""Pictures as the networks beside the U-Net see them: fitted to the image's size, and made of a photo without a model.
+"""Control images: fitted to the output size, and made from a photo without a model.
 
 OpenCV is imported only where a preprocessor needs it.
 """
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 __all__ = ["control_image", "control_pixels", "prepare"]
 
 Pixels = np.ndarray[Any, Any]
-# The thresholds and radii that the networks were trained with, or that their users know.
+# The thresholds and radii that ControlNets were trained with, or that are customary.
 CANNY, XDOG, LINEART, BINARY = (100, 200), 32, 6.0, 127
 SOFT, BLUR, TILE = 1.5, 9.0, 2
-# Shapes closer than this are one: a pixel may be lost where sizes are rounded.
+# Aspect ratios closer than this count as equal: rounding a size may lose a pixel.
 SAME_SHAPE = 0.01
 
 
 def control_image(
     image: Image.Image, size: tuple[int, int], how: str, preprocessor: str
 ) -> tuple[Image.Image, str | None]:
-    """A picture as a network sees it, of `size` (width, height), and a note if it had another shape.
+    """Preprocess an image for a ControlNet at `size` (width, height); also return a note if its aspect ratio differed.
 
-    how: "crop" keeps its middle, "pad" adds black borders after preprocessing, "stretch" distorts it.
+    how: "crop" keeps the center, "pad" adds black borders after preprocessing, "stretch" distorts it.
     """
     shape, wanted = image.width / image.height, size[0] / size[1]
     differs = abs(shape / wanted - 1) > SAME_SHAPE
@@ -53,9 +53,9 @@ def control_image(
 
 
 def prepare(name: str, image: Image.Image) -> Image.Image:
-    """What one of `request.PREPROCESSORS` makes of an RGB picture; the size stays.
+    """Apply one of `request.PREPROCESSORS` to an RGB image; the size does not change.
 
-    Raises `MissingExtra` where OpenCV is needed and not installed.
+    Raises `MissingExtra` if OpenCV is needed and not installed.
     """
     if name == "none":
         return image
@@ -74,7 +74,7 @@ def _opencv() -> Any:
 
 
 def _invert(pixels: Pixels) -> Pixels:
-    """Drawings on white become drawings on black."""
+    """Invert black drawings on white."""
     return 255 - pixels
 
 
@@ -83,19 +83,19 @@ def _threshold(pixels: Pixels) -> Pixels:
 
 
 def _canny(pixels: Pixels, cv2: Any) -> Pixels:
-    """Thin edges ("A Computational Approach to Edge Detection", Canny 1986)."""
+    """Detect thin edges ("A Computational Approach to Edge Detection", Canny 1986)."""
     return cv2.Canny(pixels, *CANNY)
 
 
 def _scribble(pixels: Pixels, cv2: Any) -> Pixels:
-    """Broad strokes: differences of Gaussians, cut off (XDoG, Winnemöller 2012)."""
+    """Detect broad strokes: a thresholded difference of Gaussians (XDoG, Winnemöller 2012)."""
     fine, coarse = (cv2.GaussianBlur(pixels.astype(np.float32), (0, 0), sigma) for sigma in (0.5, 5.0))
     lines = (coarse - fine).min(axis=2).clip(0, 255)
     return np.where(2 * lines > XDOG, 255, 0).astype(np.uint8)
 
 
 def _lineart(pixels: Pixels, cv2: Any) -> Pixels:
-    """What is darker than its surroundings, so that the middle of all lines is half white."""
+    """Extract what is darker than its surroundings, scaled so that the median line is mid-gray."""
     wide = pixels.astype(np.float32)
     lines = (cv2.GaussianBlur(wide, (0, 0), LINEART) - wide).min(axis=2).clip(0, 255)
     strong = lines[lines > 8]
@@ -104,14 +104,14 @@ def _lineart(pixels: Pixels, cv2: Any) -> Pixels:
 
 
 def _softedge(pixels: Pixels, cv2: Any) -> Pixels:
-    """How steep brightness is after a little blur, the steepest hundredth white."""
+    """Compute the gradient's magnitude after a slight blur, with the steepest hundredth in white."""
     grey = cv2.GaussianBlur(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY).astype(np.float32), (0, 0), SOFT)
     steep = np.hypot(cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1))
     return (255 * steep / max(1.0, float(np.percentile(steep, 99)))).clip(0, 255).astype(np.uint8)
 
 
 def _tile(pixels: Pixels, cv2: Any) -> Pixels:
-    """A picture of half the resolution, as large as it was."""
+    """Halve the resolution and scale back to the same size."""
     height, width = pixels.shape[:2]
     small = cv2.resize(pixels, (max(1, width // TILE), max(1, height // TILE)), interpolation=cv2.INTER_AREA)
     return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
@@ -122,7 +122,7 @@ def _blur(pixels: Pixels, cv2: Any) -> Pixels:
 
 
 def _recolor(pixels: Pixels, cv2: Any) -> Pixels:
-    """Lightness without colours."""
+    """Return the lightness."""
     return cv2.cvtColor(pixels, cv2.COLOR_RGB2LAB)[..., 0]
 
 
@@ -138,10 +138,10 @@ _BY_OPENCV = {
 
 
 def control_pixels(image: Any, size: tuple[int, int] | None = None) -> Tensor:
-    """Pictures in any common form as a network reads them: (B, 3, H, W) float32, in [0, 1] where they are PIL images.
+    """Convert control images to network input: (B, 3, H, W) float32, in [0, 1] for PIL images.
 
-    Takes PIL images, arrays (H, W, 3) or (B, H, W, 3), tensors (3, H, W) or (B, 3, H, W), whose values stay, or a list
-    of one of these; all are resized to `size` (width, height). Raises `UsageError` for anything else.
+    Accepts PIL images, arrays (H, W, 3) or (B, H, W, 3), tensors (3, H, W) or (B, 3, H, W), whose values are unchanged,
+    or a list of one kind; all are resized to `size` (width, height). Raises `UsageError` for anything else.
     """
     if isinstance(image, (list, tuple)):
         parts = [control_pixels(one, size) for one in image]

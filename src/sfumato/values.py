@@ -1,4 +1,4 @@
-"""One check for every value that a file or a caller gives: the annotation of its field, with bounds, is the rule."""
+"""One validator for all values from files and callers: a field's annotation, with bounds, is the rule."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ __all__ = ["Within", "check_argument", "check_number", "check_record", "check_va
 
 @dataclass(frozen=True)
 class Within:
-    """Bounds, both included: of a number, of the length of a text, or of a list."""
+    """Inclusive bounds of a number, or of the length of a text or list."""
 
     low: float
     high: float
 
 
-# What an annotation without bounds allows: 64 bits, finite numbers, and no more than a sane file holds.
+# The bounds of annotations without any: 64 bits, finite numbers, and no more than a sane file contains.
 _BOUNDS: Mapping[Any, Within] = {
     int: Within(-(2**63), 2**63 - 1),
     float: Within(-float_info.max, float_info.max),
@@ -47,12 +47,12 @@ _short.maxstring = _short.maxother = 80
 
 
 def shown(value: object) -> str:
-    """A value as an error may show it: never more than a line."""
+    """Format a value for an error message, in at most one line."""
     return " ".join(_short.repr(value).split())
 
 
 def reason(error: BaseException) -> str:
-    """What another library says went wrong, as part of a sentence of ours: one line, and not a long one."""
+    """Format another library's error as part of our message, in one short line."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -65,11 +65,11 @@ def check_value(
     bounds: Mapping[Any, Within] | None = None,
     error: type[SfumatoError] = ConfigError,
 ) -> None:
-    """Raise `error`, naming `where`, the key and what it must be, unless the value is what an annotation says.
+    """Raise `error`, naming `where`, the key and what it must be, unless the value matches an annotation.
 
-    kind: a type such as `float | None`, `tuple[int, ...]`, `dict[str, str]` or `Literal["a", "b"]`; in
-    `Annotated[kind, Within(low, high), words]` the bounds and, in messages, the words are optional. bounds: by type,
-    for what has none of its own.
+    kind: a type such as `float | None`, `tuple[int, ...]`, `dict[str, str]` or `Literal["a", "b"]`. In
+    `Annotated[kind, Within(low, high), words]`, the bounds and the words for messages are optional. bounds: defaults by
+    type, for annotations without bounds.
     """
     bounds = _BOUNDS if bounds is None else {**_BOUNDS, **bounds}
     if not _fits(value, kind, bounds):
@@ -78,22 +78,22 @@ def check_value(
 
 
 def check_argument(name: str, value: object, kind: Any) -> None:
-    """Raise `UsageError` unless an argument of a call is what an annotation says; see `check_value`."""
+    """Raise `UsageError` unless an argument matches an annotation; see `check_value`."""
     check_value("", name, value, kind, error=UsageError)
 
 
 def check_number(name: str, value: Any) -> None:
-    """Raise `UsageError` unless an argument is one number, which may be in an array or a tensor."""
+    """Raise `UsageError` unless an argument is a single number, which may be in an array or tensor."""
     try:
         number = value.item() if hasattr(value, "item") else value
-    except (RuntimeError, ValueError):  # there are several
+    except (RuntimeError, ValueError):  # more than one element
         number = None
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise UsageError(f"{name} must be one number, not {shown(value)}")
 
 
 def check_record(record: Any, where: str, error: type[SfumatoError] = ConfigError) -> None:
-    """`check_value` for every field of a dataclass by its own annotation; defaults are right as they stand there."""
+    """Apply `check_value` to every field of a dataclass; fields at their default are skipped."""
     for name, kind, default in _fields(type(record)):
         value = getattr(record, name)
         if value is not default:
@@ -108,20 +108,20 @@ def _fields(cls: Any) -> list[tuple[str, Any, Any]]:
 
 @cache
 def kinds_of(cls: Any) -> dict[str, Any]:
-    """The annotations of a dataclass's fields, bounds included."""
+    """Return the annotations of a dataclass's fields, including bounds."""
     hints = get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
 
 @cache
 def _form(kind: Any) -> tuple[Any, Within | None, Any, tuple[Any, ...]]:
-    """A kind without its bounds, these, and what it is made of."""
+    """Return a kind without its bounds, the bounds, its origin and its arguments."""
     kind, within, _ = _parts(kind)
     return kind, within, get_origin(kind), get_args(kind)
 
 
 def _parts(kind: Any) -> tuple[Any, Within | None, str | None]:
-    """A kind without its bounds, these, and the words for it."""
+    """Return a kind without its bounds, the bounds, and its description."""
     if get_origin(kind) is not Annotated:
         return kind, None, None
     plain, *notes = get_args(kind)
@@ -139,7 +139,7 @@ def _fits(value: Any, kind: Any, bounds: Mapping[Any, Within]) -> bool:
         return any(type(value) is type(one) and value == one for one in args)
     base = origin or kind
     if isinstance(base, type) and dataclasses.is_dataclass(base):
-        return isinstance(value, base)  # which has checked itself
+        return isinstance(value, base)  # which validated itself
     if not isinstance(value, _TYPES[base]) or (base is not bool and type(value) is bool):
         return False
     within = within or bounds.get(base)
@@ -155,7 +155,7 @@ def _fits(value: Any, kind: Any, bounds: Mapping[Any, Within]) -> bool:
 
 
 def _wanted(value: object, kind: Any, bounds: Mapping[Any, Within]) -> str:
-    """What a value must be. A whole number out of bounds is told the bound it broke, and not both."""
+    """Describe what a value must be. For a whole number, name only the bound it exceeds."""
     plain, within, words = _parts(kind)
     options = [one for one in get_args(plain) if one is not NoneType]
     if get_origin(plain) in (Union, UnionType) and len(options) == 1:

@@ -68,6 +68,25 @@ def test_callbacks(ours, theirs):
         assert all(distance(a, b) < FLOAT32 for a, b in zip(mine[2:], other[2:], strict=True))
 
 
+@pytest.mark.parametrize("image", [False, True])
+def test_callbacks_see_and_change_what_is_decoded(image, ours, theirs):
+    seen: dict[bool, list] = {True: [], False: []}
+
+    def change(pipe, step, timestep, tensors):
+        seen[isinstance(pipe, sfumato.DiffusionPipeline)].append(tensors["denoised"].clone())
+        return {"denoised": tensors["denoised"] * 0.5, "latents": tensors["latents"] * 0.9}
+
+    given = {"image": picture()} if image else {}
+    call = {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": ["latents", "denoised"]}
+    compare(*both(ours, theirs, image=image), prompt=PROMPTS, num_inference_steps=4, **call, **given)
+    assert all(distance(a, b) < FLOAT32 for a, b in zip(*seen.values(), strict=True))
+
+
+def test_what_a_callback_makes_of_the_last_latents_is_not_decoded(ours, theirs):
+    end = {"callback_on_step_end": lambda *told: {"latents": told[3]["latents"] * 0.0} if told[1] == 3 else {}}
+    compare(*both(ours, theirs), prompt=PROMPTS, num_inference_steps=4, **end)
+
+
 @pytest.mark.parametrize("scheduler", ["LCMScheduler", "TCDScheduler"])
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_their_schedulers_with_other_checkpoints(scheduler, eta, ours, theirs):

@@ -223,6 +223,21 @@ def test_callbacks_see_and_change_the_same(ours, theirs):
         assert distance(mine[2], other[2]) < FLOAT32
 
 
+@pytest.mark.filterwarnings("ignore:.*callback:FutureWarning")
+@pytest.mark.parametrize("every", [1, 2])
+def test_older_callbacks_are_called_as_by_the_reference(every, ours, theirs):
+    seen: list[list] = []
+    for pipe in (ours(), theirs()):
+        seen.append([])
+        call = {"callback": lambda step, t, latents: seen[-1].append((step, float(t), latents.clone()))}
+        pipe(
+            PROMPTS[0], generator=generator(), output_type="latent", num_inference_steps=4, callback_steps=every, **call
+        )
+    mine, other = seen
+    assert [told[:2] for told in mine] == [told[:2] for told in other]
+    assert all(distance(a[2], b[2]) < FLOAT32 for a, b in zip(mine, other, strict=True))
+
+
 def test_guidance_ends_where_a_callback_says_so(ours, theirs):
     """The reference's recipe for dynamic guidance, and its own callback class for it."""
     from diffusers.callbacks import SDCFGCutoffCallback

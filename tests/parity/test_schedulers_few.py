@@ -98,7 +98,7 @@ def test_outputs_have_the_reference_s_names(name):
     for key in results[0]:
         assert distance(getattr(results[1], key), results[0][key]) < 1e-4
     assert own.previous_timestep(759) == theirs.previous_timestep(759) == 499
-    assert own.previous_timestep(own.timesteps[-1]) == -1
+    assert own.previous_timestep(own.timesteps[-1]).item() == -1
 
 
 @pytest.mark.parametrize("name", ["LCMScheduler", "TCDScheduler"])

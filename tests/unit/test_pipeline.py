@@ -229,6 +229,15 @@ BAD_CALLS = [
     ({"prompt": PROMPT, "timesteps": [900, 100]}, "timesteps"),
     ({"prompt": PROMPT, "sigmas": [3.0, 0.0]}, "sigmas"),
     ({"prompt": PROMPT, "guidance_scale": float("nan")}, "guidance_scale"),
+    ({"prompt": PROMPT, "guidance_scale": 10**30}, "guidance_scale must be a number from -1000 to 1000"),
+    ({"prompt": PROMPT, "callback_on_step_end": dict}, "callback_on_step_end must be a function"),
+    ({"prompt": PROMPT, "callback": dict}, "callback must be a function (step, timestep, latents)"),
+    ({"prompt": PROMPT, "callback": print, "callback_steps": 0}, "callback_steps must be a whole number"),
+    ({"prompt": PROMPT, "callback": print, "callback_on_step_end": print}, "cannot be combined"),
+    ({"prompt": PROMPT, "callback_on_step_end": lambda *_: 5}, "must return a dict of tensors, or None, not 5"),
+    ({"prompt": PROMPT, "callback_on_step_end": lambda *_: {"latents": [1]}}, "returned [1] as latents"),
+    ({"prompt": PROMPT, "callback_on_step_end": lambda *_: {"prompt_embeds": 1}}, "returned 1 as prompt_embeds"),
+    ({"prompt": PROMPT, "callback_on_step_end": lambda *_: {"latents": torch.zeros(3)}}, "of the shape (3,); keep (1, 4, 8, 8)"),
     ({"prompt": PROMPT, "num_inference_step": 3}, "did you mean 'num_inference_steps'"),
     ({"prompt": PROMPT, "ip_adapter_image": 3}, "ip_adapter_image (an image for IP-Adapters) is not in Sfumato"),
     ({"prompt": PROMPT, "callback_on_step_end": lambda *_: {}, "callback_on_step_end_tensor_inputs": ["noise"]}, "'noise'"),
@@ -241,6 +250,12 @@ def test_a_wrong_call_is_one_sentence(ours, call, says):
         ours()(**call)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["vae", "unet", "scheduler"])
+def test_a_pipeline_without_a_network_says_why(checkpoints, part):
+    with pytest.raises(UsageError, match=f"{part} is None, but pipelines need every network"):
+        sfumato.StableDiffusionPipeline.from_pretrained(checkpoints(), **{part: None})
 
 
 def test_arguments_that_are_not_used_may_be_none(ours):

@@ -390,3 +390,34 @@ def test_a_brownian_path_is_never_asked_outside_itself(options):
 def test_timesteps_that_are_no_numbers(wrong):
     with pytest.raises(UsageError, match="timesteps must be a list of numbers"):
         schedulers.DDPMScheduler().set_timesteps(timesteps=wrong)
+
+
+X = torch.ones(2, 4, 2, 2)
+
+
+@pytest.mark.parametrize("method", ["add_noise", "get_velocity"])
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler"])
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        (([1], X, 3), r"not \[1\], \(2, 4, 2, 2\), 3$"),
+        ((X, "x", 3), "not .*, 'x', 3$"),
+        ((X, X, None), "not .*, None$"),
+        ((X, X, "x"), "not .*, 'x'$"),
+        ((X, torch.ones(2, 4, 3, 3), 3), r"not .*, \(2, 4, 3, 3\), 3$"),
+        ((X, X, [1, 2, 3]), r"not .*, \[1, 2, 3\]$"),
+    ],
+)
+def test_noise_that_cannot_be_added_is_one_sentence(name, method, values, says):
+    with pytest.raises(UsageError, match=f"with one timestep per image, {says}"):
+        getattr(make(name), method)(*values)
+
+
+@pytest.mark.parametrize("method", ["add_noise", "get_velocity"])
+def test_a_timestep_that_was_not_trained_is_refused_and_a_plain_number_taken(method):
+    scheduler = make("DDIMScheduler")
+    for timestep in (1000, -1):
+        with pytest.raises(UsageError, match="timesteps must be from 0 to 999"):
+            getattr(scheduler, method)(X, X, torch.tensor([timestep]))
+    call = getattr(scheduler, method)
+    assert torch.equal(call(X, X, 7), call(X, X, torch.tensor([7, 7])))

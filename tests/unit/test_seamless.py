@@ -25,17 +25,18 @@ def moved(x: torch.Tensor, dims: tuple[int, ...], by: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("axes", "dims"), AXES)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_convolution_commutes_with_moving_bit_for_bit(axes, dims, stride):
+def test_a_convolution_commutes_with_moving(axes, dims, stride):
     layer = randomize(torch.nn.Conv2d(3, 5, 3, padding=1, stride=stride)).double()
     x = randn(2, 3, 8, 12)
     with torch.no_grad(), seamless(layer, axes):
         assert layer(x).shape == (2, 5, 8 // stride, 12 // stride)
-        assert torch.equal(layer(moved(x, dims, 2)), moved(layer(x), dims, 2 // stride))
+        # The order of a pixel's sum may depend on its place in a vector register.
+        assert torch.allclose(layer(moved(x, dims, 2)), moved(layer(x), dims, 2 // stride), rtol=0, atol=1e-13)
     with torch.no_grad():
         inner = layer(x)[:, :, 1:-1, 1:-1]
         with seamless(layer, axes):
-            assert torch.equal(layer(x)[:, :, 1:-1, 1:-1], inner)
-        assert not torch.equal(layer(moved(x, dims, 2)), moved(layer(x), dims, 2 // stride))
+            assert torch.allclose(layer(x)[:, :, 1:-1, 1:-1], inner, rtol=0, atol=1e-13)
+        assert not torch.allclose(layer(moved(x, dims, 2)), moved(layer(x), dims, 2 // stride), atol=1e-3)
 
 
 @pytest.mark.parametrize(("axes", "dims"), AXES)

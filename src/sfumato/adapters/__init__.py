@@ -1,1 +1,1 @@
-"""What people add to a checkpoint: files that change its weights (LoRA and its relatives), and new words."""
+"""Additions to a checkpoint: adapters that change its weights (LoRA and its relatives), and embeddings."""

@@ -1,4 +1,4 @@
-"""What an adapter's or embedding's file is, in the words and numbers of `sfumato show`: from its header alone."""
+"""What `sfumato show` prints about an adapter or embedding, from the file's header alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter that is read for the networks it is to change: every key accounted for, every shape known to fit."""
+"""An adapter matched to the networks it changes: every key is accounted for, and every shape fits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of embeddings (textual inversion), in every form that programs write them, and those bundled with adapters."""
+"""Embedding files (textual inversion) in every common layout, including those bundled with adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which family an adapter's file is made for, by its shapes, its names and its own words."""
+"""Detecting which model family an adapter was trained for, from its shapes, key names and metadata."""
 
 from __future__ import annotations
 

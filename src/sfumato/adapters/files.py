@@ -1,4 +1,4 @@
-"""Files of adapters and embeddings: tensors, what they say of themselves, and the hash that recipes know them by."""
+"""Adapter and embedding files: their tensors, their metadata, and the hashes that recipes identify them by."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where adapters and embeddings are: a file, a file of a folder, or one of a repository of the hub."""
+"""Finding adapters and embeddings: a file, a file in a folder, or one in a hub repository."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each kind of adapter adds to a weight, in float32 (float64 for a model in it).
+"""The weight change that each kind of adapter makes, in float32 (float64 for float64 models).
 
 W (o, i[, k, k]) is the model's own weight, m the strength asked for and s = alpha / rank, 1 where no alpha is stored.
 The tensors bear the names of the files; sources: LoRA arXiv 2106.09685, LoHa 2108.06098, LyCORIS (LoKr, tucker)

@@ -1,4 +1,4 @@
-"""Adapters that a prompt names, and files of adapters that were moved. No torch here."""
+"""Adapters named in a prompt, and adapter files that have moved. Does not import torch."""
 
 from __future__ import annotations
 

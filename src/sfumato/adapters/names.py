@@ -1,4 +1,4 @@
-"""Which of our modules a key of an adapter's file means, and which part of the change it is.
+"""Maps an adapter file's keys to our modules and to the part of the change that each key holds.
 
 Found through a dictionary of our own modules' names, in every spelling that files know them by: nothing is taken apart
 by guessing at underscores. What differs between the dialects is how they begin, and how they end.

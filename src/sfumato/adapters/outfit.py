@@ -1,4 +1,4 @@
-"""Which adapters a checkpoint wears, how strongly, and the merging of their changes into the weights.
+"""The adapters active on a checkpoint, their weights, and merging their changes into the model.
 
 Everything is computed from the model's own weights in float32, added up, and cast once; so the order in which adapters
 were put on and taken off, and what was worn before, make no difference (models/overlay.py).

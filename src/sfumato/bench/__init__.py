@@ -1,1 +1,1 @@
-"""Measuring images and networks on the machine at hand, ours and those of other libraries on the same weights."""
+"""Benchmarks of images and networks on this machine, for Sfumato and other libraries on the same weights."""

@@ -1,4 +1,4 @@
-"""What is measured: cases that a process of its own carries out, as data."""
+"""What is measured: cases as data, each run in its own process."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULTS", "TUNED", "Case", "Machine", "call_cases", "guide_cases", "picture_peers"]
 
-# Set against ours: the reference as its guide's first example has it, and with every setting its guides recommend.
+# The reference as in its guide's first example, and with every setting that its guides recommend.
 DEFAULTS, TUNED = "its defaults", "its best settings"
 BATCH = 8
-# 20 steps of the better scheduler do what 50 of the older one did.
+# 20 steps of the better scheduler match 50 of the older one.
 BETTER_SCHEDULER, BETTER_SHARE = "dpmpp_2m", 0.4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One thing to measure.
+    """One measurement.
 
     library     "sfumato", "diffusers" or "openvino"
-    work        "image", or a single call of a network: "unet" (with guidance) or "vae" (decoding)
+    work        "picture" (a whole image), or one network call: "unet" (with guidance) or "vae" (decoding)
     tuned       the reference at its best settings instead of its defaults
-    scheduler   a short name; the checkpoint's own if None
-    size        pixels along each side
+    scheduler   a short name; None for the checkpoint's own
+    size        pixels per side
     """
 
     name: str
@@ -42,7 +42,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Machine:
-    """What cases need to know: the device, the fastest half precision that is native there (or float32), the size."""
+    """The facts that cases depend on: device, fastest native half precision ("float32" if none) and image size."""
 
     device: str
     half: str
@@ -50,16 +50,16 @@ class Machine:
 
     @classmethod
     def of(cls, facts: Facts, size: int) -> Machine:
-        """From the machine's facts."""
+        """Create a `Machine` from the facts about this computer."""
         if facts.accelerator != "cpu":
             return cls(facts.accelerator, "float16", size)
         return cls("cpu", "bfloat16" if facts.native_bfloat16("cpu") else "float32", size)
 
 
 def guide_cases(machine: Machine, steps: int) -> list[Case]:
-    """The guide's path: float32, half precision, a better scheduler with fewer steps, several images.
+    """Return the steps of the guide: float32, half precision, a better scheduler with fewer steps, several images.
 
-    Where there is no native half precision, there is no such row, and the others stay in float32.
+    Without native half precision, that row is omitted and the others stay in float32.
     """
     plain = Case(name=f"float32, {steps} steps", device=machine.device, steps=steps, size=machine.size)
     half = replace(plain, name=f"{machine.half}, {steps} steps", dtype=machine.half)
@@ -70,7 +70,7 @@ def guide_cases(machine: Machine, steps: int) -> list[Case]:
 
 
 def picture_peers(machine: Machine, steps: int) -> list[Case]:
-    """The same image by the reference: at its defaults as the first row, at its best as the row of fewer steps."""
+    """Return the same image by the reference: its defaults match the first row, its best settings the shorter run."""
     plain, *_, better, _ = guide_cases(machine, steps)
     return [
         replace(plain, name=f"diffusers, {DEFAULTS}", library="diffusers"),
@@ -79,7 +79,7 @@ def picture_peers(machine: Machine, steps: int) -> list[Case]:
 
 
 def call_cases(machine: Machine, work: str, peers: tuple[str, ...]) -> list[Case]:
-    """One call of a network by everyone, ours first."""
+    """Return one network call per library, Sfumato's first."""
     ours = Case(name="sfumato", work=work, device=machine.device, dtype=machine.half, size=machine.size)
     cases = [ours]
     if "diffusers" in peers:

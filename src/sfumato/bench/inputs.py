@@ -1,4 +1,4 @@
-"""What everybody is given: the same words, and for single calls the same random tensors."""
+"""The inputs that every library gets: the same prompts and, for single calls, the same random tensors."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ TIMESTEP = 500.0
 
 @dataclass(frozen=True)
 class Inputs:
-    """Tensors of a call, in float32 on the CPU.
+    """Input tensors of a network call, float32 on the CPU.
 
-    latents (1, C, h, w); embeds (2, S, D) of a negative prompt and a prompt; where the U-Net reads such a thing, pooled
-    (2, P) of both, and sizes (2, N).
+    latents: (1, C, h, w). embeds: (2, S, D), negative prompt and prompt. pooled (2, P) and sizes (2, N) only if the
+    U-Net takes them.
     """
 
     latents: Tensor
@@ -37,13 +37,13 @@ class Inputs:
 
     @property
     def added(self) -> dict[str, Tensor]:
-        """What goes with time, by the names that the U-Net has for it."""
+        """The additional conditions, under the U-Net's argument names."""
         given = {"text_embeds": self.pooled, "time_ids": self.sizes}
         return {name: value for name, value in given.items() if value is not None}
 
 
 def call_inputs(case: Case, folder: Path) -> Inputs:
-    """Random ones for the networks of a checkpoint, of the case's size."""
+    """Return random inputs of the case's size for the networks of a checkpoint."""
     sizes = read_sizes(folder)
     unet, side = sizes.unet_config, case.size // sizes.vae_config.scale_factor
     generator = torch.Generator().manual_seed(0)

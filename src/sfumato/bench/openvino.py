@@ -1,4 +1,4 @@
-"""OpenVINO on the same weights: our networks, converted by it and compiled for the CPU."""
+"""OpenVINO on the same weights: our networks, converted and compiled for the CPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["call"]
 
-# What it calls the precisions.
+# OpenVINO's names of the dtypes.
 HINTS = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 
@@ -45,9 +45,9 @@ class _Decoder(nn.Module):
 
 
 def call(case: Case, folder: Path, converted: Path) -> Callable[[], Tensor]:
-    """A function that calls the U-Net with a batch of two, or the VAE's decoder.
+    """Return a function that calls the U-Net with a batch of two, or the VAE's decoder.
 
-    converted: a folder for its own form of the network, written if it is not there yet.
+    converted: folder for the network in OpenVINO's format, which is written if missing.
     """
     import openvino
 

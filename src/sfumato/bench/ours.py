@@ -1,4 +1,4 @@
-"""Sfumato as its users have it: everything as the plan says."""
+"""Sfumato as its users run it: everything follows the plan."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 __all__ = ["call", "conditioning", "picture", "ready"]
 
-SCALE = 7.5  # any above 1: two predictions a call
+SCALE = 7.5  # any value above 1: two predictions per call
 
 
 def picture(case: Case, folder: Path) -> Callable[[int], Timing]:
-    """A function that draws, at most the given number of steps."""
+    """Return a function that generates an image with at most the given number of steps."""
     request = _request(case)
     pipeline = load(folder, device=case.device, dtype=DTYPES[case.dtype], request=request)
 
@@ -45,7 +45,7 @@ def picture(case: Case, folder: Path) -> Callable[[int], Timing]:
 
 
 def call(case: Case, folder: Path) -> Callable[[], torch.Tensor]:
-    """A function that calls the U-Net, guidance included, or the VAE's decoder."""
+    """Return a function that calls the U-Net, including guidance, or the VAE's decoder."""
     pipeline = ready(case, folder)
     inputs = call_inputs(case, folder)
     latents = inputs.latents.to(pipeline.device)
@@ -58,7 +58,7 @@ def call(case: Case, folder: Path) -> Callable[[], torch.Tensor]:
 
 
 def conditioning(inputs: Inputs, pipeline: DiffusionPipeline) -> Conditioning:
-    """The inputs of a call as the loop has them: in the precision of the embeddings, sizes in float32."""
+    """Return the inputs as the denoising loop passes them: in the U-Net's dtype, sizes in float32."""
     told = (inputs.embeds.to(pipeline.unet.dtype), inputs.pooled, inputs.sizes)
     embeds, pooled, sizes = (() if x is None else x.to(pipeline.device).chunk(2) for x in told)
     return Conditioning(embeds, tuple(x.to(pipeline.unet.dtype) for x in pooled), sizes)
@@ -66,13 +66,13 @@ def conditioning(inputs: Inputs, pipeline: DiffusionPipeline) -> Conditioning:
 
 @torch.no_grad()
 def _decode(pipeline: DiffusionPipeline, latents: torch.Tensor, kept: bool) -> torch.Tensor:
-    """As a run does it, memory included."""
+    """Decode as in a run, including the memory settings."""
     with reused_memory() if kept else nullcontext():
         return pipeline.vae.decode(latents, return_dict=False)[0]
 
 
 def ready(case: Case, folder: Path) -> DiffusionPipeline:
-    """A pipeline whose network for the case's work is in memory, and as fast as the plan makes it."""
+    """Return a pipeline whose network for the case is loaded, and optimized as planned."""
     request = _request(case)
     pipeline = load(folder, device=case.device, dtype=DTYPES[case.dtype], request=request)
     pipeline.place.bring(pipeline.parts, case.work, pipeline.place.plan(pipeline.parts, request), [])

@@ -1,4 +1,4 @@
-"""A report as an image: bars of seconds, drawn as SVG."""
+"""A benchmark report as an SVG bar chart."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLOURS = {"sfumato": "#b5651d", "diffusers": "#9aa3ab", "openvino": "#6f8fa8"}
 
 
 def bars(title: str, rows: Sequence[Row]) -> str:
-    """Horizontal bars of the rows' seconds, under a title."""
+    """Return an SVG of horizontal bars, one per row's seconds, under a title."""
     longest = max(row.seconds for row in rows)
     height = LINE * (len(rows) + 1) + 16
     parts = [

@@ -1,4 +1,4 @@
-"""The reference library, `diffusers`, at its defaults or at its best: the one place that imports it."""
+"""The reference library, `diffusers`, at its defaults and at its best. Only this module imports it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ __all__ = ["call", "picture"]
 
 
 def picture(case: Case, folder: Path) -> Callable[[int], Timing]:
-    """A function that draws, at most the given number of steps."""
+    """Return a function that generates an image with at most the given number of steps."""
     import diffusers as library
 
-    diffusers: Any = library  # its types do not know the names that it loads lazily
-    # Its checker of images is no part of drawing them.
+    diffusers: Any = library  # its type stubs lack the names that it loads lazily
+    # The safety checker is not part of the measurement.
     nothing = {part: None for part in ("safety_checker", "feature_extractor") if part in read_index(folder)}
     dtype = DTYPES[case.dtype]
     pipeline = diffusers.AutoPipelineForText2Image.from_pretrained(folder, torch_dtype=dtype, **nothing)
@@ -43,7 +43,7 @@ def picture(case: Case, folder: Path) -> Callable[[int], Timing]:
         clock = Clock(case.device, limit)
 
         def on_step(pipeline: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            # Its own way of stopping: the steps left do nothing, and what there is is decoded.
+            # The library's own way to stop: the remaining steps do nothing, and the latents are decoded.
             pipeline._interrupt = clock.step(index + 1, pipeline.num_timesteps)
             return {}
 
@@ -62,7 +62,7 @@ def picture(case: Case, folder: Path) -> Callable[[int], Timing]:
 
 
 def call(case: Case, folder: Path) -> Callable[[], torch.Tensor]:
-    """A function that calls the U-Net with a batch of two, as guidance does, or the VAE's decoder."""
+    """Return a function that calls the U-Net with a batch of two, as guidance does, or the VAE's decoder."""
     import diffusers as library
 
     diffusers: Any = library
@@ -82,7 +82,7 @@ def call(case: Case, folder: Path) -> Callable[[], torch.Tensor]:
 
 
 def _tune(model: Any, device: str) -> None:
-    """What its guides recommend beside half precision: channels last; on CUDA also fused projections and compiling."""
+    """Apply the guides' settings besides half precision: channels last; on CUDA also fused projections and compile."""
     model.to(memory_format=torch.channels_last)
     if device != "cuda":
         return

@@ -1,4 +1,4 @@
-"""The whole benchmark: every case in turn, round after round, and what came out of it."""
+"""The whole benchmark: all cases in alternating rounds, and their summary."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sfumato.errors import MissingExtra, OutputError, UsageError, suggest
 
 __all__ = ["PEERS", "QUICK_STEPS", "Report", "Row", "Setting", "check_peers", "run"]
 
-# The libraries to be measured against: the packages each of them needs.
+# Libraries to compare with, and the packages each of them needs.
 PEERS = {"diffusers": ("diffusers", "transformers", "accelerate"), "openvino": ("openvino",)}
 # With --quick, the first step and three more.
 QUICK_STEPS = 4
@@ -24,7 +24,10 @@ QUICK_STEPS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What to measure: the checkpoint in a folder, on a machine, with `steps` in the first rows, `runs` times each."""
+    """What to measure: a checkpoint folder on a machine, with `steps` in the first rows, each `runs` times.
+
+    Raises `UsageError` for fewer than one step or run, and like `check_peers`.
+    """
 
     folder: str
     machine: Machine
@@ -42,11 +45,11 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Medians of the runs of one case.
+    """Medians over the runs of one case.
 
     seconds, seconds_per_step   of one image, or of one call
     ratio                       to the first row: the median of the ratios within each round
-    counted, steps              steps that were really run, of all that the seconds stand for
+    counted, steps              steps that were run, and steps that the seconds stand for
     """
 
     name: str
@@ -62,7 +65,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Rows of whole images and, where there are peers, of single calls; and what a reader of the rows must know."""
+    """Rows of whole images and, if there are peers, of single calls; `notes` explain how to read them."""
 
     pictures: tuple[Row, ...]
     unet: tuple[Row, ...]
@@ -71,7 +74,7 @@ class Report:
 
 
 def check_peers(peers: Sequence[str], device: str) -> None:
-    """Raise `UsageError` for a peer nobody knows or that cannot run here, `MissingExtra` for one not installed."""
+    """Raise `UsageError` if a peer is unknown or cannot run here, `MissingExtra` if one is not installed."""
     for peer in peers:
         if peer not in PEERS:
             raise UsageError(f"there is no peer {peer!r}{suggest(peer, PEERS)}; --peers takes {', '.join(PEERS)}")
@@ -84,9 +87,9 @@ def check_peers(peers: Sequence[str], device: str) -> None:
 
 
 def run(setting: Setting, watch: Callable[[str], AbstractContextManager[None]]) -> Report:
-    """Measure everything; `watch` is given each thing that is being done in words.
+    """Measure all cases; `watch` is called with a description of each measurement and wraps it.
 
-    Raises `OutputError` where there is no room for temporary files.
+    Raises `OutputError` if no temporary folder can be created.
     """
     machine = setting.machine
     cases = guide_cases(machine, setting.steps)

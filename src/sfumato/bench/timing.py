@@ -1,4 +1,4 @@
-"""Things timed in turn, so that a machine that drifts drifts under all of them."""
+"""Alternated timing, so that a machine that slows down slows down every candidate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of an image and of one step; `counted` of all `steps` were run, the others reckoned from them."""
+    """Seconds per image and per step; `counted` of the `steps` were run, the rest is extrapolated."""
 
     seconds: float
     seconds_per_step: float
@@ -26,9 +26,9 @@ class Timing:
 
 
 class Clock:
-    """Follows one image: begins now, notes the first step and the last, and then the end.
+    """Times one image: starts when created, records the first and the last step, and then the end.
 
-    limit: stop after this many steps; what is omitted takes as long as those between the first and the last did.
+    limit: stop after this many steps; each remaining step is assumed to take the average time after the first one.
     """
 
     def __init__(self, device: str, limit: int) -> None:
@@ -38,7 +38,7 @@ class Clock:
         self._began = self._now()
 
     def step(self, number: int, total: int) -> bool:
-        """Note a finished step, counted from 1; returns whether it was the last that is wanted."""
+        """Record a finished step, counted from 1; returns whether it was the last one to run."""
         last = min(self.limit, total)
         if number in (1, last):
             self._steps.append(self._now())
@@ -46,7 +46,7 @@ class Clock:
         return number >= last
 
     def stop(self) -> Timing:
-        """The end of the image."""
+        """Return the timing at the end of the image."""
         ended = self._now()
         first, last = self._steps[0], self._steps[-1]
         a_step = (last - first) / (self._counted - 1) if self._counted > 1 else first - self._began
@@ -59,7 +59,7 @@ class Clock:
 
 
 def synchronize(device: str) -> None:
-    """Wait until a device has done what it was given to do."""
+    """Wait until a device has finished its queued work."""
     if device != "cpu":
         import torch
 
@@ -67,7 +67,7 @@ def synchronize(device: str) -> None:
 
 
 def alternate(calls: Mapping[str, Callable[[], T]], runs: int) -> dict[str, list[T]]:
-    """What each call returned in each of the runs; the order is reversed from run to run."""
+    """Return the results of each call over all runs; the order is reversed after each run."""
     results: dict[str, list[T]] = {name: [] for name in calls}
     for run in range(runs):
         for name in calls if run % 2 == 0 else reversed(list(calls)):
@@ -76,7 +76,7 @@ def alternate(calls: Mapping[str, Callable[[], T]], runs: int) -> dict[str, list
 
 
 def timed(call: Callable[[], object], device: str = "cpu") -> Callable[[], float]:
-    """The seconds that a call takes, in place of what it returns; it is called once before, to warm up."""
+    """Return a function that returns the seconds a call takes; the call is made once first, to warm up."""
     call()
 
     def run() -> float:
@@ -91,18 +91,18 @@ def timed(call: Callable[[], object], device: str = "cpu") -> Callable[[], float
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """The median of the ratios of pairs."""
+    """Return the median of the pairwise ratios."""
     return median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def peak_memory(device: str = "cpu") -> int:
-    """Bytes that this process has held at most: of the device's memory on CUDA, of the system's elsewhere."""
+    """Return the peak memory of this process in bytes: device memory on CUDA, system memory elsewhere."""
     if device == "cuda":
         import torch
 
         return torch.cuda.max_memory_allocated()
     try:
-        # getrusage() starts with what the parent held; this counts this program only.
+        # getrusage() includes the parent's peak before exec; this counts this program only.
         with open("/proc/self/status", encoding="ascii") as stream:
             line = next(line for line in stream if line.startswith("VmHWM:"))
         return 1024 * int(line.split()[1])

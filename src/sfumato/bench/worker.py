@@ -1,4 +1,4 @@
-"""One case in a process of its own, whose memory is this case's alone: `python -m sfumato.bench.worker JSON`."""
+"""Runs one case in its own process, so that memory is measured per case: `python -m sfumato.bench.worker JSON`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CALLS = 3
 
 @dataclass(frozen=True)
 class Job:
-    """A case, the checkpoint's folder, after how many steps to stop (None: never), and a folder for conversions."""
+    """A case, the checkpoint folder, the number of steps to stop after (None: run all), and a conversion folder."""
 
     case: Case
     folder: str
@@ -30,14 +30,14 @@ class Job:
 
     @classmethod
     def from_json(cls, text: str) -> Job:
-        """What `measure` wrote."""
+        """Create a job from the JSON that `measure` writes."""
         values = json.loads(text)
         return cls(**values | {"case": Case(**values["case"])})
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Seconds of an image or a call, and bytes held at most. counted: steps that were really run, of all `steps`."""
+    """Seconds per image or call, and peak memory in bytes. `counted` of the `steps` were run."""
 
     seconds: float
     peak_bytes: int
@@ -47,7 +47,7 @@ class Measurement:
 
 
 def measure(job: Job) -> Measurement:
-    """Carry out a job in a fresh process. Raises `SfumatoError` with the sentence it ended with."""
+    """Run a job in a new process. Raises `SfumatoError` with the error message of the process."""
     done = subprocess.run(
         [sys.executable, "-m", __name__, json.dumps(asdict(job))],
         capture_output=True,

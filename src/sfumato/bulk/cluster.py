@@ -1,4 +1,4 @@
-"""A Ray cluster as the executor: one warm pipeline an actor, one small message a batch, and no pixel in its store.
+"""The Ray executor: one warm pipeline per actor, one small message per batch, and no pixels in the object store.
 
 Ray promises nothing about a picture: actors die, and what they were drawing comes back as an error. All that makes a
 result exactly-once (keys, renames, the ledger) is ours, so a batch may be drawn twice without harm.

@@ -1,4 +1,4 @@
-"""The optional packages of this room, imported where they are needed."""
+"""Optional dependencies of bulk jobs, imported on first use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A job as a folder: what it is, its rows with their keys, and who draws into it."""
+"""A job on disk: its settings, its rows and their keys, and the lock of the process that runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ledger: one row for each picture that was drawn and for each attempt that failed, in small Parquet files.
+"""The ledger: small Parquet files with one row for each finished image and each failed attempt.
 
 Files are added by rename and never changed. Several workers may have written the same row, and an interrupted merge
 leaves rows twice; whoever reads takes the first of each, so nothing of that shows.

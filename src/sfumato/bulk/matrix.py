@@ -1,4 +1,4 @@
-"""A matrix: a TOML file of prompts, seeds and settings, each of them with each."""
+"""A matrix: a TOML file whose prompts, seeds and settings are combined in every way."""
 
 from __future__ import annotations
 

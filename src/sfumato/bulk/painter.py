@@ -1,4 +1,4 @@
-"""One worker: a warm pipeline that draws pictures of any rows together, and puts them where their keys say."""
+"""A worker: a warm pipeline that generates a batch of rows and stores each image under its key."""
 
 from __future__ import annotations
 

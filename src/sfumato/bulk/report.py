@@ -1,4 +1,4 @@
-"""What can be said of a job: how long it will take, how far it is, and what it holds."""
+"""Reports on a job: its estimate, its progress, and its contents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows of a job, from JSON lines, CSV, Parquet or a matrix: each one the fields of a `GenerateRequest`."""
+"""The rows of a job, from JSON Lines, CSV, Parquet or a matrix; each row holds the fields of a `GenerateRequest`."""
 
 from __future__ import annotations
 

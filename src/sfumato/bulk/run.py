@@ -1,4 +1,4 @@
-"""Drawing a job: what is left of it, in batches, by whatever executor; every picture is settled once."""
+"""Runs what is left of a job in batches, on any executor, and settles every image exactly once."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Checkpoint files: where they are, what they hold, how they get into a model and back."""
+"""Checkpoint files: finding, inspecting, loading and saving them."""

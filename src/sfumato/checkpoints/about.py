@@ -1,4 +1,4 @@
-"""What a single file is, in the words and numbers of `sfumato show`: from its header, without torch."""
+"""What `sfumato show` prints about a single-file checkpoint, from its header and without torch."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ CLASSES |= {"text_encoder_2": "CLIPTextModelWithProjection"}
 
 
 def about_file(name: str | PathLike[str], **hub: Any) -> dict[str, Any]:
-    """Family and why, size, prediction, and for each part its class, parameters, bytes and precision.
+    """Return the family and the evidence for it, image size, prediction type, and class, size and dtype of each part.
 
-    Of a file that is no checkpoint: what it is instead. Raises `CheckpointError` for one that cannot be read.
+    For a file that is not a checkpoint, report what it is instead. Raises `CheckpointError` if it cannot be read.
     """
     header = read_header(locate_file(name, **hub))
     stored = header.tensors.values()

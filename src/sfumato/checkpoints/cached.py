@@ -1,4 +1,4 @@
-"""What is in the hub's cache: the models that can be used here, their sizes, and their removal."""
+"""The checkpoints in the hub cache: listing them, their sizes, and removing them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Cached", "cached_models", "remove_cached"]
 
 @dataclass(frozen=True)
 class Cached:
-    """A repository in the cache: its hub id, what it holds, its bytes on disk, folder, and short name if any."""
+    """A repository in the cache: hub id, kind of content, size on disk in bytes, folder, and short name if any."""
 
     repo: str
     kind: str
@@ -29,7 +29,7 @@ class Cached:
 
 
 def cached_models() -> list[Cached]:
-    """The models in the cache that Sfumato can use, sorted by id; those of other programs are not listed."""
+    """Return the cached models that Sfumato can use, sorted by id. Other repositories are skipped."""
     short = {repo: name for name, repo in PUBLISHED.items()}
     found, scanned = [], _scanned()
     for repo in () if scanned is None else scanned.repos:
@@ -40,9 +40,9 @@ def cached_models() -> list[Cached]:
 
 
 def remove_cached(name: str) -> Cached:
-    """Delete a model, all its revisions, from the cache.
+    """Delete a model from the cache, with all its revisions.
 
-    Raises `UsageError` for a name that is not there and `CheckpointError` if the files cannot be deleted.
+    Raises `UsageError` if the model is not cached and `CheckpointError` if its files cannot be deleted.
     """
     found = {one.repo: one for one in cached_models()}
     repo = repository_of(name)
@@ -50,7 +50,7 @@ def remove_cached(name: str) -> Cached:
         known = [*found, *(one.name for one in found.values() if one.name)]
         raise UsageError(f"{name!r} is not in the cache{suggest(name, known)}; 'sfumato models' lists what is")
     try:
-        # The folder and not its commits, which another repository may have too.
+        # Delete the folder rather than single commits: another repository may have a commit with the same hash.
         shutil.rmtree(found[repo].folder)
     except OSError as error:
         raise CheckpointError(f"{repo} cannot be removed ({reason(error)}); check the cache's permissions") from error
@@ -68,7 +68,7 @@ def _scanned() -> Any:
 
 
 def _kind(snapshot: Path) -> str | None:
-    """What a snapshot holds that can be used: a checkpoint, Core ML models, or a part of a checkpoint."""
+    """Return what a snapshot contains that we can use: a checkpoint, Core ML models, or one part of a checkpoint."""
     if (snapshot / "model_index.json").is_file():
         return "checkpoint"
     models = (path for pattern in ("*.mlpackage", "*.mlmodelc") for path in snapshot.rglob(pattern))

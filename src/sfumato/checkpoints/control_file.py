@@ -1,4 +1,4 @@
-"""Networks beside the U-Net in one file: what a file holds, and its config, told from its header alone."""
+"""Single-file control networks: their kind and config, derived from the header alone."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 __all__ = ["adapter_names", "control_class", "control_config", "control_names", "open_control_file"]
 
-# A weight that every T2I-Adapter has, in both.
+# A weight that every T2I-Adapter has, under our name and the original one, and one of a light adapter.
 ADAPTER = {"ours": "adapter.body.0.resnets.0.block1.weight", "original": "body.0.block1.weight"}
 LIGHT = "body.0.body.0.block1.weight"
-# A weight that every ControlNet has, in our naming and in the original one; what may stand before it.
+# A weight that every ControlNet has, under our name and the original one, and the prefixes it may have.
 CONTROLNET = {"ours": "controlnet_cond_embedding.conv_in.weight", "original": "input_hint_block.0.weight"}
-# Layers that read the picture, in both.
+# The layers that encode the control image, under both names.
 _HINT = re.compile(r"(controlnet_cond_embedding\.(conv_in|blocks\.\d+|conv_out)|input_hint_block\.\d+)\.weight$")
 PREFIXES = ("", "control_model.", "controlnet.")
 
@@ -39,10 +39,10 @@ PREFIXES = ("", "control_model.", "controlnet.")
 def open_control_file(
     name: str | PathLike[str] | Mapping[str, Tensor], *, use_safetensors: bool | None = None, **hub: Any
 ) -> SingleFile:
-    """Find a ControlNet or T2I-Adapter in one file and tell its config; no weight is read.
+    """Find a single-file ControlNet or T2I-Adapter and detect its config, without reading any weights.
 
-    name: a path, a hub id with a file name, a URL of the hub, or tensors by name. use_safetensors=False permits pickled
-    files. Raises `CheckpointError` saying what a file is instead.
+    name: a path, a hub id followed by a file name, a hub URL, or a dict of tensors. use_safetensors=False permits
+    pickled files. Raises `CheckpointError` if the file is something else, and says what.
     """
     header = file_header(name, use_safetensors, hub)
     for prefix in PREFIXES:
@@ -63,7 +63,7 @@ def control_class(file: SingleFile) -> str:
 
 
 def control_config(tensors: Mapping[str, Stored]) -> dict[str, Any]:
-    """The keys of a ControlNet's config that shapes tell: of its way down, and of how it reads pictures."""
+    """Return the config keys that follow from tensor shapes, for the encoder and the control image embedding."""
     down, middle, _ = levels(tensors)
     up = [[*level, level[-1]] for level in reversed(down)]
     config: dict[str, Any] = blocks_config(down, middle, up) | {
@@ -74,9 +74,9 @@ def control_config(tensors: Mapping[str, Stored]) -> dict[str, Any]:
     ].shape[1]
     config |= widths_config(tensors)
     hint = [stored.shape for name, stored in tensors.items() if _HINT.match(name) and len(stored.shape) == 4]
-    widths = sorted(shape[0] for shape in hint)[:-1]  # the last one's is the U-Net's first
+    widths = sorted(shape[0] for shape in hint)[:-1]  # the last layer's width belongs to the U-Net
     config["conditioning_channels"] = min(shape[1] for shape in hint)
-    # All but the deepest are there twice: as wide as what they read, and then wider.
+    # Every width but the largest appears twice: in a layer that keeps the width, then in one that increases it.
     config["conditioning_embedding_out_channels"] = (*widths[:-1:2], widths[-1])
     if (tasks := tensors.get("task_embedding")) is not None:  # a ControlNet Union
         kinds, channels = tasks.shape
@@ -92,7 +92,7 @@ def _count(tensors: Iterable[str], pattern: str) -> int:
 
 
 def control_names(config: ControlNetConfig) -> tuple[Names, ...]:
-    """The names of a ControlNet of this config."""
+    """Return the name mapping for a ControlNet with this config."""
     last = 2 * len(config.conditioning_embedding_out_channels) - 2
     hint = ["conv_in", *(f"blocks.{i}" for i in range(last)), "conv_out"]
     pairs = [(f"^input_hint_block.{2 * i}.", f"^controlnet_cond_embedding.{one}.") for i, one in enumerate(hint)]

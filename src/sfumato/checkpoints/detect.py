@@ -1,6 +1,6 @@
-"""What a file is: told from the names, shapes and metadata in its header, and from what lies beside it.
+"""Detects what a file contains from its header (names, shapes, metadata) and from the files next to it.
 
-No weight is read but a handful of numbers, and torch is not imported. The user's word goes before all that is told.
+Reads a handful of values at most, and does not import torch. What the user specifies overrides what is detected.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["ENCODERS", "Detected", "FilePart", "detect", "kind_of"]
 
 UNETS = ("model.diffusion_model.", "diffusion_model.", "unet.", "")
 AUTOENCODERS = ("first_stage_model.", "vae.", "")
-# Where text encoders stand in a file, and whose names their weights have.
+# The prefixes of text encoders in a file, and the naming scheme of their weights.
 ENCODERS = (
     ("cond_stage_model.transformer.", "clip"),
     ("cond_stage_model.model.", "open_clip"),
@@ -32,9 +32,9 @@ ENCODERS = (
     ("conditioner.embedders.1.model.", "open_clip"),
 )
 PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
-# Stable Diffusion 2.x says nowhere what it predicts; where it is velocity, this bias spreads wider.
+# Stable Diffusion 2.x files do not record the prediction type. In v-prediction models, this bias has a larger spread.
 TELLING_BIAS, TELLING_SPREAD = "output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
-# What else a file may be; the first that fits is meant.
+# Other kinds of file; the first match wins.
 KINDS = (
     (r"^lora_|\.lora_(down|up|A|B)\.|[._]lora\.(down|up)\.|\.hada_w|\.lokr_w|\.dora_scale", "a LoRA"),
     (r"^(control_model|controlnet_cond_embedding|input_hint_block|controlnet_blocks)\.", "a ControlNet"),
@@ -54,10 +54,10 @@ KINDS = (
 
 @dataclass(frozen=True)
 class FilePart:
-    """One network of a file: what its weights' names begin with, whose names they are, its config, and its size.
+    """One network in a file: the prefix of its weight names, their naming scheme, its config, and its size.
 
-    naming: "original" (CompVis' and Stability's), "ours" (as in folders), "clip" or "open_clip"; dtype: the precision
-    of most of it, by the format's name; names: its own, where `rules` has none for it.
+    naming: "original" (CompVis and Stability), "ours" (as in folders), "clip" or "open_clip". dtype: that of most of
+    its bytes, as safetensors spells it. names: its own name mapping, if `rules` has none for it.
     """
 
     prefix: str
@@ -71,7 +71,7 @@ class FilePart:
 
 @dataclass(frozen=True)
 class Detected:
-    """What a file is. `reasons` say why, in sentences; `notes` are what a user should know without asking."""
+    """What a file contains. `reasons` are sentences that say why; `notes` are warnings for the user."""
 
     family: Family
     parts: Mapping[str, FilePart]
@@ -82,7 +82,7 @@ class Detected:
 
     @property
     def missing(self) -> dict[str, str]:
-        """The networks that the file lacks, each with a sentence on what would supply it."""
+        """Return the networks that the file lacks, each with a sentence on how to supply it."""
         wanted = {"unet": "U-Net", "vae": "VAE"}
         wanted |= {encoder.role: f"text encoder ({encoder.title})" for encoder in self.family.encoders}
         return {
@@ -95,7 +95,7 @@ class Detected:
 
 @dataclass
 class _Case:
-    """A file on its way to being known."""
+    """The state of detecting one file."""
 
     header: Header
     reasons: list[str] = field(default_factory=list)
@@ -112,14 +112,14 @@ class _Case:
         return self.header.metadata.get(f"modelspec.{key}", "")
 
     def named(self, row: Family) -> re.Match[str] | None:
-        """Where the file's name, or a title in its metadata, is one of the family's."""
+        """Match the family's name pattern against the file name and the titles in the metadata."""
         titles = (self.header.path.stem, self.told("title"), self.told("architecture"))
         plain = (re.sub(r"[^a-z0-9]+", "-", title.lower()) for title in titles if row.named)
         return next((match for title in plain if (match := re.search(row.named or "", title))), None)
 
 
 def kind_of(names: Iterable[str]) -> str:
-    """What a file with tensors of these names is, if it is no checkpoint, in words."""
+    """Describe a file that is not a checkpoint, given its tensor names."""
     names = list(names)
     if any(_autoencoder_naming(names, prefix) for prefix in AUTOENCODERS):
         return "an autoencoder (VAE)"
@@ -135,11 +135,11 @@ def detect(
     yaml: str = "",
     vae: bool = False,
 ) -> Detected:
-    """What a file with this header is.
+    """Detect what a file with this header contains.
 
-    family, prediction_type: what the user says it is; yaml: the text of the configuration beside it; vae: whether a VAE
-    is all that is wanted of it. Raises `CheckpointError` for a file that is no checkpoint, saying what it is instead,
-    and `UsageError` for a family or prediction type that does not exist.
+    family, prediction_type: override what is detected. yaml: the text of the configuration next to the file. vae:
+    whether only a VAE is needed. Raises `CheckpointError` if the file is not a checkpoint, and says what it is instead;
+    raises `UsageError` for an unknown family or prediction type.
     """
     case = _Case(header)
     place = _unet_place(case)
@@ -171,7 +171,7 @@ def detect(
 def _rows(
     shapes: dict[str, Any], encoders: Sequence[tuple[str, str]], prediction_type: str | None = None
 ) -> list[Family]:
-    """The families that a U-Net with these text encoders may be of; of two encoders the second may be there alone."""
+    """Return the families that fit the U-Net and the text encoders. A file may lack the first of two encoders."""
     if not encoders:
         return find(shapes, prediction_type=prediction_type)
     count = 2 if encoders[-1] == ENCODERS[-1] else 1
@@ -179,11 +179,11 @@ def _rows(
 
 
 def _unet_place(case: _Case) -> tuple[str, str] | None:
-    """The prefix and the naming of the U-Net."""
+    """Return the prefix and the naming scheme of the U-Net."""
     for prefix in UNETS:
         for first, naming in (("input_blocks.0.0.weight", "original"), ("conv_in.weight", "ours")):
             stored = case.tensors.get(prefix + first)
-            # ControlNets have the U-Net's names, and some of their own.
+            # ControlNets have the U-Net's names plus some of their own.
             own = any(re.match(r"control(net)?_|input_hint_block|zero_convs", name) for name in case.tensors)
             if stored is not None and len(stored.shape) == 4 and not own:
                 return prefix, naming
@@ -239,7 +239,7 @@ def _family(
 
 
 def _prediction(case: _Case, row: Family, prefix: str, given: str | None, yaml: str) -> str:
-    """What the U-Net predicts: as the user says, the configuration beside it, metadata, a marker, its family."""
+    """Return the prediction type, from the user, the YAML file next to it, metadata, markers or the family."""
     architecture = "v_prediction" if case.told("architecture").endswith("-768-v") else None
     told = [
         (_from_yaml(yaml), "according to the configuration next to it"),
@@ -283,7 +283,7 @@ def _scheduler(case: _Case, row: Family, prediction: str) -> dict[str, Any]:
     if prediction != row.prediction_type:
         config["prediction_type"] = prediction
     if "ztsnr" in case.tensors:
-        # The last step is pure noise, which a schedule that begins below it would never see.
+        # The last step is pure noise, which a schedule that starts below it would never reach.
         config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         case.reasons.append("trained down to no signal: it has the marker ztsnr")
     for key in ("sigma_max", "sigma_min"):
@@ -334,13 +334,13 @@ def _part(case: _Case, prefix: str, naming: str, config: Mapping[str, Any]) -> F
 
 
 def _unet_values(case: _Case, row: Family, shapes: Mapping[str, Any], factor: int) -> dict[str, Any]:
-    """The family's config with what the shapes say; a head is 64 wide where it does not number its heads."""
+    """Update the family's config with the detected shapes; heads are 64 wide unless their number is fixed."""
     values = row.unet | dict(shapes)
     widths = values["block_out_channels"]
     if not isinstance(values["attention_head_dim"], int) and widths != row.unet["block_out_channels"]:
         values["attention_head_dim"] = tuple(max(1, width // 64) for width in widths)
     match = re.fullmatch(r"(\d{2,4})x(\d{2,4})", case.told("resolution"))
-    if match is not None and not row.extra:  # the size that it was trained at, if that is not its family's
+    if match is not None and not row.extra:  # the training resolution, if it differs from the family's
         width, height = (int(side) // factor for side in match.groups())
         values["sample_size"] = width if width == height else (height, width)
     return values

@@ -1,4 +1,4 @@
-"""Which family a checkpoint is of."""
+"""The family that a checkpoint belongs to."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def known_family(
     encoders: int | None = None,
     called: str = "",
 ) -> Family:
-    """The likeliest family by the configs of a checkpoint, Stable Diffusion 1.x where nothing says another.
+    """Return the family that best fits a checkpoint's configs; Stable Diffusion 1.x if nothing says otherwise.
 
-    encoders: how many text encoders there are; called: what the folder or the repository is. Relatives of one shape are
-    told apart by their name, by how they are scheduled, by what their VAE says of its latents, and by their size.
+    encoders: the number of text encoders. called: the name of the folder or repository. Families with the same shapes
+    are distinguished by name, then by scheduler, VAE latent statistics and sample size.
     """
     found = find(dict(unet), encoders=encoders) or find({})
     name = re.sub(r"[^a-z0-9]+", "-", called.lower())
@@ -48,21 +48,21 @@ def known_family(
 
 
 def _traits(unet: Mapping[str, Any], vae: Mapping[str, Any], scheduler: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What relatives differ in, from what says most to what says least."""
+    """Return the traits that distinguish families of the same shape, the most significant first."""
     noise = str(scheduler.get("_class_name")).startswith("EDM")
     prediction = scheduler.get("prediction_type", "epsilon")
     return bool(vae.get("latents_mean")), noise, prediction, unet.get("sample_size")
 
 
 def settings_of(family: Family) -> dict[str, Any]:
-    """What a family is generated with, as fields of a `GenerateRequest`."""
+    """Return a family's default settings, as fields of a `GenerateRequest`."""
     return {"steps": family.steps, "guidance_scale": family.guidance}
 
 
 def family_of(folder: Path) -> Family:
-    """The family of the checkpoint in a folder, which may be a snapshot in the hub's cache.
+    """Return the family of the checkpoint in a folder, which may be a snapshot in the hub cache.
 
-    Raises `ConfigError` for a U-Net that there cannot be.
+    Raises `ConfigError` for an invalid U-Net config.
     """
     index, unet = read_json(folder / "model_index.json"), folder / "unet" / "config.json"
     encoders = [entry for part, entry in index.items() if part.startswith("text_encoder")]

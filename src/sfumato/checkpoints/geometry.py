@@ -1,4 +1,4 @@
-"""The configs of networks, read off the names and shapes of their weights in either naming."""
+"""Network configs derived from the names and shapes of weights, in either naming."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _READ = re.compile(r"(?:layers|resblocks)\.(\d+)\.mlp\.(?:fc1|c_fc)\.weight$")
 
 
 class _Layer:
-    """A residual block: its width, the transformer blocks behind it, and whether those read only the prompt."""
+    """A residual block: its width, its transformer's depth, and whether that attends only to the prompt."""
 
     def __init__(self) -> None:
         self.width = self.depth = 0
@@ -46,8 +46,8 @@ Way = list[list[_Layer]]
 
 
 def unet_config(tensors: Mapping[str, Stored]) -> dict[str, Any]:
-    """The keys of a config that shapes tell, from a U-Net's own tensors, without their prefix."""
-    if "time_proj.weight" in tensors:  # only the latent upscaler has Fourier frequencies to load
+    """Return the config keys that follow from the shapes of a U-Net's tensors, given without their prefix."""
+    if "time_proj.weight" in tensors:  # only the latent upscaler stores Fourier frequencies
         return dict(FAMILIES["x2-upscaler"].unet)
     first = "conv_in" if "conv_in.weight" in tensors else "input_blocks.0.0"
     down, middle, up = levels(tensors)
@@ -63,12 +63,12 @@ def unet_config(tensors: Mapping[str, Stored]) -> dict[str, Any]:
 
 
 def levels(tensors: Mapping[str, Stored]) -> tuple[Way, list[_Layer], Way]:
-    """The residual blocks of a U-Net or a part of one: levels from above, the middle, and levels from below."""
+    """Return a U-Net's residual blocks: levels of the down path, the middle, and levels of the up path."""
     return _ours(tensors) if "conv_in.weight" in tensors else _original(tensors)
 
 
 def _original(tensors: Mapping[str, Stored]) -> tuple[Way, list[_Layer], Way]:
-    """Levels from above, the middle, and levels from below, of blocks that are numbered through."""
+    """Return the same for the original layout, which numbers blocks consecutively."""
     found: dict[tuple[str, int], _Layer] = defaultdict(_Layer)
     for name, stored in tensors.items():
         if match := _BLOCK.match(name):
@@ -102,10 +102,10 @@ def _ours(tensors: Mapping[str, Stored]) -> tuple[Way, list[_Layer], Way]:
 
 
 def blocks_config(down: Way, middle: Sequence[_Layer], up: Way) -> dict[str, Any]:
-    """Kinds of blocks, layers, and how deep the transformers are; written as published configs write it."""
+    """Return block types, layer counts and transformer depths, spelled as in published configs."""
     crossed = [any(layer.depth for layer in level) for level in down]
     deep = max((layer.depth for layer in middle), default=0)
-    # A level without attention counts as one deep, but for the last one, which speaks for the middle.
+    # Levels without attention are written as depth 1, except the last, whose depth is that of the middle block.
     idle = [1] * (len(down) - 1) + [deep or 1]
     ways = [
         [tuple(layer.depth for layer in level) if crossed[i] else idle[i] for i, level in enumerate(way[: len(down)])]
@@ -129,12 +129,12 @@ def blocks_config(down: Way, middle: Sequence[_Layer], up: Way) -> dict[str, Any
 
 
 def _one(values: Any) -> Any:
-    """A single number in place of as many equal ones."""
+    """Collapse a tuple of equal values to a single one."""
     return values[0] if isinstance(values, tuple) and len(set(values)) == 1 else values
 
 
 def widths_config(tensors: Mapping[str, Stored]) -> dict[str, Any]:
-    """What the first transformer tells, the width of what it reads and how it is entered; and what goes with time."""
+    """Return the prompt width and the projection type from the first transformer, and the extra embedding's keys."""
     context = next((stored.shape[1] for name, stored in tensors.items() if name.endswith(".attn2.to_k.weight")), None)
     entry = next((stored for name, stored in tensors.items() if name.endswith(".proj_in.weight")), None)
     found = {} if context is None else {"cross_attention_dim": context}
@@ -143,7 +143,7 @@ def widths_config(tensors: Mapping[str, Stored]) -> dict[str, Any]:
 
 
 def _labels(tensors: Mapping[str, Stored], context: int | None) -> dict[str, Any]:
-    """What is added to time: pooled prompts with sizes, the embedding of an image, or one of a table of labels."""
+    """Return the keys of the embedding added to the timestep: pooled prompt and sizes, an image, or class labels."""
     for name in ("label_emb.weight", "class_embedding.weight"):
         if name in tensors:
             return {"num_class_embeds": tensors[name].shape[0]}
@@ -159,7 +159,7 @@ def _labels(tensors: Mapping[str, Stored], context: int | None) -> dict[str, Any
 
 
 def vae_config(tensors: Mapping[str, Stored]) -> dict[str, Any]:
-    """The same of an autoencoder; nothing where it has a shape that only its config can tell."""
+    """Return the same for an autoencoder; empty if only its config can describe its shape."""
     layers = {
         (int(match[1]), int(match[2])): stored.shape[0]
         for name, stored in tensors.items()
@@ -178,7 +178,7 @@ def vae_config(tensors: Mapping[str, Stored]) -> dict[str, Any]:
 
 
 def text_config(tensors: Mapping[str, Stored], usual: Mapping[str, Any]) -> dict[str, Any]:
-    """The same of a text encoder, given the config that its family usually has; a head is 64 wide."""
+    """Return the same for a text encoder. usual: the family's config. Heads are 64 wide."""
     ends = {name.removesuffix(".weight").rpartition(".")[2]: stored for name, stored in tensors.items()}
     words, positions = ends.get("token_embedding"), ends.get("position_embedding") or ends.get("positional_embedding")
     layers = {int(match[1]): stored.shape[0] for name, stored in tensors.items() if (match := _READ.search(name))}
@@ -186,7 +186,7 @@ def text_config(tensors: Mapping[str, Stored], usual: Mapping[str, Any]) -> dict
         return {}
     width, count = words.shape[1], 1 + max(layers)
     config = {"vocab_size": words.shape[0], "hidden_size": width, "max_position_embeddings": positions.shape[0]}
-    # Some families leave the last layer out, which their files have all the same.
+    # Some families skip the last layer, but their files contain it.
     last = usual["num_hidden_layers"]
     config |= {"num_hidden_layers": last if count == last + 1 else count, "intermediate_size": layers[0]}
     projection = tensors.get("text_projection")

@@ -1,4 +1,4 @@
-"""Headers of safetensors files: names, precisions, shapes and a few numbers, read without torch and without weights."""
+"""Safetensors headers: names, dtypes, shapes and a few values, read without torch and without loading weights."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 __all__ = ["MOST_HEADER", "Header", "Stored", "read_header"]
 
-# A header names each tensor in some hundred bytes; that of a whole checkpoint may carry an image, too.
+# A header takes about a hundred bytes per tensor; that of a whole checkpoint may also contain an image.
 MOST_HEADER, LONGEST = 2**24, 2**27
 FEW = 2**16
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as its file describes it: precision, shape, and where in the data its bytes begin and end."""
+    """A tensor as described by the header: dtype, shape, and the begin and end of its bytes in the data section."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -35,22 +35,22 @@ class Stored:
 
     @property
     def count(self) -> int:
-        """Numbers in the tensor."""
+        """Number of elements."""
         return prod(self.shape)
 
     @property
     def bytes(self) -> int:
-        """Bytes in the file."""
+        """Size in the file."""
         return self.end - self.begin
 
     def is_floating_point(self) -> bool:
-        """As torch's of the tensor."""
+        """Return whether the dtype is floating point, like `torch.Tensor.is_floating_point`."""
         return self.dtype.startswith(("F", "BF"))
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says of itself; `start` is where its data begin, `loaded` its tensors where they are read already."""
+    """A parsed header. start: the offset of the data section. loaded: the tensors, if they are already in memory."""
 
     path: Path
     tensors: Mapping[str, Stored]
@@ -59,7 +59,7 @@ class Header:
     loaded: Mapping[str, Any] | None = None
 
     def numbers(self, name: str) -> tuple[float, ...]:
-        """The numbers of a small tensor; none if it is not there, is large, or is in a precision read only by torch."""
+        """Return a small tensor's values; empty if it is absent, large, or in a dtype that only torch reads."""
         stored = self.tensors.get(name)
         if stored is not None and self.loaded is not None:
             return tuple(self.loaded[name].flatten().tolist())
@@ -74,9 +74,9 @@ class Header:
 
 
 def read_header(path: Path, most: int = LONGEST) -> Header:
-    """The header of a file, of at most so many bytes, which says of each tensor only what the file can hold.
+    """Read and validate a file's header of at most `most` bytes.
 
-    Raises `CheckpointError` where it is missing, cut off, or not a safetensors file.
+    Raises `CheckpointError` if the file is missing, truncated or not safetensors, or if offsets and shapes disagree.
     """
     try:
         if not path.exists():
@@ -114,14 +114,14 @@ def _read(text: bytes) -> tuple[dict[str, Stored], dict[str, str]]:
 
 
 def _described(name: str, entry: Any) -> Stored:
-    """Raise `ValueError` for a tensor that is not described rightly."""
+    """Parse one header entry. Raises `ValueError` if it is malformed."""
     told = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (told.get(key) for key in ("dtype", "shape", "data_offsets"))
     found = re.fullmatch(r"[A-Z]+(\d*)(_\w+)?", dtype) if isinstance(dtype, str) else None
     if found is None or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"{shown(name)} has no type, shape and offsets")
     stored = Stored(found[0], tuple(shape), *offsets)
-    # The format names its types by their bits ("BF16", "F8_E4M3"), but for BOOL.
+    # Except for BOOL, dtype names contain their number of bits ("BF16", "F8_E4M3").
     if stored.bytes != stored.count * int(found[1] or 8) // 8:
         raise ValueError(f"{shown(name)} has impossible offsets")
     return stored

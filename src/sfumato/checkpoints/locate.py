@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are: a local folder, the hub's cache, or the hub itself, in this order."""
+"""Locates a checkpoint's files: a local folder, then the hub cache, then the hub."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ __all__ = [
 
 log = logging.getLogger("sfumato")
 
-# Seconds to wait for the hub's first answer.
+# Seconds to wait for the hub's first response.
 TIMEOUT = 20.0
 
-# From the names of the files that exist to those that are needed. `strict` asks for the variant in every component.
-# Raises CheckpointError where the files that exist do not suffice.
+# Picks the needed file names from the available ones. `strict` requires the variant in every component.
+# Raises CheckpointError if the available files are not enough.
 Select = Callable[[Sequence[str], bool], list[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubOptions:
-    """How to reach the hub; the fields are `huggingface_hub`'s own, and a token stored by its login is found."""
+    """How to access the hub. Fields are those of `huggingface_hub`, which also finds the token stored at login."""
 
     cache_dir: str | Path | None = None
     revision: str | None = None
@@ -53,7 +53,7 @@ class HubOptions:
 
     @classmethod
     def of(cls, keywords: dict[str, Any]) -> HubOptions:
-        """From keyword arguments; raises `UnknownArgument` for one that is none of these."""
+        """Build from keyword arguments. Raises `UnknownArgument` for an unknown one."""
         known = [f.name for f in fields(cls)]
         for name in keywords:
             if name not in known:
@@ -63,11 +63,11 @@ class HubOptions:
 
 
 def locate_folder(name: str | PathLike[str], select: Select, **hub: Any) -> Path:
-    """The local folder that holds what `select` asks for, downloaded if necessary.
+    """Return the local folder that holds the files `select` picks, downloading them if necessary.
 
-    "built-in" is the model of the package. A folder on this machine is used as it is and no network is touched. A hub
-    id is looked up in the cache first: files already there are never requested again. A short name such as "sd15" finds
-    what is in the cache and never downloads. Raises `CheckpointError` or `DownloadError` in one sentence.
+    "built-in" is the model that ships with the package. A local folder is used as it is, without network access. For a
+    hub id, cached files are never requested again. A short name such as "sd15" is only looked up in the cache, never
+    downloaded. Raises `CheckpointError` or `DownloadError`.
     """
     options = HubOptions.of(hub)
     folder = _local_folder(name)
@@ -84,7 +84,7 @@ def locate_folder(name: str | PathLike[str], select: Select, **hub: Any) -> Path
     try:
         return download(repo, select, options)
     except DownloadError:
-        # A variant that is absent from the cache but has a full-precision twin there still generates the image.
+        # If the cache lacks the variant but has the full-precision files, those will do.
         if cached is not None and _complete(cached, select, strict=False):
             log.warning("the hub cannot be reached; using the cached files of %r", repo)
             return cached
@@ -92,10 +92,10 @@ def locate_folder(name: str | PathLike[str], select: Select, **hub: Any) -> Path
 
 
 def find_folder(name: str | PathLike[str], *, required: bool = False) -> Path | None:
-    """Where a model is on this machine, complete or not; None for one that has to be downloaded or is a single file.
+    """Return a model's local folder, complete or not; None if it must be downloaded or is a single file.
 
-    Quick and without a network, for a command to refuse a wrong name before anything heavy is imported. required: it
-    will not be downloaded. Raises `CheckpointError`, `DownloadError` or `UsageError` as `locate_folder` would.
+    Quick and offline, so that a command can reject a wrong name before any heavy import. required: the model will not
+    be downloaded. Raises `CheckpointError`, `DownloadError` or `UsageError`, like `locate_folder`.
     """
     folder = _local_folder(name)
     if folder is not None or os.path.isfile(expanded(name)):
@@ -108,7 +108,7 @@ def find_folder(name: str | PathLike[str], *, required: bool = False) -> Path | 
 
 
 def full_name(name: str | PathLike[str]) -> str:
-    """What a model is called in recipes, where a name must mean the same on every machine: no short name."""
+    """Return a model's name for recipes: short names are expanded, so that it means the same on every machine."""
     return str(name) if os.path.isdir(expanded(name)) else repository_of(str(name))
 
 
@@ -134,10 +134,10 @@ def _not_here(name: str, repo: str) -> DownloadError:
 
 
 def download(repo: str, select: Select, options: HubOptions, *, local_dir: Path | None = None) -> Path:
-    """Fetch from the hub what `select` picks from the repository's files; only missing files travel.
+    """Download the files of a repository that `select` picks; files already present are skipped.
 
-    local_dir: the folder to put the files into, in place of the cache. Raises `DownloadError` or, for a name that
-    cannot be a hub id, `UsageError`.
+    local_dir: a folder to download to instead of the cache. Raises `DownloadError`, or `UsageError` for an invalid hub
+    id.
     """
     keep_to_itself()
     from huggingface_hub import HfApi, snapshot_download
@@ -149,7 +149,7 @@ def download(repo: str, select: Select, options: HubOptions, *, local_dir: Path 
     )
 
     try:
-        # Asked once and not retried: a dead network is known at once, and not after half a minute.
+        # One request without retries, so that a dead network is noticed at once rather than after half a minute.
         info = HfApi(token=options.token).model_info(repo, revision=options.revision, timeout=TIMEOUT)
         wanted = select([file.rfilename for file in info.siblings or ()], False)
         folder = snapshot_download(
@@ -183,22 +183,22 @@ def download(repo: str, select: Select, options: HubOptions, *, local_dir: Path 
 
 
 def _why_not(repo: str, error: Exception) -> str:
-    """Why a download failed, in a sentence."""
+    """Describe in a sentence why a download failed."""
     from huggingface_hub.errors import HfHubHTTPError
 
-    # The library lets the exceptions of its HTTP client through, which changes with its version.
+    # The library passes on the exceptions of its HTTP client, which differs between versions.
     client = type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests", "urllib3")
     if client or isinstance(error, (HfHubHTTPError, OSError, RuntimeError)):
         return (
             f"{repo!r} is not a local folder, and the hub cannot be reached ({reason(error)}); "
             "check the network or give a local folder"
         )
-    # Names of files that lead out of the folder, and answers that are no answer.
+    # File names that escape the folder, and malformed responses.
     return f"{repo!r} cannot be downloaded ({reason(error)}); do not use this repository"
 
 
 def by_patterns(*patterns: str) -> Select:
-    """Pick every file that matches one of the shell-style patterns; an error if none does."""
+    """Return a `Select` for files that match any of the shell patterns. It raises `CheckpointError` if none does."""
 
     def select(names: Sequence[str], strict: bool) -> list[str]:
         found = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
@@ -220,19 +220,19 @@ def _cached_snapshot(repo: str, options: HubOptions) -> Path | None:
             revision=options.revision,
             cache_dir=options.cache_dir,
             local_files_only=True,
-            # No file has this name. Without a pattern, a snapshot that lacks any file of the repository is not found,
-            # and ours hold only what is needed; whether that is all there, `_complete` finds out.
+            # No file has this name. Without a pattern, snapshots that lack any file of the repository are not found,
+            # and ours contain only the files we need; `_complete` checks that those are all there.
             allow_patterns=["//"],
         )
-    except (LocalEntryNotFoundError, OSError, TypeError, ValueError, RuntimeError):  # the last without a home folder
+    except (LocalEntryNotFoundError, OSError, TypeError, ValueError, RuntimeError):  # RuntimeError: no home folder
         return None
     return Path(found)
 
 
 def keep_to_itself() -> None:
-    """Have the hub's library ask for what it is told to and nothing else; it reads this when it is imported first.
+    """Disable the telemetry of `huggingface_hub`; has no effect once that is imported.
 
-    Otherwise it tells the hub which programs it runs in, and asks for a list of those it should look for.
+    By default it reports the programs it runs in to the hub, and fetches a list of programs to look for.
     """
     if "huggingface_hub" not in sys.modules:
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -268,7 +268,7 @@ def _hub_id(name: str | PathLike[str]) -> str:
 
 
 def _literal(name: str) -> str:
-    """A file name as a pattern that matches only itself."""
+    """Escape a file name as a pattern that matches only itself."""
     return "".join(f"[{char}]" if char in "*?[" else char for char in name)
 
 

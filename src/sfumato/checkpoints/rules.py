@@ -1,7 +1,7 @@
-"""Names of weights in the original layout (CompVis' and Stability's single files) and in ours, as data.
+"""Weight names in the original layout (CompVis and Stability single files) and in ours, as data.
 
-Each `Names` is one correspondence, read both ways: # stands for a number, ^ and $ for the beginning and the end. Where
-several fit a name they follow one another, first to last on the way to our names and last to first on the way back.
+Each `Names` maps in both directions: # stands for a number, ^ and $ for the beginning and the end. If several match a
+name, all are applied: first to last towards our names, last to first towards the original ones.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["OPEN_CLIP", "Names", "Rule", "names_for", "original_name", "respelle
 
 @dataclass(frozen=True)
 class Rule:
-    """A regular expression that renames the keys of another layout; an empty replacement drops the key."""
+    """A regular expression that renames keys of another layout; an empty replacement drops the key."""
 
     pattern: str
     replacement: str
@@ -29,10 +29,9 @@ class Rule:
 
 @dataclass(frozen=True)
 class Names:
-    """A name in the original layout, and in ours; `form` is how the tensor itself differs there.
+    """A name in the original layout and in ours. `form` is how the original tensor differs from ours.
 
-    "same"; "matrix": a convolution of one pixel; "transposed"; "thirds": three of ours below one another, of which *
-    in our name stands for q, k and v.
+    "same"; "matrix": a 1×1 convolution; "transposed"; "thirds": q, k and v concatenated, which our name spells with *.
     """
 
     original: str
@@ -40,7 +39,7 @@ class Names:
     form: str = "same"
 
     def rule(self, *, back: bool = False) -> Rule:
-        """The rule that leads to our name, or back from it."""
+        """Return the renaming rule towards our name, or towards the original one if `back`."""
         begin, end = (self.ours, self.original) if back else (self.original, self.ours)
         pattern = re.escape(begin).replace(r"\^", "^").replace(r"\$", "$").replace(r"\#", r"(\d+)")
         numbers = iter(range(1, 10))
@@ -55,7 +54,7 @@ def _back(names: Names) -> tuple[re.Pattern[str], str]:
 
 
 def original_name(key: str, names: Sequence[Names]) -> tuple[str, str, int]:
-    """The original name of a weight of ours, the form that it has there, and which third of it it is."""
+    """Return the original name and form of one of our weights, and its index among q, k and v."""
     part = re.search(r"\.([qkv])_proj\.", key)
     form = "same"
     for one in reversed(names):
@@ -65,12 +64,12 @@ def original_name(key: str, names: Sequence[Names]) -> tuple[str, str, int]:
     return key, form, "qkv".index(part[1]) if part and form == "thirds" else 0
 
 
-# Other spellings of original names, and the form that goes with them.
+# Alternative spellings of original names, and their form.
 _RESPELLED = (
     (re.compile(r"^time_embed\."), "time_embedding.", None),
     (re.compile(r"^text_projection$"), "text_projection.weight", "same"),
-    (re.compile(r"^text_model\."), "", None),  # of merges of the first year
-    # Autoencoders of the first years, written by the ecosystem's own library.
+    (re.compile(r"^text_model\."), "", None),  # from merges made in 2022
+    # Autoencoders of the first years, saved by diffusers.
     (re.compile(r"(mid_block\.attentions\.\d+)\.to_q\."), r"\1.query.", "matrix"),
     (re.compile(r"(mid_block\.attentions\.\d+)\.to_k\."), r"\1.key.", "matrix"),
     (re.compile(r"(mid_block\.attentions\.\d+)\.to_v\."), r"\1.value.", "matrix"),
@@ -79,12 +78,12 @@ _RESPELLED = (
 
 
 def respelled(name: str, form: str) -> list[tuple[str, str]]:
-    """The ways in which files spell an original name, with the form of each; the usual one first."""
+    """Return the known spellings of an original name, each with its form, the usual one first."""
     other = [(pattern.sub(to, name), new or form) for pattern, to, new in _RESPELLED if pattern.search(name)]
     return [(name, form), *other]
 
 
-# The same inside every residual block of the U-Net.
+# The mapping inside every residual block of the U-Net.
 _RESNET = tuple(
     Names(f"resnets.#.{original}.", f"resnets.#.{ours}.")
     for original, ours in (
@@ -99,7 +98,7 @@ _RESNET = tuple(
 
 
 def unet_names(config: UNet2DConditionConfig) -> tuple[Names, ...]:
-    """The names of a U-Net of this config; in the original layout all blocks of one way are numbered through."""
+    """Return the name mapping for a U-Net; the original layout numbers the blocks of a path consecutively."""
     label = "add_embedding" if config.addition_embed_type is not None else "class_embedding"
     pairs = [
         ("time_embed.0", "time_embedding.linear_1"),
@@ -151,7 +150,7 @@ def _up_names(config: UNet2DConditionConfig) -> list[tuple[str, str]]:
 
 
 def vae_names(levels: int) -> tuple[Names, ...]:
-    """The names of an autoencoder of so many levels, which the original layout counts from below on the way up."""
+    """Return the name mapping for an autoencoder; the original layout counts decoder levels in reverse order."""
     names = [
         Names("^encoder.down.#.block.#.", "^encoder.down_blocks.#.resnets.#."),
         Names("^encoder.down.#.downsample.conv.", "^encoder.down_blocks.#.downsamplers.0.conv."),
@@ -191,7 +190,7 @@ OPEN_CLIP = (
 
 
 def names_for(naming: str, config: Any) -> tuple[Names, ...]:
-    """The names of a network with this config under a naming: "original", "open_clip", or one that is ours already."""
+    """Return the name mapping for a network in the given naming scheme; empty if its names are ours already."""
     if naming == "original":
         return (
             unet_names(config) if hasattr(config, "cross_attention_dim") else vae_names(len(config.block_out_channels))

@@ -1,7 +1,7 @@
-"""Checkpoints in one file: opened by header, given to models part by part, and written.
+"""Single-file checkpoints: opening them by header and loading each part on demand.
 
-A part is read by our own names: each weight of a model is looked up under its original name. So what is missing, left
-over or of another shape is known from the header, and each tensor is mapped, put into our form and cast alone.
+Each weight of a model is looked up by its original name. Missing, surplus and mis-shaped weights are therefore found
+from the header alone, and tensors are mapped, converted and cast one at a time.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ log = logging.getLogger("sfumato")
 NARROW = ("F8_E4M3", "F8_E5M2")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-# What lies beside the weights and is none: schedules, counters, training's own, what has been read already.
+# Tensors that are not weights of the model: schedules, counters, leftovers of training, and scales read separately.
 WITHOUT_EFFECT = re.compile(
     r"(^|\.)(position_ids|logit_scale|scaled_fp8|scale_weight|weight_scale|scale_input|input_scale)$"
     r"|^text_projection(\.weight)?$|^transformer\.resblocks\.23\."
@@ -53,7 +53,7 @@ SCALES = (".scale_weight", ".weight_scale")
 
 @dataclass(frozen=True)
 class _Source:
-    """Where one of our weights comes from: a stored tensor, in which form, and which third of it."""
+    """The source of one of our weights: a stored tensor, its form, and which third of it to take."""
 
     name: str
     form: str
@@ -62,10 +62,10 @@ class _Source:
 
 @dataclass(frozen=True)
 class SingleFile:
-    """A checkpoint in one file, of which only the header has been read.
+    """A single-file checkpoint of which only the header has been read.
 
-    folder: where configs come from in place of what was detected; ema: whether the U-Net's averaged weights are meant;
-    beside: the VAE that goes with it in a file of its own; options: what was said to open it.
+    folder: a folder of configs that override the detected ones. ema: use the U-Net's EMA weights. beside: a VAE in a
+    separate file next to this one. options: the arguments it was opened with.
     """
 
     path: Path
@@ -78,11 +78,11 @@ class SingleFile:
 
     @property
     def missing(self) -> dict[str, str]:
-        """What `detected` is missing, but for a VAE beside."""
+        """Return `detected.missing`, without the VAE if there is one next to the file."""
         return {role: said for role, said in self.detected.missing.items() if role != "vae" or self.beside is None}
 
     def config(self, role: str) -> dict[str, Any]:
-        """The config of a part ("unet", "vae", "text_encoder", "text_encoder_2"), as its JSON file would hold it."""
+        """Return the config of a part ("unet", "vae", "text_encoder", "text_encoder_2"), as in its JSON file."""
         told = self.part(role).config
         if self.folder is None:
             return dict(told)
@@ -90,7 +90,7 @@ class SingleFile:
         return read_json(inside if inside.is_file() else self.folder / "config.json")
 
     def part(self, role: str) -> FilePart:
-        """Where a part is in the file. Raises `CheckpointError` saying what would supply one that is not."""
+        """Return a part of the file. Raises `CheckpointError` if it is missing, and says how to supply it."""
         parts = self._holding(role).detected.parts
         if role not in parts:
             there = ", ".join(parts) or "nothing"
@@ -99,19 +99,19 @@ class SingleFile:
         return parts[role]
 
     def dtype(self, role: str) -> torch.dtype:
-        """The precision to keep a part in where none is asked for: that of most of it, at least float16."""
+        """Return the dtype to load a part in by default: that of most of its weights, but at least float16."""
         part = self.part(role)
         return torch.float16 if part.dtype in NARROW else DTYPES.get(part.dtype, torch.float32)
 
     def check(self, model: nn.Module, role: str) -> dict[str, _Source]:
-        """Where each weight of a model comes from, told from the header alone.
+        """Return the source of each weight of a model, from the header alone.
 
-        Raises `CheckpointError` for weights that are missing, left over, or of another shape than the model's.
+        Raises `CheckpointError` for missing, surplus or mis-shaped weights.
         """
         return self._holding(role)._sources(model, role)
 
     def _holding(self, role: str) -> SingleFile:
-        """The file that a part is in."""
+        """Return the file that contains a part."""
         return self.beside if role == "vae" and self.beside is not None else self
 
     def _sources(self, model: nn.Module, role: str) -> dict[str, _Source]:
@@ -138,10 +138,10 @@ class SingleFile:
         return sources
 
     def fill(self, model: nn.Module, role: str, dtype: torch.dtype | None = None, *, copy: bool = False) -> None:
-        """Give a model built on the meta device the weights of a part.
+        """Load the weights of a part into a model built on the meta device.
 
-        dtype: to cast to; that of most of the part if None. copy: read weights that keep their precision, and do not
-        map them. Raises as `check`.
+        dtype: the dtype to cast to; by default, `self.dtype(role)`. copy: copy weights that need no cast instead of
+        mapping them. Raises `CheckpointError`, like `check`.
         """
         file, sources = self._holding(role), self.check(model, role)
         keys: dict[str, list[str]] = {}
@@ -192,7 +192,7 @@ class SingleFile:
             yield from ((name, convert(name, self.header.loaded[name])) for name in names)
 
     def _scale(self, name: str) -> Tensor | None:
-        """What eight-bit weights are multiplied by: a number, or one for each row."""
+        """Return the scale of an 8-bit weight: a single value, or one per row; None if it has none."""
         if self.header.tensors[name].dtype not in NARROW:
             return None
         for suffix in SCALES:
@@ -221,13 +221,13 @@ def open_single_file(
     vae: bool = False,
     **hub: Any,
 ) -> SingleFile:
-    """Find a file and tell what it is; no weight is read.
+    """Find a file and detect what it contains, without reading any weights.
 
-    name: a path, a hub id with a file name, a URL of the hub, or tensors by name. family and prediction_type go before
-    what the file tells; config is a folder or a hub id with the configs of a checkpoint like it, and subfolder a folder
-    in it; original_config a YAML file of the original layout (by itself: the one beside the file).
-    use_safetensors=False permits pickled files. ema: the averaged weights of the U-Net; vae: only a VAE is wanted.
-    Raises `CheckpointError` or `UsageError` in one sentence.
+    name: a path, a hub id followed by a file name, a hub URL, or a dict of tensors. family, prediction_type: override
+    what is detected. config: a folder or hub id with the configs of a similar checkpoint, in its folder `subfolder` if
+    given. original_config: a YAML file of the original layout (default: the one next to the file).
+    use_safetensors=False permits pickled files. ema: use the U-Net's EMA weights. vae: only a VAE is needed. Raises
+    `CheckpointError` or `UsageError`.
     """
     header = file_header(name, use_safetensors, hub)
     yaml = text_beside(header.path, original_config)
@@ -256,7 +256,7 @@ def _vae_beside(path: Path, found: Detected) -> SingleFile | None:
 
 
 def file_header(name: Any, use_safetensors: bool | None, hub: Mapping[str, Any]) -> Header:
-    """The header of a file by path, hub id or URL, or of tensors by name. Raises as `open_single_file`."""
+    """Return the header of a file, or of a dict of tensors. Raises the same errors as `open_single_file`."""
     if hasattr(name, "keys"):
         if not all(isinstance(one, torch.Tensor) for one in name.values()):
             raise UsageError(f"from_single_file takes a path, or tensors by name, not {shown(name)}")
@@ -283,7 +283,7 @@ def _loaded(path: Path, tensors: Mapping[str, Tensor]) -> Header:
 
 
 def _of_folder(found: Detected, folder: Path) -> Detected:
-    """The same with family and scheduler of a folder of configs."""
+    """Return `found` with the family and scheduler of a folder of configs."""
     unet, _ = parse(UNet2DConditionConfig, read_json(folder / "unet" / "config.json"))
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     there = [role for role in ("text_encoder", "text_encoder_2") if index.get(role, [None])[0] is not None]
@@ -293,7 +293,7 @@ def _of_folder(found: Detected, folder: Path) -> Detected:
     rows = rows if unet.time_cond_proj_dim is None else list(map(distilled, rows))
     family = found.family if found.family in rows else rows[0]
     path = folder / "scheduler" / "scheduler_config.json"
-    # What its own name or markers tell is not in the folder of a relative.
+    # A related checkpoint's folder does not have what this file's own name or markers revealed.
     own = family is found.family and (family.named or family.markers)
     scheduler = found.scheduler if own or not path.is_file() else read_json(path)
     return dataclasses.replace(
@@ -302,7 +302,7 @@ def _of_folder(found: Detected, folder: Path) -> Detected:
 
 
 def _shape(stored: Stored, source: _Source) -> tuple[int, ...]:
-    """The shape of a weight once it is in our form."""
+    """Return a weight's shape after conversion to our form."""
     shape = stored.shape
     match source.form:
         case "matrix":

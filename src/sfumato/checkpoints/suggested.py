@@ -1,4 +1,4 @@
-"""The settings a checkpoint asks for, where a request leaves them open."""
+"""A checkpoint's recommended settings, used where a request leaves them unset."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ SETTINGS = ("steps", "guidance_scale")
 
 
 def suggested_settings(folder: Path) -> dict[str, Any]:
-    """`sfumato.json` beside the index: fields of a `GenerateRequest`. Empty where a checkpoint has no such file.
+    """Return the `GenerateRequest` fields in a checkpoint's `sfumato.json`; empty without such a file.
 
-    Raises `ConfigError` for a field that is none of `SETTINGS`, or has a value that it cannot have.
+    Raises `ConfigError` for a field that is not in `SETTINGS` or has an invalid value.
     """
     path = folder / "sfumato.json"
     settings = read_json(path) if os.path.lexists(path) else {}

@@ -1,7 +1,7 @@
-"""Weight files: which ones a folder offers, how they get into a model, and how they are written.
+"""Weight files: choosing them in a folder, loading them into a model, and saving them.
 
-Weights are mapped from disk, not read: a tensor kept in its stored precision is never copied. Where another precision
-is asked for, tensors are cast one by one, and what was mapped for it is let go every few megabytes.
+Weights are memory-mapped: a tensor that keeps its stored dtype is never copied. Otherwise tensors are cast one at a
+time, and the mapping is released every few megabytes.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ __all__ = [
     "without_weights",
 ]
 
-# How much may be mapped for casting before the mapping is renewed: a small part of the file, so that the peak stays
-# near the size of the result, but not so small a part that opening the file again costs time.
+# How much to map for casting before renewing the mapping: a small fraction of the file, so that peak memory stays
+# close to the size of the result, but enough that reopening the file costs no time.
 CAST_WINDOW = 4 * 2**20
 CAST_PARTS = 64
-# Under which key an index keeps the hashes of its shards, and what of them is hashed.
+# The index key for the hashes of shards, and how much of each shard is hashed.
 DIGESTS, DIGEST_BLOCKS, DIGEST_BYTES = "sfumato_sha256", 64, 2**18
 _PICKLED_NAMES = {"model": "pytorch_model"}
 
@@ -56,7 +56,7 @@ _RANDOM = (Tensor.uniform_, Tensor.normal_, nn.init.uniform_, nn.init.normal_, n
 
 
 class _Unfilled(TorchFunctionMode):
-    """Leaves new parameters unfilled: on the meta device, random filling does nothing but import half a compiler."""
+    """Skip random initialization, which on the meta device does nothing but import half a compiler."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -65,7 +65,7 @@ class _Unfilled(TorchFunctionMode):
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Models built inside have shapes and no weights, and cost no memory."""
+    """Build models on the meta device inside this context: with shapes, but without weights or memory."""
     with torch.device("meta"), _Unfilled():
         yield
 
@@ -73,10 +73,10 @@ def without_weights() -> Iterator[None]:
 def pick_weights(
     names: Collection[str], weights_name: str, *, variant: str | None = None, use_safetensors: bool | None = None
 ) -> str | None:
-    """The name of the weight file, or of the index of its shards, that a folder with these files offers.
+    """Pick the weight file, or the index of its shards, from the file names in a folder.
 
-    The variant goes before the plain file; safetensors is the only format, unless `use_safetensors=False` asks for
-    pickled weights in so many words. None where there is nothing to pick.
+    The variant is preferred to the plain file. Only safetensors is accepted, unless `use_safetensors=False` asks for
+    pickled weights. Returns None if there is no such file.
     """
     stems = [f".{variant}", ""] if variant else [""]
     if use_safetensors is False:
@@ -98,7 +98,7 @@ def pick_weights(
 def find_weights(
     folder: Path, weights_name: str, *, variant: str | None = None, use_safetensors: bool | None = None
 ) -> list[Path]:
-    """The weight files of a folder, shards in order. Raises `CheckpointError` saying what is missing."""
+    """Return a folder's weight files, shards in order. Raises `CheckpointError` if any is missing."""
     names = names_in(folder)
     picked = pick_weights(names, weights_name, variant=variant, use_safetensors=use_safetensors)
     if picked is None:
@@ -139,7 +139,7 @@ def _shards(index: Path, *, pickled: bool) -> list[Path]:
 
 
 def verify(files: Sequence[Path]) -> None:
-    """Raise `CheckpointError` for a shard that is of another save than its index, where that says how to tell."""
+    """Raise `CheckpointError` if a shard does not match the hash in its index. Indexes without hashes are skipped."""
     for index in files[0].parent.glob("*.index*.json"):
         metadata = read_json(index).get("metadata")
         known: Any = metadata.get(DIGESTS) if isinstance(metadata, dict) else None
@@ -151,7 +151,7 @@ def verify(files: Sequence[Path]) -> None:
 
 
 def _variants(names: Collection[str], weights_name: str) -> list[str]:
-    """The variants whose safetensors a folder with these files has."""
+    """Return the variants for which a folder has safetensors files."""
     pattern = re.compile(re.escape(weights_name) + r"\.(\w+)(-\d+-of-\d+)?\.safetensors")
     return sorted({match[1] for name in names if (match := pattern.fullmatch(name))})
 
@@ -164,17 +164,17 @@ def load_into(
     *,
     copy: bool = False,
 ) -> None:
-    """Give a model built on the meta device its weights; every key must be there, fit, and be expected.
+    """Load weights into a model built on the meta device. The keys must match exactly.
 
-    With `copy`, weights that keep their precision are read and not mapped, for a model that is about to rearrange them.
-    Raises `CheckpointError` naming the file and the key.
+    copy: copy weights that need no cast instead of mapping them, for a model that is about to rearrange them. Raises
+    `CheckpointError` naming the file and the key.
     """
     state = _assembled(model, files, rules, lambda file: _tensors(file, dtype, copy))
     model.load_state_dict(state, strict=True, assign=True)
 
 
 def check(model: nn.Module, files: Sequence[Path], rules: Sequence[Rule] = ()) -> None:
-    """Raise what `load_into` would for a key that is missing, surplus or mis-shaped, from the headers alone."""
+    """Raise what `load_into` would raise for a missing, surplus or mis-shaped key, reading only headers."""
     if all(file.suffix == ".safetensors" for file in files):
         _assembled(model, files, rules, lambda file: read_headers([file]).items())
 
@@ -185,7 +185,7 @@ def _assembled(
     rules: Sequence[Rule],
     tensors_of: Callable[[Path], Iterable[tuple[str, Any]]],
 ) -> dict[str, Any]:
-    """Every tensor, or its header, under the model's own name for it; all there, and no other."""
+    """Return all tensors, or their headers, by the model's own names. Raises `CheckpointError` if keys do not match."""
     expected = model.state_dict()
     state: dict[str, Any] = {}
     origin: dict[str, Path] = {}
@@ -246,15 +246,15 @@ def _tensors(file: Path, dtype: torch.dtype | None, copy: bool) -> Iterator[tupl
 def mapped_tensors(
     file: Path, convert: Callable[[str, Tensor], Tensor], names: Iterable[str] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """What `convert` makes of each tensor of a file, or of those named; what is mapped for it is let go as it goes.
+    """Yield each tensor of a file, or those in `names`, after `convert`, releasing mapped memory along the way.
 
-    Raises `CheckpointError` for a file that is missing or damaged.
+    Raises `CheckpointError` if the file is missing or damaged.
     """
     with _opened(file) as handle:
         remaining = sorted(handle.keys() if names is None else names)
     limit = max(CAST_WINDOW, file.stat().st_size // CAST_PARTS)
     while remaining:
-        # A new mapping per window: pages that were only read to be cast do not pile up.
+        # A new mapping per window, so that pages that were only read to be cast do not accumulate.
         with _opened(file) as handle:
             window = 0
             while remaining and window < limit:
@@ -267,10 +267,10 @@ def mapped_tensors(
 
 
 def unpickled(file: Path) -> dict[str, Tensor]:
-    """The tensors of a pickled file, mapped where they can be. Raises `CheckpointError` for anything else in it."""
+    """Return the tensors of a pickled file, mapped if possible. Raises `CheckpointError` for any other content."""
     check_file(file)
     try:
-        # weights_only: torch's restricted reader builds tensors and plain containers, and runs nothing.
+        # weights_only: torch's restricted unpickler builds tensors and plain containers, and executes nothing.
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise CheckpointError(
@@ -288,9 +288,9 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None, copy: bool) -> Tensor:
 
 
 def read_headers(files: Sequence[Path]) -> dict[str, Stored]:
-    """Names, precisions, shapes and sizes of all tensors, without reading any weight.
+    """Return dtype, shape and size of all tensors by name, without reading any weights.
 
-    Raises `CheckpointError` where a header does not say what the file can hold.
+    Raises `CheckpointError` for an invalid header.
     """
     return {name: stored for file in files for name, stored in read_header(file, MOST_HEADER).tensors.items()}
 
@@ -303,7 +303,7 @@ def _torn(file: Path, error: Exception) -> CheckpointError:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
-    """A safetensors file whose header has been checked, with each tensor mapped when it is asked for."""
+    """Open a safetensors file with a size check of its header; tensors are mapped when requested."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -321,17 +321,17 @@ def _opened(file: Path) -> Iterator[Any]:
 def save(
     state: dict[str, Tensor], folder: Path, weights_name: str, *, variant: str | None = None, max_shard_size: int | str
 ) -> None:
-    """Write tensors as safetensors, in shards with an index where they exceed `max_shard_size` ("10GB" or bytes)."""
+    """Save tensors as safetensors, in shards with an index if they exceed `max_shard_size` ("10GB" or bytes)."""
     keep_to_itself()
     from huggingface_hub import split_torch_state_dict_into_shards
 
     stem = f"{weights_name}.{variant}" if variant else weights_name
     pattern = stem + "{suffix}.safetensors"
     try:
-        if isinstance(max_shard_size, float):  # of which it would take the whole part
+        if isinstance(max_shard_size, float):  # it would be truncated silently
             raise TypeError("bytes are whole")
         plan = split_torch_state_dict_into_shards(state, filename_pattern=pattern, max_shard_size=max_shard_size)
-    except (TypeError, ValueError, RuntimeError) as error:  # torch's own, of tensors
+    except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: raised by torch for a tensor
         raise UsageError(
             f'max_shard_size must be a number of bytes or a text such as "10GB", not {shown(max_shard_size)}'
         ) from error
@@ -344,7 +344,7 @@ def save(
 
 
 def save_file(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors as one safetensors file, whole or not at all. Raises `OutputError`."""
+    """Write tensors to a safetensors file atomically. Raises `OutputError`."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -358,7 +358,7 @@ def save_file(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, st
 
 
 def stale(weights_name: str, variant: str | None) -> Callable[[str], bool]:
-    """Which files are of an earlier `save` under the same name; they would be found in place of the new ones."""
+    """Return a predicate for files of an earlier `save` under the same name, which loading would find instead."""
     check_argument("variant", variant, str | None)
     stem = f"{weights_name}.{variant}" if variant else weights_name
     shard = re.compile(re.escape(stem) + r"(-\d{5}-of-\d{5})?\.safetensors")
@@ -370,9 +370,9 @@ def _index_name(weights_name: str, variant: str | None) -> str:
 
 
 def _digest(file: Path) -> str:
-    """A hash of a file's size and of blocks all over it: all of a small file, and 16 MiB of one of any size.
+    """Hash a file's size and blocks spread over it: all of a small file, and at most 16 MiB of a large one.
 
-    It tells apart two saves, which differ everywhere, without reading what loading only maps.
+    This distinguishes two saves, which differ everywhere, without reading what loading only maps.
     """
     with open_file(file, None) as stream:
         size = os.fstat(stream.fileno()).st_size

@@ -1,4 +1,4 @@
-"""Checkpoints written into one file, in the original layout, by the names that they are read by."""
+"""Writes a checkpoint to a single file in the original layout."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 __all__ = ["original_state", "write_single_file"]
 
 PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model."}
-# Markers that the ecosystem reads in a file, and the settings of a scheduler that they stand for.
+# Markers that other programs look for in a file, and the scheduler settings they stand for.
 MARKERS = {"v_pred": ("prediction_type", "v_prediction"), "ztsnr": ("rescale_betas_zero_snr", True)}
 
 
 def original_state(model: nn.Module, naming: str, prefix: str = "") -> dict[str, Tensor]:
-    """The weights of a model under their original names, in their original forms."""
+    """Return a model's weights under their original names, in their original form."""
     table = rules.names_for(naming, model.config)
     parts: dict[str, list[tuple[int, str, Tensor]]] = {}
     for key, tensor in model.state_dict().items():
@@ -57,10 +57,10 @@ def _joined(pieces: list[tuple[str, Tensor]]) -> Tensor:
 def write_single_file(
     path: str | PathLike[str], family: Family, models: Mapping[str, Any], scheduler: Mapping[str, Any]
 ) -> None:
-    """Write the networks of a checkpoint, by the folders they stand in, into one safetensors file.
+    """Write the networks of a checkpoint, given by folder name, to one safetensors file.
 
-    What the scheduler's config says of the prediction goes into metadata and markers, so that the file tells it again.
-    Raises `UsageError` for a family that has no such layout, `OutputError` where the file cannot be written.
+    The scheduler's prediction type goes into metadata and markers, so that it is detected on loading. Raises
+    `UsageError` for a family without such a layout, and `OutputError` if the file cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file

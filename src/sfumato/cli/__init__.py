@@ -1,1 +1,1 @@
-"""The command line: one module a command, and nothing that takes time to import."""
+"""The command line: one module per command, with no slow imports."""

@@ -1,4 +1,4 @@
-"""`sfumato bench`: the guide's steps to faster images, measured on this machine, also for other libraries."""
+"""`sfumato bench`: measures each speed-up from the guide on this machine, also for other libraries."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def bench(
         raise UsageError(f"other libraries need a folder; run 'sfumato convert {model} FOLDER' first")
     sizes = read_sizes(source)
     side = size or sizes.picture_size[0]
-    task_of(sizes, GenerateRequest(width=side, height=side))  # refuses a size that cannot be made
+    task_of(sizes, GenerateRequest(width=side, height=side))  # reject unsupported sizes
     machine = Machine.of(facts, side)
     setting = Setting(folder=str(source.path), machine=machine, steps=steps, runs=runs, peers=names, quick=quick)
     report = run(setting, Terminal(quiet=False).working)
@@ -76,7 +76,7 @@ def bench(
 
 
 def _check_files(as_json: Path | None, plot: Path | None) -> None:
-    """Check the output files before an hour of measuring."""
+    """Check the output files now rather than after an hour of measuring."""
     from sfumato.files import output_file
 
     if plot is not None and plot.suffix.lower() != ".svg":

@@ -1,4 +1,4 @@
-"""What `sfumato bulk` prints for people."""
+"""The text that `sfumato bulk` prints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["show_check", "show_outcome", "show_plan", "show_status"]
 
 
 def show_plan(job: Job, told: dict[str, Any]) -> None:
-    """What a plan found."""
+    """Print the estimate for a job."""
     same = f"{job.bad:,} skipped, " if job.bad else ""
     typer.echo(f"{job.rows:,} rows ({same}{job.pictures:,} different images), job {job.id[:12]}")
     typer.echo(f"one image: {duration(told['seconds_each'])}, {_size(told['bytes_each'])}")
@@ -32,7 +32,7 @@ def show_plan(job: Job, told: dict[str, Any]) -> None:
 
 
 def show_outcome(outcome: Outcome, folder: Path) -> None:
-    """How a run ended."""
+    """Print the outcome of a run."""
     typer.echo(f"{outcome.before + outcome.done:,} of {outcome.pictures:,} images are in {folder}")
     if outcome.done:
         rate = outcome.done / max(outcome.seconds, 1e-9)
@@ -44,7 +44,7 @@ def show_outcome(outcome: Outcome, folder: Path) -> None:
 
 
 def show_status(told: dict[str, Any], price: float) -> None:
-    """How far a job is."""
+    """Print the progress of a job."""
     state = "running" if told["running"] else "not running"
     typer.echo(f"{told['done']:,} of {told['images']:,} images, {state}")
     if told["images_per_second"]:
@@ -66,7 +66,7 @@ def show_status(told: dict[str, Any], price: float) -> None:
 
 
 def show_check(found: dict[str, Any]) -> None:
-    """What is wrong with a job's images."""
+    """Print what is wrong with a job's images."""
     typer.echo(f"{found['checked']:,} of {found['images']:,} images checked")
     words = {"missing": "missing", "changed": "changed", "not_drawn": "not generated yet"}
     words |= {"orphans": "not in the ledger", "alarms": "generated twice with different results"}

@@ -1,4 +1,4 @@
-"""`sfumato schedulers`: the short names and what they stand for."""
+"""`sfumato schedulers`: the short names of schedulers and what they mean."""
 
 from __future__ import annotations
 

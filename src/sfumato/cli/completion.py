@@ -1,4 +1,4 @@
-"""`sfumato completion`: what a shell needs to complete commands, options and names; the parser itself answers."""
+"""`sfumato completion`: shell completion for commands, options and names, generated from the parser."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sfumato.errors import UsageError, suggest
 
 __all__ = ["COMPLETE", "EXAMPLES", "completion"]
 
-# The variable by which a shell asks the command for completions.
+# The variable through which a shell requests completions.
 COMPLETE = "_SFUMATO_COMPLETE"
 _SHELLS = ("bash", "zsh", "fish")
 

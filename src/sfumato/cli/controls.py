@@ -1,4 +1,4 @@
-"""`--control` and `--controlnet`: pictures that steer, and the networks that read them."""
+"""`--control` and `--controlnet`: control images and the networks that read them."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ FORM = "--control takes KIND:IMAGE[:SCALE[:START[:END]]]"
 
 
 def controls(pictures: Sequence[str], networks: Sequence[str], fit: str) -> tuple[Control, ...]:
-    """What the options say, the first picture for the first network. Raises `UsageError` unless there is one for each.
+    """Parse the options, pairing the first image with the first network. A single network is used for all images.
 
-    A single network reads all pictures.
+    Raises `UsageError` if the numbers do not match.
     """
     pairs = _pairs(pictures, networks, ("--control", "--controlnet"))
     return tuple(_control(text, network, fit) for text, network in pairs)
 
 
 def image_prompts(images: Sequence[str], adapters: Sequence[str], encoder: str | None) -> tuple[ImagePrompt, ...]:
-    """The same of images that are read like a prompt, which need an encoder."""
+    """Parse the same for image prompts, which also need an encoder."""
     pairs = _pairs(images, adapters, ("--image-prompt", "--ip-adapter"))
     if (encoder is None) != (not pairs):
         raise UsageError("--ip-adapter and --image-encoder go together; give both, or neither")
@@ -63,9 +63,9 @@ def _control(text: str, network: str, fit: str) -> Control:
 
 
 def _split(text: str, most: int, form: str) -> tuple[str, list[float]]:
-    """A file, and up to so many numbers behind it."""
+    """Split a file from up to `most` numbers after it."""
     image, numbers = text, []
-    while len(numbers) < most and not os.path.exists(expanded(image)) and ":" in image[2:]:  # not a drive's colon
+    while len(numbers) < most and not os.path.exists(expanded(image)) and ":" in image[2:]:  # a drive letter
         image, _, number = image.rpartition(":")
         try:
             numbers.insert(0, float(number))
@@ -75,9 +75,9 @@ def _split(text: str, most: int, form: str) -> tuple[str, list[float]]:
 
 
 def fetch_controls(request: GenerateRequest) -> None:
-    """Have the networks of a request on this machine, downloaded where a hub id is not here yet.
+    """Download the networks of a request that are not on this machine yet.
 
-    Raises `CheckpointError` for what is something else.
+    Raises `CheckpointError` if one is something else.
     """
     if request.controls:
         from sfumato.pipelines.controlling import open_control

@@ -1,4 +1,4 @@
-"""`sfumato convert`: convert a checkpoint to another layout."""
+"""`sfumato convert`: converts a checkpoint to another layout."""
 
 from __future__ import annotations
 

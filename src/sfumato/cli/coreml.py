@@ -1,4 +1,4 @@
-"""`sfumato coreml …`: the commands around Core ML."""
+"""`sfumato coreml …`: the Core ML commands."""
 
 from __future__ import annotations
 

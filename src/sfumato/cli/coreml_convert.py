@@ -1,4 +1,4 @@
-"""`sfumato coreml convert`: a checkpoint as verified Core ML packages."""
+"""`sfumato coreml convert`: converts a checkpoint to verified Core ML packages."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def convert(
 
 
 def _places(source: Source, options: ConversionOptions, output: Path | None) -> tuple[Path, Path]:
-    """Folders for packages and compiled models: next to each other as on the hub, or as Apple's converter does it."""
+    """Return the folders for packages and compiled models: side by side as on the hub, or as in Apple's converter."""
     from sfumato.coreml.layout import tree
 
     if output is not None:

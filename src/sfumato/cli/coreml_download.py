@@ -1,4 +1,4 @@
-"""`sfumato coreml download`: converted models from the hub."""
+"""`sfumato coreml download`: downloads converted models from the hub."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def download(
     """
     from sfumato.cli.terminal import Terminal
 
-    Terminal(quiet=False)  # before the hub's library is imported, whose progress bars it may hide
+    Terminal(quiet=False)  # before importing huggingface_hub, whose progress bars it may hide
     from sfumato.coreml.download import download as fetch
 
     typer.echo(fetch(repo, variant, output=output, revision=revision))

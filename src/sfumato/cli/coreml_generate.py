@@ -1,4 +1,4 @@
-"""`sfumato coreml generate`: images from converted models, with our options or those of Apple's two runners."""
+"""`sfumato coreml generate`: generates images with converted models, with our options or Apple's."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Examples:
 
 log = logging.getLogger("sfumato")
 
-# Options of Apple's runners that are not supported here, and why.
+# Options of Apple's runners that are not supported, and why.
 REFUSED = {
     "xl": "Stable Diffusion XL is not supported with Core ML yet, so --xl cannot be used",
     "sd3": "Stable Diffusion 3 is not supported, so --sd3 cannot be used",
@@ -178,9 +178,9 @@ def generate(
 
 
 def load_models(terminal: Terminal, folder: Path, **options: Any) -> CoreMLPipeline:
-    """Load a folder of converted models, showing that it is being done; `options` are those of `load_pipeline`.
+    """Load a folder of converted models with a progress display; `options` are those of `load_pipeline`.
 
-    The process is this command's own, so it also computes with as many threads as there are cores to run them.
+    The process belongs to this command, so it also uses as many threads as there are free cores.
     """
     import torch
 
@@ -194,10 +194,10 @@ def load_models(terminal: Terminal, folder: Path, **options: Any) -> CoreMLPipel
 
 
 def replay_models(terminal: Terminal, name: str, told: dict[str, Any]) -> CoreMLPipeline:
-    """The models that a recipe names, with what it tells of them; on the CPU where this system lacks their unit."""
+    """Load the models named in a recipe with its settings; on the CPU if this system lacks their compute unit."""
     from sfumato.coreml.backends import engine_for
 
-    # Nothing is fetched because an image says so.
+    # Never download something because an image's metadata names it.
     options: dict[str, Any] = {"local_files_only": True}
     options |= {"portable": told["engine"] == "portable", "kind": str(told["kind"])}
     if "model_version" in told:
@@ -221,5 +221,5 @@ def _prompt(words: str | None, prompt: str | None) -> str:
 
 
 def _rng(name: str) -> str:
-    """A name that a request takes: Apple's runners say nvidia for CUDA's."""
+    """Return the request's name for a generator; Apple's runners call CUDA's "nvidia"."""
     return {"nvidia": "cuda"}.get(name.lower(), name.lower())

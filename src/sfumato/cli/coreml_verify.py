@@ -1,4 +1,4 @@
-"""`sfumato coreml verify`: converted models compared with the checkpoint they were made from."""
+"""`sfumato coreml verify`: compares converted models with the checkpoint they came from."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def verify(
 
 
 def exit_code(proofs: Sequence[Verification]) -> int:
-    """0 if everything is verified, 1 if something is wrong, 3 if something could not be verified."""
+    """Return 0 if everything is verified, 1 if something is wrong, 3 if something could not be verified."""
     if all(proof.passed for proof in proofs):
         return 0
     return 1 if any(proof.wrong for proof in proofs) else 3
@@ -100,7 +100,7 @@ def report(
 
 
 def table(proof: Verification) -> None:
-    """Print what was compared."""
+    """Print the comparisons as a table."""
     from rich.markup import escape
     from rich.table import Table
 

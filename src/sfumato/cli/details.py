@@ -1,4 +1,4 @@
-"""Parts of a request as they are written on a command line."""
+"""Structured parts of a request, as they are written on the command line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["freeu", "guidance_interval", "hires"]
 
 
 def guidance_interval(steps: str | None, sigmas: str | None) -> GuidanceInterval | None:
-    """What `--guidance-interval START,STOP` and `--guidance-sigmas MIN,MAX` say."""
+    """Parse `--guidance-interval START,STOP` and `--guidance-sigmas MIN,MAX`."""
     from sfumato.request import GuidanceInterval
 
     if steps is None and sigmas is None:
@@ -25,7 +25,7 @@ def guidance_interval(steps: str | None, sigmas: str | None) -> GuidanceInterval
 
 
 def freeu(text: str | None) -> FreeU | None:
-    """What `--freeu B1,B2,S1,S2` says."""
+    """Parse `--freeu B1,B2,S1,S2`."""
     from sfumato.request import FreeU
 
     numbers = _numbers("--freeu", "1.5,1.6,0.9,0.2", text, 4)
@@ -35,7 +35,7 @@ def freeu(text: str | None) -> FreeU | None:
 def hires(
     size: str | None, upscaler: str | None, strength: float | None, steps: int | None, prompt: str | None
 ) -> Hires | None:
-    """What `--hires SCALE|WIDTHxHEIGHT` and the options beside it say. Raises `UsageError` for those without it."""
+    """Parse `--hires SCALE|WIDTHxHEIGHT` and its related options. Raises `UsageError` for those without `--hires`."""
     from sfumato.request import Hires
 
     beside = {"upscaler": upscaler, "strength": strength, "steps": steps, "prompt": prompt}
@@ -51,7 +51,7 @@ def hires(
 
 
 def _numbers(option: str, example: str, text: str | None, count: int) -> list[float] | None:
-    """The numbers of an option, with commas between them."""
+    """Parse an option's comma-separated numbers."""
     if text is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""`sfumato doctor`: what this machine has, how fast it is, and what is missing."""
+"""`sfumato doctor`: this machine's hardware, its speed, and what is missing."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def doctor(
     from sfumato.runtime.facts import facts_named, read_facts
 
     if save_facts is not None:
-        output_file(save_facts)  # known to be wrong before anything is measured
+        output_file(save_facts)  # report a bad path before measuring anything
     found = facts_named(facts) if facts else _measured(read_facts(), Terminal(quiet=False), again=again)
     if save_facts is not None:
         found.to_json(save_facts)
@@ -61,7 +61,7 @@ def doctor(
 
 
 def _measured(facts: Facts, terminal: Terminal, *, again: bool) -> Facts:
-    """The facts with speeds, from the cache or measured now."""
+    """Return the facts with speeds, cached or measured now."""
     if facts.speeds and not again:
         return facts
     from sfumato.runtime.speeds import keep_speeds, measure_speeds

@@ -1,4 +1,4 @@
-"""`sfumato download`: a checkpoint from the hub into the local cache."""
+"""`sfumato download`: downloads a checkpoint from the hub to the local cache."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def download(
     elif include:
         folder = fetch(repo, by_patterns(*include), HubOptions(revision=revision))
     else:
-        find_folder(repo)  # refuses what cannot be a name before torch is imported
+        find_folder(repo)  # reject an invalid name before torch is imported
         from sfumato.pipelines.components import ComponentFiles
 
         select = ComponentFiles(variant).select

@@ -1,4 +1,4 @@
-"""What the commands that generate images share: early checks, progress, file names, and what is printed."""
+"""Shared by the commands that generate images: early checks, progress, file names and output."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["adapter_file", "base_path", "check_early", "draw", "framing", "mask_
 def framing(
     original_size: str | None, crop: str | None, target_size: str | None, aesthetic_score: float | None
 ) -> Framing:
-    """The framing given on a command line, as (height, width) and (top, left)."""
+    """Parse the framing options, as (height, width) and (top, left)."""
     from sfumato.request import Framing
 
     return Framing(
@@ -37,7 +37,7 @@ def framing(
 
 
 def _pair(option: str, example: str, text: str | None) -> tuple[int, int] | None:
-    """The two numbers of an option, the second one first."""
+    """Parse an option's two numbers and swap them."""
     if text is None:
         return None
     found = re.fullmatch(r"(-?\d{1,8})[x,](-?\d{1,8})", text.strip())
@@ -47,7 +47,7 @@ def _pair(option: str, example: str, text: str | None) -> tuple[int, int] | None
 
 
 def mask_of(file: Path | None, extend: str | None, edge: int | None, crop: int | None) -> Mask | None:
-    """What `--mask`, `--extend` and what goes with them say."""
+    """Parse `--mask`, `--extend` and their related options."""
     from sfumato.request import Mask
 
     if file is None and extend is None:
@@ -80,11 +80,11 @@ def sized(request: GenerateRequest) -> GenerateRequest:
 
 
 def adapter_file(text: str, *, partial: bool) -> AdapterFile:
-    """What `--lora FILE[:WEIGHT[:TEXT_WEIGHT]]` says."""
+    """Parse `--lora FILE[:WEIGHT[:TEXT_WEIGHT]]`."""
     from sfumato.request import AdapterFile
 
     file, weights = text, []
-    while len(weights) < 2 and not os.path.exists(expanded(file)) and ":" in file[2:]:  # not the colon of a drive
+    while len(weights) < 2 and not os.path.exists(expanded(file)) and ":" in file[2:]:  # a drive letter
         file, _, weight = file.rpartition(":")
         try:
             weights.insert(0, float(weight))
@@ -96,16 +96,16 @@ def adapter_file(text: str, *, partial: bool) -> AdapterFile:
 
 
 def base_path(output: Path | None, prompt: str) -> Path:
-    """Where the first image is written: the given file, or a name made from the prompt in the given folder."""
+    """Return the path of the first image: the given file, or a name made from the prompt in the given folder."""
     place = expanded(output or Path())
-    if place.suffix and not os.path.isdir(place):  # False, and no error, where one may not look
+    if place.suffix and not os.path.isdir(place):  # unlike Path.is_dir, returns False if access is denied
         return place
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-")
     return place / f"{words or 'image'}.png"
 
 
 def check_early(request: GenerateRequest, base: Path, preview_every: int) -> None:
-    """Checks that need no model, the quickest first."""
+    """Run all checks that need no model, the quickest first."""
     from sfumato.cli.early import check_picture
     from sfumato.files import check_writable
     from sfumato.metadata.formats import format_of
@@ -120,7 +120,7 @@ def check_early(request: GenerateRequest, base: Path, preview_every: int) -> Non
     format_of(base)
     if request.scheduler is not None:
         resolve(request.scheduler)
-    check_writable(base.parent, f"{base.stem}.preview-{2**20}.png")  # no other name is longer
+    check_writable(base.parent, f"{base.stem}.preview-{2**20}.png")  # the longest name
     for file in request.pictures.values():
         check_picture(file)
     for given in (*request.controls, *request.image_prompts):
@@ -149,7 +149,7 @@ def draw(
 ) -> None:
     """Generate a request's images, write them, and print their paths or, as JSON, everything about them.
 
-    keep_control: also write the pictures that ControlNets read, beside the images.
+    keep_control: also save the preprocessed control images, next to the images.
     """
     from sfumato.cli.terminal import print_json, say
 
@@ -170,7 +170,7 @@ def _draw(
 ) -> Result:
     from sfumato.metadata.carriers import save_new_picture, save_picture
 
-    shown: Path | None = None  # never a file of the user's, as it goes when the drawing ends
+    shown: Path | None = None  # set to a file of our own, which is deleted at the end
     with terminal.steps("generating") as bar:
 
         def on_step(step: Step) -> None:

@@ -1,4 +1,4 @@
-"""What can be known to be wrong before torch is imported, which takes seconds."""
+"""Checks that fail before torch, which takes seconds to import, is loaded."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _DEVICES = ("cpu", "cuda", "mps")
 
 
 def check_model(name: str, request: GenerateRequest | None = None, *, downloads: bool = True) -> None:
-    """Raise for a model that does not exist, is not a pipeline, or cannot generate images of the size asked for.
+    """Raise if a model does not exist, is not a pipeline, or cannot generate images of the requested size.
 
-    downloads: whether one that is not on this machine will be downloaded; otherwise its absence is an error.
+    downloads: whether a missing model will be downloaded; otherwise that is an error.
     """
     from sfumato.checkpoints.locate import find_folder
     from sfumato.checkpoints.locate_file import check_file_name, is_single_file
@@ -32,7 +32,7 @@ def check_model(name: str, request: GenerateRequest | None = None, *, downloads:
     folder = find_folder(name, required=not downloads)
     if folder is None:
         return
-    if folder == expanded(name):  # not a cache, which may lack files that a download brings
+    if folder == expanded(name):  # a cache may lack files that will be downloaded
         check_file(folder / "model_index.json")
     if request is not None:
         _check_size(folder, request)
@@ -51,7 +51,7 @@ def _check_size(folder: Path, request: GenerateRequest) -> None:
 
 
 def check_choices(device: str | None, **wishes: Any) -> None:
-    """Raise `UsageError` for a device, a precision or another choice that does not exist anywhere."""
+    """Raise `UsageError` for a device, dtype or other choice that does not exist on any machine."""
     from sfumato.runtime.choices import Wishes
 
     Wishes(**wishes)
@@ -60,7 +60,7 @@ def check_choices(device: str | None, **wishes: Any) -> None:
 
 
 def check_folder(folder: str | Path) -> None:
-    """Raise `CheckpointError` unless there is something at this path where converted models may be."""
+    """Raise `CheckpointError` if there is nothing at this path."""
     from sfumato.errors import CheckpointError
     from sfumato.files import expanded
 
@@ -69,7 +69,7 @@ def check_folder(folder: str | Path) -> None:
 
 
 def check_picture(path: str | Path) -> None:
-    """Raise `UsageError` unless there is something at this path."""
+    """Raise `UsageError` if there is nothing at this path."""
     from sfumato.files import expanded
 
     if not os.path.lexists(expanded(path)):

@@ -1,4 +1,4 @@
-"""`sfumato generate`: images from prompts."""
+"""`sfumato generate`: generates images from prompts."""
 
 from __future__ import annotations
 
@@ -256,7 +256,7 @@ def load_model(
 ) -> DiffusionPipeline:
     """Load a checkpoint by name, with a progress display.
 
-    request: what is about to be generated; options: for a checkpoint file. The process belongs to this command, so it
+    request: what is about to be generated. options: for a checkpoint file. The process belongs to this command, so it
     also uses as many threads as there are free cores.
     """
     import torch

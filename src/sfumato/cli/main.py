@@ -1,4 +1,4 @@
-"""`sfumato`: the commands, and the one place where an error becomes a sentence and an exit code."""
+"""`sfumato`: the list of commands, and the one place where an error becomes a message and an exit code."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = ["app", "main"]
 
 
 class _Interrupted(SfumatoError):
-    """Ctrl-C, or another program's request to end; the exit code follows the shells' convention."""
+    """Ctrl-C or a termination signal. The exit code follows shell convention."""
 
     def __init__(self, sentence: str, cause: KeyboardInterrupt) -> None:
         super().__init__(sentence)
@@ -43,7 +43,7 @@ class _Interrupted(SfumatoError):
 
 
 class _Ended(KeyboardInterrupt):
-    """A signal that asks for the end, met as Ctrl-C is, so that the same is cleaned up."""
+    """A termination signal, handled like Ctrl-C so that cleanup is the same."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class _Ended(KeyboardInterrupt):
 
 
 class _Commands(TyperGroup):
-    """Typer turns Ctrl-C into an exit without a word; this says what became of the work."""
+    """Report what happened on Ctrl-C; typer would exit silently."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -110,9 +110,9 @@ def _root(
 
 
 def main() -> None:
-    """Run the command line; never a traceback.
+    """Run the command line. Never shows a traceback.
 
-    Exits with 0, with 2 for misuse, 1 for failure, and 130, 129 or 143 when Ctrl-C, SIGHUP or SIGTERM ended it. Set
+    Exits with 0, with 2 for misuse, 1 for failure, and 130, 129 or 143 if ended by Ctrl-C, SIGHUP or SIGTERM. Set
     SFUMATO_TRACEBACK=1 to see where an unexpected error came from.
     """
     prepare_streams()
@@ -127,7 +127,7 @@ def main() -> None:
     except KeyboardInterrupt as error:
         _fail(_Interrupted("interrupted before anything started", error))
     except BrokenPipeError:
-        discard(sys.stdout)  # the reader has gone: say no more
+        discard(sys.stdout)  # nobody is reading, so write nothing more
         sys.exit(1)
     except SystemExit:
         raise
@@ -140,13 +140,13 @@ def main() -> None:
 
 
 def _end_as_interrupted() -> None:
-    """Meet a request to end as Ctrl-C is met."""
+    """Handle termination signals like Ctrl-C."""
     last = -1.0
 
     def end(number: int, _: object) -> None:
         nonlocal last
         before, last = last, time.monotonic()
-        if before < 0 or last - before > 1:  # `timeout` asks twice at once, which would cut the cleaning short
+        if before < 0 or last - before > 1:  # `timeout` sends it twice, which would interrupt the cleanup
             raise _Ended(number)
 
     for name in ("SIGTERM", "SIGHUP"):

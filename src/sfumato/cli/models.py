@@ -1,4 +1,4 @@
-"""`sfumato models`: the checkpoints in the hub's cache, their sizes, and how to remove them."""
+"""`sfumato models`: lists the checkpoints in the hub cache and their sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sfumato models remove`: delete a downloaded model."""
+"""`sfumato models remove`: deletes a downloaded model."""
 
 from __future__ import annotations
 

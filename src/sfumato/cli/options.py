@@ -1,4 +1,4 @@
-"""Options that several commands have in common, worded once."""
+"""Options shared by several commands, each defined once."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ __all__ = [
 
 
 def complete_models(incomplete: str) -> list[str]:
-    """Short names that begin so, for shell completion."""
+    """Return short names that start with `incomplete`, for shell completion."""
     from sfumato.checkpoints.builtin import BUILT_IN
     from sfumato.checkpoints.names import PUBLISHED
 

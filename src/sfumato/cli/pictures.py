@@ -1,4 +1,4 @@
-"""`sfumato show image.png`: what an image says of how it was generated."""
+"""`sfumato show image.png`: how an image was generated, according to its metadata."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["show_picture"]
 
 
 def show_picture(path: str, *, as_json: bool) -> None:
-    """Print which program generated an image, from what, and what of that a replay would not honour."""
+    """Print which program generated an image, with what settings, and which of those a replay would ignore."""
     from sfumato.cli.terminal import output, print_json
     from sfumato.metadata.remember import remember
 
@@ -36,6 +36,6 @@ def show_picture(path: str, *, as_json: bool) -> None:
 
 
 def _shown(value: Any) -> str:
-    """A value as one cell of a table, without what a terminal would obey."""
+    """Format a value as one table cell, without control characters."""
     text = ", ".join(f"{key} {one}" for key, one in value.items()) if isinstance(value, dict) else str(value)
     return "".join(char if char.isprintable() or char == "\n" else "�" for char in text)

@@ -1,4 +1,4 @@
-"""`sfumato plan`: how a request would run on this machine or another, and whether it fits."""
+"""`sfumato plan`: how a request would run on this or another machine, and whether it fits."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def plan(
 
 
 def _settled(model: str, request: GenerateRequest, variant: str | None) -> tuple[Sizes, GenerateRequest]:
-    """A model's sizes, by its name or its files, and the request with the model's own settings filled in."""
+    """Return a model's sizes, and the request with the model's default settings filled in."""
     from sfumato.cli.early import check_model
     from sfumato.runtime.choices import enlarged
 
@@ -132,7 +132,7 @@ def _settled(model: str, request: GenerateRequest, variant: str | None) -> tuple
 
 
 def _published(model: str) -> tuple[Sizes, dict[str, Any]] | None:
-    """The published sizes and settings of a family, by its short name; None for other models."""
+    """Return a family's published sizes and settings by its short name; None for other models."""
     import os
 
     if model not in FAMILIES or os.path.isdir(model):
@@ -144,7 +144,7 @@ def _published(model: str) -> tuple[Sizes, dict[str, Any]] | None:
 
 
 def _sizes(name: str, variant: str | None) -> tuple[Sizes, dict[str, Any]]:
-    """The sizes of a model on this machine, and the settings it uses where a request has none."""
+    """Return the sizes of a model on this machine, and its default settings."""
     from sfumato.pipelines.components import ComponentFiles
     from sfumato.pipelines.sizes import read_sizes
     from sfumato.pipelines.source import open_source
@@ -154,7 +154,7 @@ def _sizes(name: str, variant: str | None) -> tuple[Sizes, dict[str, Any]]:
 
 
 def _other_side(request: GenerateRequest, sizes: Sizes) -> str:
-    """What becomes of the side that was not given, where one was."""
+    """Return a note on the side that was not given, if the other one was."""
     if (request.width is None) == (request.height is None):
         return ""
     own = dict(zip(("width", "height"), sizes.picture_size, strict=True))
@@ -219,7 +219,7 @@ def _choices(found: Plan) -> list[tuple[str, str]]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in readable form: "2.4 s", "35 s", "13 min", "5.2 h"."""
+    """Format seconds, such as "2.4 s", "35 s", "13 min" or "5.2 h"."""
     if seconds < 100:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

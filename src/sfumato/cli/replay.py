@@ -1,4 +1,4 @@
-"""`sfumato replay`: generate an image again, from its recipe or from what another program wrote."""
+"""`sfumato replay`: generates an image again from its recipe or from another program's metadata."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def replay(
 
 
 def _target(output: Path | None, picture: Path) -> Path:
-    """Where the new image goes. Raises for a place or a format in which none can be written."""
+    """Return the path of the new image. Raises an error if it cannot be written there or in that format."""
     from sfumato.files import check_writable
     from sfumato.metadata.formats import format_of
 
@@ -125,7 +125,7 @@ def _said(likeness: float | None) -> str:
 
 
 def _likeness(original: Image, drawn: Image) -> float | None:
-    """How near another program's image is; it may have been enlarged since."""
+    """Return the PSNR, or None if the sizes differ, as when another program upscaled its image."""
     from sfumato.images import psnr
 
     return psnr(original, drawn) if original.size == drawn.size else None
@@ -139,7 +139,7 @@ def _own(
     refiner: str | None,
     lora_dir: Path | None,
 ) -> tuple[GenerateRequest, DiffusionPipeline]:
-    """What generates an image of ours again: the request, and the checkpoints with the scheduler of its recipe."""
+    """Return the request and the loaded pipeline, with the recipe's scheduler, for an image of ours."""
     from sfumato.pipelines.recipe import checked
 
     request, scheduler = checked(recipe, picture)
@@ -166,7 +166,7 @@ def _foreign(
     rng: str | None,
     lora_dir: Path | None,
 ) -> tuple[GenerateRequest, DiffusionPipeline, list[str]]:
-    """What generates another program's image again, and what of it that will not honour."""
+    """Return the request, the loaded pipeline and notes on what is ignored, for another program's image."""
     from sfumato.adapters.named import with_named_adapters
     from sfumato.cli.generate import load_model
     from sfumato.cli.terminal import say
@@ -182,7 +182,7 @@ def _foreign(
     notes = list(remembered.notes)
     pipeline = load_model(terminal, model, device=device, dtype=dtype, request=request)
     if pipeline.parts.family.encoders[0].layer != -1 and request.clip_skip is not None:
-        # Elsewhere layers are counted from the last, and families that take another one take no other than that.
+        # Other programs count from the last layer, and ignore clip skip for families that use a fixed other layer.
         request = request.replace(clip_skip=None, negative_clip_skip=None)
         notes.append(f"Clip skip is ignored, as other programs do for {pipeline.parts.family.title}")
     for note in () if terminal.quiet else notes:
@@ -191,7 +191,7 @@ def _foreign(
 
 
 def _check_start(recipe: dict[str, Any]) -> None:
-    """Raise `UsageError` unless the images that this one was made of are still the same."""
+    """Raise `UsageError` if an input image of this one is missing or has changed."""
     from sfumato.files import expanded, file_hash
     from sfumato.pipelines.recipe import pictures
 
@@ -211,9 +211,9 @@ def _load(
     dtype: str | None,
     option: str = "--model",
 ) -> DiffusionPipeline:
-    """The checkpoint the image was drawn with; unless it is named again, from this machine and no network.
+    """Load the checkpoint of an image. Unless the user names one, it is not downloaded.
 
-    Raises `UsageError` if it is another one.
+    Raises `UsageError` if its weights differ.
     """
     from sfumato.cli.coreml_generate import replay_models
     from sfumato.cli.generate import load_model

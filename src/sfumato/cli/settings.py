@@ -1,4 +1,4 @@
-"""What a user has set once for all commands: the model that is used when none is named."""
+"""User defaults for all commands, such as the default model."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _KEYS = ("model",)
 
 
 def chosen_model(model: str | None) -> str:
-    """The model a command uses: what `--model` says, else the default."""
+    """Return the model for a command: the value of `--model`, else the default."""
     return default_model()[0] if model is None else model
 
 
 def default_model() -> tuple[str, str]:
-    """The model used when a command names none, and where that comes from.
+    """Return the default model and where it is set.
 
     In this order: the environment variable SFUMATO_MODEL, `model` in the config file, the built-in model. Raises
-    `ConfigError` for a config file that cannot be read.
+    `ConfigError` if the config file cannot be read.
     """
     if name := os.environ.get(MODEL_VARIABLE):
         return name, MODEL_VARIABLE
@@ -35,10 +35,10 @@ def default_model() -> tuple[str, str]:
 
 
 def config_file() -> Path | None:
-    """Where the config file is or would be: $SFUMATO_CONFIG, else `sfumato/config.toml` in the system's folder.
+    """Return the path of the config file, whether it exists or not.
 
-    That folder is $XDG_CONFIG_HOME or ~/.config on Linux, ~/Library/Application Support on macOS, and %APPDATA% on
-    Windows. None without a home folder.
+    That is $SFUMATO_CONFIG, else `sfumato/config.toml` in $XDG_CONFIG_HOME or ~/.config on Linux, ~/Library/Application
+    Support on macOS, and %APPDATA% on Windows. None without a home folder.
     """
     try:
         if chosen := os.environ.get("SFUMATO_CONFIG"):

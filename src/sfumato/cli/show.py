@@ -1,4 +1,4 @@
-"""`sfumato show`: what a checkpoint is, from its file headers alone, or what an image says of itself."""
+"""`sfumato show`: describes a checkpoint from its file headers, or an image from its metadata."""
 
 from __future__ import annotations
 
@@ -82,14 +82,14 @@ def show(
 
 
 def _is_adapter(path: str) -> bool:
-    """Asked of files that are no checkpoint only, as this imports torch."""
+    """Return whether a file is an adapter. Imports torch, so call it only if it is not a checkpoint."""
     from sfumato.adapters.about import is_adapter
 
     return is_adapter(path)
 
 
 def _show_adapter(path: str, *, as_json: bool) -> None:
-    """What a file of an adapter or of new words is."""
+    """Describe an adapter or embedding file."""
     from rich.markup import escape
 
     from sfumato.adapters.about import about_adapter
@@ -136,7 +136,7 @@ def _size(facts: dict[str, Any]) -> str:
 
 
 def _reasons(facts: dict[str, Any]) -> list[str]:
-    """How a file was known, and what it lacks."""
+    """List how a file was detected, and what it lacks."""
     return [
         *(f"- {reason}" for reason in facts.get("why", ())),
         *(f"- {said}" for said in facts.get("missing", {}).values()),
@@ -144,7 +144,7 @@ def _reasons(facts: dict[str, Any]) -> list[str]:
 
 
 def _abilities(facts: dict[str, Any]) -> list[str]:
-    """What a model with a small vocabulary knows."""
+    """List what a model with a small vocabulary knows."""
     if "words" not in facts:
         return []
     settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts["suggested"].items())

@@ -1,4 +1,4 @@
-"""Standard streams that are always there, show what they can, and say so when they cannot be written."""
+"""Standard streams that always exist, replace characters they cannot print, and report failed writes."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ __all__ = ["discard", "prepare_streams"]
 
 
 def prepare_streams() -> None:
-    """Have all three. Standard output raises `OutputError` where it takes no more; standard error is then let go."""
+    """Make sure all three streams exist. A failed write raises `OutputError` on stdout and is ignored on stderr."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes this number, which the next file would have taken otherwise
+            os.open(os.devnull, os.O_RDWR)  # occupies this number, which the next opened file would get otherwise
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, "r" if name == "stdin" else "w", encoding="utf-8", closefd=False))
         stream = getattr(sys, name)
-        if number > 0 and type(stream) is io.TextIOWrapper:  # nobody has put something else in its place
+        if number > 0 and type(stream) is io.TextIOWrapper:  # unless somebody replaced the stream
             about = {key: getattr(stream, key) for key in ("encoding", "errors", "line_buffering", "write_through")}
             if about["errors"] == "strict":
-                # What cannot be shown is replaced, but for names of files that are no text, which stay as they are.
+                # Characters that cannot be encoded are replaced, but file names that are not valid text stay as they
+                # are.
                 utf8 = about["encoding"].lower().replace("-", "") == "utf8"
                 about["errors"] = "surrogateescape" if utf8 else "replace"
             setattr(sys, name, io.TextIOWrapper(_Stream(io.FileIO(stream.fileno(), "w", closefd=False)), **about))
 
 
 class _Stream(io.BufferedWriter):
-    """The bytes of a standard stream."""
+    """The binary layer of a standard stream."""
 
     def write(self, data: Any) -> int:
         with self._watched():
@@ -61,6 +62,6 @@ class _Stream(io.BufferedWriter):
 
 
 def discard(output: Any) -> None:
-    """Let all that is still written there, at the latest when Python ends, go nowhere."""
+    """Redirect a stream to nowhere, including what Python flushes on exit."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())

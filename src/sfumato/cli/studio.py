@@ -1,4 +1,4 @@
-"""`sfumato studio` and `sfumato serve`: the page in a browser, and the server that it talks to."""
+"""`sfumato studio` and `sfumato serve`: the server, with and without the page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands print: results on standard output, everything else on standard error."""
+"""Terminal output: results on standard output, everything else on standard error."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 __all__ = ["MOST_CHARACTERS", "StepBar", "Terminal", "notes", "output", "plain", "print_json", "say"]
 
-# The longest sentence that is printed whole.
+# The maximum length of a printed sentence; longer ones are shortened.
 MOST_CHARACTERS = 600
 
 log = logging.getLogger("sfumato")
 
 
 def plain(text: str) -> str:
-    """A text as one line that does nothing to a terminal, whatever file its words come from.
+    """Make text safe to print as a single line, whatever file it comes from.
 
-    What cannot be printed becomes "�", and of a long text the middle is omitted.
+    Characters that cannot be printed become "�", and the middle of a long text is omitted.
     """
     if len(text) > MOST_CHARACTERS:
         text = f"{text[: MOST_CHARACTERS * 2 // 3]} … {text[-MOST_CHARACTERS // 3 :]}"
@@ -45,21 +45,21 @@ def _shown(char: str) -> str:
 
 
 def say(text: str) -> None:
-    """One line for a person, on standard error."""
+    """Print a line for people on standard error."""
     print(plain(text), file=sys.stderr, flush=True)
 
 
 def print_json(value: Any) -> None:
-    """A value on standard output, for programs."""
+    """Print a value as JSON on standard output."""
     unicode = (sys.stdout.encoding or "").lower().replace("-", "") in ("utf8", "utf16")
     text = json.dumps(value, indent=2, ensure_ascii=not unicode, default=str)
-    if not text.isprintable():  # every other character than these means the same to a program when it is escaped
+    if not text.isprintable():  # escape what a terminal might interpret; to a JSON parser it means the same
         text = "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
     typer.echo(text)
 
 
 def output() -> Console:
-    """Where tables for a person go. Into a pipe or a file no line is folded or cut."""
+    """Return the console for tables. Lines are not wrapped or truncated in pipes and files."""
     return _console() if sys.stdout.isatty() else _console(width=1000)
 
 
@@ -67,7 +67,7 @@ def _console(**options: Any) -> Console:
     from rich.console import Console
 
     class Printable(Console):
-        """A console on which the words of files do nothing but stand there."""
+        """A console that strips control characters from text that comes from files."""
 
         def render_str(self, text: str, **options: Any) -> Any:
             return super().render_str(_printable(text), **options)
@@ -77,7 +77,7 @@ def _console(**options: Any) -> Console:
 
 @contextmanager
 def notes() -> Iterator[None]:
-    """Within the block the library's log becomes lines on standard error, each once."""
+    """Print the library's log as notes on standard error inside this context, each message once."""
     echo, level = _Echo(), log.level
     log.addHandler(echo)
     log.setLevel(logging.INFO)
@@ -89,19 +89,19 @@ def notes() -> Iterator[None]:
 
 
 class Terminal:
-    """Progress and notes for a person: silent with `quiet`, and no moving lines where nobody watches them."""
+    """Progress and notes for people. Shows nothing if `quiet`, and no animations unless stderr is a terminal."""
 
     def __init__(self, *, quiet: bool) -> None:
         self.quiet = quiet
         self.hidden = quiet or not sys.stderr.isatty()
         if self.hidden:
-            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when the hub's library is imported
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when huggingface_hub is imported
         if quiet:
             log.setLevel(logging.ERROR)
 
     @contextmanager
     def working(self, what: str) -> Iterator[None]:
-        """A spinner while something without steps goes on."""
+        """Show a spinner during work without steps."""
         if self.hidden:
             yield
             return
@@ -112,7 +112,7 @@ class Terminal:
 
     @contextmanager
     def stages(self, what: str) -> Iterator[Callable[[str], None]]:
-        """A spinner that names the stage it is told last."""
+        """Show a spinner with the name of the current stage."""
         if self.hidden:
             yield lambda stage: None
             return
@@ -123,7 +123,7 @@ class Terminal:
 
     @contextmanager
     def steps(self, what: str) -> Iterator[StepBar]:
-        """A bar with the time left; it disappears when the block ends."""
+        """Show a progress bar with the time left, which disappears at the end."""
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -146,18 +146,18 @@ class Terminal:
 
 
 class StepBar:
-    """Follows the steps of one request."""
+    """The progress bar of one request."""
 
     def __init__(self, progress: Any, task: Any) -> None:
         self._progress, self._task = progress, task
 
     def show(self, step: Step) -> None:
-        """Show how far this step brought us."""
+        """Update the bar to this step."""
         self._progress.update(self._task, completed=step.number, total=step.total)
 
 
 class _Echo(logging.Handler):
-    """What the library logs, each sentence once, as lines on standard error."""
+    """Prints log messages on standard error, each once."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -59,7 +59,7 @@ class AutoencoderKLConfig(Config):
 
     @property
     def scale_factor(self) -> int:
-        """Pixels per latent pixel, along each side."""
+        """Image pixels per latent pixel, along each side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
@@ -101,5 +101,5 @@ class AutoencoderTinyConfig(Config):
 
     @property
     def scale_factor(self) -> int:
-        """Pixels per latent pixel, along each side."""
+        """Image pixels per latent pixel, along each side."""
         return self.upsampling_scaling_factor ** (len(self.decoder_block_out_channels) - 1)

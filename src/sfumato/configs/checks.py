@@ -1,4 +1,4 @@
-"""What the configs of networks have in common: the functions they may name, and how large they may be."""
+"""Checks shared by network configs: allowed activation functions and size limits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from sfumato.errors import ConfigError
 __all__ = ["ACTIVATIONS", "MOST_BLOCKS", "MOST_LAYERS", "check_count", "check_divisible"]
 
 ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")
-# No network of these families has more, and its layers would be made before a single weight is looked at.
+# No network of these families has more, and all layers are created before any weights are read.
 MOST_BLOCKS, MOST_LAYERS = 16, 500
 
 

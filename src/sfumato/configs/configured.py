@@ -1,4 +1,4 @@
-"""What models and schedulers have in common: a config whose keys the ecosystem's older code reads as attributes."""
+"""Base of models and schedulers: a config whose keys can also be read as attributes, as older code does."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["Configured"]
 
 
 class Configured:
-    """Something made from a frozen `config`."""
+    """An object with a frozen `config`."""
 
     config: Any
     _deprecated_kwargs: ClassVar[tuple[str, ...]] = ()
 
     def register_to_config(self, **values: Any) -> None:
-        """Change values of the config, by replacing it with a new one."""
+        """Change config values by replacing the config with a modified copy."""
         config: Config = self.config
         own = {key: values.pop(key) for key in values.keys() & kinds_of(type(config)).keys()}
         self.config = config.replace(**own, extra={**config.extra, **values})
@@ -30,7 +30,7 @@ class Configured:
         return self._in_config(name)
 
     def _in_config(self, name: str) -> Any:
-        """A value of the config, with a warning; raises the answer for a name that is not there."""
+        """Return a config value with a `FutureWarning`. Raises an explanatory error if there is no such key."""
         config = self.__dict__.get("config", {})
         if name not in config:
             raise answer("part", name, type(self).__name__)

@@ -16,7 +16,7 @@ __all__ = ["ControlNetConfig", "ControlNetUnionConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class ControlNetConfig(Config):
-    """`config.json` of a `ControlNetModel`: what its U-Net's way down is like, and how it reads pictures."""
+    """`config.json` of a `ControlNetModel`: its encoder, a copy of the U-Net's, and its image embedding."""
 
     in_channels: int = 4
     conditioning_channels: int = 3
@@ -58,13 +58,13 @@ class ControlNetConfig(Config):
         order = self.controlnet_conditioning_channel_order
         one_of(self.where, "controlnet_conditioning_channel_order", order, ("rgb", "bgr"))
         try:
-            _ = self.unet  # which checks itself
+            _ = self.unet  # which validates itself
         except ConfigError as error:
             raise ConfigError(str(error).replace(UNet2DConditionConfig.where, self.where, 1)) from error
 
     @cached_property
     def unet(self) -> UNet2DConditionConfig:
-        """The config of the U-Net whose way down this is."""
+        """The config of the U-Net whose encoder this is a copy of."""
         shared = {one.name for one in dataclasses.fields(UNet2DConditionConfig)} - {"extra"}
         values = {one.name: getattr(self, one.name) for one in dataclasses.fields(self) if one.name in shared}
         return UNet2DConditionConfig(
@@ -73,7 +73,7 @@ class ControlNetConfig(Config):
 
     @property
     def factor(self) -> int:
-        """Pixels of a picture that become one of the latents', along each side."""
+        """Control image pixels per latent pixel, along each side."""
         return 2 ** (len(self.conditioning_embedding_out_channels) - 1)
 
 

@@ -14,7 +14,7 @@ __all__ = ["CLIPVisionConfig", "ImageNormalizerConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPVisionConfig(Config):
-    """`image_encoder/config.json` of a `CLIPVisionModelWithProjection`; the defaults are the ecosystem's."""
+    """`image_encoder/config.json` of a `CLIPVisionModelWithProjection`; defaults are those of transformers."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -43,7 +43,7 @@ class CLIPVisionConfig(Config):
 
     @property
     def tokens(self) -> int:
-        """Tokens of an image: one for each patch, and the class token before them."""
+        """Number of tokens for an image: the class token and one for each patch."""
         return (self.image_size // self.patch_size) ** 2 + 1
 
 

@@ -30,7 +30,7 @@ class T2IAdapterConfig(Config):
 
     @property
     def blocks(self) -> tuple[tuple[int, int, bool], ...]:
-        """Channels into and out of each block, and whether it halves the picture first."""
+        """Input and output channels of each block, and whether it downsamples first."""
         widths = self.channels
         if self.adapter_type == "light_adapter":
             pairs = [(self.in_channels * self.factor**2, widths[0]), *pairwise(widths)]
@@ -42,10 +42,10 @@ class T2IAdapterConfig(Config):
 
     @property
     def factor(self) -> int:
-        """Pixels of a picture that become one of the first feature's, along each side."""
+        """Control image pixels per pixel of the first feature map, along each side."""
         return self.downscale_factor
 
     @property
     def conditioning_channels(self) -> int:
-        """Channels of a picture."""
+        """Channels of a control image."""
         return self.in_channels

@@ -13,7 +13,7 @@ __all__ = ["CLIPTextConfig"]
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPTextConfig(Config):
-    """`text_encoder/config.json` of a `CLIPTextModel`; the defaults are the ecosystem's, not those of one model."""
+    """`text_encoder/config.json` of a `CLIPTextModel`; defaults are those of transformers, not of one model."""
 
     vocab_size: int = 49408
     hidden_size: int = 512

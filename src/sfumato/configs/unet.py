@@ -12,14 +12,14 @@ from sfumato.values import Within
 
 __all__ = ["K_GROUP", "UNet2DConditionConfig"]
 
-K_GROUP = 32  # channels that k-diffusion's blocks normalize together
+K_GROUP = 32  # channels per group of k-diffusion's normalization layers
 
 
 @dataclass(frozen=True, kw_only=True)
 class UNet2DConditionConfig(Config):
     """`unet/config.json` of a `UNet2DConditionModel`.
 
-    `attention_head_dim` is, for historical reasons, the *number* of heads of each block.
+    For historical reasons, `attention_head_dim` is the *number* of heads of each block.
     """
 
     sample_size: int | tuple[int, int] | None = None
@@ -62,7 +62,7 @@ class UNet2DConditionConfig(Config):
     addition_time_embed_dim: int | None = None
     time_embedding_type: str = "positional"
     timestep_post_act: str | None = None
-    # What follows is read only to be refused: other values mean layers that no Stable Diffusion has.
+    # These are only validated: other values stand for layers that no Stable Diffusion model has.
     encoder_hid_dim: int | None = None
     encoder_hid_dim_type: str | None = None
     addition_embed_type_num_heads: int = 64
@@ -125,7 +125,7 @@ class UNet2DConditionConfig(Config):
         self._check_sizes(where)
 
     def _check_sizes(self, where: str) -> None:
-        """Widths that can be grouped and shared out to heads, and no more layers than a network has."""
+        """Check that widths are divisible into groups and heads, and that the number of layers is plausible."""
         widths, blocks = self.block_out_channels, len(self.block_out_channels)
         if 2 * self.freq_shift >= widths[0]:
             raise ConfigError(f"{where}: freq_shift must be below half of block_out_channels[0] = {widths[0]}")
@@ -142,7 +142,7 @@ class UNet2DConditionConfig(Config):
         check_count(where, "layers_per_block", sum(len(own) + sum(own) for own in depths), MOST_LAYERS)
 
     def _check_depths(self, where: str) -> None:
-        """Transformers per layer: as many as there are layers, and said for the way up too, which has one more."""
+        """Check that transformer depths match the number of layers; up blocks have one more, so need their own."""
         key = "transformer_layers_per_block"
         nested = any(isinstance(value, tuple) for value in self.per_block(key))
         if nested and self.reverse_transformer_layers_per_block is None:
@@ -155,19 +155,19 @@ class UNet2DConditionConfig(Config):
 
     @property
     def latent_size(self) -> tuple[int, int]:
-        """Height and width of the latents that the checkpoint draws by itself; 64 each where it does not say."""
+        """Height and width of the checkpoint's native latents; 64 each if not specified."""
         size = self.sample_size or 64
         height, width = (size, size) if isinstance(size, int) else size[:2]
         return height, width
 
     @property
     def is_k(self) -> bool:
-        """Whether it is made of the blocks of k-diffusion, as the latent upscaler's is; none has both kinds."""
+        """Whether all blocks are k-diffusion's, as in the latent upscaler; no model mixes both kinds."""
         return any(kind.startswith("K") for kind in (*self.down_block_types, *self.up_block_types))
 
     @property
     def reads_guidance(self) -> bool:
-        """Whether it was distilled for guidance, whose scale it reads (arXiv 2310.04378)."""
+        """Whether the model is guidance-distilled and takes the guidance scale as an input (arXiv 2310.04378)."""
         return self.time_cond_proj_dim is not None and not self.is_k
 
     @property
@@ -179,14 +179,15 @@ class UNet2DConditionConfig(Config):
 
     @property
     def heads(self) -> tuple[int, ...]:
-        """Attention heads of each down block; where the blocks are k-diffusion's, channels of a head."""
+        """Attention heads of each down block; for k-diffusion's blocks, channels per head."""
         counts = self.num_attention_heads if self.num_attention_heads is not None else self.attention_head_dim
         return _per_block(counts, len(self.block_out_channels))
 
     def k_widths(self, way: str, level: int) -> list[tuple[int, int, int]]:
-        """Channels into, within and out of each of k-diffusion's residual blocks of a level, on the way "down" or "up".
+        """Return input, middle and output channels of each k-diffusion block in a level; `way` is "down" or "up".
 
-        On the way up the level's own skip connection comes in first, and the width of the level above goes out.
+        In the up path, the first block also takes the skip connection, and the last one outputs the width of the level
+        above.
         """
         widths, kinds = self.block_out_channels, self.up_block_types[::-1]
         width, above = widths[level], widths[max(level - 1, 0)]
@@ -198,7 +199,7 @@ class UNet2DConditionConfig(Config):
         return [*found[:-1], (found[-1][0], width if "CrossAttn" in kinds[level] else above, above)]
 
     def depths(self, way: str, level: int) -> tuple[int, ...]:
-        """Transformer blocks behind each residual block of a level: on the way "down", in the "middle", or "up"."""
+        """Return the transformer depth after each residual block of a level; `way` is "down", "middle" or "up"."""
         given = self.per_block("transformer_layers_per_block")
         if way == "up" and self.reverse_transformer_layers_per_block is not None:
             given = self.reverse_transformer_layers_per_block[::-1]
@@ -207,7 +208,7 @@ class UNet2DConditionConfig(Config):
         return _per_block(given[level], self.per_block("layers_per_block")[level] + (way == "up"))
 
     def per_block(self, key: str) -> tuple[Any, ...]:
-        """The values of a key that may be given once or once per down block."""
+        """Return a key's values, one per down block, whether the config has one value or several."""
         return _per_block(getattr(self, key), len(self.block_out_channels))
 
 

@@ -1,4 +1,4 @@
-"""Core ML on any system: convert, verify, run and generate. Names are loaded when they are first used."""
+"""Core ML on any system: convert, verify, run and generate. Names are loaded on first use."""
 
 from __future__ import annotations
 

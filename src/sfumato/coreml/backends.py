@@ -1,4 +1,4 @@
-"""Who computes a converted model: Apple's framework on macOS, the portable runtime everywhere else."""
+"""The two backends for converted models: Apple's framework on macOS, the portable runtime elsewhere."""
 
 from __future__ import annotations
 
@@ -21,27 +21,28 @@ if TYPE_CHECKING:
 __all__ = ["COMPUTE_UNITS", "AppleModel", "Backend", "Chain", "Engine", "Link", "engine_for", "parse_compute_unit"]
 
 COMPUTE_UNITS = ("ALL", "CPU_AND_GPU", "CPU_ONLY", "CPU_AND_NE")
-# How Apple's two runners spell them, without case and underscores.
+# The spellings of Apple's two runners, in lower case and without underscores.
 _SPELLINGS = {unit.replace("_", "").lower(): unit for unit in COMPUTE_UNITS} | {"cpuandneuralengine": "CPU_AND_NE"}
 
 
 class Backend(Protocol):
-    """A model that can be asked."""
+    """A model that can make predictions."""
 
     @property
     def interface(self) -> Interface:
-        """What it is asked with, and what it answers."""
+        """Inputs and outputs of the model."""
         ...
 
     def predict(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The outputs by name, for all inputs by name, of the interface's shapes."""
+        """Return the outputs by name, given all inputs by name in the shapes of the interface."""
         ...
 
 
 def parse_compute_unit(name: str) -> str:
-    """One of `COMPUTE_UNITS`, by the spelling of Apple's Python runner or of the Swift one ("cpuAndGPU"), in any case.
+    """Return the one of `COMPUTE_UNITS` that a name stands for, ignoring case.
 
-    Raises `UsageError` for another name.
+    Accepts the spelling of Apple's Python runner ("CPU_AND_GPU") and that of the Swift one ("cpuAndGPU"). Raises
+    `UsageError` for any other name.
     """
     key = name.replace("_", "").replace("-", "").lower()
     if key not in _SPELLINGS:
@@ -52,10 +53,10 @@ def parse_compute_unit(name: str) -> str:
 
 @dataclass(frozen=True)
 class Engine:
-    """What opens models: Apple's framework with a compute unit, or the portable runtime.
+    """Loads models with Apple's framework and a compute unit, or with the portable runtime.
 
-    precision: how the portable runtime computes. "float32" leaves half-precision types out of account: nothing is
-    rounded on the way, and a CPU is quicker so. "typed" rounds wherever the program says so, as hardware would.
+    precision: how the portable runtime computes. "float32" ignores half-precision types, so nothing is rounded on the
+    way, which is faster on CPUs. "typed" rounds wherever the program does, as hardware would.
     """
 
     compute_unit: str = "ALL"
@@ -64,26 +65,26 @@ class Engine:
 
     @property
     def name(self) -> str:
-        """How recipes call it."""
+        """The engine's name in recipes."""
         return "core ml" if self.apple else "portable"
 
     @property
     def note(self) -> str | None:
-        """What a user who asked for more than this machine has should know."""
+        """A note for users who asked for more than this machine has, or None."""
         if self.apple or self.compute_unit == "CPU_ONLY":
             return None
         return f"{self.compute_unit} became CPU_ONLY: without Core ML, the portable runtime computes on the CPU"
 
     def open(self, path: Path, model: Model) -> Backend:
-        """Make a model, which was read from `path`, ready to be asked.
+        """Load a model that was read from `path`, ready for predictions.
 
-        Raises `CheckpointError` for one that cannot be run, and `MissingExtra` where coremltools is not installed.
+        Raises `CheckpointError` if it cannot be run, and `MissingExtra` if coremltools is not installed.
         """
         if self.apple:
             return AppleModel(path, model.interface, self.compute_unit)
         from sfumato.coreml.runtime import Predictor
 
-        # Fused operations round once, at their end; hardware rounds in between.
+        # Fused operations round only their result; hardware rounds intermediate values, too.
         try:
             return Predictor(model, precision=self.precision, fuse=self.precision == "float32")
         except CheckpointError as error:
@@ -91,11 +92,10 @@ class Engine:
 
 
 def engine_for(compute_unit: str | None, *, portable: bool = False, precision: Precision = "float32") -> Engine:
-    """The engine for a compute unit, or for all there are: Apple's framework on macOS, else the portable runtime.
+    """Return the engine for a compute unit (None for all units): Apple's framework on macOS, else the portable runtime.
 
-    portable: the portable runtime on macOS too.
-
-    Raises `UsageError` for a unit that does not exist, or that the engine does not have.
+    portable: use the portable runtime on macOS, too. Raises `UsageError` if the unit does not exist or the engine does
+    not support it.
     """
     apple = sys.platform == "darwin" and not portable
     unit = parse_compute_unit(compute_unit or ("ALL" if apple else "CPU_ONLY"))
@@ -111,9 +111,9 @@ class AppleModel:
     """A package or a compiled model, run by Apple's framework through coremltools. macOS only."""
 
     def __init__(self, path: Path, interface: Interface, compute_unit: str) -> None:
-        """Load it, which compiles a package first and may take minutes for the Neural Engine.
+        """Load the model; a package is compiled first, which can take minutes for the Neural Engine.
 
-        Raises `MissingExtra` or `CheckpointError`.
+        Raises `MissingExtra` if coremltools is not installed, `CheckpointError` if loading fails.
         """
         self.interface = interface
         self._path, self._unit = path, compute_unit
@@ -124,13 +124,13 @@ class AppleModel:
                 self._model: Any = coremltools.models.CompiledMLModel(str(path), unit)
             else:
                 self._model = coremltools.models.MLModel(str(path), compute_units=unit)
-        except Exception as error:  # the framework's own errors come through as plain ones
+        except Exception as error:  # coremltools raises the framework's errors as plain exceptions
             raise self._failed("load", error) from error
 
     def predict(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The framework's outputs. Raises `CheckpointError` with its words where it fails."""
+        """Return the framework's outputs. Raises `CheckpointError` with its error message if it fails."""
         try:
-            # A dictionary of its own: coremltools widens half-precision arrays in the one that it is given.
+            # Pass a copy, because coremltools converts half-precision arrays in the dictionary in place.
             outputs = self._model.predict(dict(inputs))
         except Exception as error:
             raise self._failed("run", error) from error
@@ -154,16 +154,16 @@ def _coremltools() -> Any:
 
 @dataclass(frozen=True)
 class Link:
-    """One model of a `Chain`: what it reads and gives, and how it is opened."""
+    """One model of a `Chain`: its interface and a function that loads it."""
 
     interface: Interface
     open: Callable[[], Backend]
 
 
 class Chain:
-    """The models of one network in a row; most networks are one model, a U-Net may be cut into several.
+    """The models of one network, run in sequence; most networks are one model, but a U-Net may be split into chunks.
 
-    What one gives the later ones read, by name. A model is opened when it is first asked, or by `load`.
+    The outputs of each model are available to all later ones by name. A model is loaded on first use, or by `load`.
     """
 
     def __init__(self, links: Sequence[Link]) -> None:
@@ -177,16 +177,16 @@ class Chain:
         self.interface = Interface(tuple(inputs.values()), self._links[-1].interface.outputs)
 
     def load(self) -> None:
-        """Open all models now."""
+        """Load all models now."""
         for index in range(len(self._links)):
             self._backend(index)
 
     def release(self) -> None:
-        """Let go of all models; the next question opens them again."""
+        """Release all models; the next prediction loads them again."""
         self._open.clear()
 
     def predict(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The last model's outputs by name, for the chain's inputs by name."""
+        """Return the last model's outputs by name, given the chain's inputs by name."""
         features = dict(inputs)
         outputs: dict[str, np.ndarray] = {}
         for index, link in enumerate(self._links):

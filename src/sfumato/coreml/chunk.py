@@ -1,4 +1,4 @@
-"""Models in pieces: one program cut into several that run one after another, and several models joined into one.
+"""Splits one program into chunks that run in sequence, and merges several models into one package.
 
 A phone gives the memory of one piece at a time. What one piece computes and a later one needs leaves it as an output
 and comes back as an input of the same name: whoever runs them keeps every feature until the last has run. Values in
@@ -32,10 +32,10 @@ from sfumato.errors import ConfigError, UsageError
 __all__ = ["MAX_CHUNKS", "chunk", "cut", "join"]
 
 MAX_CHUNKS = 8
-# How far a chunk's bytes may be from an equal share, in shares, where that makes less travel between the chunks.
+# How far a chunk's size may deviate, as a fraction of an equal share, to pass less data between the chunks.
 TOLERANCE = 0.1
 
-# What values travel as: models have no other features than these.
+# The dtypes in which values are passed between chunks: models support no other feature types.
 CARRIED_AS = {
     "fp32": "fp32",
     "fp16": "fp32",
@@ -49,11 +49,12 @@ CARRIED_AS = {
 
 
 def chunk(model: Model, parts: int = 2) -> list[Model]:
-    """The model in 2 to 8 pieces of about the same bytes, as stored, palettes as what they take.
+    """Split a model into 2 to 8 chunks of about the same stored size.
 
-    Of the places that divide the bytes equally up to `TOLERANCE` each cut takes the one where the fewest bytes travel,
-    then the one nearest to equal. A piece has those of the model's inputs that it needs, in their order; the last has
-    all outputs. Raises `UsageError` for a number of parts that cannot be, `ConfigError` for a model that cannot be cut.
+    Weights count as stored, so palettized ones by their compressed size. Among the positions that split the bytes
+    equally within `TOLERANCE`, each cut is made where the fewest bytes are passed on, then closest to equal. A chunk
+    has those of the model's inputs that it needs, in the original order; the last one has all outputs. Raises
+    `UsageError` for an impossible number of parts, `ConfigError` if the model cannot be split.
     """
     if not 2 <= parts <= MAX_CHUNKS:
         raise UsageError(f"a model can be split into 2 to {MAX_CHUNKS} chunks, not {parts}")
@@ -64,7 +65,10 @@ def chunk(model: Model, parts: int = 2) -> list[Model]:
 
 
 def cut(model: Model, positions: Sequence[int]) -> list[Model]:
-    """The pieces between given positions: how many operations, constants not counted, are before each cut."""
+    """Split a model at given positions: the number of operations, without constants, before each cut.
+
+    Raises `UsageError` if the positions do not ascend, `ConfigError` if the model cannot be split there.
+    """
     graph = _Graph.of(_function(model))
     if any(one >= other for one, other in pairwise([0, *positions, len(graph.steps)])):
         raise UsageError(f"cuts must ascend between 1 and {len(graph.steps) - 1}, not {list(positions)}")
@@ -72,9 +76,10 @@ def cut(model: Model, positions: Sequence[int]) -> list[Model]:
 
 
 def join(models: Sequence[Model]) -> Model:
-    """A pipeline that runs the models in their order and hands features on by name; metadata is that of the first.
+    """Return a pipeline that runs the models in order and passes features on by name.
 
-    What no earlier model computes is an input, and what no later one reads is an output.
+    The metadata is that of the first model. Features that no earlier model computes are inputs, and those that no later
+    one reads are outputs. Raises `UsageError` unless there are at least two models, all of them programs.
     """
     if len(models) < 2 or not all(isinstance(model.body, Program) for model in models):
         raise UsageError("a pipeline joins at least two models that are programs")
@@ -110,10 +115,11 @@ def _function(model: Model) -> Function:
 
 @dataclass(frozen=True, eq=False)
 class _Graph:
-    """What cutting asks of a function.
+    """The facts about a function that splitting needs.
 
-    steps: the operations that compute; constants: those that do not, by name, in order; types: of what steps compute;
-    made: the step that computes a value; used: the last that reads it, and the number of steps for outputs.
+    steps: the operations that compute; constants: the ones that do not, by output name, in order; types: of the values
+    that steps compute; made: the step that computes a value; used: the last step that reads it, or the number of steps
+    for outputs.
     """
 
     function: Function
@@ -138,13 +144,13 @@ class _Graph:
         return graph
 
     def crossing(self) -> Iterator[tuple[str, int, int]]:
-        """Values that steps after the next one need: name, the step that makes it, the last that reads it."""
+        """Yield values that later steps need: name, the step that makes it, the last step that reads it."""
         for name, made in self.made.items():
             if self.used.get(name, made) > made:
                 yield name, made, self.used[name]
 
     def constants_of(self, names: Iterable[str]) -> set[str]:
-        """The constants among the values, with those that these are made from."""
+        """Return the constants among the values, and the constants they are made from."""
         wanted, asked = set(), list(names)
         while asked:
             name = asked.pop()
@@ -175,7 +181,7 @@ def _best_positions(graph: _Graph, parts: int) -> list[int]:
 
 
 def _bytes_before(graph: _Graph) -> np.ndarray:
-    """Stored bytes that all steps before each need, and one for each step, for programs without weights."""
+    """Return the stored bytes needed before each position; each step adds 1, for programs without weights."""
     seen: set[str] = set()
     own = np.ones(len(graph.steps))
     for step, operation in enumerate(graph.steps):
@@ -193,7 +199,7 @@ def _values(operation: Operation) -> Iterator[Value]:
 
 
 def _bytes_travelling(graph: _Graph) -> np.ndarray:
-    """Bytes of the features between the steps before each position and those after; infinite where that cannot be."""
+    """Return the bytes passed on at each position; infinite where a value cannot be passed on."""
     change = np.zeros(len(graph.steps) + 2)
     barred = np.zeros(len(graph.steps) + 2)
     for name, made, used in graph.crossing():
@@ -216,7 +222,7 @@ def _carried(type_: TensorType) -> TensorType:
 
 @dataclass(frozen=True)
 class _Passage:
-    """How a value travels: the feature, the value inside the pieces, and the steps that make it and read it last."""
+    """How a value crosses a cut: its feature, its value inside the chunks, the step that makes it, the last reader."""
 
     feature: Output
     inner: Output
@@ -225,11 +231,11 @@ class _Passage:
     fresh: str
 
     def leave(self) -> tuple[Operation, ...]:
-        """The operations at the end of the piece that computes it."""
+        """Return the operations at the end of the chunk that computes the value."""
         return self._converted(self.inner, self.feature)
 
     def arrive(self) -> tuple[Operation, ...]:
-        """The operations at the beginning of a piece that reads it."""
+        """Return the operations at the start of a chunk that reads the value."""
         return self._converted(self.feature, self.inner)
 
     def _converted(self, source: Output, target: Output) -> tuple[Operation, ...]:
@@ -244,10 +250,10 @@ class _Passage:
 
 
 def _passages(graph: _Graph, positions: Sequence[int]) -> dict[str, _Passage]:
-    """The values that cross a cut, by the names they have in the whole.
+    """Return the values that cross a cut, by their names in the whole model.
 
-    A value that is converted on the way leaves its name to the feature, as in Apple's chunks; an output of the whole
-    keeps it for the last piece.
+    A value that is converted on the way gives its name to the feature, as in Apple's chunks; an output of the whole
+    model keeps its name for the last chunk.
     """
     taken = {*graph.made, *graph.constants, *(one.name for one in graph.function.inputs)}
     found = {}
@@ -266,7 +272,7 @@ def _passages(graph: _Graph, positions: Sequence[int]) -> dict[str, _Passage]:
 
 
 def _fresh(name: str, taken: set[str]) -> str:
-    """The name, or one like it where it or that of the constant beside it is taken; both are taken then."""
+    """Return the name, with underscores appended while it or its dtype constant is taken; both are marked as taken."""
     while {name, _dtype_of(name)} & taken:
         name += "_"
     taken |= {name, _dtype_of(name)}
@@ -274,7 +280,7 @@ def _fresh(name: str, taken: set[str]) -> str:
 
 
 def _dtype_of(name: str) -> str:
-    """The constant that says what a cast converts to, named as Apple's tools name it."""
+    """Return the name of the constant that holds a cast's target dtype, as in Apple's tools."""
     return f"{name}_dtype_0"
 
 
@@ -284,7 +290,7 @@ def _pieces(model: Model, graph: _Graph, positions: Sequence[int]) -> list[Model
 
 
 def _piece(model: Model, graph: _Graph, passages: Mapping[str, _Passage], begin: int, end: int) -> Model:
-    """The steps from begin to end, with what they need and without what they do not."""
+    """Return a model of the steps from `begin` to `end`, with only the constants and inputs they need."""
     steps, last = graph.steps[begin:end], end == len(graph.steps)
     finals = graph.function.outputs if last else ()
     read = {name for operation in steps for name in operation.names} | set(finals)

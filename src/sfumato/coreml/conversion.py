@@ -1,4 +1,4 @@
-"""From a checkpoint to Core ML packages: checked before the work, written whole, resumed where it was interrupted."""
+"""Converts a checkpoint to Core ML packages: checked up front, written atomically, resumed after an interruption."""
 
 from __future__ import annotations
 
@@ -44,28 +44,30 @@ __all__ = ["Conversion", "ConversionOptions", "Converted", "build", "convert", "
 
 log = logging.getLogger("sfumato")
 
-# Where palettes are used, as in Apple's converter: the autoencoder's weights are few and its errors are seen.
+# Parts that can be palettized, as in Apple's converter: the VAE has few weights, and its errors are visible.
 PALETTIZED = ("text_encoder", "unet")
-# Latents of this side are images of 4,096 pixels, whose attention no device holds.
+# Latents of this size are images of 4,096 pixels, whose attention fits no device's memory.
 MAX_SIDE = 512
-# What a process with torch holds before it converts anything, measured (docs/performance.md).
+# Measured memory of a process that has loaded torch and converted nothing yet (docs/performance.md).
 BASE_BYTES = 0.6 * 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionOptions:
-    """How to convert a checkpoint.
+    """Options of a conversion.
 
-    parts      of `PARTS`
+    parts      any of `PARTS`
     attention  "original" (CPU and GPU), "split_einsum" or "split_einsum_v2" (Neural Engine)
-    height, width   of the latents; the checkpoint's own if None
+    height, width   of the latents; None for the checkpoint's own
     target     the oldest system to support, in Apple's notation: "macOS13", "iOS17", …
-    bits       of each weight of text encoder and U-Net: 1, 2, 4, 6 or 8; 16 bits without palettes if None
-    target_db  instead of bits: for each layer, the fewest that keep this signal-to-noise ratio of its weights
-    recipe     instead of both: bits by the name of each weight
+    bits       bits per weight of text encoder and U-Net: 1, 2, 4, 6 or 8; None for 16 bits without palettes
+    target_db  instead of bits: for each layer, the fewest bits that keep this signal-to-noise ratio of its weights
+    recipe     instead of both: bits by weight name
     chunks     the number of packages that the U-Net is split into
-    merged     whether to also write one package that runs them one after the other
+    merged     write the chunks as one package, a pipeline that runs them in sequence
     batch      the U-Net's batch size: 2 for guidance in one call, or 1
+
+    Raises `UsageError` if an option is invalid.
     """
 
     parts: tuple[str, ...] = PARTS
@@ -114,13 +116,13 @@ class ConversionOptions:
 
     @property
     def compressed(self) -> bool:
-        """Whether some weights get palettes."""
+        """Whether some weights are palettized."""
         return self.bits is not None or self.target_db is not None or self.recipe is not None
 
 
 @dataclass(frozen=True)
 class Converted:
-    """One part: its packages, their bytes, the seconds it took; kept: it was there already and is as it would be."""
+    """One converted part: its packages, size in bytes and seconds. kept: an existing, identical package was reused."""
 
     part: str
     paths: tuple[Path, ...]
@@ -131,7 +133,7 @@ class Converted:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was made: the folder, and its parts in the order in which they were."""
+    """The result of a conversion: the folder, and its parts in the order of conversion."""
 
     folder: Path
     parts: tuple[Converted, ...] = field(default=())
@@ -146,12 +148,13 @@ def convert(
     overwrite: bool = False,
     on_part: Callable[[str], None] | None = None,
 ) -> Conversion:
-    """Write a checkpoint as packages into a folder, under the names that Apple's runners expect.
+    """Convert a checkpoint to packages in a folder, under the file names that Apple's runners expect.
 
     resume: keep existing packages that match the options, and replace others; overwrite: replace all; without either,
     an existing package raises an error before any work starts. `on_part` is called with each part before its
-    conversion. Raises `ConfigError` for a checkpoint that cannot be converted, `OutputError` if the disk is too full,
-    `UsageError` for options that do not fit it. Each package is complete or absent.
+    conversion. Raises `ConfigError` if the checkpoint cannot be converted, `OutputError` if there is not enough disk
+    space, `MemoryPlanError` if there is not enough memory, `UsageError` if options do not fit the checkpoint. Each
+    package is written completely or not at all.
     """
     options = options or ConversionOptions()
     paths = {part: _paths(folder, source.label, part, options) for part in options.parts}
@@ -176,9 +179,9 @@ def convert(
 
 
 def memory_needed(source: Source, options: ConversionOptions) -> int:
-    """Bytes that converting takes at its peak, estimated from the headers.
+    """Return the peak memory of a conversion in bytes, estimated from the headers.
 
-    Weights are mapped and cast one by one, so what counts is the largest tensor in float32, twice, and the palettes'
+    Weights are memory-mapped and cast one by one, so the largest tensor in float32 counts, twice, and the palette
     indices of one network.
     """
     networks = {NETWORK_OF[part] for part in options.parts}
@@ -188,7 +191,7 @@ def memory_needed(source: Source, options: ConversionOptions) -> int:
 
 
 def build(source: Source, part: str, options: ConversionOptions) -> Model:
-    """One part in float16, neither cut nor compressed; its weights are read when they are needed."""
+    """Return one part as a float16 model, not split or compressed; its weights are loaded lazily."""
     network: Any = source.load(part)
     common = {"target": options.target, "dtype": "fp16"}
     if part == "text_encoder":
@@ -240,7 +243,7 @@ def _bits(model: Model, options: ConversionOptions) -> int | dict[str, int]:
 
 
 def _check_recipe(source: Source, options: ConversionOptions) -> None:
-    """Raise `UsageError` for a name in a recipe that is a weight of none of the parts that get palettes."""
+    """Raise `UsageError` if the recipe names a weight that is in none of the palettized parts."""
     if options.recipe is None:
         return
     known = {name for part in PALETTIZED if part in options.parts for name in weights_of(build(source, part, options))}
@@ -257,7 +260,7 @@ def _latent_size(source: Source, options: ConversionOptions) -> tuple[int, int]:
 
 
 def metadata_for(source: Source, part: str, options: ConversionOptions) -> dict[str, str]:
-    """What a part's models say of themselves, under "sfumato.…": what a runner needs, so that it need not guess."""
+    """Return the metadata of a part's models, with keys "sfumato.…": everything that a runner needs to know."""
     vae = source.sizes.vae_config
     values: dict[str, Any] = {
         "part": part,
@@ -287,7 +290,7 @@ def metadata_for(source: Source, part: str, options: ConversionOptions) -> dict[
 
 
 def _recipe(source: Source, part: str, options: ConversionOptions) -> str:
-    """Everything that the bytes of a part depend on."""
+    """Return everything that the bytes of a part depend on, as JSON."""
     values: dict[str, Any] = {
         "version": __version__,
         "weights": source.fingerprints[NETWORK_OF[part]],
@@ -324,7 +327,7 @@ def _is_made_by(path: Path, recipe: str) -> bool:
 
 
 def _check_place(source: Source, folder: Path, paths: Mapping[str, Sequence[Path]], *, free: bool) -> None:
-    """Raise unless all packages can go into the folder, and make one set with those that are there and stay."""
+    """Raise unless all packages can be written to the folder and form one set with the packages that stay there."""
     check_writable(folder)
     try:
         if folder.suffix in layout.KINDS.values() or is_model(folder):
@@ -345,7 +348,7 @@ def _check_place(source: Source, folder: Path, paths: Mapping[str, Sequence[Path
 
 
 def _check_room(source: Source, folder: Path, options: ConversionOptions) -> None:
-    """Refuse before anything is written what cannot end well."""
+    """Raise before anything is written if the conversion cannot succeed."""
     _check_latents(source, options)
     _check_recipe(source, options)
     size = sum(2 * getattr(source.sizes, NETWORK_OF[part]).parameters for part in options.parts)
@@ -385,5 +388,5 @@ def _check_latents(source: Source, options: ConversionOptions) -> None:
 
 
 def _write_tokenizer(source: Source, folder: Path) -> None:
-    """Beside the packages, so that the folder is all that a runner needs."""
+    """Save the tokenizer next to the packages, so that a runner needs only this folder."""
     source.tokenizer.save_pretrained(output_folder(folder))

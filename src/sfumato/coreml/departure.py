@@ -1,4 +1,4 @@
-"""Where two runs part: the first operation that goes wrong, by name."""
+"""Finds where two runs diverge: the first operation whose result is wrong, by name."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 __all__ = ["departure"]
 
-# Differences above this are rounding of float32, and say nothing.
+# Agreement above this is only float32 rounding, and is ignored.
 CEILING = 140.0
 
 
 class _Computed(NamedTuple):
-    """One operation as it was computed: what it is, its place in the function, and its values."""
+    """A computed operation: the operation, its index in the function, and its values."""
 
     operation: Operation
     place: int
@@ -42,10 +42,10 @@ class _Computed(NamedTuple):
 
 
 def departure(suspect: Predictor, reference: Predictor, probe: Mapping[str, Tensor]) -> str:
-    """A sentence naming the first operation that wrongly gives what is not finite or, if none does, where most is lost.
+    """Return a sentence that names the first operation with a non-finite result or, if none, the largest loss.
 
-    Both run side by side, each one operation ahead of the comparison at most, and are matched by the names of their
-    values; what only one of them computes is passed over.
+    Both models run side by side, each at most one operation ahead of the comparison, and are matched by value name;
+    values that only one of them computes are skipped.
     """
     theirs = _computed(reference, probe)
     shared = _names(suspect.model) & _names(reference.model)
@@ -53,7 +53,7 @@ def departure(suspect: Predictor, reference: Predictor, probe: Mapping[str, Tens
     before = math.inf
     unfit = ""
     for ours in _computed(suspect, probe):
-        # Both runs go to their ends whatever is found, so that their threads end, too.
+        # Continue both runs to the end in any case, so that their threads finish.
         if unfit or ours.name not in shared:
             continue
         other = next((one for one in theirs if one.name == ours.name), None)
@@ -64,7 +64,7 @@ def departure(suspect: Predictor, reference: Predictor, probe: Mapping[str, Tens
             unfit = f"{ours} gives another shape than the source's ({shapes}), so it is of another kind of checkpoint"
             continue
         pairs = list(zip(ours.values, other.values, strict=True))
-        # Where the other run has infinities, such as in masks, they are meant.
+        # Infinities that the reference has too, such as in masks, are intended.
         if any(bool((~torch.isfinite(a) & torch.isfinite(b)).any()) for a, b in pairs):
             unfit = f"the first result that is not finite is that of {ours}"
             continue
@@ -79,7 +79,7 @@ def departure(suspect: Predictor, reference: Predictor, probe: Mapping[str, Tens
 
 
 def _agreement(value: Tensor, reference: Tensor) -> float:
-    """In dB, where the reference is finite."""
+    """Return the agreement in dB where the reference is finite."""
     meant = torch.isfinite(reference)
     return decibels(value[meant], reference[meant]) if bool(meant.any()) else math.inf
 
@@ -89,14 +89,14 @@ def _names(model: Model) -> set[str]:
 
 
 def _computed(predictor: Predictor, probe: Mapping[str, Tensor]) -> Iterator[_Computed]:
-    """The operations of a run as they are computed: the run goes on in a thread, a step ahead at most."""
+    """Yield the operations of a run as they are computed, in a thread that is at most one step ahead."""
     ready: Queue[_Computed | BaseException | None] = Queue(maxsize=1)
 
     def run() -> None:
         try:
             predictor.observe(probe, lambda operation, index, values: ready.put(_Computed(operation, index, values)))
             ready.put(None)
-        except BaseException as error:  # handed on to whoever reads
+        except BaseException as error:  # raised again in the reader
             ready.put(error)
 
     threading.Thread(target=run, daemon=True).start()

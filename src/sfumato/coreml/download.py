@@ -1,4 +1,4 @@
-"""Converted models from the hub: one variant of a repository, and nothing of the others.
+"""Downloads converted models from the hub: one variant of a repository and nothing else.
 
 Repositories of converted models hold them several times, for other attention and for other runners, gigabytes each:
 `original/packages`, `split_einsum/compiled` and so on.
@@ -21,17 +21,17 @@ __all__ = ["PREFERRED", "download", "variants"]
 
 log = logging.getLogger("sfumato")
 
-# Packages are read by every runner and on every system, and the plain attention is the fastest on CPUs and GPUs.
+# Every runner on every system reads packages, and the original attention is the fastest on CPUs and GPUs.
 PREFERRED = tuple(
     f"{attention}/{kind}" for kind in KINDS for attention in ("original", "split_einsum", "split_einsum_v2")
 )
 
 
 def download(repo: str, variant: str | None = None, *, output: Path | None = None, revision: str | None = None) -> Path:
-    """Fetch one variant of a repository; the folder of its models, in the hub's cache or in `output`.
+    """Download one variant of a repository and return the folder of its models, in the hub's cache or in `output`.
 
-    variant: a folder of the repository such as "original/packages"; if None, the first of `PREFERRED` that it has, or
-    the only one. Files that are there already do not travel again. Raises `DownloadError` in one sentence.
+    variant: a folder of the repository such as "original/packages"; None for the first of `PREFERRED` that exists, or
+    the only one. Files that are already present are not downloaded again. Raises `DownloadError` if that fails.
     """
     chosen = _Choice(repo, variant)
     place = None if output is None else expanded(output)
@@ -47,7 +47,7 @@ def download(repo: str, variant: str | None = None, *, output: Path | None = Non
 
 
 def _cached(repo: str, variant: str, revision: str | None) -> Path | None:
-    """The folder of a variant in the hub's cache, if its models can be read."""
+    """Return the folder of a variant in the hub's cache, or None if its models cannot be read."""
     try:
         folder = locate_folder(repo, _Choice(repo, variant).select, revision=revision, local_files_only=True) / variant
         find_models(folder, required=())
@@ -57,25 +57,25 @@ def _cached(repo: str, variant: str, revision: str | None) -> Path | None:
 
 
 def variants(names: Iterable[str]) -> list[str]:
-    """The folders of a repository that hold models, by the names of its files; "." is the repository itself."""
+    """Return the folders of a repository that contain models, given its file names; "." is the repository itself."""
     homes = {_home(PurePosixPath(name)) for name in names}
     return sorted(str(home) for home in homes if home is not None)
 
 
 def _home(path: PurePosixPath) -> PurePosixPath | None:
-    """The folder of the model that a file belongs to; None for a file of none."""
+    """Return the folder of the model that a file belongs to, or None."""
     models = [place for place in (path, *path.parents) if place.suffix in KINDS.values()]
     return models[-1].parent if models else None
 
 
 class _Choice:
-    """Picks the files of one variant, and remembers which it was."""
+    """Selects the files of one variant, and remembers which one."""
 
     def __init__(self, repo: str, variant: str | None) -> None:
         self.repo, self.variant, self.found = repo, variant, ""
 
     def select(self, names: Sequence[str], strict: bool) -> list[str]:
-        """For `sfumato.checkpoints.locate.download`."""
+        """Filter file names; a callback for `sfumato.checkpoints.locate.download`."""
         self.found = self._choose(variants(names))
         home = PurePosixPath(self.found)
         beside = {place / inner for place in (home, *home.parents) for inner in (".", "tokenizer")}

@@ -1,4 +1,4 @@
-"""k-means on a line: the few numbers that stand best for many, the same ones every time.
+"""Deterministic one-dimensional k-means for weight palettes.
 
 On a line the clusters are intervals, so the best k of them are found by dynamic programming and not by luck
 (Wang and Song, "Ckmeans.1d.dp", The R Journal 3/2, 2011). Weights in half precision have at most 63,488 different
@@ -11,20 +11,20 @@ import numpy as np
 
 __all__ = ["cluster"]
 
-# Values beyond this many, or this many for each cluster, are first put into that many groups, of which the clusters are
-# made; Lloyd's steps then move the borders to where they belong. With every value a group of its own, it is exact.
+# More values than this, or than this many per cluster, are first grouped, and clusters are made of groups; Lloyd's
+# iterations then move the borders to the right place. If every value is its own group, the result is exact.
 GROUPS = 1024
 GROUPS_OF_A_CLUSTER = 16
 
-# Lloyd's steps after the dynamic program; each lowers the error, and most tensors need fewer than ten.
+# Most iterations of Lloyd's algorithm after the dynamic program; most tensors need fewer than ten.
 STEPS = 100
 
 
 def cluster(values: np.ndarray, counts: np.ndarray, k: int) -> np.ndarray:
-    """The at most k centres, ascending, that have the least sum of `counts` times squared distance to the nearest.
+    """Return at most k centres, ascending, that minimize the sum of `counts` times squared distance to the nearest one.
 
-    values: float64, ascending, finite, not empty; counts: float64, one positive number for each. With up to `GROUPS`
-    values the centres are optimal; with more they are a local optimum that the optimum of the groups was the start of.
+    values: float64, ascending, finite, not empty; counts: float64, positive, one per value. With up to `GROUPS` values
+    the centres are optimal; with more, they are a local optimum, found by starting from the optimum of the groups.
     """
     if len(values) <= k:
         return values.copy()
@@ -43,7 +43,7 @@ def cluster(values: np.ndarray, counts: np.ndarray, k: int) -> np.ndarray:
 
 
 class _Sums:
-    """Count, sum and sum of squares of all values before each, from which those of every interval follow."""
+    """Prefix sums of counts, values and squares, which give those of any interval."""
 
     def __init__(self, values: np.ndarray, counts: np.ndarray) -> None:
         zero = np.zeros(1)
@@ -52,26 +52,26 @@ class _Sums:
         self.square = np.concatenate([zero, np.cumsum(counts * values * values)])
 
     def at(self, edges: np.ndarray) -> _Sums:
-        """The same at some of the edges only."""
+        """Return the prefix sums at some of the edges."""
         sums = object.__new__(_Sums)
         sums.count, sums.sum, sums.square = self.count[edges], self.sum[edges], self.square[edges]
         return sums
 
     def means(self, borders: np.ndarray) -> np.ndarray:
-        """The mean of each interval between neighbouring borders."""
+        """Return the mean of each interval between adjacent borders."""
         return np.diff(self.sum[borders]) / np.diff(self.count[borders])
 
     def error(self, begin: np.ndarray, end: np.ndarray) -> np.ndarray:
-        """The squared distances from the mean, summed over each interval; none is empty."""
+        """Return the sum of squared distances from the mean in each (non-empty) interval."""
         total = self.sum[end] - self.sum[begin]
         return self.square[end] - self.square[begin] - total * total / (self.count[end] - self.count[begin])
 
 
 def _groups(values: np.ndarray, counts: np.ndarray, most: int) -> np.ndarray:
-    """Edges of at most about `most` groups: as dense as good centres are, with the cube root of the density.
+    """Return the edges of about `most` groups at most, as dense as good centres are: with the cube root of the density.
 
-    (Bennett, "Spectra of quantized signals", 1948.) Half of them are spread evenly over the values' own ranks, so that
-    rare values far out are told apart too.
+    Source: Bennett, "Spectra of quantized signals", 1948. Half of the edges are evenly spaced by rank, so that rare
+    outliers are distinguished, too.
     """
     size = len(values)
     if size <= most:
@@ -84,10 +84,10 @@ def _groups(values: np.ndarray, counts: np.ndarray, most: int) -> np.ndarray:
 
 
 def _best_borders(sums: _Sums, k: int) -> np.ndarray:
-    """Where to part the groups into k intervals (k + 1 borders, both ends included) with the least error.
+    """Split the groups into k intervals of least error; returns k + 1 borders, both ends included.
 
-    Layer j holds, for every end, the least error of j intervals and where the last of them begins. Those beginnings
-    never decrease with the end, so each lies between those of its neighbours: O(k n log n) in all.
+    Layer j holds, for every end, the least error of j intervals and the start of the last one. Starts never decrease as
+    ends increase, so each lies between those of its neighbours: O(k n log n) in total.
     """
     size = len(sums.count) - 1
     least = np.full(size + 1, np.inf)
@@ -103,7 +103,7 @@ def _best_borders(sums: _Sums, k: int) -> np.ndarray:
 
 
 def _next_layer(sums: _Sums, least: np.ndarray, layer: int) -> tuple[np.ndarray, np.ndarray]:
-    """Least errors with one interval more, and the beginning of the last one: ends halfway between known ones first."""
+    """Return the least errors with one more interval, and the start of the last interval, by bisection of the ends."""
     size = len(least) - 1
     better, begin = np.full(size + 1, np.inf), np.full(size + 2, size, np.int64)
     begin[:layer] = layer - 1
@@ -122,7 +122,7 @@ def _next_layer(sums: _Sums, least: np.ndarray, layer: int) -> tuple[np.ndarray,
 def _least_of_ranges(
     sums: _Sums, least: np.ndarray, ends: np.ndarray, low: np.ndarray, high: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """For each end the least error over beginnings from low to high, both included, and the first that has it."""
+    """Return, for each end, the least error over starts from low to high (inclusive), and the first such start."""
     lengths = high - low + 1
     first = np.cumsum(lengths) - lengths
     begin = np.arange(lengths.sum()) + np.repeat(low - first, lengths)

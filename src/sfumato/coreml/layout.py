@@ -1,4 +1,4 @@
-"""Where converted models lie: the names that Apple's runners read, and finding models by what they are.
+"""Folders of converted models: the file names that Apple's runners expect, and discovery by content.
 
 Names are those of apple/ml-stable-diffusion: packages `Stable_Diffusion_version_{model}_{part}.mlpackage`, which its
 Python runner reads, and compiled `TextEncoder.mlmodelc` and so on, which Swift apps read. Nothing here relies on them:
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 KINDS = {"packages": ".mlpackage", "compiled": ".mlmodelc"}
-# What an image cannot be drawn without.
+# The parts that text-to-image needs.
 REQUIRED = ("text_encoder", "unet", "vae_decoder")
 
 log = logging.getLogger("sfumato")
@@ -48,9 +48,9 @@ _WORDS = {
     "vae_encoder": "VAE encoder",
 }
 _COMPILED = {"text_encoder": "TextEncoder", "unet": "Unet", "vae_decoder": "VAEDecoder", "vae_encoder": "VAEEncoder"}
-# The files of a tokenizer, in either form.
+# The files of a tokenizer, in either format.
 _TOKENIZER = (("vocab.json", "merges.txt"), ("tokenizer.json",))
-# Folders below the one that is named: "original/packages" of a repository, and what a download puts around it.
+# Levels to search below the given folder: "original/packages" of a repository, and one more around a download.
 _DEPTH = 3
 
 
@@ -58,9 +58,8 @@ _DEPTH = 3
 class Models:
     """The converted models of one checkpoint.
 
-    folder: where they lie; kind: "packages" or "compiled"; parts: paths by part, several for a U-Net in chunks, in the
-    order in which they run; tokenizer: the folder of its files, if they are beside the models; unread: what could not
-    be read beside them, and why.
+    folder: where they are; kind: "packages" or "compiled"; parts: paths by part, several for a U-Net in chunks, in
+    order of execution; tokenizer: the folder of its files, if present; unread: models that could not be read, and why.
     """
 
     folder: Path
@@ -71,7 +70,7 @@ class Models:
 
     @property
     def text_encoder(self) -> Path:
-        """The text encoder. Raises `CheckpointError` if it is not there, as do the U-Net and the VAE decoder."""
+        """The text encoder. Raises `CheckpointError` if it is missing, as do `unet` and `vae_decoder`."""
         return self._needed("text_encoder")[0]
 
     @property
@@ -86,11 +85,11 @@ class Models:
 
     @property
     def vae_encoder(self) -> Path | None:
-        """The VAE encoder, which only image-to-image needs."""
+        """The VAE encoder, which only image-to-image needs; None if it is missing."""
         return next(iter(self.paths("vae_encoder")), None)
 
     def paths(self, part: str) -> tuple[Path, ...]:
-        """The models of a part; none if it is not there."""
+        """Return the models of a part, or an empty tuple if it is missing."""
         return self.parts.get(part, ())
 
     def _needed(self, part: str) -> tuple[Path, ...]:
@@ -100,7 +99,7 @@ class Models:
 
 
 def package_names(model: str, part: str, chunks: int = 1) -> tuple[str, ...]:
-    """The file names of a part's packages, in order; `model` is a hub id or a path."""
+    """Return the file names of a part's packages, in order; `model` is a hub id or a path."""
     name = model
     for separator in "/\\:":
         name = name.replace(separator, "_")
@@ -108,7 +107,7 @@ def package_names(model: str, part: str, chunks: int = 1) -> tuple[str, ...]:
 
 
 def compiled_names(part: str, chunks: int = 1) -> tuple[str, ...]:
-    """The folder names of a part's compiled models, in order."""
+    """Return the folder names of a part's compiled models, in order."""
     return _numbered(_COMPILED[part], "Chunk", KINDS["compiled"], chunks)
 
 
@@ -119,35 +118,38 @@ def _numbered(stem: str, word: str, suffix: str, chunks: int) -> tuple[str, ...]
 
 
 def stale(folder: Path, kept: Collection[str], names: Callable[[int], Iterable[str]]) -> list[Path]:
-    """Models of an earlier conversion that runners would take in place of those that are kept.
+    """Return models of an earlier conversion that runners would use instead of the `kept` ones.
 
-    They are of the same part in another number of chunks; `names` says what its models are called in a number of them.
+    They are the same part in a different number of chunks; `names` returns the model names for a number of chunks.
     """
     others = dict.fromkeys(name for count in range(1, MAX_CHUNKS + 1) for name in names(count))
     return [folder / name for name in others if name not in kept and (folder / name).is_dir()]
 
 
 def remove_stale(paths: Iterable[Path]) -> None:
-    """Remove such models, and say so."""
+    """Remove these models, and log each."""
     for path in paths:
         log.warning("%s, from an earlier conversion, is removed", path)
         shutil.rmtree(path)
 
 
 def tree(root: Path, name: str, attention: str, kind: str) -> Path:
-    """Where repositories on the hub have models: `<root>/<name>/<attention>/<kind>`; nothing is made."""
+    """Return the path that hub repositories use, `<root>/<name>/<attention>/<kind>`, without creating it.
+
+    Raises `UsageError` for an unknown kind.
+    """
     if kind not in KINDS:
         raise UsageError(f"models are 'packages' or 'compiled', not {kind!r}")
     return root / name / attention / kind
 
 
 def folder_bytes(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
+    """Return the size in bytes of a file, or of all files in a folder."""
     return sum(one.stat().st_size for one in (path, *path.rglob("*")) if one.is_file())
 
 
 def tokenizer_folder(folder: Path, top: Path) -> Path | None:
-    """The nearest folder with a tokenizer's files: this one, `tokenizer` in it, or one above it up to `top`."""
+    """Return the nearest folder with tokenizer files: this one, its `tokenizer` folder, or a parent's, up to `top`."""
     for place in (folder, *folder.parents):
         for home in (place, place / "tokenizer"):
             if any(all((home / name).is_file() for name in names) for names in _TOKENIZER):
@@ -158,11 +160,11 @@ def tokenizer_folder(folder: Path, top: Path) -> Path | None:
 
 
 def find_models(folder: Path, *, kind: str | None = None, required: Collection[str] = REQUIRED) -> Models:
-    """The models in a folder, or in one below it, such as `original/packages`, up to three levels down.
+    """Find the models in a folder or below it, such as in `original/packages`, up to three levels deep.
 
-    kind: "packages" or "compiled", where only those are to be looked at; required: the parts that must be there. Raises
-    `UsageError` where several folders could be meant, and `CheckpointError` where parts are missing, do not belong
-    together, or cannot be read. Both a whole U-Net and its chunks: the chunks are taken, as by Apple's runners.
+    kind: look only for "packages" or "compiled"; required: the parts that must be there. Raises `UsageError` if several
+    folders qualify, and `CheckpointError` if parts are missing, do not belong together, or cannot be read. If there are
+    both a whole U-Net and chunks, the chunks are used, as in Apple's runners.
     """
     folder = expanded(folder)
     if kind is not None and kind not in KINDS:
@@ -197,7 +199,7 @@ def find_models(folder: Path, *, kind: str | None = None, required: Collection[s
 
 @dataclass(frozen=True)
 class _Set:
-    """The models of one kind that lie side by side."""
+    """The models of one kind in the same folder."""
 
     folder: Path
     kind: str
@@ -205,11 +207,11 @@ class _Set:
 
     @property
     def parts(self) -> set[str]:
-        """Those that some model here is, or is a chunk of."""
+        """The parts that these models, or chunks, belong to."""
         return {one.part for one in self.candidates if one.part}
 
     def has(self, required: Collection[str]) -> bool:
-        """Whether every required part is here, and any part at all."""
+        """Return whether all required parts, and at least one part, are present."""
         return bool(self.parts) and set(required) <= self.parts
 
 
@@ -222,7 +224,7 @@ def _sets(folder: Path) -> list[_Set]:
 
 
 def _models_below(folder: Path, depth: int) -> Iterator[Path]:
-    """Models in a folder, then those in the folders in it; nothing hidden, which are half-written ones."""
+    """Yield the models in a folder, then those in its subfolders; hidden folders are skipped: they are incomplete."""
     inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     models = [path for path in inner if is_model(path)]
     yield from models

@@ -1,4 +1,4 @@
-"""Which constants of a program are weights of a checkpoint, and how near to them they are.
+"""Matches a program's constants to the checkpoint's weights and measures how close they are.
 
 Our own converter names a constant after its parameter. In others' programs a constant is known by its numbers: it is
 the weight of its shape, as it is or transposed, that it is nearest to.
@@ -33,39 +33,39 @@ if TYPE_CHECKING:
 
 __all__ = ["FREQUENCIES", "Match", "Matches", "Weights", "is_compressed", "least_db"]
 
-# The key of the table of frequencies, which follows from a U-Net's config.
+# The key of the frequency table, which is computed from a U-Net's config.
 FREQUENCIES = "time_proj"
-# A palette whose numbers are the nearest of its table comes this near to the best that the table can say.
+# A palette that uses the nearest table entries is within this of the best its table can achieve.
 BEST_WITHIN_DB = 1.0
-# Numbers from which that best is estimated, and by which a weight is told from others of its shape.
+# Numbers of elements used to estimate that optimum, and to distinguish weights of the same shape.
 SAMPLE, TOLD_BY = 2**16, 2**12
-# Weights of fewer numbers are copied.
+# Weights with fewer elements are copied.
 SMALL = 2**20
-# Bytes of weights after which their file is mapped again.
+# Bytes of weights to read before their file is mapped again.
 WINDOW = 2**29
 _AT_ONCE = 2**22
 
 
 def is_compressed(operation: Operation) -> bool:
-    """Whether an operation stands for a weight that is stored in fewer bits."""
+    """Return whether an operation holds a weight that is stored in fewer bits."""
     return operation.type.startswith("constexpr_")
 
 
 def least_db(bits: int) -> float:
-    """The signal-to-noise ratio that a sane choice of numbers of so many bits keeps, in dB; unrelated ones have 0.
+    """Return the signal-to-noise ratio in dB that any reasonable quantization to so many bits keeps.
 
     The best tables for a Laplacian distribution keep about 3, 8, 18, 30 and 42 dB with 1, 2, 4, 6 and 8 bits, and even
-    steps over far outliers half of that.
+    steps over far outliers half of that. Unrelated values have 0 dB.
     """
     return 3.0 * bits - 2
 
 
 @dataclass(frozen=True)
 class Match:
-    """A constant of a program, by name, and the weight that it stands for.
+    """A constant of a program, by name, and the checkpoint weight that it holds.
 
-    db: the constant's signal-to-noise ratio, infinite if it is the weight, rounded to its type; needed: infinite for
-    what is stored whole, and what its bits allow for what is compressed.
+    db: the constant's signal-to-noise ratio, infinite if it equals the weight rounded to its dtype; needed: infinite
+    for constants that are not compressed, and what the bits allow for those that are.
     """
 
     name: str
@@ -75,31 +75,31 @@ class Match:
 
     @property
     def key(self) -> str:
-        """What the network calls the weight."""
+        """The network's name for the weight."""
         return self.form.key
 
     @property
     def near(self) -> bool:
-        """Whether it is as near as it has to be."""
+        """Whether it is as close as required."""
         return self.db >= self.needed
 
 
 @dataclass
 class Matches:
-    """What was found, by the names of constants; unknown: compressed ones that no weight has the shape of."""
+    """Matches by constant name. unknown: compressed constants with no weight of that shape."""
 
     found: dict[str, Match] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
 
     def worst(self, *, compressed: bool) -> Match | None:
-        """Of the compressed constants, or of those stored whole, the one farthest from what is needed."""
+        """Return the match farthest from what is needed, among compressed or uncompressed constants, or None."""
         some = [one for one in self.found.values() if math.isfinite(one.needed) == compressed]
         return min(some, key=lambda one: (one.near, one.db - one.needed if compressed else one.db), default=None)
 
     def put_into(self, model: Model, dtype: str = "fp32", *, keys: Collection[str] | None = None) -> Model:
-        """The model with nothing compressed, and the checkpoint's own numbers for constants that are near to them.
+        """Return the model uncompressed, with constants that are close enough replaced by the checkpoint's weights.
 
-        dtype: what those are rounded to, "fp32" or "fp16". keys: the weights to do it for; all if None.
+        dtype: what these are rounded to, "fp32" or "fp16". keys: the weights to replace; all if None.
         """
         near = {name: one for name, one in self.found.items() if one.near and (keys is None or one.key in keys)}
 
@@ -117,10 +117,10 @@ class Matches:
 
 
 class Weights:
-    """The weights of a network, by name and by shape; and by shape also the table that a U-Net's timesteps meet."""
+    """The weights of a network by name and by shape, and by shape also a U-Net's frequency table for timesteps."""
 
     def __init__(self, load: Callable[[], base.Model]) -> None:
-        """Of the network that `load` gives again each time, its weights mapped from their file."""
+        """Index the weights of the network that `load` returns; it is called again to remap the weights' file."""
         network, mapped = load(), _Mapped(load)
         self._named: dict[str, _Form] = {}
         self._shaped: dict[tuple[int, ...], list[_Form]] = defaultdict(list)
@@ -135,10 +135,10 @@ class Weights:
             self._shaped[tuple(table.shape)].append(_Form(FREQUENCIES, lambda: table, len(table)))
 
     def find(self, models: Sequence[Model], *, named: bool) -> Matches:
-        """The weights that constants stand for. named: whether those have their parameters' names.
+        """Match constants to weights. named: whether the constants have the names of their parameters.
 
-        What is stored whole and is no weight is passed over, and so is what lost nothing by being compressed, such as
-        masks: it is part of the graph.
+        Uncompressed constants that are not weights are skipped, and so are those that lost nothing in compression, such
+        as masks: they are part of the graph.
         """
         matches = Matches()
         for name, value, bits in _constants(models):
@@ -167,7 +167,7 @@ class Weights:
 
 
 class _Mapped:
-    """The weights of a network by key; what was read of their file is let go from time to time."""
+    """The memory-mapped weights of a network by key; the mapping is renewed now and then to free its memory."""
 
     def __init__(self, load: Callable[[], base.Model]) -> None:
         self._load = load
@@ -175,22 +175,22 @@ class _Mapped:
         self._bytes = WINDOW
 
     def read(self, key: str) -> Tensor:
-        """A weight, as it is stored."""
+        """Return a weight as it is stored."""
         if self._bytes >= WINDOW:
             self._tensors.clear()
-            gc.collect()  # a network's modules hold each other, and the file with them
+            gc.collect()  # modules are in reference cycles, which keep the file mapped
             self._tensors, self._bytes = self._load().state_dict(), 0
         self._bytes += self._tensors[key].nbytes
         return self._tensors[key]
 
     def read_turned(self, key: str) -> Tensor:
-        """A matrix, transposed."""
+        """Return a matrix, transposed."""
         return self.read(key).squeeze().T
 
 
 @dataclass(frozen=True, eq=False)
 class _Form:
-    """A weight, by its key in the network, in one form that constants may have it in; count: how many numbers."""
+    """A weight, by its key in the network, in one of the layouts that constants may use; count: number of elements."""
 
     key: str
     numbers: Callable[[], Tensor]
@@ -198,12 +198,12 @@ class _Form:
 
     @cached_property
     def told_by(self) -> np.ndarray:
-        """Some of its numbers."""
+        """A sample of its elements."""
         return _some(self.numbers().reshape(-1), TOLD_BY)
 
 
 def _constants(models: Sequence[Model]) -> Iterator[tuple[str, Value, int | None]]:
-    """Every floating-point constant, unpacked: its name, its value, and the bits of each number if it is compressed."""
+    """Yield every floating-point constant, decompressed: its name, value, and bits per element if compressed."""
     for model in models:
         for function, plain in zip(model.functions, decompress(model).functions, strict=True):
             bits = dict(_bits(function))
@@ -214,7 +214,7 @@ def _constants(models: Sequence[Model]) -> Iterator[tuple[str, Value, int | None
 
 
 def _bits(function: Function) -> Iterator[tuple[str, int]]:
-    """Of each compressed weight the name and the bits of each number; 1 bit where most numbers are omitted."""
+    """Yield the name of each compressed weight and its bits per element; 1 bit if most elements are omitted."""
     types = types_of(function)
     for operation in filter(is_compressed, function.operations):
         call = Call(operation, types, lambda name: None)
@@ -227,13 +227,13 @@ def _bits(function: Function) -> Iterator[tuple[str, int]]:
 
 
 def _is_plain(numbers: np.ndarray, bits: int) -> bool:
-    """Whether one or two numbers are all there are, so that more bits lost nothing: a mask, or a mean of 0."""
+    """Return whether there are so few distinct values that compression loses nothing: a mask, or a mean of 0."""
     few = min(3, 2**bits)
     return len(np.unique(_some(numbers, SAMPLE))) < few and len(np.unique(numbers)) < few
 
 
 def _some(numbers: np.ndarray | Tensor, count: int) -> np.ndarray:
-    """Numbers from all over."""
+    """Return elements sampled evenly from the whole array, float32."""
     some = numbers[:: max(1, len(numbers) // count)]
     return np.asarray(some.float() if isinstance(some, torch.Tensor) else some, np.float32)
 
@@ -253,13 +253,13 @@ def _nearest(numbers: np.ndarray, candidates: Sequence[_Form]) -> _Form:
 def _numbers(form: _Form, type_: TensorType) -> np.ndarray:
     weight = form.numbers()
     rounded = weight.half() if type_.dtype == "fp16" else weight.float()
-    # What is small is kept as it is by who runs the program, and would keep all that is mapped with it.
+    # Whoever runs the program keeps small constants as they are, which would keep the whole file mapped.
     rounded = rounded.clone() if rounded.numel() < SMALL else rounded
     return rounded.reshape([side or 0 for side in type_.shape]).numpy()
 
 
 def _decibels(numbers: np.ndarray, weight: Tensor) -> float:
-    """The signal-to-noise ratio of a constant against a weight; infinite where it is the same when rounded."""
+    """Return the signal-to-noise ratio of a constant against a weight; infinite if it is equal after rounding."""
     if all(_same(own, other.to(own.dtype)) for own, other in _parts(numbers, weight)):
         return math.inf
     signal = noise = 0.0
@@ -273,21 +273,21 @@ def _decibels(numbers: np.ndarray, weight: Tensor) -> float:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether numbers are the same: mostly their bits are, which are compared several times faster."""
+    """Return whether two tensors are equal; the bits are compared first, which is several times faster."""
     bits = torch.int16 if one.dtype == torch.float16 else torch.int32
     return torch.equal(one.view(bits), other.view(bits)) or torch.equal(one, other)
 
 
 def _parts(numbers: np.ndarray, weight: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The numbers of both, some at a time."""
+    """Yield the elements of both, in blocks."""
     for start in range(0, len(numbers), _AT_ONCE):
-        # Torch warns of arrays that cannot be written to, so those are copied.
+        # Torch warns about read-only arrays, so those are copied.
         own = np.require(numbers[start : start + _AT_ONCE], requirements="W")
         yield torch.from_numpy(own), weight[start : start + _AT_ONCE]
 
 
 def _needed(numbers: np.ndarray, weight: Tensor, bits: int) -> float:
-    """What a palette must keep: what its bits allow and, of one table, what the nearest of its numbers would keep."""
+    """Return the dB a palette must keep: what its bits allow and, for a single table, what its nearest entries give."""
     own, other = _some(numbers, SAMPLE), _some(weight, SAMPLE)
     table = np.unique(own)
     if len(table) > 2**bits:

@@ -1,4 +1,4 @@
-"""How well two tensors agree."""
+"""Measures how well two tensors agree."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ __all__ = ["decibels"]
 
 
 def decibels(value: Tensor, reference: Tensor) -> float:
-    """Peak signal-to-noise ratio of a tensor against a reference: 20 log10(max |reference| / root mean square error).
+    """Return the peak signal-to-noise ratio of a tensor against a reference, in dB.
 
-    Infinite if they are equal, minus infinite if one of them is not finite.
+    20 log10(max |reference| / root mean square error): infinite if they are equal, minus infinity if either is not
+    finite.
     """
     value, reference = value.double(), reference.double()
     if not bool(torch.isfinite(value).all() and torch.isfinite(reference).all()):

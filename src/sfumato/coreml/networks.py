@@ -1,4 +1,4 @@
-"""Stand-ins for the networks of a checkpoint: the same calls and results, computed by converted models.
+"""Drop-in networks: the same calls and results as the checkpoint's, computed by converted models.
 
 They have a config and no layers. Numbers come and go as float32 on the CPU; a model's fixed batch is filled row by row,
 and what is missing in the last one is filled with a repeated row, so that each row is computed as if it were alone.
@@ -38,7 +38,7 @@ FIXED_ATTENTION = "how a converted network computes attention was fixed by its c
 
 
 def sides(chain: Chain, name: str) -> tuple[int, ...]:
-    """The shape of one of a model's inputs. Raises `CheckpointError` if it has none of this name, or no fixed one."""
+    """Return the shape of a model input. Raises `CheckpointError` if the input is missing or its shape is not fixed."""
     shape = _input(chain, name).type.shape
     known = tuple(side for side in shape if side is not None)
     if len(known) != len(shape):
@@ -54,7 +54,7 @@ def _input(chain: Chain, name: str) -> Feature:
 
 
 def _ask(chain: Chain, **inputs: Tensor) -> Tensor:
-    """The first output, float32, for inputs in the types that the interface names."""
+    """Return the first output as float32, for inputs that are cast to the interface's dtypes."""
     arrays = {
         name: value.contiguous().numpy().astype(ARRAY_DTYPES[_input(chain, name).type.dtype])
         for name, value in inputs.items()
@@ -64,13 +64,13 @@ def _ask(chain: Chain, **inputs: Tensor) -> Tensor:
 
 
 def _rows(count: int, batch: int) -> Iterator[tuple[list[int], int]]:
-    """Which rows go into each call of a model with a fixed batch, and how many of them are no repetition."""
+    """Yield the rows of each call of a model with a fixed batch, and how many of them are not padding."""
     for first in range(0, count, batch):
         yield [min(row, count - 1) for row in range(first, first + batch)], min(batch, count - first)
 
 
 class ConvertedNetwork(Model):
-    """What the stand-ins share: no weights to move, to cast, to save or to attend with."""
+    """Base of the converted networks: no weights to move, cast or save, and a fixed attention."""
 
     remedy = (
         "a converted model computes in half precision, whose range ends at 65504; use --compute-unit CPU_ONLY, "
@@ -79,12 +79,12 @@ class ConvertedNetwork(Model):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What is given and taken: float32."""
+        """The dtype of inputs and outputs: float32."""
         return torch.float32
 
     @property
     def device(self) -> torch.device:
-        """Where numbers come and go."""
+        """The device of inputs and outputs: the CPU."""
         return torch.device("cpu")
 
     @property
@@ -93,25 +93,25 @@ class ConvertedNetwork(Model):
         raise NotImplementedError
 
     def load(self) -> None:
-        """Open the models now, rather than when they are first asked."""
+        """Load the models now instead of on first use."""
         for chain in self.chains:
             chain.load()
 
     def release(self) -> None:
-        """Let go of the models until they are asked again."""
+        """Release the models until they are used again."""
         for chain in self.chains:
             chain.release()
 
     def save_pretrained(self, *arguments: Any, **options: Any) -> None:
-        """Refused: what it was converted from can be saved."""
+        """Raise `UsageError`: only the original checkpoint can be saved."""
         raise UsageError("a converted network has no weights to save; save its checkpoint instead")
 
     def set_attention(self, attention: AttentionFunction) -> None:
-        """Refused: how it attends was chosen when it was converted."""
+        """Raise `UsageError`: attention was fixed by the conversion."""
         raise UsageError(FIXED_ATTENTION)
 
     def set_attention_slice(self, slice_size: str | int | None = "auto") -> None:
-        """Refused, likewise."""
+        """Raise `UsageError`: attention was fixed by the conversion."""
         raise UsageError(FIXED_ATTENTION)
 
     def _apply(self, *arguments: Any, **options: Any) -> Any:
@@ -127,7 +127,7 @@ class ConvertedTextEncoder(ConvertedNetwork, CLIPTextModel):
 
     @property
     def chains(self) -> tuple[Chain, ...]:
-        """The one model."""
+        """The single model."""
         return (self.chain,)
 
     def forward(
@@ -139,7 +139,7 @@ class ConvertedTextEncoder(ConvertedNetwork, CLIPTextModel):
         return_dict: bool = True,
         more: Tensor | None = None,
     ) -> CLIPTextOutput | tuple[Any, ...]:
-        """As `CLIPTextModel`; masks and inner layers (clip_skip), which it does not have, raise `UsageError`."""
+        """Like `CLIPTextModel`, but raises `UsageError` for masks and for hidden states (clip_skip), which it lacks."""
         if output_hidden_states:
             raise UsageError("clip_skip needs inner layers, which a converted text encoder does not return; omit it")
         if more is not None:
@@ -164,12 +164,12 @@ class ConvertedUNet(ConvertedNetwork, UNet2DConditionModel):
 
     @property
     def chains(self) -> tuple[Chain, ...]:
-        """The one network, of one model or of several chunks."""
+        """The network, in one model or several chunks."""
         return (self.chain,)
 
     @property
     def latent_size(self) -> tuple[int, int]:
-        """Height and width of the latents it is made for."""
+        """Height and width of the latents it was converted for."""
         _, _, height, width = sides(self.chain, "sample")
         return height, width
 
@@ -187,9 +187,9 @@ class ConvertedUNet(ConvertedNetwork, UNet2DConditionModel):
         return_dict: bool = True,
         **residuals: Any,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
-        """As `UNet2DConditionModel`, in the one size of the model.
+        """Like `UNet2DConditionModel`, for the one size of the model.
 
-        Class labels, masks and residuals of networks beside it raise `UsageError`.
+        Raises `UsageError` for class labels, masks, and residuals of control networks.
         """
         if any(one is not None and len(one) for one in residuals.values()):
             raise UsageError("a converted U-Net takes no control; use the checkpoint it was converted from")
@@ -203,7 +203,7 @@ class ConvertedUNet(ConvertedNetwork, UNet2DConditionModel):
         pictures, sample = sample.shape[0], context.widen(sample)
         count, states = sample.shape[0], context.states.transpose(1, 2).unsqueeze(2)
         times = time.activated[:, 0].expand(count) if time.activated.shape[0] == 1 else time.activated[:, 0]
-        # The halves of guidance of one image go together, so that it is computed the same way alone and among others.
+        # Keep the guidance halves of an image in one call, so that it is computed the same way alone and in a batch.
         order = [half * pictures + picture for picture in range(pictures) for half in range(count // pictures)]
         parts = []
         for places, real in _rows(count, sides(self.chain, "sample")[0]):
@@ -216,7 +216,7 @@ class ConvertedUNet(ConvertedNetwork, UNet2DConditionModel):
         return UNet2DConditionOutput(x) if return_dict else (x,)
 
     def read(self, context: Context) -> None:
-        """Nothing: a converted model reads the prompt again in every call."""
+        """Do nothing: a converted model projects the prompt again in every call."""
 
     def moment(
         self,
@@ -226,7 +226,7 @@ class ConvertedUNet(ConvertedNetwork, UNet2DConditionModel):
         timestep_cond: Tensor | None = None,
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
     ) -> Moment:
-        """The timestep itself, (B, 1) or (1, 1): what is made of it is made in the model."""
+        """Return the timestep itself, (B, 1) or (1, 1); the model computes its embedding."""
         if class_labels is not None or timestep_cond is not None or added_cond_kwargs:
             raise UsageError(
                 "a converted U-Net takes no class_labels, no timestep_cond and no added_cond_kwargs; omit them"
@@ -236,7 +236,7 @@ class ConvertedUNet(ConvertedNetwork, UNet2DConditionModel):
         return Moment(times)
 
     def _tell_of_rounding(self, times: Tensor) -> None:
-        """Once: half precision tells whole timesteps apart and not much more, and some schedulers have others."""
+        """Warn once if half precision rounds the timestep, as it does for schedulers with fractional timesteps."""
         rounded = _input(self.chain, "timestep").type.dtype == "fp16" and not torch.equal(times.half().float(), times)
         if self._told or not rounded:
             return
@@ -250,7 +250,7 @@ class ConvertedUNet(ConvertedNetwork, UNet2DConditionModel):
 
 
 class ConvertedAutoencoder(ConvertedNetwork, AutoencoderKL):
-    """The autoencoder: z (1, C, h, w) -> image (1, 3, H, W); x (1, 3, H, W) -> latent (1, 2 C, h, w): mean, logvar."""
+    """The VAE: z (1, C, h, w) -> image (1, 3, H, W); x (1, 3, H, W) -> latent (1, 2 C, h, w), mean and logvar."""
 
     def __init__(self, config: Any, decoder: Chain, encoder: Chain | None = None) -> None:
         Model.__init__(self, config)
@@ -258,19 +258,19 @@ class ConvertedAutoencoder(ConvertedNetwork, AutoencoderKL):
 
     @property
     def chains(self) -> tuple[Chain, ...]:
-        """The decoder, and the encoder where there is one."""
+        """The decoder, and the encoder if there is one."""
         return (self.decoding,) if self.encoding is None else (self.decoding, self.encoding)
 
     def load(self) -> None:
-        """Open the decoder; the encoder, which only image-to-image asks, waits until it is."""
+        """Load the decoder; the encoder, which only image-to-image needs, is loaded on first use."""
         self.decoding.load()
 
     def enable_tiling(self) -> None:
-        """Refused: a converted model has one size."""
+        """Raise `UsageError`: a converted model has a fixed size."""
         raise UsageError("a converted VAE has a fixed image size; do not enable tiling")
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """As `AutoencoderKL`; raises `UsageError` where there is no converted encoder."""
+        """Like `AutoencoderKL.encode`; raises `UsageError` if there is no converted encoder."""
         if self.encoding is None:
             raise UsageError(
                 "image-to-image needs a VAE encoder, which these models lack; convert it too "
@@ -282,7 +282,7 @@ class ConvertedAutoencoder(ConvertedNetwork, AutoencoderKL):
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
-        """As `AutoencoderKL`."""
+        """Like `AutoencoderKL.decode`."""
         sample = self._through(self.decoding, "z", z)
         return DecoderOutput(sample) if return_dict else (sample,)
 

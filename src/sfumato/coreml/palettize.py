@@ -1,4 +1,4 @@
-"""Palettes: each weight as an index of a few bits into a table of the 2^bits numbers that stand best for all of them.
+"""Palettization: each weight becomes an index of a few bits into a table of 2^bits values.
 
 The numbers are found by k-means (kmeans.py). In files a palette is the operation `constexpr_lut_to_dense`, in the form
 of iOS 16 up to its opset "CoreML7" and in that of iOS 18 from "CoreML8" on; it has the name of the constant whose place
@@ -35,11 +35,11 @@ __all__ = ["BITS", "UNCHANGED", "decompress", "palettize", "read_recipe", "recip
 log = logging.getLogger("sfumato")
 
 BITS = (1, 2, 4, 6, 8)
-# The bits of a weight that a recipe leaves alone.
+# The number of bits in a recipe that means an unchanged weight.
 UNCHANGED = 16
-# Constants of no more numbers than this stay as they are, as in Apple's tools: their palette would weigh too much.
+# Constants with up to this many elements are left unchanged, as in Apple's tools: a palette would not pay off.
 SMALL = 2048
-# What operations multiply with, by the names of their inputs.
+# The inputs of operations that take a weight, by name.
 _FACTORS = {
     "conv": ("weight",),
     "conv_transpose": ("weight",),
@@ -50,18 +50,18 @@ _FACTORS = {
 
 _NO_PALETTES = ("CoreML3", "CoreML4", "CoreML5")
 _VECTORS = ("CoreML6", "CoreML7")
-# Numbers that are looked up at once; a multiple of 8, so that each part fills whole bytes.
+# Elements per block; a multiple of 8, so that each block fills whole bytes.
 _AT_ONCE = 2**22
 _ALL_CODES = 2**16
 
 
 def palettize(model: Model, bits: int | Mapping[str, int]) -> Model:
-    """The model with palettes of 1, 2, 4, 6 or 8 bits for its weights, or of as many as a recipe says for each.
+    """Replace a model's weights by palettes of 1, 2, 4, 6 or 8 bits, or by as many as a recipe gives for each.
 
-    What a weight is, `weights_of` says; weights that a recipe does not name or gives 16 bits stay as they are. One
-    weight is read at a time and only its packed indices are kept. The parts of a pipeline are palettized each. Raises
-    `UsageError` for bits that are none of these and for names that are no weights, `CheckpointError` naming a weight
-    with NaN or infinity, `ConfigError` for a program older than iOS 16.
+    The weights are those of `weights_of`; weights that a recipe omits or gives 16 bits stay unchanged. One weight is
+    read at a time, and only its packed indices are kept. The models of a pipeline are palettized separately. Raises
+    `UsageError` for an unsupported number of bits or a name that is not a weight, `CheckpointError` if a weight has NaN
+    or infinity, `ConfigError` for a program older than iOS 16.
     """
     known = weights_of(model)
     _check_bits({bits} if isinstance(bits, int) else set(bits.values()))
@@ -77,9 +77,10 @@ def palettize(model: Model, bits: int | Mapping[str, int]) -> Model:
 
 
 def recipe_for(model: Model, target_db: float) -> dict[str, int]:
-    """For each weight by name the fewest bits whose palette keeps its signal-to-noise ratio at or above the target.
+    """Return, by weight name, the fewest bits whose palette keeps the signal-to-noise ratio at or above the target.
 
-    The ratio is 10 log10(sum w² / sum (w - palette of w)²) in decibels; a weight that no palette serves has 16 bits.
+    The ratio is 10 log10(sum w² / sum (w - palette of w)²) in decibels; weights for which no palette suffices get
+    16 bits.
     """
     recipe = {}
     for name, value in weights_of(model).items():
@@ -90,7 +91,7 @@ def recipe_for(model: Model, target_db: float) -> dict[str, int]:
 
 
 def decompress(model: Model) -> Model:
-    """The model with plain constants, of the same names, for all compressed ones; each is unpacked when it is read."""
+    """Return the model with plain constants of the same names for all compressed ones, unpacked on every read."""
     return model.with_functions(_decompressed)
 
 
@@ -117,7 +118,7 @@ def _unpacked(unpack_all: Callable[[Call], tuple[np.ndarray, ...]], call: Call, 
 
 
 def read_recipe(path: Path) -> dict[str, int]:
-    """Bits by the name of each weight, from a JSON object. Raises `CheckpointError` or `UsageError` naming the file."""
+    """Load bits by weight name from a JSON object. Raises `CheckpointError` or `UsageError`, which name the file."""
     if not path.is_file():
         raise UsageError(f"there is no recipe {path}; give a JSON file with the bits of each weight by its name")
     recipe = read_json(path)
@@ -130,11 +131,11 @@ def read_recipe(path: Path) -> dict[str, int]:
 
 
 def weights_of(model: Model) -> dict[str, Value]:
-    """The constants that palettes can be given to, by name: of all functions, and of all models of a pipeline.
+    """Return the constants that can be palettized, by name, in all functions and all models of a pipeline.
 
-    They are those of more than `SMALL` floating-point numbers that convolutions and matrix products multiply with, and
-    nothing else reads. Masks, tables that are looked up, biases and the factors of normalizations are none, however
-    many numbers they have: they are no weights, or too few to be worth an error.
+    These are floating-point constants of more than `SMALL` elements that only convolutions and matrix products use, as
+    weights. Masks, lookup tables, biases and normalization factors are excluded, whatever their size: they are not
+    weights, or too small to be worth an error.
     """
     found: dict[str, Value] = {}
     for function in model.functions:
@@ -147,7 +148,7 @@ def weights_of(model: Model) -> dict[str, Value]:
 
 
 def _read(function: Function) -> tuple[set[str], set[str]]:
-    """The values that products multiply with, and those that are read in any other way or returned."""
+    """Return the values used as weights of products, and the values that are read in any other way or returned."""
     multiplied: set[str] = set()
     other: set[str] = set(function.outputs)
     for operation in function.operations:
@@ -186,7 +187,7 @@ def _with_palette(operation: Operation, bits: Mapping[str, int], opset: str) -> 
 
 
 def _vector_form(output: Output, table: np.ndarray, packed: np.ndarray, bits: int) -> Operation:
-    """The form of iOS 16: packed indices and table are vectors, and attributes."""
+    """Return the operation in iOS 16's form: packed indices and table are vectors, stored as attributes."""
     shape = np.array(output.type.shape, np.uint32)
     attributes = {
         "name": Value(TensorType("string"), output.name),
@@ -198,7 +199,7 @@ def _vector_form(output: Output, table: np.ndarray, packed: np.ndarray, bits: in
 
 
 def _tensor_form(output: Output, table: np.ndarray, packed: np.ndarray, bits: int) -> Operation:
-    """The form of iOS 18: indices in the weight's shape, a table of two axes more (number and vector), both inputs."""
+    """Return the operation in iOS 18's form: indices in the weight's shape, a table with two more axes, both inputs."""
     sides = tuple(side or 0 for side in output.type.shape)
     table = table.reshape((1,) * len(sides) + (2**bits, 1))
     indices = TensorType(f"uint{bits}", sides)
@@ -217,10 +218,10 @@ def _spread(packed: np.ndarray, type_: TensorType) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class _Histogram:
-    """The different numbers of a weight, and how often each occurs.
+    """The distinct values of a weight and their counts.
 
-    numbers: the weight, flat, as it is stored; codes: for each different number, ascending, the bit pattern of its
-    `_codes`; values and counts: the numbers themselves (of float32 weights the mean of those that share a code).
+    numbers: the weight, flat, as stored; codes: the bit patterns (see `_codes`) of the distinct values, ascending by
+    value; values and counts: the values (for float32, the mean of those that share a code) and how often each occurs.
     """
 
     numbers: np.ndarray
@@ -231,7 +232,7 @@ class _Histogram:
 
     @classmethod
     def of(cls, name: str, value: Value) -> _Histogram:
-        """Read a weight and count. Raises `CheckpointError` naming it if it has NaN or infinity."""
+        """Read a weight and count its values. Raises `CheckpointError` if it has NaN or infinity."""
         numbers = np.ascontiguousarray(np.asarray(value.read())).reshape(-1)
         half = numbers.dtype == np.float16
         scale = 1.0 if half else float(np.abs(numbers).max()) or 1.0
@@ -252,26 +253,26 @@ class _Histogram:
 
     @property
     def dtype(self) -> str:
-        """What the numbers are stored as, "float16" or "float32"."""
+        """The dtype the values are stored as, "float16" or "float32"."""
         return self.numbers.dtype.name
 
     def table(self, bits: int) -> np.ndarray:
-        """The 2^bits numbers that stand for all, ascending, rounded as they are stored; float64."""
+        """Return the 2^bits palette values, ascending, rounded to the stored dtype; float64."""
         centres = cluster(self.values, self.counts, 2**bits).astype(self.dtype).astype(np.float64)
         return np.concatenate([centres, np.full(2**bits - len(centres), centres[-1])])
 
     def nearest(self, table: np.ndarray) -> np.ndarray:
-        """For each different number the index of the nearest in the table."""
+        """Return the index of the nearest table entry for each distinct value."""
         return np.searchsorted((table[:-1] + table[1:]) / 2, self.values)
 
     def signal_to_noise(self, table: np.ndarray) -> float:
-        """In decibels; infinite where the table has every number."""
+        """Return the signal-to-noise ratio in decibels; infinite if the table contains every value."""
         signal = self.counts @ self.values**2
         noise = self.counts @ (self.values - table[self.nearest(table)]) ** 2
         return 10 * math.log10(signal / noise) if noise else math.inf
 
     def indices(self, table: np.ndarray, bits: int) -> np.ndarray:
-        """The index of every number of the weight, packed into bytes."""
+        """Return the table index of every element of the weight, packed into bytes."""
         index_of = np.zeros(_ALL_CODES, np.uint8)
         index_of[self.codes] = self.nearest(table)
         packed = [
@@ -287,7 +288,7 @@ def _parts(numbers: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _codes(numbers: np.ndarray, scale: float) -> np.ndarray:
-    """Half-precision bit patterns; float32 numbers are grouped by those of their ratio to the largest."""
+    """Return half-precision bit patterns; for float32, those of the values divided by the largest."""
     if numbers.dtype == np.float16:
         return numbers.view(np.uint16)
     return (numbers / np.float32(scale)).astype(np.float16).view(np.uint16)

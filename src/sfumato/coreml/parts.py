@@ -1,4 +1,4 @@
-"""The parts of a pipeline from a folder of converted models: what each says of itself, or the checkpoint it is of.
+"""The parts of a pipeline from a folder of converted models, by their metadata or by their checkpoint.
 
 Models that Sfumato converted carry their config, scheduler and settings (metadata "sfumato.…"). Those that Apple and
 others publish do not: for them the small files of a checkpoint are read, never its weights.
@@ -42,7 +42,7 @@ __all__ = ["DEFAULT_VERSION", "ConvertedParts", "open_parts", "small_files"]
 
 log = logging.getLogger("sfumato")
 
-# What Apple's runner takes models to be that do not say it.
+# The checkpoint that Apple's runner assumes for models that do not name one.
 DEFAULT_VERSION = "CompVis/stable-diffusion-v1-4"
 
 SMALL_FILES = (
@@ -51,7 +51,7 @@ SMALL_FILES = (
     "unet/config.json",
     "vae/config.json",
 )
-# Bytes of a weight file that are looked at to tell it from another: blocks all over it.
+# The blocks of a weight file that identify it, spread over the whole file.
 BLOCKS, BLOCK_BYTES = 64, 4096
 
 
@@ -63,18 +63,17 @@ def open_parts(
     kind: str | None = None,
     local_files_only: bool = False,
 ) -> ConvertedParts:
-    """Find the models in a folder, or below it, and read what they say; nothing is loaded yet.
+    """Find the models in a folder, or below it, and read their metadata; no model is loaded yet.
 
-    model_version: the checkpoint they were made from, where they do not say it; a folder or a hub id. kind: "packages"
-    or "compiled", where there are both. local_files_only: never ask the hub for the small files of that checkpoint; for
-    one that only the models name it is never asked. Raises `CheckpointError`, `ConfigError` or `UsageError` in one
-    sentence.
+    model_version: the checkpoint they were made from, if they do not name it; a folder or a hub id. kind: "packages" or
+    "compiled", if there are both. local_files_only: never download the small files of that checkpoint; those of a
+    checkpoint that only the models name are never downloaded. Raises `CheckpointError`, `ConfigError` or `UsageError`.
     """
     return ConvertedParts(find_models(folder, kind=kind), engine, model_version, local_files_only)
 
 
 def small_files(name: str) -> Select:
-    """Picks the files of a checkpoint that say what it is, without its weights; `name` stands in errors."""
+    """Return a filter that selects a checkpoint's config and tokenizer files, not its weights; `name` is for errors."""
 
     def select(names: Sequence[str], strict: bool) -> list[str]:
         missing = [file for file in SMALL_FILES if file not in names]
@@ -89,7 +88,7 @@ def small_files(name: str) -> Select:
 
 @dataclass(frozen=True)
 class ConvertedParts:
-    """What a pipeline is made of: networks that converted models compute, the tokenizer and the scheduler."""
+    """The parts of a pipeline: converted networks, the tokenizer and the scheduler."""
 
     found: Models
     engine: Engine
@@ -109,7 +108,7 @@ class ConvertedParts:
 
     @cached_property
     def unet(self) -> ConvertedUNet:
-        """The U-Net. Raises `ConfigError` for one that reads more than a prompt, or does not fit its config."""
+        """The U-Net. Raises `ConfigError` if it has more inputs, `CheckpointError` if it does not fit its config."""
         paths = self.found.unet
         config = self._config(UNet2DConditionConfig, "unet", paths[-1])
         network = ConvertedUNet(config, self._chain(*paths))
@@ -129,7 +128,7 @@ class ConvertedParts:
 
     @cached_property
     def vae(self) -> ConvertedAutoencoder:
-        """The autoencoder. Raises `CheckpointError` where it does not fit its config and the U-Net's size."""
+        """The VAE. Raises `CheckpointError` if it does not fit its config and the U-Net's size."""
         path, other = self.found.vae_decoder, self.found.vae_encoder
         config = self._config(AutoencoderKLConfig, "vae", path)
         network = ConvertedAutoencoder(config, self._chain(path), None if other is None else self._chain(other))
@@ -145,7 +144,7 @@ class ConvertedParts:
 
     @cached_property
     def tokenizer(self) -> CLIPTokenizer:
-        """The tokenizer whose files lie beside the models, or the checkpoint's; as long as the text encoder reads."""
+        """The tokenizer next to the models, or the checkpoint's, with the text encoder's length."""
         said = self._json("sfumato.tokenizer", self.found.text_encoder) or {}
         if self.found.tokenizer is not None:
             tokenizer = CLIPTokenizer.from_folder(self.found.tokenizer, pad_token_id=said.get("pad_token_id"))
@@ -156,7 +155,7 @@ class ConvertedParts:
 
     @cached_property
     def scheduler(self) -> Scheduler:
-        """The checkpoint's own scheduler. Raises `ConfigError` for one that there is not."""
+        """The checkpoint's own scheduler. Raises `ConfigError` if there is no such scheduler."""
         path = self.found.unet[-1]
         config = self._json("sfumato.scheduler", path)
         where = f"{path.name} (sfumato.scheduler)"
@@ -170,13 +169,13 @@ class ConvertedParts:
 
     @cached_property
     def suggested(self) -> dict[str, Any]:
-        """Steps and guidance scale that the checkpoint asks for, where it does."""
+        """Steps and guidance scale that the checkpoint recommends, if any."""
         settings = self._json("sfumato.settings", self.found.unet[-1]) or {}
         return {name: settings[name] for name in SETTINGS if name in settings}
 
     @cached_property
     def details(self) -> dict[str, Any]:
-        """What a recipe says of the models beside their name."""
+        """What a recipe records about the models in addition to their name."""
         said = self._read[self.found.unet[-1]].metadata
         named = {"model_version": self.model_version, "attention": said.get("sfumato.attention")}
         named |= {"bits": said.get("sfumato.bits"), "compute_unit": self.engine.compute_unit}
@@ -188,7 +187,7 @@ class ConvertedParts:
 
     @cached_property
     def _read(self) -> dict[Path, Model]:
-        """Every model, without its weights."""
+        """All models by path, without their weights."""
         found = self.found
         paths = [
             found.text_encoder,
@@ -214,7 +213,7 @@ class ConvertedParts:
         return parse(cls, mapping)[0]
 
     def _json(self, key: str, path: Path) -> dict[str, Any] | None:
-        """An entry of a model's metadata; None where there is none."""
+        """Return an entry of a model's metadata, or None. Raises `CheckpointError` if it is not a JSON object."""
         text = self._read[path].metadata.get(key)
         if text is None:
             return None
@@ -230,7 +229,7 @@ class ConvertedParts:
 
     @cached_property
     def _checkpoint(self) -> Path:
-        """The folder of the checkpoint that the models are of: asked for only where they do not say enough."""
+        """The folder of the models' checkpoint, which is located only if their metadata is incomplete."""
         told = self._read[self.found.unet[-1]].metadata.get("sfumato.source")
         name = self.model_version or told or DEFAULT_VERSION
         if self.model_version is None and told is None:
@@ -239,7 +238,7 @@ class ConvertedParts:
                 "give another with --model-version",
                 name,
             )
-        # Nothing is fetched because a file says so.
+        # Never download something only because a file names it.
         only_told = self.model_version is None and told is not None
         try:
             return locate_folder(name, small_files(name), local_files_only=self.local_files_only or only_told)
@@ -259,7 +258,10 @@ class ConvertedParts:
             )
 
     def _fingerprint(self, network: str, paths: Sequence[Path]) -> str:
-        """What recipes know these weights by: their checkpoint's hash and the bits left, or blocks of their files."""
+        """Return the hash that identifies these weights in recipes.
+
+        It covers the checkpoint's hash and the bits or, if unknown, blocks of the weight files.
+        """
         digest = hashlib.sha256(network.encode())
         said = self._read[paths[0]].metadata
         if "sfumato.source_hash" in said:
@@ -273,7 +275,7 @@ class ConvertedParts:
 
 
 def _sample(file: Path, digest: Any) -> None:
-    """Feed a file's size and blocks all over it to a hash."""
+    """Update a hash with a file's size and with blocks spread over the file."""
     size = file.stat().st_size
     digest.update(str(size).encode())
     with file.open("rb") as stream:

@@ -1,4 +1,4 @@
-"""Generating with converted models: the same loop, schedulers and seeds, with other networks."""
+"""Generation with converted models: the same loop, schedulers and seeds, with other networks."""
 
 from __future__ import annotations
 
@@ -49,13 +49,12 @@ def load_pipeline(
 ) -> CoreMLPipeline:
     """Load a folder of converted models, or a folder that contains one, as a pipeline.
 
-    compute_unit: "ALL", "CPU_AND_GPU", "CPU_ONLY" or "CPU_AND_NE"; "ALL" if None. Without Core ML, the portable runtime
+    compute_unit: "ALL", "CPU_AND_GPU", "CPU_ONLY" or "CPU_AND_NE"; None for all. Without Core ML, the portable runtime
     uses the CPU. model_version: the checkpoint the models were made from, a folder or a hub id, if they do not name it.
     kind: "packages" or "compiled", if there are both. reduce_memory: keep each model in memory only for its own stage.
-    portable: use the portable runtime on macOS too. precision: of the portable runtime; "typed" rounds to half
+    portable: use the portable runtime on macOS, too. precision: of the portable runtime; "typed" rounds to half
     precision wherever the models do. local_files_only: never download the small files of that checkpoint. Raises
-    `CheckpointError` for models that are missing or do not fit, and `UsageError` for a compute unit that is not
-    available.
+    `CheckpointError` if models are missing or do not fit, and `UsageError` if the compute unit is not available.
     """
     engine = engine_for(compute_unit, portable=portable, precision=precision)
     parts = open_parts(expanded(folder), engine, model_version, kind=kind, local_files_only=local_files_only)
@@ -77,8 +76,8 @@ def load_pipeline(
 class CoreMLPipeline(StableDiffusionPipeline):
     """Stable Diffusion with converted models as networks. Created by `load_pipeline`.
 
-    Requests, calls, schedulers, seeds and recipes work as in every pipeline; the image size is the models' own.
-    `details` is what recipes say about the models.
+    Requests, calls, schedulers, seeds and recipes work as in every pipeline; the image size is fixed by the models.
+    `details` is what recipes record about the models.
     """
 
     details: dict[str, Any]
@@ -89,7 +88,7 @@ class CoreMLPipeline(StableDiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, name: str | PathLike[str], **keywords: Any) -> CoreMLPipeline:
-        """Like `load_pipeline`, with its options as keywords. Raises `UnknownArgument` for any other."""
+        """Like `load_pipeline`, with its options as keywords. Raises `UnknownArgument` for any other keyword."""
         for keyword in keywords:
             if keyword not in OPTIONS:
                 raise UnknownArgument(
@@ -99,15 +98,15 @@ class CoreMLPipeline(StableDiffusionPipeline):
         return load_pipeline(name, **keywords)
 
     def to(self, *places: Any, **named: Any) -> Self:
-        """Refused: the compute unit is chosen when converted models are loaded."""
+        """Raise `UsageError`: the compute unit is chosen when converted models are loaded."""
         raise UsageError("converted models cannot be moved or cast; choose a compute unit when loading them")
 
     def save_pretrained(self, *arguments: Any, **options: Any) -> None:
-        """Refused: save the checkpoint that the models were converted from."""
+        """Raise `UsageError`: only the checkpoint that the models were converted from can be saved."""
         raise UsageError("converted models cannot be saved as a checkpoint; save the one they were made from")
 
     def stream(self, request: GenerateRequest) -> Generator[Step, None, Result]:
-        """Like every pipeline's; the recipes also name the models and the backend."""
+        """Like `stream` of other pipelines; the recipes also name the models and the backend."""
         with reused_memory():
             result = yield from super().stream(request)
         recipes = [recipe | {"coreml": self.details} for recipe in result.recipes]
@@ -115,9 +114,9 @@ class CoreMLPipeline(StableDiffusionPipeline):
 
 
 class FixedPlace(Place):
-    """Converted models stay as they are, and draw one size.
+    """A place for converted models, which cannot be moved and have a fixed image size.
 
-    note: told with every result, and once in the log. reduce_memory: models are let go after each stage.
+    note: added to every result, and logged once. reduce_memory: release models after each stage.
     """
 
     def __init__(self, note: str | None = None, *, reduce_memory: bool = False) -> None:
@@ -125,9 +124,9 @@ class FixedPlace(Place):
         self.note, self.reduce_memory = note, reduce_memory
 
     def fitted(self, parts: Parts, image: Any) -> Any:
-        """An image to start from, cut to the shape of the models' size around its middle and resized to it.
+        """Return an input image, center-cropped to the models' aspect ratio and resized to their size.
 
-        Arrays and tensors must have that size.
+        Arrays and tensors are returned unchanged, so they must have that size.
         """
         if isinstance(image, (list, tuple)):
             return [self.fitted(parts, one) for one in image]
@@ -144,7 +143,7 @@ class FixedPlace(Place):
         return fitted(image, (width, height))
 
     def plan(self, parts: Parts, request: GenerateRequest, worn: Sequence[Worn] = ()) -> Plan | None:
-        """None: there is nothing to decide. Raises `UsageError` for a size that the models do not have."""
+        """Return None: there is nothing to plan. Raises `UsageError` for a size or feature that the models lack."""
         width, height = parts.size_of(GenerateRequest())
         for name in ("freeu", "seamless", "hires"):
             if getattr(request, name) is not None:
@@ -157,18 +156,18 @@ class FixedPlace(Place):
         return None
 
     def largest_batch(self, parts: Parts, request: GenerateRequest) -> int:
-        """How many images one call of the U-Net draws at."""
+        """Return how many images one call of the U-Net processes."""
         unet = parts.unet
         rows = sides(unet.chain, "sample")[0] if isinstance(unet, ConvertedUNet) else 1
         return max(1, rows // (2 if request.chosen_scale > 1 else 1))
 
     def bring(self, parts: Parts, part: str, plan: Plan | None, notes: list[str], worn: Sequence[Worn] = ()) -> None:
-        """Nothing but the note: a model that is not there is loaded when it is asked."""
+        """Only add the note: models are loaded on first use."""
         if self.note is not None and self.note not in notes:
             self._say(self.note, notes)
 
     def leave(self, parts: Parts, part: str, plan: Plan | None) -> None:
-        """Let go of a network's models, where memory is to be spared."""
+        """Release a network's models with `reduce_memory`."""
         for network in parts.stage(part).values():
             if self.reduce_memory and isinstance(network, ConvertedNetwork):
                 network.release()

@@ -1,4 +1,4 @@
-"""What converted networks are tried with: inputs as a run would give them, and what the source makes of them."""
+"""Test inputs for converted networks, as a real run would produce them, and the source's outputs."""
 
 from __future__ import annotations
 
@@ -24,18 +24,17 @@ __all__ = ["PROMPT", "Probe", "answer", "embeddings", "probes"]
 Probe = dict[str, torch.Tensor]
 
 PROMPT = "a red apple, 3d"
-# From early to late in a run of a model trained on 1000 timesteps: where the sines differ most between precisions.
-# Those of one batch differ, so that rows that are taken for one another show.
+# From early to late in a run of a model trained on 1000 timesteps, where the sines differ most between precisions.
+# The timesteps of a batch differ, so that swapped rows are detected.
 TIMESTEPS = (981.0, 1.0, 481.0, 721.0)
 SEED = 0
 
 
 def probes(part: str, interface: Interface, source: Source) -> list[Probe]:
-    """Inputs for one part, named and shaped as its interface says; on the CPU, the same at every call.
+    """Return inputs for one part, with its interface's names and shapes; on the CPU, the same for every call.
 
-    Floating-point numbers are those that float16 can say too, so that rounding them is no part of what is compared;
-    token ids are whole numbers and stay as they are. Raises `CheckpointError` where the interface is none that such a
-    part has.
+    Floating-point values are exact in float16, so that rounding inputs is not part of the comparison; token ids are
+    integers. Raises `CheckpointError` if the interface is not that of such a part.
     """
     return [
         {name: x.half().float() if x.is_floating_point() else x for name, x in probe.items()}
@@ -45,7 +44,7 @@ def probes(part: str, interface: Interface, source: Source) -> list[Probe]:
 
 @torch.no_grad()
 def answer(part: str, network: Model, probe: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a network of the source makes of a probe, under the names of Core ML's outputs."""
+    """Return the outputs of a source network for a probe, under the names of Core ML's outputs."""
     net: Any = network
     probe = {name: x.to(network.dtype) if x.is_floating_point() else x for name, x in probe.items()}
     if part == "text_encoder":
@@ -60,19 +59,19 @@ def answer(part: str, network: Model, probe: Mapping[str, Tensor]) -> dict[str, 
 
 
 def embeddings(texts: tuple[str, ...], length: int, source: Source) -> Tensor:
-    """What the source's own text encoder makes of texts: (B, length, C) in float32."""
+    """Return the source text encoder's embeddings of texts: (B, length, C), float32."""
     encoder = source.load("text_encoder", torch.float32)
     ids = source.tokenizer.fitted(texts, length).input_ids
     return answer("text_encoder", encoder, {"input_ids": ids})["last_hidden_state"]
 
 
 def _tokens(text: str, shape: tuple[int, int], source: Source) -> Tensor:
-    """Token ids (1, S), as whole numbers."""
+    """Return token ids (1, S), integers."""
     return source.tokenizer.fitted([text], shape[1]).input_ids
 
 
 def _states(shape: tuple[int, int, int, int], source: Source) -> Tensor:
-    """Embeddings as a U-Net's package reads them: (B, C, 1, S), of a prompt and, for guidance, of none."""
+    """Return embeddings in the U-Net package's layout, (B, C, 1, S): of a prompt and, for guidance, of an empty one."""
     batch, width, _, length = shape
     own = source.sizes.text_encoder_config.hidden_size
     if width != own:
@@ -83,7 +82,7 @@ def _states(shape: tuple[int, int, int, int], source: Source) -> Tensor:
 
 
 def _picture(shape: tuple[int, int, int, int]) -> Tensor:
-    """A smooth image in [-1, 1] with an edge in it, as photographs have both."""
+    """Return a smooth image in [-1, 1] that contains an edge, like photographs."""
     height, width = shape[2:]
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
     disc = torch.where(x**2 + y**2 < 0.5, 0.5, -0.5)

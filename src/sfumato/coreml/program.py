@@ -1,4 +1,4 @@
-"""ML Programs in memory: the one form that files are read into, networks are converted to, and that is run.
+"""ML Programs in memory: the one form that is read, converted to, written and run.
 
 A `Model` is what a package or a compiled folder holds: an interface and either one `Program` or, for a pipeline, a
 chain of models. A `Program` is functions of operations in static single assignment, as in Core ML's model intermediate
@@ -39,13 +39,13 @@ __all__ = [
 
 MAIN = "main"
 
-# Bits of the types that share bytes, packed from the lowest bit up; each is held here as a whole (u)int8.
+# Bits of the dtypes that are packed into bytes, from the lowest bit up; arrays hold each element as (u)int8.
 SUBBYTE_BITS = {"uint1": 1, "uint2": 2, "uint3": 3, "uint4": 4, "uint6": 6, "int4": 4}
 
-# How the channels of images can be ordered, and how many there are.
+# Channel orders of images, and their number of channels.
 COLORS: Mapping[str, int] = {"RGB": 3, "BGR": 3, "GRAYSCALE": 1, "GRAYSCALE_FLOAT16": 1}
 
-# The words of model.mil for types, and the arrays that hold their values. bfloat16 is widened when it is read.
+# The dtype names of model.mil, and the arrays that hold their values. bfloat16 is converted to float32 on reading.
 ARRAY_DTYPES: Mapping[str, np.dtype] = {
     "fp16": np.dtype(np.float16),
     "fp32": np.dtype(np.float32),
@@ -67,7 +67,7 @@ ARRAY_DTYPES: Mapping[str, np.dtype] = {
 
 @dataclass(frozen=True, slots=True)
 class TensorType:
-    """The type of a tensor: a word of `ARRAY_DTYPES` or "string", and its sides; None where one is not known."""
+    """The type of a tensor: a dtype of `ARRAY_DTYPES` or "string", and its shape, with None for unknown sizes."""
 
     dtype: str
     shape: tuple[int | None, ...] = ()
@@ -77,48 +77,48 @@ class TensorType:
 
 
 class Weight(Protocol):
-    """Numbers that are somewhere else, such as in a mapped file, until they are asked for."""
+    """Values that are stored elsewhere, such as in a memory-mapped file, until they are read."""
 
     def read(self) -> np.ndarray:
-        """The numbers, in the type's shape, one array element each; a view of the file where that is possible."""
+        """Return the values in the type's shape, one array element each; a view of the file if possible."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class LazyArray:
-    """A weight that a function makes each time it is asked for, so that nobody need hold it meanwhile."""
+    """A weight that a function computes on every read, so that it need not be kept in memory."""
 
     make: Callable[[], np.ndarray]
 
     def read(self) -> np.ndarray:
-        """What the function gives."""
+        """Return the function's result."""
         return self.make()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Value:
-    """A constant: its type, and its numbers (an array in the type's shape), its text, or a `Weight` that has them."""
+    """A constant: its type, and its data: an array in the type's shape, text, or a `Weight` that has them."""
 
     type: TensorType
     data: np.ndarray | str | tuple[str, ...] | Weight
 
     @property
     def stored(self) -> bool:
-        """Whether the numbers belong into a weight file, rather than into the program itself."""
+        """Whether the data belongs in a weight file rather than in the program."""
         return not isinstance(self.data, (np.ndarray, str, tuple))
 
     def read(self) -> np.ndarray | str | tuple[str, ...]:
-        """The numbers or the text."""
+        """Return the array or the text."""
         return self.data.read() if not isinstance(self.data, (np.ndarray, str, tuple)) else self.data
 
 
-# What an operation is given under one name: names of values computed before it, or constants in place.
+# One input of an operation: names of values computed earlier, or inline constants.
 Argument = tuple["str | Value", ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """A value that an operation computes, or that a function is given: its name, unique in the function, and type."""
+    """A value that an operation computes or a function takes: its name, unique in the function, and its type."""
 
     name: str
     type: TensorType
@@ -126,7 +126,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Operation:
-    """One operation. `const` has its number in the attribute "val"; iOS 16's `constexpr_…` theirs in attributes too.
+    """One operation. `const` has its value in the attribute "val"; iOS 16's `constexpr_…` use attributes, too.
 
     Every input is a tuple; only those of `concat`, `stack` and `einsum` (their "values") have more than one entry.
     """
@@ -138,13 +138,13 @@ class Operation:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of all values that it reads, in order, repeated if read twice."""
+        """The names of all values that it reads, in order; a name is repeated if it is read twice."""
         return tuple(entry for argument in self.inputs.values() for entry in argument if isinstance(entry, str))
 
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """Operations in the order in which they can run. `opset` is "CoreML6" (iOS 16) and upward."""
+    """Operations in an order in which they can run. `opset` is "CoreML6" (iOS 16) or later."""
 
     inputs: tuple[Output, ...]
     outputs: tuple[str, ...]
@@ -161,10 +161,9 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Flexibility:
-    """Which shapes an input may have, where more than one: those listed in `shapes`, or sides within `ranges`.
+    """The shapes an input may have, if more than one: those listed in `shapes`, or sizes within `ranges`.
 
-    A range is a least and a greatest side, None where there is no greatest. `default` is the shape that is expected
-    where none is told.
+    A range is a minimum and a maximum size, None for no maximum. `default` is the shape to expect if none is given.
     """
 
     default: tuple[int, ...]
@@ -176,9 +175,8 @@ class Flexibility:
 class Feature:
     """An input or output as callers see it: an array of "fp16", "fp32", "fp64", "int8" or "int32".
 
-    A side that may vary is None in the type; `flexibility` says how. default: what an input that is not given is filled
-    with. image: a word of `COLORS` for an image, an array (1, C, H, W) of numbers from 0 to 255; scaling them is part
-    of the program.
+    A variable size is None in the type; `flexibility` describes it. default: value to fill a missing input with. image:
+    one of `COLORS` for an image, an array (1, C, H, W) of values from 0 to 255; scaling them is part of the program.
     """
 
     name: str
@@ -192,7 +190,7 @@ class Feature:
 
 @dataclass(frozen=True, slots=True)
 class Interface:
-    """What one function is called with and returns."""
+    """The inputs and outputs of one function."""
 
     inputs: tuple[Feature, ...]
     outputs: tuple[Feature, ...]
@@ -200,11 +198,11 @@ class Interface:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """What a package or a compiled folder holds.
+    """The contents of a package or a compiled folder.
 
-    interface: of the default function; interfaces: of every function by name, where the file describes several.
-    body: a program, or the models of a pipeline with their names, which hand features to each other by name.
-    metadata: the user's own entries; author, license, version and description stand beside them.
+    interface: of the default function; interfaces: of every function by name, if the file describes several.
+    body: a program, or the named models of a pipeline, which pass features to each other by name.
+    metadata: user-defined entries; author, license, version and description have their own fields.
     """
 
     interface: Interface
@@ -220,14 +218,14 @@ class Model:
 
     @property
     def program(self) -> Program:
-        """The program; a pipeline has several, so asking it is a mistake of the caller."""
+        """The program. Raises `TypeError` for a pipeline, which has several."""
         if not isinstance(self.body, Program):
             raise TypeError("a pipeline is not a single program")
         return self.body
 
     @property
     def functions(self) -> Iterator[Function]:
-        """Every function; of a pipeline those of its models, one after another."""
+        """All functions; for a pipeline, those of its models in order."""
         if isinstance(self.body, Program):
             yield from self.body.functions.values()
         else:
@@ -235,20 +233,20 @@ class Model:
                 yield from model.functions
 
     def with_functions(self, change: Callable[[Function], Function]) -> Model:
-        """The same model with every function changed; of a pipeline those of its models."""
+        """Return the same model with every function changed; for a pipeline, the functions of its models."""
         if isinstance(self.body, Program):
             return replace(self, body=Program({name: change(one) for name, one in self.body.functions.items()}))
         return replace(self, body=tuple((name, model.with_functions(change)) for name, model in self.body))
 
 
 def constant(name: str, value: Value) -> Operation:
-    """The `const` operation that gives a value its name."""
+    """Return the `const` operation that defines a value under a name."""
     text = Value(TensorType("string"), name)
     return Operation("const", {}, (Output(name, value.type),), {"name": text, "val": value})
 
 
 def renamed(operation: Operation, names: Mapping[str, str]) -> Operation:
-    """The operation with other names for some of the values that it reads and computes, and for itself with them."""
+    """Return the operation with values renamed; its own name changes with that of its first output."""
     outputs = tuple(Output(names.get(one.name, one.name), one.type) for one in operation.outputs)
     if outputs == operation.outputs and not names.keys() & {*operation.names}:
         return operation
@@ -263,7 +261,7 @@ def renamed(operation: Operation, names: Mapping[str, str]) -> Operation:
 
 
 def byte_count(type_: TensorType) -> int:
-    """Bytes that a tensor of known sides takes in a weight file."""
+    """Return the bytes that a tensor of known shape takes in a weight file."""
     count = prod(side or 0 for side in type_.shape)
     bits = SUBBYTE_BITS.get(type_.dtype)
     if bits is not None:

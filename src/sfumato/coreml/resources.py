@@ -1,4 +1,4 @@
-"""The folder that Swift apps read: compiled models under Apple's names, and the checkpoint's own tokenizer.
+"""The resources folder that Swift apps read: compiled models under Apple's names, and the tokenizer.
 
 Apple's compiler (`xcrun coremlcompiler`, of Xcode) is used where there is one; elsewhere the compiled form is written
 here (formats/compiled.py), which is experimental: no document says that devices take it.
@@ -34,10 +34,10 @@ _COMPILER = ("xcrun", "coremlcompiler")
 
 
 def resources(folder: Path, models: Models, tokenizer: CLIPTokenizer) -> Path:
-    """Compile packages into a folder as Swift apps read it, with vocab.json and merges.txt beside them; the folder.
+    """Compile packages to a folder for Swift apps, with vocab.json and merges.txt, and return the folder.
 
-    Each model is there whole or not at all, and one of the same name is replaced. Raises `UsageError` for models that
-    are compiled already, `OutputError` if Apple's compiler fails or nothing can be written.
+    Each model is written completely or not at all and replaces one of the same name. Raises `UsageError` if the models
+    are compiled already, `OutputError` if Apple's compiler or writing fails.
     """
     if models.kind != "packages":
         raise UsageError(f"the models in {models.folder} are already compiled; give the folder with their packages")
@@ -60,7 +60,7 @@ def resources(folder: Path, models: Models, tokenizer: CLIPTokenizer) -> Path:
 
 
 def compile_package(package: Path, path: Path) -> None:
-    """Compile a package to a `.mlmodelc` folder, by Apple's compiler where it is. Raises `OutputError` if it fails."""
+    """Compile a package to a `.mlmodelc` folder, by Apple's compiler if installed. Raises `OutputError` on failure."""
     if not _has_compiler():
         write_compiled(read_model(package), path)
         return
@@ -76,7 +76,7 @@ def compile_package(package: Path, path: Path) -> None:
 
 
 def _has_compiler() -> bool:
-    """Whether Xcode's compiler can be called; the command line tools alone have `xcrun` but not the compiler."""
+    """Return whether Xcode's compiler is installed; the command line tools alone have only `xcrun`."""
     if shutil.which(_COMPILER[0]) is None:
         return False
     found = subprocess.run([_COMPILER[0], "--find", _COMPILER[1]], capture_output=True, check=False)
@@ -84,7 +84,7 @@ def _has_compiler() -> bool:
 
 
 def _write_bpe(folder: Path) -> None:
-    """The two files that Swift apps read, from tokenizer.json where the checkpoint has only that."""
+    """Write the two files that Swift apps read, if the checkpoint has only tokenizer.json."""
     if all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
         return
     where = folder / "tokenizer.json"

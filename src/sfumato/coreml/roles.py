@@ -1,4 +1,4 @@
-"""What a converted model is, judged by its inputs and outputs alone; and which models go together."""
+"""A converted model's role, from its inputs and outputs alone, and which models belong together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["INPUTS", "PARTS", "Candidate", "look", "sorted_out"]
 
 log = logging.getLogger("sfumato")
 
-# What Core ML has models of, in the order in which an image asks them, and what each reads when it is whole.
+# The parts of a Core ML pipeline in order of use, and the inputs of each if it is not split.
 INPUTS = {
     "text_encoder": frozenset({"input_ids"}),
     "unet": frozenset({"sample", "timestep", "encoder_hidden_states"}),
@@ -29,10 +29,10 @@ Sides = tuple[int | None, ...]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model, and what it may be: `part` is one of `PARTS`, or empty for what is none of them.
+    """A model and the part it can be: `part` is one of `PARTS`, or empty if it is none.
 
-    A chunk of a U-Net that is not the first has no part either: only the one before it tells what it is. trouble: why
-    the model cannot be read, which matters only if no other has its part.
+    U-Net chunks other than the first have no part either: only the chunk before identifies them. trouble: why the model
+    cannot be read, which matters only if no other model is that part.
     """
 
     path: Path
@@ -45,7 +45,7 @@ class Candidate:
 
 
 def look(path: Path) -> Candidate:
-    """What a model may be."""
+    """Return what part a model can be."""
     try:
         model = read_model(path)
     except SfumatoError as error:
@@ -56,7 +56,7 @@ def look(path: Path) -> Candidate:
 
 
 def _sides(features: Iterable[Feature]) -> dict[str, Sides]:
-    """The shape of each feature; None for a side that varies."""
+    """Return the shape of each feature, with None for variable sizes."""
     return {one.name: one.type.shape for one in features}
 
 
@@ -71,9 +71,9 @@ def _part(inputs: dict[str, Sides]) -> str:
 
 
 def sorted_out(folder: Path, candidates: Sequence[Candidate]) -> dict[str, tuple[Path, ...]]:
-    """The models of each part, a U-Net's chunks in the order in which they run.
+    """Return the models of each part, a U-Net's chunks in order of execution.
 
-    Raises `CheckpointError` where there are two for one place, a chunk is missing, or they are of different models.
+    Raises `CheckpointError` if there are two models for a part, a chunk is missing, or models do not belong together.
     """
     parts: dict[str, tuple[Candidate, ...]] = {}
     for part in PARTS:
@@ -97,7 +97,7 @@ def _twice(folder: Path, found: Sequence[Candidate]) -> str:
 
 
 def _unet(heads: list[Candidate], others: list[Candidate]) -> list[Candidate]:
-    """The one whole U-Net, or its chunks; those win where both are there."""
+    """Return the one whole U-Net, or its chunks, which take precedence."""
     chains = [_chain(head, others) for head in heads]
     whole = [chain for chain in chains if len(chain) == 1]
     cut = [chain for chain in chains if len(chain) > 1]
@@ -110,7 +110,7 @@ def _unet(heads: list[Candidate], others: list[Candidate]) -> list[Candidate]:
 
 
 def _chain(head: Candidate, others: list[Candidate]) -> list[Candidate]:
-    """A first model and those that go on with what it computes, in the order in which they run."""
+    """Return a first chunk and the chunks that continue from its outputs, in order of execution."""
     chain, features = [head], {*head.inputs, *head.outputs, "encoder_hidden_states"}
     computed = set(head.outputs)
     while following := [one for one in others if one not in chain and _goes_on(one, features, computed)]:
@@ -134,7 +134,7 @@ def _goes_on(one: Candidate, features: set[str], computed: set[str]) -> bool:
 
 
 def _check_together(folder: Path, parts: dict[str, tuple[Candidate, ...]]) -> None:
-    """Raise where models are of different checkpoints, or sizes that do not fit."""
+    """Raise `CheckpointError` if models come from different checkpoints or their sizes do not match."""
     hashes = {one.source_hash: one for found in parts.values() for one in found if one.source_hash}
     if len(hashes) > 1:
         names = " and ".join(one.path.name for one in hashes.values())
@@ -150,7 +150,7 @@ def _check_together(folder: Path, parts: dict[str, tuple[Candidate, ...]]) -> No
                     )
 
 
-# What must agree: a part, what its axis means, its feature and axis, and those of the U-Net.
+# What must agree: a part, what its axis means, its feature and axis, and the U-Net's feature and axis.
 _FITTING = (
     ("text_encoder", "embeddings of width", "last_hidden_state", 2, "encoder_hidden_states", 1),
     ("text_encoder", "prompts of length", "input_ids", 1, "encoder_hidden_states", 3),
@@ -162,6 +162,6 @@ _FITTING = (
 
 
 def _side(one: Candidate, feature: str, axis: int) -> int | None:
-    """A side of a feature; None where the file does not say it."""
+    """Return the size of one axis of a feature, or None if the file does not specify it."""
     shape = (one.inputs | one.outputs).get(feature, ())
     return shape[axis] if axis < len(shape) else None

@@ -1,4 +1,4 @@
-"""The checkpoint that Core ML models are made from, or proved against: its networks, loaded one at a time."""
+"""The source checkpoint of a conversion or verification: its networks, loaded one at a time."""
 
 from __future__ import annotations
 
@@ -36,29 +36,29 @@ if TYPE_CHECKING:
 
 __all__ = ["NETWORK_OF", "Source", "open_source"]
 
-# The network that each part is made from.
+# The network that each part is converted from.
 NETWORK_OF = {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae", "vae_encoder": "vae"}
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint in a folder or a file, seen as what Core ML models are made from."""
+    """A checkpoint in a folder or a file, as the source of Core ML models."""
 
     name: str
     checkpoint: Checkpoint
-    adapters: tuple[AdapterFile, ...] = ()  # whose changes are baked into the weights
+    adapters: tuple[AdapterFile, ...] = ()  # merged into the weights
 
     @property
     def label(self) -> str:
-        """What files are named after: the hub id, or the name of the folder or file without the way to it."""
+        """The base of file names: the hub id, or the name of the folder or file without its path."""
         if not os.path.exists(expanded(self.name)):
             return self.name
         return Path(os.path.abspath(self.checkpoint.path)).name.removesuffix(".safetensors")
 
     def load(self, part: str, dtype: torch.dtype | None = None) -> Model:
-        """The network that a part of Core ML is made from, on the CPU; mapped from its file in the stored precision.
+        """Load the network that a part is converted from, on the CPU, memory-mapped in the stored dtype.
 
-        Raises `CheckpointError` or `ConfigError` naming file and key.
+        `dtype` converts it. Raises `CheckpointError` or `ConfigError`, which name the file and key.
         """
         model = self.checkpoint.load(NETWORK_OF[part], dtype)
         if self.adapters and NETWORK_OF[part] != "vae":
@@ -66,11 +66,11 @@ class Source:
         return model
 
     def config(self, network: str) -> dict[str, Any]:
-        """The config of a network, as a JSON file has it."""
+        """Return the config of a network, as in its JSON file."""
         return json.loads(json.dumps(self.checkpoint.config(network).to_dict()))
 
     def check(self) -> None:
-        """Raise what would be raised later, before any work: each network's class, config and weight files."""
+        """Raise errors before any work starts: check each network's class, config and weight files."""
         found = {network: self.checkpoint.class_of(network) for network in NETWORK_OF.values()}
         if None in found.values() or self.checkpoint.class_of("text_encoder_2") is not None:
             raise ConfigError(
@@ -95,24 +95,24 @@ class Source:
 
     @cached_property
     def scheduler(self) -> dict[str, Any]:
-        """The config of the checkpoint's own scheduler, its class among the keys."""
+        """The config of the checkpoint's own scheduler, including its class name."""
         scheduler = self.checkpoint.load("scheduler")
         return json.loads(json.dumps(scheduler.config.to_dict())) | {"_class_name": type(scheduler).__name__}
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Steps and guidance scale that the checkpoint asks for, if it does."""
+        """Steps and guidance scale that the checkpoint recommends, if any."""
         return dict(self.checkpoint.suggested)
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
-        """A hash for each network, the same in every precision (pipelines/fingerprint.py)."""
+        """A hash per network, independent of the dtype (pipelines/fingerprint.py)."""
         one_part_of = {network: part for part, network in NETWORK_OF.items()}
         return {network: fingerprint(self.load(part)) for network, part in one_part_of.items()}
 
     @cached_property
     def hash(self) -> str:
-        """The hash of the whole checkpoint, as recipes of images carry it; with adapters, also of these."""
+        """The hash of the whole checkpoint, as in recipes of images; with adapters, it includes theirs."""
         own = joined_hash(self.fingerprints)
         if not self.adapters:
             return own
@@ -131,11 +131,10 @@ def open_source(
     adapters: tuple[AdapterFile, ...] = (),
     **hub: Any,
 ) -> Source:
-    """A checkpoint by folder, file, hub id or "built-in"; downloaded if necessary. Loads no weights.
+    """Open a checkpoint by folder, file, hub id or "built-in"; downloaded if necessary. Loads no weights.
 
-    adapters: files whose changes are baked into the weights.
-
-    Hub keywords: cache_dir, revision, token, local_files_only, force_download. Raises `CheckpointError`.
+    adapters: files to merge into the weights. Hub keywords: cache_dir, revision, token, local_files_only,
+    force_download. Raises `CheckpointError` if it is missing or damaged, `ConfigError` if it cannot be converted.
     """
     source = Source(full_name(name), open_checkpoint(name, ComponentFiles(variant, use_safetensors), hub), adapters)
     source.check()

@@ -1,4 +1,4 @@
-"""Verifying converted models against the checkpoint they were made from, on any machine.
+"""Verifies converted models against their checkpoint, on any machine.
 
 Core ML only runs on Apple's devices, but a package is an exact program, which the portable runtime can run. Three
 things are verified for each network: its weights are the source's, value by value, rounded to float16 or as near as
@@ -51,18 +51,18 @@ __all__ = ["Check", "Verification", "prove", "verify"]
 
 log = logging.getLogger("sfumato")
 
-# One negated weight tensor can leave 38 dB (docs/log.md), so Apple's gate of 35 proves little; in float32 a right graph
-# reaches 110 and more.
+# A sign error in one weight tensor can leave 38 dB (docs/log.md), so Apple's threshold of 35 proves little; in float32
+# a correct graph reaches 110 and more.
 GRAPH_DB = 100.0
-# What float16 leaves of a right network.
+# What a correct network keeps in float16.
 SHIPPED_DB = 55.0
-# Graphs of other converters have their constants in float16 too, such as the scale of attention.
+# Other converters store all constants of the graph in float16, such as the scale of attention.
 FOREIGN_GRAPH_DB = 60.0
 PICTURE_DB = 30.0
 PICTURE_SEED = 7
-# Steps of the image that is compared, where the checkpoint asks for none: enough to show a fault, few enough to wait.
+# Steps of the compared image, if the checkpoint recommends none: enough to show an error, few enough to wait for.
 PICTURE_STEPS = 4
-# Sines of a timestep: in float16, as other converters have them, their angles are up to a third of a radian uncertain.
+# Sines of a timestep: in float16, as other converters write them, angles are off by up to a third of a radian.
 WAVES = ("sin", "cos")
 
 
@@ -70,9 +70,9 @@ WAVES = ("sin", "cos")
 class Check:
     """One comparison: the part, what was compared, the agreement in dB (infinite if equal), and what is needed.
 
-    needed is None where the number is only reported, though it must be finite; `hint` says where the two part, for a
-    check that failed. undecided: a failure does not show that the model is wrong, as there was something in it that
-    could not be compared with the source.
+    needed is None if the value is only reported, though it must be finite; `hint` says where a failed comparison
+    diverges. undecided: a failure does not prove the model wrong, because something in it could not be compared with
+    the source.
     """
 
     part: str
@@ -89,7 +89,7 @@ class Check:
 
     @property
     def verdict(self) -> str:
-        """In a word: "ok", "reported", "WRONG" or "not proved"."""
+        """One of "ok", "reported", "WRONG" or "not proved"."""
         if self.passed:
             return "reported" if self.needed is None else "ok"
         return "not proved" if self.undecided else "WRONG"
@@ -97,7 +97,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """All comparisons of a folder, and what they were made against."""
+    """All comparisons of a folder's models with their source."""
 
     folder: Path
     source: str
@@ -105,16 +105,16 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether every one is as good as needed."""
+        """Whether all comparisons passed."""
         return all(check.passed for check in self.checks)
 
     @property
     def wrong(self) -> bool:
-        """Whether one shows that the models are not the checkpoint's."""
+        """Whether any comparison shows that the models are not the checkpoint's."""
         return any(check.verdict == "WRONG" for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
-        """For programs: as JSON has no infinity, the agreement of equal numbers is None."""
+        """Return a JSON-compatible dictionary; as JSON has no infinity, the dB of equal values are None."""
         checks = [
             dataclasses.asdict(check)
             | {"passed": check.passed, "equal": check.db == math.inf, "verdict": check.verdict}
@@ -142,7 +142,7 @@ def verify(
     checkpoint, and `UsageError` if they name no source and none is given.
     """
     if steps is not None:
-        GenerateRequest(prompt=PROMPT, steps=steps)  # refused here, and not after all other proofs
+        GenerateRequest(prompt=PROMPT, steps=steps)  # fail now rather than after all other checks
     models = find_models(folder, required=parts or ())
     for path, trouble in models.unread.items():
         raise CheckpointError(f"{path.name} cannot be verified: {trouble}")
@@ -168,7 +168,7 @@ def verify(
 
 
 def prove(part: str, chunks: list[Model], source: Source) -> Iterator[Check]:
-    """The comparisons of one part, whole or in chunks."""
+    """Yield the comparisons of one part, whole or in chunks."""
     ours = all("sfumato.part" in one.metadata for one in chunks)
     shipped = _whole(chunks)
     tried = probes(part, shipped.interface, source)
@@ -185,11 +185,11 @@ def prove(part: str, chunks: list[Model], source: Source) -> Iterator[Check]:
 def _precision(
     part: str, chunks: list[Model], matches: Matches, tried: list[Probe], expected: list[dict[str, Tensor]]
 ) -> Iterator[Check]:
-    """What is lost by rounding: to float16, and beside that what others round and what compression does."""
+    """Measure rounding to float16 and, separately, what other converters round and what compression loses."""
     shipped = _whole(chunks)
     apart = {"uncompressed": _is_compressed(shipped), "sines in float32": _rounds_waves(shipped)}
     alone = not any(apart.values())
-    # Every result rounded as the program says, so nothing fused: what overflows between two operations must show.
+    # Round every result as the program does, without fusion, so that overflow between operations is detected.
     typed = Predictor(shipped, fuse=False)
     count, needed = (len(tried), SHIPPED_DB) if alone else (1, None)
     check, probe = _compare(part, "as shipped", typed, tried[:count], expected, needed, watch=True)
@@ -206,17 +206,17 @@ def _precision(
 
 
 def _answers(part: str, tried: list[Probe], source: Source) -> list[dict[str, Tensor]]:
-    """What the source makes of all probes, in float32."""
+    """Return the source's float32 outputs for all probes."""
     network = source.load(part, torch.float32)
     found = [answer(part, network, probe) for probe in tried]
     del network
-    gc.collect()  # its modules hold each other, and its weights
+    gc.collect()  # modules are in reference cycles, which keep the weights
     release_memory(torch.device("cpu"))
     return found
 
 
 def _weights(part: str, matches: Matches, *, ours: bool) -> Iterator[Check]:
-    """Whether the constants are the source's weights. Of others' programs only compressed ones have to be found."""
+    """Check that the constants are the source's weights; for other converters, only the compressed ones."""
     worst = matches.worst(compressed=False)
     if ours and worst is not None:
         hint = "" if worst.near else f"{worst.name!r} is not the checkpoint's {worst.key}, rounded"
@@ -237,9 +237,9 @@ def _compare(
     *,
     watch: bool = False,
 ) -> tuple[Check, Probe]:
-    """The least agreement over all probes and outputs, and the probe that has it.
+    """Return the least agreement over all probes and outputs, and the probe that has it.
 
-    watch: whether NaN in any operation is a failure, though later ones may hide it.
+    watch: whether NaN in any operation is a failure, even if later operations hide it.
     """
     worst = (math.inf, tried[0])
     lost = _Lost() if watch else None
@@ -265,7 +265,7 @@ def _check_outputs(part: str, outputs: Mapping[str, Tensor], wanted: Mapping[str
 
 
 class _Lost:
-    """Looks for the first operation that gives NaN."""
+    """Looks for the first operation whose result has NaN."""
 
     where = ""
 
@@ -273,7 +273,7 @@ class _Lost:
         if self.where:
             return
         for value in values:
-            # The sum tells cheaply that there is none; infinities of both signs make it look as if there were.
+            # The sum is a cheap test for no NaN; infinities of both signs give a false alarm, hence the second test.
             if value.is_floating_point() and bool(value.sum().isnan()) and bool(value.isnan().any()):
                 name = operation.outputs[0].name
                 self.where = f"operation {place} {operation.type!r} ({name}) gives NaN, which later ones hide"
@@ -286,7 +286,7 @@ def _judged(
     probe: Probe,
     matches: Matches | None = None,
 ) -> Check:
-    """The check, if it failed with where and why it did; `reference` makes what the suspect is compared with."""
+    """Return the check; if it failed, with a hint from comparing `suspect` to what `reference` returns."""
     if check.passed or check.hint:
         return check
     if matches is not None and matches.unknown:
@@ -298,7 +298,7 @@ def _judged(
 
 
 def _rebuilt(part: str, shipped: Model, source: Source) -> Predictor | None:
-    """The part as this converter makes it of the source today, in float32; None for what others converted."""
+    """Return the part as converted from the source now, in float32; None for models of other converters."""
     if "sfumato.part" not in shipped.metadata:
         return None
     sides = {feature.name: feature.type.shape for feature in shipped.interface.inputs}
@@ -314,11 +314,11 @@ def _rebuilt(part: str, shipped: Model, source: Source) -> Predictor | None:
 
 
 def _compare_pictures(folder: Path, source: Source, steps: int | None, needed: float | None) -> Check:
-    """One image by the source in float32, and one by the models as shipped."""
+    """Compare an image by the source in float32 with one by the models as shipped."""
     from sfumato.coreml.pipeline import load_pipeline
     from sfumato.pipelines import DiffusionPipeline
 
-    # What the models do not say of themselves, the checkpoint does.
+    # The checkpoint provides what the models' metadata lacks.
     about = str(source.checkpoint.path)
     converted = load_pipeline(folder, compute_unit="CPU_ONLY", model_version=about, portable=True, precision="typed")
     settings: dict[str, Any] = {"steps": PICTURE_STEPS} | source.settings | ({} if steps is None else {"steps": steps})
@@ -332,7 +332,7 @@ def _compare_pictures(folder: Path, source: Source, steps: int | None, needed: f
 
 
 def _named_source(model: Model) -> Source:
-    """The checkpoint that a model says it was made from, if it is here."""
+    """Return the checkpoint that a model names as its source, if it is on this machine."""
     metadata = model.metadata
     name, expected = metadata.get("sfumato.source"), metadata.get("sfumato.source_hash")
     if name is None:
@@ -360,7 +360,7 @@ def _is_compressed(model: Model) -> bool:
 
 
 def _rounds_waves(model: Model) -> bool:
-    """Whether it has sines in float16, as Apple's converter makes them of timesteps."""
+    """Return whether it has sines in float16, as Apple's converter uses for timesteps."""
     every = (one for function in model.functions for one in function.operations)
     return any(one.type in WAVES and one.outputs[0].type.dtype == "fp16" for one in every)
 

@@ -1,1 +1,1 @@
-"""Jobs: requests that are queued, drawn in a process of their own, and kept; no HTTP and, in this process, no torch."""
+"""Jobs: requests that are queued, run in a worker process, and stored. No HTTP here, and no torch in this process."""

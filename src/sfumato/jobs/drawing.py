@@ -1,4 +1,4 @@
-"""How the worker draws: models in memory, what is shown of an image meanwhile, and its file. Needs torch."""
+"""Image generation in the worker: models in memory, previews, and image files. Needs torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who listens to what happens."""
+"""Publishing events to listeners."""
 
 from __future__ import annotations
 

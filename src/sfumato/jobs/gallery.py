@@ -1,4 +1,4 @@
-"""The images of a folder: the folder is the truth, the table an index that can be made again.
+"""The images in a folder. The folder is the source of truth; the table is an index that can be rebuilt.
 
 An image's key is the beginning of its file's SHA-256, so that a file that is moved or renamed keeps it. Deleted ones
 stand in the trash for a month, with the way to where they were.

@@ -1,4 +1,4 @@
-"""What an image is a function of, as a key: equal ones need drawing only once."""
+"""Content keys: a hash of everything an image depends on, so that equal requests run once."""
 
 from __future__ import annotations
 

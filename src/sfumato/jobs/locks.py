@@ -1,4 +1,4 @@
-"""Locks on files, which the system lets go when their holder dies."""
+"""File locks that the system releases when their owner dies."""
 
 from __future__ import annotations
 

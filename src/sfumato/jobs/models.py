@@ -1,4 +1,4 @@
-"""The models that may be asked for: by name, and never by a path that a request brings."""
+"""The models that a client may choose: by name, never by a path from a request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Previews that cost next to nothing: a matrix from latents to colors, fitted to a checkpoint's own decoder once."""
+"""Cheap previews: a linear map from latents to colors, fitted once to a checkpoint's decoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The worker as its keeper sees it: a process that is told things as lines of JSON, and answers so."""
+"""The worker process seen from its parent: messages in and out, one JSON object per line."""
 
 from __future__ import annotations
 

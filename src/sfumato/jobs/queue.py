@@ -1,4 +1,4 @@
-"""The queue: jobs are accepted, drawn one after the other by the worker, and each ends exactly once."""
+"""The queue: accepts jobs, has the worker run them one at a time, and ends each exactly once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of jobs and events, in SQLite: whatever was accepted is on the disk before anybody is told so."""
+"""Jobs and events in SQLite: a job is on disk before anyone is told that it was accepted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The worker: the process that draws, and the only one that imports torch.
+"""The worker: the process that generates images, and the only one that imports torch.
 
 It is told on standard input, and answers on standard output, one JSON object a line. When its input ends, so does it,
 at once: whoever started it is gone, and an image is whole or absent whenever that happens.

@@ -1,4 +1,4 @@
-"""What torch does slowly on a CPU, in C: attention in tiles that stay in the cache, normalization in two passes."""
+"""C kernels for what torch does slowly on a CPU: cache-tiled attention and two-pass normalization."""
 
 from sfumato.kernels.build import CompilerError
 from sfumato.kernels.library import LANES, Kernels, kernels_for

@@ -1,6 +1,6 @@
-"""Compiling our C sources with the machine's own compiler, once, into the cache folder.
+"""Compiles the C sources with the local compiler, once, into the cache folder.
 
-They are plain C with a C interface, so that a compiler is all it takes and a second is enough (ADR 9).
+They are plain C with a C interface, so that any compiler will do and builds take about a second (ADR 9).
 """
 
 from __future__ import annotations
@@ -31,24 +31,25 @@ log = logging.getLogger("sfumato")
 SOURCES = ("vector.h", "attention.c", "normalize.c")
 SYMBOLS = ("attention", "geglu", "group_norm")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-w")
-# A second is enough; what takes this long is waiting for something. Failures that took time are not repeated for a day.
+# A build takes a second; one that takes this long hangs. Slow failures are not repeated for a day.
 SECONDS, QUICK_SECONDS, REMEMBERED_SECONDS = 20.0, 2.0, 86400.0
 
 
 class CompilerError(SfumatoError):
-    """The kernels could not be compiled or loaded; the sentence says why."""
+    """The kernels could not be compiled or loaded; the message says why."""
 
 
 def compiler() -> str | None:
-    """The C compiler that would be used: `$CC`, or the first of cc, gcc and clang on the path."""
+    """Return the C compiler to use: `$CC`, or the first of cc, gcc and clang on the path; None if there is none."""
     names = (os.environ.get("CC"), "cc", "gcc", "clang")
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
 def loaded(bfloat16: bool) -> ctypes.CDLL:
-    """The kernels in one precision: out of the cache, or built now and kept there, if only this user can write to it.
+    """Return the kernel library for float32 or bfloat16, from the cache or built now.
 
-    Raises `CompilerError` if there is no compiler, it fails, or what it makes cannot be loaded.
+    The cache is only used if no other user can write to it. Raises `CompilerError` if there is no compiler, compilation
+    fails, or the library cannot be loaded.
     """
     command = compiler()
     if command is None:
@@ -78,7 +79,7 @@ def loaded(bfloat16: bool) -> ctypes.CDLL:
 
 
 def _reopened(library: Path) -> ctypes.CDLL | None:
-    """What was built earlier, if it stands as it was built, by us; loading a damaged one would end the process."""
+    """Load a cached library if it is ours and undamaged; loading a damaged one would crash the process."""
     digest = library.with_suffix(".sha256")
     try:
         if not library.exists():
@@ -92,7 +93,7 @@ def _reopened(library: Path) -> ctypes.CDLL | None:
 
 
 def _opened(library: Path) -> ctypes.CDLL:
-    """The library with all that we call. Raises `OSError` if it does not load, `AttributeError` if something lacks."""
+    """Load a library. Raises `OSError` if that fails and `AttributeError` if it lacks one of `SYMBOLS`."""
     opened = ctypes.CDLL(str(library))
     for name in SYMBOLS:
         getattr(opened, name)
@@ -100,7 +101,7 @@ def _opened(library: Path) -> ctypes.CDLL:
 
 
 def _build(command: list[str], sources: dict[str, bytes], scratch: Path) -> Path:
-    """Compile within a folder, and return the library in it. Raises `OSError` where there is no room for it."""
+    """Compile in a scratch folder and return the library's path. Raises `CompilerError`, or `OSError` if it is full."""
     for source, text in sources.items():
         (scratch / source).write_bytes(text)
     made, said = scratch / "kernels.so", scratch / "errors.txt"
@@ -114,9 +115,9 @@ def _build(command: list[str], sources: dict[str, bytes], scratch: Path) -> Path
 
 
 def _run(command: list[str], said: Path) -> str | None:
-    """Run a compiler, with its own temporary files beside ours; None if it succeeded, else what it ended with.
+    """Run a compiler, with its temporary files next to ours. Return None on success, else a description of the failure.
 
-    It gets a session of its own, so that all of it can be ended where it hangs or we are interrupted.
+    It runs in its own session, so that all its processes can be killed if it hangs or we are interrupted.
     """
     with said.open("wb") as errors:
         try:
@@ -143,12 +144,12 @@ def _run(command: list[str], said: Path) -> str | None:
 
 
 def _kept(made: Path, library: Path | None) -> ctypes.CDLL:
-    """Load what was made, and keep it in the cache for later processes."""
+    """Load the compiled library, and save it to the cache for later processes."""
     copied = False
     try:
         try:
             opened = _opened(made)
-        except OSError:  # a temporary folder may forbid to run what is in it
+        except OSError:  # the temporary folder may be mounted noexec
             if library is None or not (copied := _copy(made, library)):
                 raise
             return _opened(library)
@@ -162,7 +163,7 @@ def _kept(made: Path, library: Path | None) -> ctypes.CDLL:
 
 
 def _copy(made: Path, library: Path) -> bool:
-    """Copy a library and its digest into the cache, unless that cannot take them."""
+    """Copy a library and its digest to the cache. Return whether that succeeded."""
     binary = made.read_bytes()
     try:
         for path, content in ((library.with_suffix(".sha256"), _digest(binary)), (library, binary)):
@@ -175,7 +176,7 @@ def _copy(made: Path, library: Path) -> bool:
 
 
 def _raise_remembered(failure: Path | None) -> None:
-    """Raise `CompilerError` if this compiler has failed lately, and took its time for it."""
+    """Raise `CompilerError` if this compiler recently failed and was slow to do so."""
     if failure is not None:
         with suppress(OSError, ValueError):
             if 0 <= time.time() - failure.stat().st_mtime < REMEMBERED_SECONDS:
@@ -189,7 +190,7 @@ def _remember(failure: Path | None, error: CompilerError) -> None:
 
 
 def _stamp(command: str) -> tuple[int, int] | None:
-    """What tells a compiler from the one that was there before it."""
+    """Return the compiler's size and modification time, which change when it is updated."""
     with suppress(OSError):
         found = Path(command).stat()
         return found.st_size, found.st_mtime_ns
@@ -205,7 +206,7 @@ def _digest(binary: bytes) -> bytes:
 
 
 def _processor() -> str:
-    """What `-march=native` depends on, so that a cache shared by several machines never serves the wrong one."""
+    """Return what `-march=native` depends on, so that a cache shared by several machines never serves the wrong one."""
     try:
         flags = next(
             line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))

@@ -1,4 +1,4 @@
-"""The compiled kernels as functions on tensors, each equal to a few lines of torch."""
+"""The compiled kernels as functions on tensors, each equivalent to a few lines of torch."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from sfumato.kernels.build import CompilerError, loaded
 
 __all__ = ["LANES", "Kernels", "kernels_for"]
 
-# Channels must fill whole vectors; sixteen floats are the widest.
+# Channels must fill whole vectors; the widest hold sixteen floats.
 LANES = 16
 
 
 class _Strides(ctypes.Structure):
-    """Elements from one image, head and row to the next; the struct `strides` of attention.c."""
+    """Strides in elements between images, heads and rows; the struct `strides` of attention.c."""
 
     _fields_ = (("batch", c_int64), ("heads", c_int64), ("row", c_int64))
 
 
 class Kernels:
-    """The kernels for tensors of one precision, on the CPU."""
+    """The kernels for one dtype, on the CPU."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        """Loads the library, building it if necessary. Raises `CompilerError` where that fails."""
+        """Load the library, building it if necessary. Raises `CompilerError` if that fails."""
         self.dtype = dtype
         library = loaded(bfloat16=dtype == torch.bfloat16)
         self._attention, self._group_norm, self._geglu = library.attention, library.group_norm, library.geglu
@@ -38,9 +38,9 @@ class Kernels:
         self._geglu.restype = None
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Softmax(q k^T / sqrt(d) + mask) v; shapes as in models/attention.py.
+        """Return softmax(q k^T / sqrt(d) + mask) v; shapes are as in models/attention.py.
 
-        Heads may be interleaved in memory, as projections leave them; the result is (B, heads, L, d) and so interleaved
+        Heads may be interleaved in memory, as projections leave them. The result (B, heads, L, d) is interleaved so
         that `out.transpose(1, 2).flatten(2)` copies nothing.
         """
         batch, heads, queries, depth = q.shape
@@ -64,9 +64,9 @@ class Kernels:
     def group_norm(
         self, x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float, added: Tensor | None, *, silu: bool
     ) -> Tensor:
-        """`group_norm(x + added)`, and SiLU of it if asked for.
+        """Return `group_norm(x + added)`, followed by SiLU if `silu`.
 
-        X (B, C, H, W) in channels_last, C a multiple of `LANES`; added (B, C); weight, bias and added in float32.
+        x: (B, C, H, W) in channels_last, C a multiple of `LANES`; added: (B, C); weight, bias and added are float32.
         """
         batch, channels, height, width = x.shape
         out = torch.empty_like(x)
@@ -76,7 +76,7 @@ class Kernels:
         return _checked(status, out)
 
     def geglu(self, x: Tensor) -> Tensor:
-        """The first half of the last dimension times the GELU of the second: (..., 2C) -> (..., C), contiguous.
+        """Return the first half of the last dimension times the GELU of the second: (..., 2C) -> (..., C), contiguous.
 
         C is a multiple of `LANES`.
         """
@@ -87,7 +87,7 @@ class Kernels:
 
 
 def kernels_for(dtype: torch.dtype) -> Kernels:
-    """The kernels of a precision, loaded once. Raises `CompilerError` if they cannot be built, and tries only once."""
+    """Return the kernels for a dtype, loaded once. Raises `CompilerError` if they cannot be built; builds only once."""
     found = _attempted(dtype)
     if isinstance(found, CompilerError):
         raise found

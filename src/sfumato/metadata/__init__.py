@@ -1,1 +1,1 @@
-"""Pictures that remember: the texts in picture files, to requests and back."""
+"""Image metadata: the text in image files, to requests and back."""

@@ -1,4 +1,4 @@
-"""A1111's parameters: a prompt, a negative prompt, and a line of `key: value`, as many others write them too."""
+"""A1111's parameters: a prompt, a negative prompt and a `key: value` line; many other programs write them too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The texts that picture files carry beside their pixels: read from what anybody wrote, written as others read them."""
+"""The text chunks of image files: read from any program, and written as others read them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ComfyUI's graphs of nodes: walked from the first sampler upwards, as data; nothing in them is run or opened."""
+"""ComfyUI graphs, walked from the first sampler upwards. Nodes are data: nothing in them is run or opened."""
 
 from __future__ import annotations
 

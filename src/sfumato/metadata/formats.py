@@ -1,4 +1,4 @@
-"""The formats that pictures are written in, by the endings of their names."""
+"""The image formats that can be written, by file extension."""
 
 from __future__ import annotations
 

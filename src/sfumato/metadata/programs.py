@@ -1,4 +1,4 @@
-"""What other programs write as JSON: InvokeAI, Fooocus, SwarmUI, NovelAI and Draw Things, each a table of names."""
+"""JSON metadata of InvokeAI, Fooocus, SwarmUI, NovelAI and Draw Things, each as a table of names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a picture file remembers, whoever wrote it."""
+"""Reads the metadata of an image file, whichever program wrote it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What samplers and spacings are called elsewhere, and what they are here."""
+"""Other programs' names for samplers and schedules, and their equivalents here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a picture says of how it was drawn, and the request that comes nearest to it."""
+"""What an image's metadata says about how it was made, and the closest request."""
 
 from __future__ import annotations
 

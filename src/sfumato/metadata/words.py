@@ -1,4 +1,4 @@
-"""What the keys of A1111's parameters mean as fields of a request: one table, to read and to write them by."""
+"""The keys of A1111's parameters and the request fields they mean: one table for reading and writing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""XMP: the packet of XML in which picture files say where they come from (ISO 16684-1)."""
+"""XMP packets: the XML in image files that says where they come from (ISO 16684-1)."""
 
 from __future__ import annotations
 

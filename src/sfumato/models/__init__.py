@@ -1,4 +1,4 @@
-"""The networks of Stable Diffusion, with the ecosystem's parameter names."""
+"""The networks of Stable Diffusion, with the parameter names of diffusers and transformers."""
 
 from typing import Any
 

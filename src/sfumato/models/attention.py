@@ -1,8 +1,8 @@
-"""Attention: one function `(q, k, v, mask) -> out`, chosen once and handed to the models that use it.
+"""Attention: one function `(q, k, v, mask) -> out`, chosen once and passed to the models that use it.
 
 All implementations compute softmax(q k^T / sqrt(d) + mask) v ("Attention Is All You Need", arXiv 1706.03762, eq. 1)
-and differ only in how much memory they hold at a time. Shapes: q (B, heads, L, d); k and v (B, heads, S, d); mask None
-or a float tensor that broadcasts to (B, heads, L, S) and is added to the scores; out (B, heads, L, d).
+and differ only in peak memory. Shapes: q (B, heads, L, d); k and v (B, heads, S, d); mask None or a float tensor that
+broadcasts to (B, heads, L, S) and is added to the scores; out (B, heads, L, d).
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ __all__ = [
     "upcast",
 ]
 
-# Metal refuses buffers of 2**32 bytes; a quarter of that leaves room for the softmax beside the scores.
+# Metal refuses buffers of 2**32 bytes; a quarter of that leaves room for the softmax in addition to the scores.
 MPS_SCORE_BYTES = 2**30
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Torch's fused scaled dot product attention."""
+    """Compute attention with torch's fused scaled dot product attention."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def sliced(slice_size: int) -> AttentionFunction:
-    """Attention over at most `slice_size` (image, head) pairs at a time: less memory, the same numbers.
+    """Return an attention function that computes at most `slice_size` (image, head) pairs at a time, to save memory.
 
-    Raises `UsageError` for a size below 1.
+    The results are the same. Raises `UsageError` for a size below 1.
     """
     if slice_size < 1:
         raise UsageError(f"the attention slice size must be at least 1, not {slice_size}")
@@ -70,10 +70,10 @@ def sliced(slice_size: int) -> AttentionFunction:
 
 
 def chunked(max_bytes: int) -> AttentionFunction:
-    """Attention whose score matrix never exceeds `max_bytes`: first fewer (image, head) pairs, then fewer queries at a
-    time.
+    """Return an attention function whose score matrix never exceeds `max_bytes`.
 
-    Raises `UsageError` for a budget below one byte.
+    It first reduces the number of (image, head) pairs at a time, then the number of queries. Raises `UsageError` for a
+    limit below one byte.
     """
     if max_bytes < 1:
         raise UsageError(f"the attention budget must be at least one byte, not {max_bytes}")
@@ -95,7 +95,7 @@ def chunked(max_bytes: int) -> AttentionFunction:
 
 
 def upcast(attention: AttentionFunction, dtype: torch.dtype) -> AttentionFunction:
-    """The same attention in a wider precision, for devices whose scores leave the range of a narrow one."""
+    """Wrap an attention function to compute in a wider dtype, for devices where scores overflow in a narrow one."""
 
     def wide(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         mask = None if mask is None else mask.to(dtype)
@@ -105,12 +105,12 @@ def upcast(attention: AttentionFunction, dtype: torch.dtype) -> AttentionFunctio
 
 
 def attention_for(device: torch.device) -> AttentionFunction:
-    """Torch's fused attention; cut into pieces on MPS, which materializes the scores and refuses large buffers."""
+    """Return torch's fused attention, or chunked attention on MPS, which stores scores and limits buffer sizes."""
     return chunked(MPS_SCORE_BYTES) if device.type == "mps" else sdpa
 
 
 class Attending(nn.Module):
-    """A layer with a number of heads and the function that computes its attention."""
+    """A layer with a number of heads and a replaceable attention function."""
 
     attention: AttentionFunction
 
@@ -121,11 +121,11 @@ class Attending(nn.Module):
 
 
 class Context:
-    """What the transformers read beside the image: the prompt (B, S, C) and, rarely, masks to add to the scores.
+    """What transformers attend to besides the image: the prompt (B, S, C) and, rarely, masks added to the scores.
 
-    The keys and values that a layer makes of the prompt are computed once and kept, so that a context which serves all
-    steps of a run is projected in the first. Its batch may be a multiple of the image's, which is widened where the
-    two first meet: the halves of guidance are one and the same until then. With `keep=False` nothing is kept.
+    Each layer's keys and values are computed once and cached (unless `keep=False`), so that they are only projected in
+    the first step of a run. The prompt's batch may be a multiple of the image's: the image is repeated only where the
+    two first meet, because guidance branches are identical up to there.
     """
 
     def __init__(
@@ -137,13 +137,13 @@ class Context:
         keep: bool = True,
         images: Sequence[Any] = (),
     ) -> None:
-        """images: the `ImageTokens` (models/ip_adapter.py) that are read beside the prompt."""
+        """images: the `ImageTokens` (models/ip_adapter.py) to attend to in addition to the prompt."""
         self.states, self.mask, self.states_mask, self.keep = states, mask, states_mask, keep
         self.images = images
         self._projections: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def through(self, layer: SelfOrCrossAttention) -> tuple[Tensor, Tensor]:
-        """Keys and values of the prompt in one layer, each (B, heads, S, d)."""
+        """Return the prompt's keys and values in a layer, each (B, heads, S, d)."""
         if layer in self._projections:
             return self._projections[layer]
         projections = layer.keys_and_values(self.states)
@@ -152,15 +152,15 @@ class Context:
         return projections
 
     def widen(self, x: Tensor) -> Tensor:
-        """X, repeated to the batch of the prompt."""
+        """Repeat x to the batch size of the prompt."""
         times = self.states.shape[0] // x.shape[0]
         return x if times <= 1 else torch.cat([x] * times)
 
 
 class SelfOrCrossAttention(Attending):
-    """Multi-head attention of tokens over themselves, or over a context.
+    """Multi-head self-attention, or cross-attention to a context.
 
-    Parameter names are the ecosystem's: `to_q`, `to_k`, `to_v`, `to_out.0`.
+    Parameter names are those of diffusers: `to_q`, `to_k`, `to_v`, `to_out.0`.
     """
 
     def __init__(
@@ -174,11 +174,11 @@ class SelfOrCrossAttention(Attending):
         self.to_out = nn.ModuleList([nn.Linear(channels, channels), nn.Identity()])
 
     def forward(self, x: Tensor, context: Context | None = None, mask: Tensor | None = None) -> Tensor:
-        """X (B, L, C), context or None for self-attention -> (B, L, C)."""
+        """Attend from x (B, L, C) to the context, or to itself if None; return (B, L, C)."""
         q = self._split(self.to_q(x))
         k, v = self.keys_and_values(x) if context is None else context.through(self)
         if self.upcast and q.dtype == torch.float16:
-            # Stable Diffusion 2.x: q k^T leaves float16's range.
+            # Stable Diffusion 2.x: q k^T overflows in float16.
             mask = None if mask is None else mask.float()
             out = self.attention(q.float(), k.float(), v.float(), mask).to(q.dtype)
         else:
@@ -189,7 +189,7 @@ class SelfOrCrossAttention(Attending):
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
     def keys_and_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """What is attended to: (B, S, C') -> twice (B, heads, S, d)."""
+        """Project what is attended to: (B, S, C') -> keys and values, each (B, heads, S, d)."""
         return self._split(self.to_k(states)), self._split(self.to_v(states))
 
     def _split(self, x: Tensor) -> Tensor:  # (B, L, C) -> (B, heads, L, d)
@@ -197,10 +197,10 @@ class SelfOrCrossAttention(Attending):
 
 
 class AttentionUser(nn.Module):
-    """A model some of whose modules call an attention function."""
+    """A model with modules that call an attention function."""
 
     def attention_modules(self) -> Iterator[Attending]:
-        """The modules that have an `attention` function and a number of `heads`."""
+        """Return the modules that have an `attention` function and a number of `heads`."""
         return (module for module in self.modules() if isinstance(module, Attending))
 
     def set_attention(self, attention: AttentionFunction) -> None:
@@ -209,10 +209,10 @@ class AttentionUser(nn.Module):
             module.attention = attention
 
     def set_attention_slice(self, slice_size: str | int | None = "auto") -> None:
-        """Compute attention in slices: `"auto"` half the heads, `"max"` one head at a time, a number of heads, or None
-        for all.
+        """Compute attention in slices: `"auto"` half the heads at a time, `"max"` one head, or a number of heads.
 
-        Raises `UsageError` for any other text, or for more heads than the smallest layer has.
+        None computes all at once. Raises `UsageError` for any other value, or for more heads than the smallest layer
+        has.
         """
         modules = list(self.attention_modules())
         fewest = min((module.heads for module in modules), default=1)

@@ -1,4 +1,4 @@
-"""The ecosystem's names for attention processors that Sfumato does not need."""
+"""The attention processors of diffusers, as placeholders: Sfumato does not need them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor", "check_
 
 
 class AttnProcessor:
-    """Attention as the plan selects it; all of these give the same numbers."""
+    """Attention as the plan selects it; all processors give the same results."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -21,15 +21,15 @@ class AttnProcessor:
 
 
 class AttnProcessor2_0(AttnProcessor):
-    """The same, under the name for torch's fused attention."""
+    """The same, under diffusers' name for torch's fused attention."""
 
 
 class XFormersAttnProcessor(AttnProcessor):
-    """The same, under the name for xFormers."""
+    """The same, under diffusers' name for xFormers."""
 
 
 def check_processor(processor: Any) -> None:
-    """Raise `UsageError` unless a processor, including the ecosystem's own, means plain attention."""
+    """Raise `UsageError` unless a processor, ours or diffusers', means plain attention."""
     if type(processor).__name__ not in ("AttnProcessor", "AttnProcessor2_0", "XFormersAttnProcessor"):
         raise UsageError(
             f"custom attention processors, such as {shown(type(processor).__name__)}, are not supported; to "

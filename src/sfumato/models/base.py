@@ -1,4 +1,4 @@
-"""What every model has in common: a frozen config, and loading from and saving to a folder."""
+"""Base of every model: a frozen config, and loading from and saving to a folder."""
 
 from __future__ import annotations
 
@@ -36,26 +36,26 @@ log = logging.getLogger("sfumato")
 
 
 class Model(Configured, ModelSurface):
-    """A torch module built from one frozen config, with the ecosystem's parameter names."""
+    """A torch module built from a frozen config, with the parameter names of diffusers and transformers."""
 
     config_class: ClassVar[type[Config]]
     weights_name: ClassVar[str]
     key_rules: ClassVar[tuple[weights.Rule, ...]] = ()
-    role: ClassVar[str]  # the folder that it stands in, and the part of a single file that it is
+    role: ClassVar[str]  # its folder in a checkpoint, and its part of a single file
     config: Any
-    # The precision in which a repair computes for now, whatever that of the weights (pipelines/repair.py).
+    # The dtype of computations during a repair, if it differs from that of the weights (pipelines/repair.py).
     compute_dtype: torch.dtype | None = None
-    # What the weights hash to (pipelines/fingerprint.py), kept while they are packed or away.
+    # The hash of the weights (pipelines/fingerprint.py), kept while they are packed or unloaded.
     fingerprint: str | None = None
-    # Weights that stand in the place of the model's own (models/overlay.py), and what is known of the shapes of all.
+    # Weights that replace the model's own (models/overlay.py), and the cached shapes of all weights.
     overlay: Overlay | None = None
     shapes: dict[str, torch.Size] | None = None
-    # What to do where a stage's values are not finite and float32 is no help (pipelines/finite.py).
+    # Advice for when a stage's values are not finite even in float32 (pipelines/finite.py).
     remedy = "check the prompt embeddings, latents or image that were given"
     _stored: Callable[..., Self] | None = None
 
     def __init__(self, config: Config | None = None, **values: object) -> None:
-        """From a config, or from its values as keyword arguments; unknown ones raise `UnknownArgument`."""
+        """Build from a config, or from its values as keyword arguments. Raises `UnknownArgument` for unknown ones."""
         super().__init__()
         if config is None:
             config, unknown = parse(self.config_class, values)
@@ -68,9 +68,9 @@ class Model(Configured, ModelSurface):
 
     @classmethod
     def from_config(cls, mapping: Mapping[str, Any], where: object = None) -> Self:
-        """A model with random weights; keys the class does not know are reported once in the log.
+        """Build a model with random weights. Unknown keys are logged once.
 
-        Raises `ConfigError`, naming `where`, for a value that a key cannot have.
+        Raises `ConfigError`, naming `where`, for an invalid value.
         """
         config, unknown = parse(cls.config_class, mapping, where)
         if unknown and cls.__name__ == mapping.get("_class_name", cls.__name__):
@@ -89,13 +89,13 @@ class Model(Configured, ModelSurface):
         use_safetensors: bool | None = None,
         **hub: Any,
     ) -> Self:
-        """Load a model from a folder, the hub's cache, or the hub.
+        """Load a model from a folder, the hub cache, or the hub.
 
-        `name` is a folder or a hub id; `subfolder` a folder inside it; `torch_dtype` (or `dtype`) the precision of the
-        weights, as stored if None; `variant` the infix of the file names ("fp16"); `use_safetensors=False` permits
-        pickled weights, read with torch's restricted unpickler. Hub keywords: `cache_dir`, `revision`, `token`,
-        `local_files_only`, `force_download`; `device_map` names the device to move it to, "auto" the best one
-        available. Raises `CheckpointError` naming the file or key that is wrong.
+        name: a folder or hub id. subfolder: a folder inside it. torch_dtype (or dtype): the dtype of the weights; as
+        stored if None. variant: the infix of the file names, such as "fp16". use_safetensors=False permits pickled
+        weights, read with torch's restricted unpickler. Hub keywords: `cache_dir`, `revision`, `token`,
+        `local_files_only`, `force_download`. `device_map`: the device to move the model to; "auto" is the best one
+        available. Raises `CheckpointError` naming the file or key at fault.
         """
         options = {"variant": variant, "use_safetensors": use_safetensors}
         check_argument("subfolder", subfolder, str | None)
@@ -123,7 +123,8 @@ class Model(Configured, ModelSurface):
     ) -> Self:
         """Load a model from a local folder.
 
-        copy: read the weights instead of mapping them; later: leave them on the meta device, to be filled by `reload`.
+        copy: copy the weights instead of mapping them. later: leave them on the meta device, for `reload` to load.
+        Raises `CheckpointError`.
         """
         if dtype is not None:
             check_dtype(dtype)
@@ -150,8 +151,8 @@ class Model(Configured, ModelSurface):
     ) -> Self:
         """Load a model from a single-file checkpoint, or from a file that contains only this model.
 
-        `name` is a path, a hub id with a file's name, a URL of the hub, or tensors by name; `torch_dtype` (or `dtype`)
-        the precision of the weights, as stored if None. Other keywords are those of `open_single_file`
+        name: a path, a hub id followed by a file name, a hub URL, or a dict of tensors. torch_dtype (or dtype): the
+        dtype of the weights; as stored if None. Other keywords are those of `open_single_file`
         (checkpoints/single_file.py). Raises `CheckpointError` if the file is something else or incomplete.
         """
         precision = asked_dtype(torch_dtype, dtype)
@@ -165,7 +166,7 @@ class Model(Configured, ModelSurface):
     def from_file(
         cls, file: SingleFile, *, dtype: torch.dtype | None = None, copy: bool = False, later: bool = False
     ) -> Self:
-        """Load a model from its part of an opened file; copy and later as in `from_folder`."""
+        """Load a model from its part of an opened file. For `copy` and `later`, see `from_folder`."""
         with weights.without_weights():
             model = cls.from_config(file.config(cls.role)).eval()
         model._stored = partial(cls.from_file, file, copy=copy)
@@ -183,17 +184,17 @@ class Model(Configured, ModelSurface):
 
     @property
     def can_reload(self) -> bool:
-        """Whether the weights came from files, so that they can be read again."""
+        """Whether the weights came from files and can be loaded again."""
         return self._stored is not None
 
     def forget(self) -> None:
-        """Release the weights: only their shapes remain, on the meta device, for `reload` to fill."""
+        """Release the weights: their shapes remain, on the meta device, for `reload` to fill."""
         with weights.without_weights():
             self._modules = type(self)(self.config).to(self.dtype).eval()._modules
         self.overlay = None
 
     def reload(self) -> None:
-        """Fill a model that is on the meta device from the folder it came from, in the precision it has."""
+        """Load the weights again from where they came from, in the current dtype."""
         if self._stored is None:
             raise UsageError(
                 f"this {type(self).__name__} did not come from a folder, so its weights cannot be read again"
@@ -208,9 +209,9 @@ class Model(Configured, ModelSurface):
         variant: str | None = None,
         max_shard_size: int | str = "10GB",
     ) -> None:
-        """Write `config.json` and safetensors into a folder, in a form the ecosystem's own libraries read.
+        """Write `config.json` and safetensors to a folder, in the format of diffusers and transformers.
 
-        An earlier save is replaced all at once (folders.py). Raises `OutputError` if it cannot be written.
+        An earlier save is replaced atomically (folders.py). Raises `OutputError` if it cannot be written.
         """
         say_safe(safe_serialization=safe_serialization)
         stale = weights.stale(self.weights_name, variant)
@@ -223,13 +224,13 @@ class Model(Configured, ModelSurface):
         return {"_class_name": type(self).__name__, "_diffusers_version": files.LAYOUT_VERSION} | self.config.to_dict()
 
     def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
-        """Like torch's; a packed model (models/packed.py) is unpacked first, and its original weights are restored."""
+        """Load a state dict like torch. Unpacks a packed model (models/packed.py) and removes adapters first."""
         self._plain()
         return super().load_state_dict(*arguments, **options)
 
     def _apply(self, *arguments: Any, **options: Any) -> Self:
-        # Moving and casting (`to`, `half`, `cpu`, …) all come through here; packed weights can do neither, and what
-        # stands in for others is made again of those.
+        # All moving and casting (`to`, `half`, `cpu`, …) goes through here. Packed weights support neither, and
+        # replaced weights are computed again from the model's own.
         self._plain()
         return super()._apply(*arguments, **options)
 
@@ -240,12 +241,12 @@ class Model(Configured, ModelSurface):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision in which the model computes: that of its weights, except during a repair."""
+        """The dtype in which the model computes: that of its weights, except during a repair."""
         return self.compute_dtype or next(self.parameters()).dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
 
@@ -258,9 +259,9 @@ def select_model_files(
     variant: str | None = None,
     use_safetensors: bool | None = None,
 ) -> list[str]:
-    """The files of a repository that one model needs: its config and one set of weights.
+    """Return the files that one model needs from a repository: its config and one set of weights.
 
-    `strict` accepts only the variant asked for. Raises `CheckpointError` where the weights are not among the names.
+    strict: accept only the requested variant. Raises `CheckpointError` if the weights are not among the names.
     """
     prefix = f"{folder}/" if folder else ""
     own = {name.removeprefix(prefix) for name in names if name.startswith(prefix) and "/" not in name[len(prefix) :]}
@@ -275,7 +276,7 @@ def select_model_files(
         stem = f"{shard[0]}.{variant}-" if variant and f".{variant}" in picked else f"{shard[0]}-"
         pattern = re.compile(re.escape(stem) + r"\d+-of-(\d+)\." + re.escape(shard[1]))
         shards = {name: int(match[1]) for name in own if (match := pattern.fullmatch(name))}
-        # The names themselves say how many there must be: "…-00002-of-00003.safetensors".
+        # The names contain the number of shards: "…-00002-of-00003.safetensors".
         if len(shards) != max(shards.values(), default=1):
             raise CheckpointError(f"{folder or 'the repository'} has only {len(shards)} of the shards {picked} lists")
         return [prefix + name for name in ("config.json", picked, *sorted(shards))]

@@ -1,7 +1,7 @@
-"""The layers that the U-Net and the autoencoder share. Attribute names are the ecosystem's parameter names.
+"""Layers shared by the U-Net and the autoencoder. Attribute names are the parameter names of diffusers.
 
-Layers are also made and registered in the ecosystem's order, so that a seed gives the same fresh weights, and optimizer
-states, which go by position, fit.
+Layers are created and registered in the same order as in diffusers, so that a seed gives the same initial weights, and
+optimizer states, which go by position, match.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 def activation(name: str) -> nn.Module:
-    """The activation a config names; configs have checked the name."""
+    """Return the activation module for a name, which the config has validated."""
     return _ACTIVATIONS[name]()
 
 
 def sinusoidal_embedding(timesteps: Tensor, size: int, *, flip_sin_to_cos: bool, freq_shift: float) -> Tensor:
-    """Timesteps (B,) as sines and cosines (B, size) in float32.
+    """Embed timesteps (B,) as sines and cosines (B, size) in float32.
 
     Frequencies fall geometrically from 1 to 1/10000 ("Denoising Diffusion Probabilistic Models", arXiv 2006.11239,
     appendix B).
@@ -53,7 +53,7 @@ def sinusoidal_embedding(timesteps: Tensor, size: int, *, flip_sin_to_cos: bool,
 
 
 class TimestepEmbedding(nn.Module):
-    """Two linear layers that turn a sinusoidal embedding (B, C) into the one the residual blocks read (B, T)."""
+    """Two linear layers that map a sinusoidal embedding (B, C) to the time embedding of the residual blocks (B, T)."""
 
     def __init__(
         self,
@@ -71,17 +71,17 @@ class TimestepEmbedding(nn.Module):
         self.post_act = nn.Identity() if post_act_fn is None else activation(post_act_fn)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        """(B, C) and, in models distilled for guidance, a condition (B, C') -> (B, T)."""
+        """(B, C) and, in guidance-distilled models, a condition (B, C') -> (B, T)."""
         if condition is not None and self.cond_proj is not None:
             x = x + self.cond_proj(condition)
         return self.post_act(self.linear_2(self.act(self.linear_1(x))))
 
 
 class Moment:
-    """The activated time embedding (B, T), or (1, T) where the batch shares a timestep; and what layers make of it.
+    """The activated time embedding (B, T), or (1, T) if the batch shares a timestep, and its projections.
 
-    A layer's projection is computed once and kept, so that what shares a moment (micro-batches) shares it too. With
-    `keep=False` nothing is kept.
+    Each layer's projection is computed once and cached, so that micro-batches with the same timestep share it. With
+    `keep=False` nothing is cached.
     """
 
     def __init__(self, activated: Tensor, *, keep: bool = True) -> None:
@@ -89,7 +89,7 @@ class Moment:
         self._projections: dict[nn.Module, Tensor] = {}
 
     def through(self, layer: nn.Module) -> Tensor:
-        """The embedding after a linear layer: (B or 1, C)."""
+        """Project the embedding with a linear layer: (B or 1, C)."""
         if not self.keep:
             return layer(self.activated)
         if layer not in self._projections:
@@ -98,18 +98,18 @@ class Moment:
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalization of an image, with what surrounds it in residual blocks."""
+    """Group normalization fused with the addition before it and the activation after it."""
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Tensor, act: nn.Module | None = None, added: Tensor | None = None
     ) -> Tensor:
-        """Normalize x + added: x (B, C, H, W), added (B or 1, C) or None; then the activation, if there is one."""
+        """Normalize x + added, then apply the activation, if any: x (B, C, H, W), added (B or 1, C) or None."""
         x = super().forward(x if added is None else x + added[:, :, None, None])
         return x if act is None else act(x)
 
 
 class ResnetBlock2D(Recomputed):
-    """Two normalized convolutions with a shortcut, steered by the time embedding where there is one."""
+    """Two normalized convolutions with a shortcut, conditioned on the time embedding, if any."""
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class ResnetBlock2D(Recomputed):
         self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, time: Moment | None = None) -> Tensor:
-        """X (B, C, H, W) and the time -> (B, C', H, W)."""
+        """Map x (B, C, H, W) and the time embedding to (B, C', H, W)."""
         h = self.conv1(self.norm1(x, self.act))
         steered = None if time is None else time.through(self.time_emb_proj)
         if steered is not None and self.scale_shift:
@@ -152,7 +152,7 @@ class ResnetBlock2D(Recomputed):
 
 
 class Downsample2D(nn.Module):
-    """Halves height and width by a strided convolution. Padding 0 pads on the right and at the bottom only."""
+    """Halves height and width with a strided convolution. Padding 0 pads only on the right and at the bottom."""
 
     def __init__(self, channels: int, padding: int) -> None:
         super().__init__()
@@ -165,13 +165,13 @@ class Downsample2D(nn.Module):
 
 
 class Upsample2D(nn.Module):
-    """Doubles height and width by repeating pixels, then convolves."""
+    """Doubles height and width by nearest-neighbor interpolation, followed by a convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """(B, C, H, W) -> (B, C, 2H, 2W), or the size given (where a skip connection was odd-sized)."""
+        """(B, C, H, W) -> (B, C, 2H, 2W), or `size`, for skip connections of odd size."""
         scale = 2.0 if size is None else None
         return self.conv(F.interpolate(x, size=size, scale_factor=scale, mode="nearest"))

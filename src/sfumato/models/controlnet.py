@@ -1,4 +1,4 @@
-"""ControlNet: a copy of the U-Net's way down that reads a picture ("Adding Conditional Control to Text-to-Image
+"""ControlNet: a copy of the U-Net's encoder that reads a control image ("Adding Conditional Control to Text-to-Image
 Diffusion Models", arXiv 2302.05543).
 """
 
@@ -33,19 +33,19 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 @dataclass(frozen=True, eq=False)
 class ControlNetOutput(Output):
-    """What is added to the U-Net: a tensor to each of its skip connections, and one to its middle."""
+    """Residuals to add to the U-Net: one for each skip connection, and one for the middle block."""
 
     down_block_res_samples: tuple[Tensor, ...]
     mid_block_res_sample: Tensor
 
 
 def layer_scales(number: int, *, guess: bool) -> list[float]:
-    """How strongly each of `number` residuals is added: alike or, in guess mode, from a tenth to all, deepest last."""
+    """Return the scales of `number` residuals: all 1 or, in guess mode, rising from 0.1 to 1 with depth."""
     return torch.logspace(-1, 0, number).tolist() if guess else [1.0] * number
 
 
 class ControlNetConditioningEmbedding(nn.Module):
-    """Convolutions that bring a picture down to the size of the latents."""
+    """Convolutions that reduce a control image to the size of the latents."""
 
     def __init__(self, channels: int, widths: tuple[int, ...], out_channels: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class ControlNetConditioningEmbedding(nn.Module):
 
 
 class ControlNetModel(UNetEncoder):
-    """A ControlNet, for any Stable Diffusion whose U-Net has the same way down."""
+    """A ControlNet, for any Stable Diffusion model whose U-Net has the same encoder."""
 
     config_class = ControlNetConfig
     role = "controlnet"
@@ -98,7 +98,7 @@ class ControlNetModel(UNetEncoder):
 
     @property
     def unet_config(self) -> UNet2DConditionConfig:
-        """The config of the U-Net whose way down this is."""
+        """The config of the U-Net whose encoder this is a copy of."""
         return self.config.unet
 
     @classmethod
@@ -110,7 +110,7 @@ class ControlNetModel(UNetEncoder):
         load_weights_from_unet: bool = True,
         conditioning_channels: int = 3,
     ) -> Self:
-        """A ControlNet to be trained for a U-Net: with copies of its weights, and zeros where it adds to it."""
+        """Build a ControlNet to train for a U-Net, with a copy of its encoder and zero-initialized outputs."""
         shared = {one.name for one in fields(cls.config_class)} - {"extra"}
         values = {key: value for key, value in unet.config.to_dict().items() if key in shared}
         values["controlnet_conditioning_channel_order"] = controlnet_conditioning_channel_order
@@ -122,15 +122,15 @@ class ControlNetModel(UNetEncoder):
         return model
 
     def embed(self, picture: Tensor) -> Tensor:
-        """What is added to the latents: pictures (B, 3, H, W), in [0, 1] as a rule -> (B, C, h, w). Time is no part."""
+        """Encode control images (B, 3, H, W), usually in [0, 1], to (B, C, h, w). Does not depend on the timestep."""
         swapped = self.config.controlnet_conditioning_channel_order == "bgr"
         return self.controlnet_cond_embedding(picture.flip(1) if swapped else picture)
 
     def steer(self, sample: Tensor, time: Moment, context: Context, hint: Tensor) -> list[Tensor]:
-        """The residuals, the middle's last, not scaled.
+        """Return the residuals for the U-Net, unscaled, the middle block's last.
 
-        sample (B, C, H, W); context of B prompts, or of a multiple of them; hint: what `embed` makes of one picture for
-        all, or of B. What does not depend on the prompt yet may have the batch of the sample.
+        sample: (B, C, H, W). context: of B prompts or a multiple of B. hint: from `embed`, for one image or B images.
+        Residuals that do not depend on the prompt may have the sample's batch size.
         """
         x = self.conv_in(sample) + hint
         if context.mask is not None or time.activated.shape[0] > x.shape[0]:
@@ -159,10 +159,10 @@ class ControlNetModel(UNetEncoder):
         guess_mode: bool = False,
         return_dict: bool = True,
     ) -> ControlNetOutput | tuple[tuple[Tensor, ...], Tensor]:
-        """What is to be added to the U-Net that is told the same.
+        """Return the residuals to add to a U-Net with the same inputs.
 
-        controlnet_cond (B, 3, 8H, 8W): pictures for samples (B, C, H, W); conditioning_scale: how strongly; guess_mode:
-        more weakly the less deep. The other arguments are as the U-Net's.
+        controlnet_cond: control images (B, 3, 8H, 8W) for samples (B, C, H, W). conditioning_scale: the strength.
+        guess_mode: weaken the residuals of shallow layers. Other arguments are those of the U-Net.
         """
         time = timestep
         if not isinstance(time, Moment):

@@ -1,4 +1,4 @@
-"""FreeU: other weights for what meets on a U-Net's way up (arXiv 2309.11497)."""
+"""FreeU: reweights backbone and skip features in the U-Net's decoder (arXiv 2309.11497)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Factors = tuple[float, float]
 
 
 def reweighted(x: Tensor, skip: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
-    """Half of the channels of x (B, C, H, W) times the first factor; the low frequencies of the skip times the second.
+    """Scale half of the channels of x (B, C, H, W) by the first factor, and the skip's low frequencies by the second.
 
-    Section 3.2, with the authors' constants: the first half of the channels, and the four frequencies -1 and 0.
+    Follows section 3.2 with the authors' constants: the first half of the channels, and the four frequencies -1 and 0.
     """
     backbone, low = factors
     x = x.clone()
@@ -31,15 +31,15 @@ def reweighted(x: Tensor, skip: Tensor, factors: Factors) -> tuple[Tensor, Tenso
 
 
 class FreeUSwitch:
-    """The ecosystem's switch of a U-Net: factors (b, s) of its first two blocks up, or None."""
+    """FreeU methods of a U-Net, as in diffusers. `freeu` has factors (b, s) for the first two up blocks, or is None."""
 
     config: Any
     freeu: tuple[Factors, Factors] | None = None
 
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
-        """Multiply by b1 and s1 in the first block up, by b2 and s2 in the second.
+        """Scale by b1 and s1 in the first up block, and by b2 and s2 in the second.
 
-        Raises `UsageError` for what is no number, and for a U-Net that keeps no skip connection for each layer.
+        Raises `UsageError` for factors that are not numbers, and for a U-Net without a skip connection per layer.
         """
         if self.config.is_k:
             raise UsageError("FreeU was not made for a U-Net of K-blocks, as this one is; leave it off")
@@ -48,5 +48,5 @@ class FreeUSwitch:
         self.freeu = (b1, s1), (b2, s2)
 
     def disable_freeu(self) -> None:
-        """As the weights were trained."""
+        """Restore the U-Net as trained."""
         self.freeu = None

@@ -1,4 +1,4 @@
-"""CLIP's image encoder, a vision transformer (arXiv 2103.00020 and 2010.11929), and images as it reads them."""
+"""CLIP's image encoder, a vision transformer (arXiv 2103.00020 and 2010.11929), and its preprocessing."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from sfumato.outputs import Output
 
 __all__ = ["CLIPVisionModelOutput", "CLIPVisionModelWithProjection", "StableUnCLIPImageNormalizer", "clip_pixels"]
 
-# The mean and spread of the colours that CLIP was trained on.
+# Mean and standard deviation of the colors in CLIP's training data.
 MEAN, SPREAD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def clip_pixels(image: Any, size: int) -> Tensor:
-    """Images as the encoder reads them: (B, 3, size, size) float32, normalized by the mean and spread of CLIP's data.
+    """Convert images to the encoder's input: (B, 3, size, size) float32, normalized like CLIP's training data.
 
-    image: a PIL image, array, tensor, or a list of these, as `to_pixels` takes them. The shorter side becomes `size`
-    (bicubic), the middle is kept. Raises `UsageError` for anything else.
+    image: a PIL image, array, tensor, or a list of these, as in `to_pixels`. The shorter side is resized to `size`
+    (bicubic), then the center is cropped. Raises `UsageError` for anything else.
     """
     if isinstance(image, (list, tuple)) and image:
         return torch.cat([clip_pixels(one, size) for one in image])
@@ -51,8 +51,8 @@ def clip_pixels(image: Any, size: int) -> Tensor:
 class CLIPVisionModelOutput(Output):
     """The encoded image.
 
-    image_embeds (B, P): the class token, normalized and projected into the space shared with texts; last_hidden_state
-    (B, S, C): all tokens, not normalized; hidden_states: the embeddings and the result of every layer, if asked for.
+    image_embeds (B, P): the class token, normalized and projected to the space shared with text. last_hidden_state
+    (B, S, C): all tokens, not normalized. hidden_states: the embeddings and the output of every layer, if requested.
     """
 
     image_embeds: Tensor
@@ -61,7 +61,7 @@ class CLIPVisionModelOutput(Output):
 
 
 class _Embeddings(nn.Module):
-    """A class token and the image's patches, with their positions."""
+    """Embeddings of the class token and the image's patches, plus their positions."""
 
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__()
@@ -78,18 +78,18 @@ class _Embeddings(nn.Module):
 
 
 class _Transformer(nn.Module):
-    """Embeddings, layers, and a normalization before and after."""
+    """Embeddings, layers, and layer norms before and after."""
 
     def __init__(self, config: CLIPVisionConfig) -> None:
         super().__init__()
         self.embeddings = _Embeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # as weights spell it
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # spelled as in checkpoints
         self.encoder = CLIPEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 
 class CLIPVisionModelWithProjection(Model):
-    """CLIP's image encoder with the projection into the space that it shares with texts."""
+    """CLIP's image encoder with the projection to the space shared with text."""
 
     config_class = CLIPVisionConfig
     role = "image_encoder"
@@ -97,7 +97,7 @@ class CLIPVisionModelWithProjection(Model):
     key_rules = (
         Rule(r"^(embeddings|encoder|pre_layrnorm|post_layernorm)\.", r"vision_model.\1."),
         Rule(r"\.position_ids$", ""),
-        Rule(r"^(text_model\..*|text_projection\.weight|logit_scale)$", ""),  # of whole CLIP models
+        Rule(r"^(text_model\..*|text_projection\.weight|logit_scale)$", ""),  # from whole CLIP models
     )
     config: CLIPVisionConfig
     remedy = "check the image that was given"
@@ -110,7 +110,7 @@ class CLIPVisionModelWithProjection(Model):
     def forward(
         self, pixel_values: Tensor, *, output_hidden_states: bool = False, return_dict: bool = True
     ) -> CLIPVisionModelOutput | tuple[Any, ...]:
-        """Encode images (B, 3, S, S) as `clip_pixels` makes them.
+        """Encode images (B, 3, S, S) from `clip_pixels`.
 
         Returns a `CLIPVisionModelOutput`, or its values in a tuple with `return_dict=False`.
         """
@@ -132,7 +132,7 @@ class CLIPVisionModelWithProjection(Model):
 
 
 class StableUnCLIPImageNormalizer(Model):
-    """The mean and spread (1, D) of image embeddings that a checkpoint was trained on, between which noise is added."""
+    """Mean and standard deviation (1, D) of image embeddings, to normalize them before noise is added."""
 
     config_class = ImageNormalizerConfig
     role = "image_normalizer"
@@ -145,9 +145,9 @@ class StableUnCLIPImageNormalizer(Model):
         self.std = nn.Parameter(torch.ones(1, self.config.embedding_dim))
 
     def scale(self, embeds: Tensor) -> Tensor:
-        """Embeddings (B, D) as they are given noise."""
+        """Normalize embeddings (B, D)."""
         return (embeds - self.mean.to(embeds)) / self.std.to(embeds)
 
     def unscale(self, embeds: Tensor) -> Tensor:
-        """The way back."""
+        """The inverse of `scale`."""
         return embeds * self.std.to(embeds) + self.mean.to(embeds)

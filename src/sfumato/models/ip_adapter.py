@@ -1,4 +1,4 @@
-"""IP-Adapter: tokens of images beside those of the prompt, with keys and values of their own (arXiv 2308.06721)."""
+"""IP-Adapter: image tokens next to the prompt's, with their own keys and values (arXiv 2308.06721)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = ["IPAdapter", "ImageProjection", "ImageTokens", "PerceiverAttention", "Resampler"]
 
-HEAD = 64  # channels of a head of the resampler
+HEAD = 64  # channels per attention head of the resampler
 
 
 class ImageProjection(nn.Module):
-    """One embedding of an image to a few tokens."""
+    """Projects an image embedding to a few tokens."""
 
     def __init__(self, channels: int, tokens: int, width: int) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class ImageProjection(nn.Module):
 
 
 class PerceiverAttention(nn.Module):
-    """Queries attend to an image's tokens and to themselves."""
+    """Cross-attention from queries to an image's tokens and the queries themselves."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class PerceiverAttention(nn.Module):
 
 
 class Resampler(nn.Module):
-    """All tokens of an image to a few, by learned queries (Flamingo's perceiver, arXiv 2204.14198)."""
+    """Reduces an image's tokens to a few, with learned queries (Flamingo's perceiver, arXiv 2204.14198)."""
 
     def __init__(self, shapes: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -99,10 +99,10 @@ class FullProjection(nn.Module):
 
 
 class IPAdapter(nn.Module):
-    """An IP-Adapter, plain, plus or full-face: what makes tokens of images, and matrices of layers that read them."""
+    """A plain, plus or full-face IP-Adapter: the projection to image tokens, and key and value matrices for layers."""
 
     def __init__(self, tensors: Mapping[str, Tensor], where: object) -> None:
-        """Tensors as in a file, by their names. Raises `CheckpointError` for those of something else."""
+        """Build from a file's tensors by name. Raises `CheckpointError` if they are something else."""
         super().__init__()
         self.where = where
         own = {key.removeprefix("image_proj."): one for key, one in tensors.items() if key.startswith("image_proj.")}
@@ -161,9 +161,9 @@ class IPAdapter(nn.Module):
         return tokens[0], tokens[1]
 
     def matrices(self, unet: UNet2DConditionModel) -> dict[nn.Module, tuple[Tensor, Tensor]]:
-        """The matrices for keys and values, for each layer of a U-Net that reads the prompt.
+        """Return the key and value matrices for each layer of a U-Net that attends to the prompt.
 
-        Raises `CheckpointError` where they do not fit.
+        Raises `CheckpointError` if they do not fit.
         """
         blocks = (unet.down_blocks, unet.up_blocks, unet.mid_block or nn.Module())
         layers = [m for block in blocks for m in block.modules() if isinstance(m, SelfOrCrossAttention)][1::2]
@@ -182,10 +182,10 @@ class IPAdapter(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class ImageTokens:
-    """What an IP-Adapter says to the layers that read the prompt.
+    """An IP-Adapter's input to the layers that attend to the prompt.
 
-    tokens (1 or B, T, C) of a context of B prompts; matrices by layer; scale: of all layers, or by layer; mask None, or
-    (H, W) from 0 to 1, of where.
+    tokens: (1 or B, T, C), for a context of B prompts. matrices: keys and values by layer. scale: of all layers, or by
+    layer. mask: None, or (H, W) in [0, 1], where the image prompt applies.
     """
 
     tokens: Tensor
@@ -195,7 +195,7 @@ class ImageTokens:
     _read: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def added(self, layer: SelfOrCrossAttention, q: Tensor) -> Tensor | None:
-        """What queries (B, heads, L, d) find, times scale and mask: (B, heads, L, d); None in a layer without."""
+        """Attend from q (B, heads, L, d) to the image tokens, times scale and mask; None for other layers."""
         scale = self.scale.get(layer, 0.0) if isinstance(self.scale, Mapping) else self.scale
         if layer not in self.matrices or scale == 0:
             return None
@@ -209,7 +209,7 @@ class ImageTokens:
 
 
 def _shrunk(mask: Tensor, queries: int) -> Tensor:
-    """A mask over the queries of a layer (L,), which are an image of the same shape."""
+    """Resize a mask to a layer's queries (L,), which are the pixels of an image of the same aspect ratio."""
     height = int((queries * mask.shape[0] / mask.shape[1]) ** 0.5)
     height += queries % max(1, height) != 0
     small = F.interpolate(mask[None, None].float(), size=(height, queries // height), mode="bicubic").flatten()

@@ -1,7 +1,7 @@
-"""The blocks of k-diffusion's U-Net (arXiv 2206.00364), as the latent upscaler has them.
+"""The blocks of k-diffusion's U-Net (arXiv 2206.00364), used by the latent upscaler.
 
-Time steers every normalization, attention has no feed-forward, sizes change by a fixed filter, and only the last result
-of a level is handed across, none from the deepest.
+The time embedding modulates every normalization, attention has no feed-forward, resizing uses a fixed filter, and each
+level but the deepest has a single skip connection, from its last layer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = [
 
 
 class FourierProjection(nn.Module):
-    """Noise levels (B,) as cosines and sines (B, 2 C) of fixed random frequencies (arXiv 2006.10739, eq. 4)."""
+    """Embeds noise levels (B,) as cosines and sines (B, 2 C) of fixed random frequencies (arXiv 2006.10739, eq. 4)."""
 
     def __init__(self, channels: int, *, flip_sin_to_cos: bool) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class FourierProjection(nn.Module):
 
 
 class AdaGroupNorm(nn.Module):
-    """Group normalization whose scale and shift are read off the time embedding."""
+    """Group normalization with scale and shift from the time embedding."""
 
     def __init__(self, time_channels: int, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -53,13 +53,13 @@ class AdaGroupNorm(nn.Module):
         self.linear = nn.Linear(time_channels, 2 * channels)
 
     def forward(self, x: Tensor, time: Moment) -> Tensor:
-        """X (B, C, H, W) -> the same shape."""
+        """Map x (B, C, H, W) to the same shape."""
         scale, shift = time.through(self.linear)[:, :, None, None].chunk(2, dim=1)
         return F.group_norm(x, self.groups, eps=self.eps) * (1 + scale) + shift
 
 
 class KResnet(nn.Module):
-    """Two normalized convolutions with a shortcut; `between` channels lie between the two."""
+    """Two normalized convolutions with a shortcut, and `between` channels in the middle."""
 
     def __init__(self, level: KLevel, in_channels: int, between: int, out_channels: int) -> None:
         super().__init__()
@@ -80,19 +80,19 @@ class KResnet(nn.Module):
 
 
 class NormedCrossAttention(SelfOrCrossAttention):
-    """Attention to a context that is normalized first."""
+    """Cross-attention that normalizes the context first."""
 
     def __init__(self, channels: int, heads: int, context: int, *, upcast: bool) -> None:
         super().__init__(channels, heads, context=context, bias=True, upcast=upcast)
         self.norm_cross = nn.LayerNorm(context)
 
     def keys_and_values(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """What is attended to: (B, S, C') -> twice (B, heads, S, d)."""
+        """Project what is attended to: (B, S, C') -> keys and values, each (B, heads, S, d)."""
         return super().keys_and_values(self.norm_cross(states))
 
 
 class KAttention(nn.Module):
-    """Pixels attend to the prompt and, where `within`, to each other before."""
+    """Cross-attention from pixels to the prompt, after self-attention if `within`."""
 
     def __init__(self, level: KLevel, channels: int, *, within: bool) -> None:
         super().__init__()
@@ -107,11 +107,11 @@ class KAttention(nn.Module):
 
     @property
     def reading(self) -> tuple[SelfOrCrossAttention, ...]:
-        """The layers that read the prompt."""
+        """The layers that attend to the prompt."""
         return (self.attn2,)
 
     def forward(self, x: Tensor, time: Moment, context: Context) -> Tensor:
-        """X (B or a divisor of it, C, H, W), context of B prompts -> (B, C, H, W)."""
+        """Map x (B or a divisor of B, C, H, W) and a context of B prompts to (B, C, H, W)."""
         size = x.shape[2:]
         if self.within:
             x = x + self.attn1(_tokens(self.norm1(x, time)), None, context.mask).transpose(1, 2).unflatten(2, size)
@@ -126,7 +126,7 @@ def _tokens(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class KLevel:
-    """One resolution of the U-Net, and what is built for it on the way down and up."""
+    """One resolution of the U-Net, and the blocks built for it."""
 
     config: UNet2DConditionConfig
     index: int
@@ -134,15 +134,15 @@ class KLevel:
 
     @property
     def deepest(self) -> bool:
-        """Whether there is none below."""
+        """Whether this is the lowest resolution."""
         return self.index == len(self.config.block_out_channels) - 1
 
     def down(self) -> KDownBlock:
-        """The block that leads from the level above to this one."""
+        """Build the down block from the level above to this one."""
         return KDownBlock(*self._parts("down", self.config.down_block_types[self.index]), last=self.deepest)
 
     def up(self) -> KUpBlock:
-        """The block that leads from this level to the one above, and to its width."""
+        """Build the up block from this level to the one above, with that level's width."""
         parts = self._parts("up", self.config.up_block_types[-1 - self.index])
         return KUpBlock(*parts, first=self.deepest, last=self.index == 0)
 
@@ -154,7 +154,7 @@ class KLevel:
 
 
 class _KBlock(nn.Module):
-    """Residual blocks with or without attention behind each."""
+    """Residual blocks, each optionally followed by attention."""
 
     def __init__(self, resnets: nn.ModuleList, attentions: nn.ModuleList | None) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class KDownBlock(_KBlock):
         self.last = last
 
     def forward(self, x: Tensor, time: Moment, context: Context) -> tuple[Tensor, list[Tensor]]:
-        """(B, C, H, W) -> what goes on down, of half the size, and what is handed across, if anything is."""
+        """(B, C, H, W) -> the downsampled output, and the skip connection in a list, empty for the last block."""
         x = self._through(x, time, context)
         return (x, []) if self.last else (_halved(x), [x])
 
@@ -188,13 +188,13 @@ class KUpBlock(_KBlock):
         self.first, self.last = first, last
 
     def forward(self, x: Tensor, time: Moment, context: Context, skips: list[Tensor]) -> Tensor:
-        """X (B, C, H, W) -> (B, C', 2H, 2W); takes what was handed across off the end of the list."""
+        """Map x (B, C, H, W) to (B, C', 2H, 2W); pop its skip connection from the end of the list."""
         x = self._through(x if self.first else torch.cat([x, skips.pop()], dim=1), time, context)
         return x if self.last else _doubled(x)
 
 
 def _filter(x: Tensor) -> Tensor:
-    """The outer product of (1, 3, 3, 1) / 8 with itself, for each channel: (C, 1, 4, 4)."""
+    """Return the outer product of (1, 3, 3, 1) / 8 with itself for each channel: (C, 1, 4, 4)."""
     taps = x.new_tensor((1.0, 3.0, 3.0, 1.0)) / 8
     return torch.outer(taps, taps).expand(x.shape[1], 1, 4, 4)
 

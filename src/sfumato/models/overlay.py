@@ -1,6 +1,6 @@
-"""Other weights in the place of a model's own, and the way back to them, bit for bit.
+"""Replaces a model's weights temporarily and restores them bit for bit.
 
-What stands in is made of the model's own weights, which are kept: only those that are replaced are there twice.
+Replacements are computed from the model's own weights, which are kept, so only replaced weights take memory twice.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ __all__ = ["Overlay", "own_weights", "put_on", "take_off", "weight_shapes"]
 
 @dataclass
 class Overlay:
-    """What stands in a model: `key` says of what it was made, `own` holds the weights that were replaced, by name.
+    """The replaced weights of a model. `key` identifies the replacements; `own` holds the original weights by name.
 
-    fused: whether these weights are the model's own for whoever saves it.
+    fused: whether saving the model saves the replacements.
     """
 
     key: Any
@@ -35,16 +35,15 @@ class Overlay:
 def put_on(
     model: Any, key: Any, changed: Mapping[str, Callable[[Tensor, Tensor], None]], *, fused: bool = False
 ) -> None:
-    """Replace weights by what is made of the model's own: a function for the name of each, from the first argument into
-    the second.
+    """Replace weights: functions in `changed` read the original, and write the replacement to the second argument.
 
-    One is made and put in place after the other. Those of an earlier call that are not named go back. The weights stay
-    where they are and of their type; on an accelerator, the model's own are kept in the host's memory.
+    Weights are replaced one at a time, and those from an earlier call that are not named are restored. Device and dtype
+    do not change; on an accelerator, the originals are kept in host memory.
     """
     before = model.overlay or Overlay(())
     for name in before.own.keys() - changed.keys():
         _put_back(model, name, before.own.pop(name))
-    overlay = model.overlay = Overlay(None, fused, before.own)  # the key only once all is in place
+    overlay = model.overlay = Overlay(None, fused, before.own)  # set the key only after all weights are replaced
     for name, make in changed.items():
         weight = _weight(model, name)
         if name not in overlay.own:
@@ -57,18 +56,18 @@ def put_on(
 
 
 def take_off(model: Any) -> None:
-    """Put the model's own weights back."""
+    """Restore the model's own weights."""
     put_on(model, (), {})
 
 
 def own_weights(model: Any) -> dict[str, Tensor]:
-    """As `state_dict`, but always the model's own."""
+    """Return the `state_dict` with the model's own weights."""
     kept = {} if model.overlay is None else model.overlay.own
     return {name: kept.get(name, weight) for name, weight in model.state_dict().items()}
 
 
 def weight_shapes(model: Any) -> dict[str, torch.Size]:
-    """The names and shapes of all weights, in the model's order, whether it is packed or not."""
+    """Return the names and shapes of all weights in the model's order, packed or not."""
     if model.shapes is None:
         whole: nn.Module = model
         if is_packed(model):

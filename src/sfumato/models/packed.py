@@ -1,7 +1,7 @@
-"""Layers for one CPU: weights in the order oneDNN multiplies them, and our own kernels between.
+"""CPU layers: weights packed in oneDNN's order, with our own kernels in between.
 
-`pack` puts them in the place of torch's layers, one by one and without a second copy of the weights, and `unpack` puts
-torch's back. They take and give the same tensors, so that a model's own code does not know of them.
+`pack` replaces torch's layers one at a time, without a second copy of the weights, and `unpack` restores them. Inputs
+and outputs are the same tensors, so that a model's code does not need to know.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ __all__ = [
     "unpack",
 ]
 
-# What lies between the two layers of a feed-forward is held to this, so that it stays in the second or third cache, or
-# to the size of their weights, which each stretch reads again.
+# Limits the intermediate tensor of a feed-forward, so that it stays in the L2 or L3 cache; or else to the size of its
+# weights, which are read again for each stretch.
 STRETCH_BYTES = 8 * 2**20
-# Bytes of replaced layers after which their memory is given back.
+# Release memory each time this many bytes of layers have been replaced.
 RELEASED_BYTES = 64 * 2**20
-# Keys are packed for every head before the first query, which a handful of queries does not repay.
+# The kernel packs the keys of every head first, which does not pay off for a few queries.
 FEW_QUERIES = 16
 
 
 def pack(model: nn.Module, kernels: Kernels | None) -> None:
-    """Replace every layer there is a faster one for; without kernels, only the convolutions and linear layers."""
+    """Replace layers by faster ones; without kernels, only convolutions and linear layers."""
     item, replaced = next(model.parameters()).dtype.itemsize, 0
     for parent, name in _places(model):
         layer = getattr(parent, name)
@@ -69,13 +69,14 @@ def pack(model: nn.Module, kernels: Kernels | None) -> None:
         setattr(parent, name, faster)
         del layer
         if replaced > RELEASED_BYTES:
-            # What the old layers held lies between what the new ones hold; kept, it would add up to the model again.
+            # Freed memory of the old layers lies between that of the new ones; unreleased, it would add up to the whole
+            # model.
             release_memory(torch.device("cpu"))
             replaced = 0
 
 
 def _faster(layer: nn.Module, kernels: Kernels | None) -> nn.Module | None:
-    """What stands in for a layer, if anything does."""
+    """Return a faster replacement for a layer, or None."""
     if type(layer) is nn.Linear:
         return PackedLinear(layer)
     if type(layer) is nn.Conv2d and layer.groups == 1:
@@ -90,7 +91,7 @@ def _faster(layer: nn.Module, kernels: Kernels | None) -> nn.Module | None:
 
 
 def unpack(model: nn.Module) -> None:
-    """The way back: torch's layers, with the same weights."""
+    """Restore torch's layers, with the same weights."""
     for parent, name in _places(model):
         layer = getattr(parent, name)
         if isinstance(layer, Packed):
@@ -100,7 +101,7 @@ def unpack(model: nn.Module) -> None:
 
 
 def plain(model: nn.Module, path: str) -> nn.Module:
-    """The layer of torch's at a path such as "mid_block.resnets.0", unpacked first with all that it stands in."""
+    """Return the torch layer at a path such as "mid_block.resnets.0", unpacking it and its parents first."""
     layer = model
     for name in path.split("."):
         parent, layer = layer, getattr(layer, name)
@@ -111,21 +112,21 @@ def plain(model: nn.Module, path: str) -> nn.Module:
 
 
 def is_packed(model: nn.Module) -> bool:
-    """Whether `pack` has replaced layers of this model."""
+    """Return whether `pack` has replaced layers of this model."""
     return any(isinstance(layer, Packed) for layer in model.modules())
 
 
 def _places(module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Where every layer stands: its parent and its name, what is deepest first. Holds no layer that is replaced.
+    """Return the parent and name of every layer, deepest first. Holds no references to layers that may be replaced.
 
-    What a packed layer itself holds is left to it.
+    Does not descend into packed layers.
     """
     places = [place for child in module.children() for place in _places(child)]
     return places if isinstance(module, Packed) else places + [(module, name) for name, _ in module.named_children()]
 
 
 def kernel_attention(kernels: Kernels) -> AttentionFunction:
-    """Attention by our own kernel; by torch's in another precision or place, and for too few queries to repay it."""
+    """Return attention with our kernel; with torch's for other dtypes or devices, or if there are few queries."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         if q.dtype != kernels.dtype or not q.is_cpu or q.shape[2] < FEW_QUERIES:
@@ -136,18 +137,18 @@ def kernel_attention(kernels: Kernels) -> AttentionFunction:
 
 
 class Packed(nn.Module):
-    """A layer in the place of another: `state_dict` shows the weights of that other, and a deep copy is that other."""
+    """A replacement for a layer. `state_dict` and deep copies are those of the original layer."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.training = layer.training
 
     def unpacked(self) -> nn.Module:
-        """The layer it replaced."""
+        """Return the original layer."""
         raise NotImplementedError
 
     def state_dict(self, *arguments: Any, **options: Any) -> Any:
-        """The weights of the layer it replaced, by their names there."""
+        """Return the weights of the original layer, by its names."""
         return self.unpacked().state_dict(*arguments, **options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
@@ -155,7 +156,7 @@ class Packed(nn.Module):
 
 
 class PackedLinear(Packed):
-    """`nn.Linear` on oneDNN, whichever library torch would have asked."""
+    """`nn.Linear` with oneDNN, whichever library torch would use."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__(layer)
@@ -168,12 +169,12 @@ class PackedLinear(Packed):
         return multiply(x, self.packed, self.bias)
 
     def unpacked(self) -> nn.Linear:
-        """The plain layer."""
+        """Return the original layer."""
         return _plain(nn.Linear, self, self.in_features, self.out_features, bias=self.bias is not None)
 
 
 class PackedConv2d(Packed):
-    """`nn.Conv2d` on oneDNN, channels last."""
+    """`nn.Conv2d` with oneDNN, channels last."""
 
     def __init__(self, layer: nn.Conv2d) -> None:
         super().__init__(layer)
@@ -188,13 +189,13 @@ class PackedConv2d(Packed):
         return convolve(x, self.packed, self.bias, self.padding, self.stride)
 
     def unpacked(self) -> nn.Conv2d:
-        """The plain layer."""
+        """Return the original layer."""
         options = {"padding": self.padding, "stride": self.stride, "bias": self.bias is not None}
         return _plain(nn.Conv2d, self, *self.channels, self.kernel_size, **options)
 
 
 class PackedPointwise(Packed):
-    """`nn.Conv2d` of 1 x 1 as the linear layer that it is over channels-last pixels."""
+    """A 1 × 1 `nn.Conv2d` as a linear layer over channels-last pixels."""
 
     def __init__(self, layer: nn.Conv2d) -> None:
         super().__init__(layer)
@@ -207,18 +208,18 @@ class PackedPointwise(Packed):
         return multiply_pixels(x, self.packed, self.bias)
 
     def unpacked(self) -> nn.Conv2d:
-        """The plain layer."""
+        """Return the original layer."""
         layer = _plain(nn.Conv2d, self, *self.channels, 1, bias=self.bias is not None)
         layer.weight = nn.Parameter(layer.weight.detach()[:, :, None, None], requires_grad=self.trainable)
         return layer
 
 
 class PackedUpsample2D(Packed):
-    """`Upsample2D` without the pixels it repeats.
+    """`Upsample2D` without the repeated pixels.
 
-    Of the nine taps over repeated pixels at most four differ, so each of the four phases of the doubled image is a
-    convolution of 2 x 2 taps over the small one, with the taps that met the same pixel added up: four ninths of the
-    work. A size that is not exactly double is computed as before.
+    Of the nine taps over repeated pixels, at most four see different ones. Each of the four phases of the result is
+    therefore a 2 × 2 convolution of the small image, with the taps of equal pixels summed: four ninths of the work.
+    Sizes that are not exactly double are computed as usual.
     """
 
     def __init__(self, layer: Upsample2D) -> None:
@@ -232,7 +233,7 @@ class PackedUpsample2D(Packed):
         ]
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """(B, C, H, W) -> (B, C, 2H, 2W), or the size given."""
+        """(B, C, H, W) -> (B, C, 2H, 2W), or `size`."""
         height, width = x.shape[2:]
         if size is not None and size != (2 * height, 2 * width):
             return self.plain(F.interpolate(x, size=size, mode="nearest"))
@@ -241,13 +242,13 @@ class PackedUpsample2D(Packed):
         out = out.contiguous(memory_format=torch.channels_last)
         for index, phase in enumerate(self.phases):
             top, left = divmod(index, 2)
-            # Padding is the same on all sides, so each phase leaves out the row and column that belong to another.
+            # Padding is the same on all sides, so each phase drops the row and column that belong to another.
             part = convolve(x, phase, self.plain.bias, (1, 1), (1, 1))
             out[:, :, top::2, left::2] = part[:, :, top : top + height, left : left + width]
         return out
 
     def unpacked(self) -> Upsample2D:
-        """The plain layer."""
+        """Return the original layer."""
         layer = Upsample2D.__new__(Upsample2D)
         nn.Module.__init__(layer)
         layer.conv = self.plain.unpacked()
@@ -255,7 +256,7 @@ class PackedUpsample2D(Packed):
 
 
 def _merged(weight: Tensor, top: int, left: int) -> Tensor:
-    """The 2 x 2 taps of one phase, from 3 x 3: rows (0, 1 + 2) over the pixels (-1, 0), or (0 + 1, 2) over (0, 1)."""
+    """Merge 3 × 3 taps to one phase's 2 × 2: rows (0, 1 + 2) over pixels (-1, 0), or (0 + 1, 2) over (0, 1)."""
     rows = _pairs(weight, top, 2)
     return _pairs(rows, left, 3)
 
@@ -266,7 +267,7 @@ def _pairs(weight: Tensor, odd: int, dim: int) -> Tensor:
 
 
 class PackedGroupNorm(Packed):
-    """`GroupNorm` by our own kernel; images that are not channels-last, as torch does it."""
+    """`GroupNorm` with our own kernel; with torch's for images that are not channels-last."""
 
     def __init__(self, layer: GroupNorm, kernels: Kernels) -> None:
         super().__init__(layer)
@@ -275,7 +276,7 @@ class PackedGroupNorm(Packed):
         self.weights = layer.weight.detach().float(), layer.bias.detach().float()
 
     def forward(self, x: Tensor, act: nn.Module | None = None, added: Tensor | None = None) -> Tensor:
-        """Normalize x + added, then the activation: (B, C, H, W) -> (B, C, H, W)."""
+        """Normalize x + added, then apply the activation: (B, C, H, W) -> (B, C, H, W)."""
         if x.dtype != self.kernels.dtype or not x.is_contiguous(memory_format=torch.channels_last):
             return self.layer(x, act, added)
         if added is not None:
@@ -285,12 +286,12 @@ class PackedGroupNorm(Packed):
         return x if act is None or silu else act(x)
 
     def unpacked(self) -> GroupNorm:
-        """The plain layer."""
+        """Return the original layer."""
         return self.layer
 
 
 class PackedGEGLU(Packed):
-    """`GEGLU` with its gate by our own kernel."""
+    """`GEGLU` with our own kernel for the gate."""
 
     def __init__(self, layer: GEGLU, kernels: Kernels) -> None:
         super().__init__(layer)
@@ -302,12 +303,12 @@ class PackedGEGLU(Packed):
         return self.kernels.geglu(self.layer.proj(x)) if x.dtype == self.kernels.dtype else self.layer(x)
 
     def unpacked(self) -> GEGLU:
-        """The plain layer."""
+        """Return the original layer."""
         return self.layer
 
 
 def _plain(kind: Any, layer: Any, *arguments: Any, **options: Any) -> Any:
-    """A layer of torch's around the packed one's weights, without filling it first."""
+    """Build a torch layer around the packed one's weights, without initializing it first."""
     plain = kind(*arguments, device="meta", dtype=layer.packed.dtype, **options)
     plain.weight = nn.Parameter(layer.packed.to_dense(), requires_grad=layer.trainable)
     if layer.bias is not None:

@@ -1,4 +1,4 @@
-"""Layers that are computed again in the backward pass: less memory for training, more time (arXiv 1604.06174)."""
+"""Gradient checkpointing: layers are recomputed in the backward pass (arXiv 1604.06174)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["Recomputed"]
 
 
 class Recomputed(nn.Module):
-    """A layer whose results can be computed again in the backward pass, and not kept until then."""
+    """A layer that can be recomputed in the backward pass instead of storing its intermediate results."""
 
     recompute = False
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        """As torch's modules are called."""
+        """Call the module, with checkpointing if `recompute` is set and gradients are enabled."""
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(super().__call__, *arguments, use_reentrant=False, **named)
         return super().__call__(*arguments, **named)

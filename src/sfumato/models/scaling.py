@@ -1,4 +1,4 @@
-"""Between latents as an autoencoder makes them and latents as they are denoised."""
+"""Scales latents between the autoencoder's range and the denoiser's."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["Scaled"]
 
 
 class Scaled:
-    """An autoencoder whose config says how its latents are centred and scaled: by one number, or for each channel."""
+    """An autoencoder whose config defines the mean and scale of its latents, as one number or per channel."""
 
     config: Any
-    # Whether the scale is a guess: an autoencoder's own file does not tell it.
+    # Whether the scale is a guess: a separate autoencoder file does not contain it.
     scale_assumed = False
 
     def assume_scale(self, values: Mapping[str, Any]) -> None:
@@ -38,7 +38,7 @@ class Scaled:
         return latents + (config.shift_factor or 0.0)
 
     def _statistics(self, latents: Tensor) -> tuple[Any, Any]:
-        """Mean and spread of each channel (C, 1, 1), where the checkpoint knows them."""
+        """Return each channel's mean and standard deviation (C, 1, 1), or None for both if unknown."""
         mean, std = self.config.get("latents_mean"), self.config.get("latents_std")
         if mean is None or std is None:
             return None, None

@@ -1,6 +1,6 @@
-"""Seamless images: every convolution reads beyond an edge what stands at the opposite one.
+"""Seamless images: every convolution wraps around at the edges.
 
-So a network commutes with moving its input around in a circle, and an image has no edge in that direction.
+The network then commutes with circular shifts of its input, so the image has no edges along those axes.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ __all__ = ["seamless", "wrapped"]
 
 @contextmanager
 def seamless(model: nn.Module, axes: str) -> Iterator[None]:
-    """Within the block, the convolutions of a model pad circularly along "x", "y" or "xy", packed ones too.
+    """Pad a model's convolutions circularly along "x", "y" or "xy" inside this context, including packed ones.
 
-    A model that was compiled runs uncompiled for as long.
+    A compiled model runs uncompiled meanwhile.
     """
     compiled, model._compiled_call_impl = model._compiled_call_impl, None
     hooks = [hook for layer in model.modules() for hook in _hooks(layer, axes)]
@@ -37,7 +37,7 @@ def seamless(model: nn.Module, axes: str) -> Iterator[None]:
 
 
 def wrapped(x: Tensor, before: int, after: int, axes: str) -> Tensor:
-    """An image (B, C, H, W) with columns ("x") and rows ("y") added that continue it at its opposite side."""
+    """Extend an image (B, C, H, W) circularly by columns ("x") and rows ("y")."""
     for axis, dim in (("x", 3), ("y", 2)):
         if axis in axes and before + after:
             x = _continued(x, before, after, dim)
@@ -48,13 +48,13 @@ def _continued(x: Tensor, before: int, after: int, dim: int) -> Tensor:
     sides = (before, after, 0, 0) if dim == 3 else (0, 0, before, after)
     if max(sides) <= x.shape[dim]:
         return F.pad(x, sides, mode="circular")
-    size = x.shape[dim]  # smaller than its margin, it is there several times
+    size = x.shape[dim]  # smaller than its margin, so repeat it
     rows = [i % size for i in range(-before, size + after)]
     return x[:, :, :, rows] if dim == 3 else x[:, :, rows]
 
 
 def _hooks(layer: Any, axes: str) -> list[Any]:
-    """The hooks that have a layer pad circularly; it pads with zeros as well, and what these made is cut off."""
+    """Return hooks that make a layer pad circularly. It still pads with zeros, but that part is cropped."""
     match layer:
         case nn.Conv2d() | PackedConv2d() if any(layer.padding):
             margin, stride, size = (int(one[0]) for one in (layer.padding, layer.stride, layer.kernel_size))
@@ -71,18 +71,16 @@ def _hooks(layer: Any, axes: str) -> list[Any]:
 def _around(
     layer: nn.Module, axes: str, margins: tuple[int, int], cut: int, result_of: Callable[[int], int]
 ) -> list[Any]:
-    """Have a layer read margins as well, and keep what it makes of its input alone: from `cut` on, and as long as
-    `result_of` a side.
-    """
+    """Return hooks that add margins to a layer's input and crop its output to `result_of(side)` from `cut` on."""
     sides: list[tuple[int, ...]] = []
 
     def enlarge(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
         x, *size = given
         sides.append(tuple(map(result_of, x.shape[2:])))
-        if size and size[0] is not None:  # that of an upsampling layer's result
+        if size and size[0] is not None:  # the output size of an upsampling layer
             if tuple(size[0]) != sides[-1]:
                 sides[-1] = ()
-                return given  # an odd one is made by the convolution inside, which has hooks of its own
+                return given  # odd sizes are computed by the inner convolution, which has its own hooks
             size = [tuple(side + 2 * sum(margins) * (axis in axes) for axis, side in zip("yx", size[0], strict=True))]
         return wrapped(x, *margins, axes), *size
 

@@ -1,4 +1,4 @@
-"""What the ecosystem's code asks of a model beside a forward pass."""
+"""The model interface of diffusers, apart from loading and the forward pass."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ log = logging.getLogger("sfumato")
 
 
 class ModelSurface(AttentionUser):
-    """The names of the ecosystem's `ModelMixin` that are not about loading weights."""
+    """The methods of diffusers' `ModelMixin` that do not concern loading weights."""
 
     config_name = "config.json"
     config: Any
     _processors: Mapping[str, Any] = MappingProxyType({})
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """The number of parameters; optionally only trainable ones, or without embedding tables."""
+        """Return the number of parameters, optionally only of trainable ones, or without embedding tables."""
         if is_packed(self):
             if not only_trainable and not exclude_embeddings:
                 return count_parameters(self.config, projected=hasattr(self, "text_projection"))
@@ -51,7 +51,7 @@ class ModelSurface(AttentionUser):
         return any(layer.recompute for layer in self.modules() if isinstance(layer, Recomputed))
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute layers in the backward pass: training needs less memory and more time; the results are the same."""
+        """Recompute layers in the backward pass: training takes less memory and more time, with the same results."""
         self._set_recompute(recompute=True)
 
     def disable_gradient_checkpointing(self) -> None:
@@ -65,7 +65,7 @@ class ModelSurface(AttentionUser):
 
     @property
     def attn_processors(self) -> dict[str, Any]:
-        """The processor last set for each attention layer, by the ecosystem's names."""
+        """The processor last set for each attention layer, by diffusers' names."""
         layers = set(self.attention_modules())
         names = (f"{name}.processor" for name, module in self.named_modules() if module in layers)
         return {name: self._processors.get(name, AttnProcessor2_0()) for name in names}
@@ -73,7 +73,7 @@ class ModelSurface(AttentionUser):
     def set_attn_processor(self, processor: Any) -> None:
         """Accept a default processor, or a dict of them; the plan still selects the attention.
 
-        Raises `UsageError` for any other.
+        Raises `UsageError` for any other processor.
         """
         names = self.attn_processors
         asked = dict(processor) if isinstance(processor, dict) else dict.fromkeys(names, processor)
@@ -112,7 +112,7 @@ class ModelSurface(AttentionUser):
         subfolder: str | None = None,
         **hub: Any,
     ) -> dict[str, Any]:
-        """The contents of the `config.json` that `from_pretrained` reads, for `from_config`."""
+        """Load the `config.json` that `from_pretrained` reads, for `from_config`."""
         wanted = f"{subfolder}/{cls.config_name}" if subfolder else cls.config_name
         config = read_json(locate_folder(name, by_patterns(wanted), **hub) / wanted)
         return cast("Any", (config, {})) if return_unused_kwargs else config
@@ -122,5 +122,5 @@ class ModelSurface(AttentionUser):
         write_json(output_folder(folder) / self.config_name, self._config_json())
 
     def _config_json(self) -> dict[str, Any]:
-        """What `config.json` says."""
+        """Return the contents of `config.json`."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""T2I-Adapter: features of a picture for the U-Net's way down, made once (arXiv 2302.08453)."""
+"""T2I-Adapter: features of a control image for the U-Net's encoder, computed once (arXiv 2302.08453)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Adapter", "AdapterBlock", "AdapterResnetBlock", "T2IAdapter"]
 
 
 class AdapterResnetBlock(nn.Module):
-    """Two convolutions with a shortcut, the second of one pixel but in light adapters."""
+    """Two convolutions with a shortcut; the second is 1 × 1 except in light adapters."""
 
     def __init__(self, channels: int, *, light: bool) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class AdapterResnetBlock(nn.Module):
 
 
 class AdapterBlock(nn.Module):
-    """One feature: halved where it has to be, then residual blocks, in light adapters of a quarter of the width."""
+    """One feature level: optional downsampling, then residual blocks; in light adapters, at a quarter of the width."""
 
     def __init__(self, channels: int, out_channels: int, count: int, *, down: bool, light: bool) -> None:
         super().__init__()
@@ -42,14 +42,14 @@ class AdapterBlock(nn.Module):
         self.out_conv = nn.Conv2d(width, out_channels, 1) if light else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C', H, W), or half as high and wide, rounded up."""
+        """(B, C, H, W) -> (B, C', H, W), or half of the height and width, rounded up, if `down`."""
         x = F.avg_pool2d(x, 2, ceil_mode=True) if self.down else x
         x = self.resnets(x if self.in_conv is None else self.in_conv(x))
         return x if self.out_conv is None else self.out_conv(x)
 
 
 class Adapter(nn.Module):
-    """The layers of a T2I-Adapter, under the name that they have in files."""
+    """The layers of a T2I-Adapter, under their names in checkpoints."""
 
     def __init__(self, config: T2IAdapterConfig) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Adapter(nn.Module):
 
 
 class T2IAdapter(Model):
-    """A T2I-Adapter, for any Stable Diffusion whose U-Net has the same widths on the way down."""
+    """A T2I-Adapter, for any Stable Diffusion model whose U-Net encoder has the same widths."""
 
     config_class = T2IAdapterConfig
     role = "t2i_adapter"
@@ -81,7 +81,7 @@ class T2IAdapter(Model):
         return file
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Pictures (B, 3, H, W) in [0, 1] -> a feature (B, C, h, w) for each block of the U-Net's way down."""
+        """Control images (B, 3, H, W) in [0, 1] -> a feature map (B, C, h, w) for each down block of the U-Net."""
         x = F.pixel_unshuffle(x, self.config.factor)
         x = x if self.adapter.conv_in is None else self.adapter.conv_in(x)
         features = []

@@ -34,8 +34,8 @@ __all__ = [
 class CLIPTextOutput(Output):
     """The encoded prompt.
 
-    last_hidden_state (B, S, C) is normalized; pooler_output (B, C) is its row at the end-of-text token; hidden_states
-    holds the embeddings and the result of every layer, none of them normalized, if they were asked for.
+    last_hidden_state (B, S, C): normalized. pooler_output (B, C): its row at the end-of-text token. hidden_states: the
+    embeddings and the output of every layer, not normalized, if requested.
     """
 
     last_hidden_state: Tensor
@@ -45,7 +45,7 @@ class CLIPTextOutput(Output):
 
 @dataclass(frozen=True, eq=False)
 class CLIPTextModelOutput(Output):
-    """The same of an encoder with a projection: text_embeds (B, P) is the projected row in place of the pooled one."""
+    """The encoded prompt with a projection: text_embeds (B, P) is the projected pooled output."""
 
     text_embeds: Tensor
     last_hidden_state: Tensor
@@ -53,17 +53,17 @@ class CLIPTextModelOutput(Output):
 
 
 class CLIPAttention(Attending):
-    """Multi-head self-attention with the parameter names of CLIP: `q_proj`, `k_proj`, `v_proj`, `out_proj`."""
+    """Multi-head self-attention with CLIP's parameter names: `q_proj`, `k_proj`, `v_proj`, `out_proj`."""
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__(heads)
-        self.k_proj = nn.Linear(channels, channels)  # in the ecosystem's order, as optimizer states go by position
+        self.k_proj = nn.Linear(channels, channels)  # transformers' order, as optimizer states go by position
         self.v_proj = nn.Linear(channels, channels)
         self.q_proj = nn.Linear(channels, channels)
         self.out_proj = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """X (B, S, C), mask added to the scores -> (B, S, C)."""
+        """Map x (B, S, C) and a mask added to the scores to (B, S, C)."""
         q, k, v = (
             projection(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -72,7 +72,7 @@ class CLIPAttention(Attending):
 
 
 class CLIPMLP(nn.Module):
-    """Two linear layers with a GELU, or CLIP's sigmoid approximation of it, between them."""
+    """Two linear layers with GELU in between, or CLIP's sigmoid approximation of it."""
 
     def __init__(self, config: CLIPTextConfig | CLIPVisionConfig) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class CLIPMLP(nn.Module):
 
 
 class CLIPLayer(Recomputed):
-    """Attention and MLP, each normalized before and added after."""
+    """Attention and MLP, each with a layer norm before and a residual connection."""
 
     def __init__(self, config: CLIPTextConfig | CLIPVisionConfig) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class CLIPLayer(Recomputed):
 
 
 class CLIPEmbeddings(nn.Module):
-    """Token and position embeddings, added."""
+    """The sum of token and position embeddings."""
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class CLIPEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
 
     def forward(self, ids: Tensor, more: Tensor | None = None) -> Tensor:
-        """(B, S) -> (B, S, C); `more` (K, C) are the vectors of ids beyond the vocabulary."""
+        """(B, S) -> (B, S, C). more: vectors (K, C) of ids beyond the vocabulary."""
         positions = self.position_embedding.weight[: ids.shape[1]]
         if more is None:
             return self.token_embedding(ids) + positions
@@ -122,7 +122,7 @@ class CLIPEmbeddings(nn.Module):
 
 
 class CLIPEncoder(nn.Module):
-    """The stack of layers."""
+    """A stack of layers."""
 
     def __init__(self, config: CLIPTextConfig | CLIPVisionConfig) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class CLIPEncoder(nn.Module):
 
 
 class CLIPTextTransformer(nn.Module):
-    """Embeddings, layers and the last normalization."""
+    """Embeddings, layers and the final layer norm."""
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class CLIPTextModel(Model):
     role = "text_encoder"
     weights_name = "model"
     key_rules = (
-        Rule(r"^(embeddings|encoder|final_layer_norm)\.", r"text_model.\1."),  # newer checkpoints leave the prefix out
+        Rule(r"^(embeddings|encoder|final_layer_norm)\.", r"text_model.\1."),  # newer checkpoints omit the prefix
         Rule(r"\.position_ids$", ""),  # older ones store the numbers 0 to 76
     )
     config: CLIPTextConfig
@@ -158,7 +158,7 @@ class CLIPTextModel(Model):
 
     @torch.no_grad()
     def _draw(self, module: nn.Module) -> None:
-        """Fresh weights as CLIP's authors draw them (`initialize_parameters`), number for number as in transformers."""
+        """Initialize weights like CLIP's authors (`initialize_parameters`), number for number as in transformers."""
         width = self.config.hidden_size**-0.5
         inner = width * (2 * self.config.num_hidden_layers) ** -0.5
         drawn: list[tuple[Tensor, float]] = []
@@ -187,8 +187,8 @@ class CLIPTextModel(Model):
     ) -> CLIPTextOutput | tuple[Any, ...]:
         """Encode token ids.
 
-        input_ids (B, S) with S up to `max_position_embeddings`; attention_mask (B, S) with 1 for positions to keep;
-        more (K, C): the vectors of ids beyond the vocabulary. Returns a `CLIPTextOutput`, or its values in a tuple with
+        input_ids: (B, S), with S up to `max_position_embeddings`. attention_mask: (B, S), 1 for tokens to keep. more:
+        vectors (K, C) of ids beyond the vocabulary. Returns a `CLIPTextOutput`, or its values in a tuple with
         `return_dict=False`.
         """
         last, pooled, hidden = self._encode(input_ids, attention_mask, output_hidden_states, more)
@@ -199,7 +199,7 @@ class CLIPTextModel(Model):
     def _encode(
         self, input_ids: Tensor, attention_mask: Tensor | None, every: bool, more: Tensor | None
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...] | None]:
-        """The last layer's result, normalized; its row at the end of each text; and, if asked for, every layer's."""
+        """Return the normalized last state, its row at each text's end and, if `every`, the states of all layers."""
         x = self.text_model.embeddings(input_ids, more)
         mask = self._mask(x, attention_mask)
         states = [x]
@@ -214,7 +214,7 @@ class CLIPTextModel(Model):
 
     @staticmethod
     def _mask(x: Tensor, keep: Tensor | None) -> Tensor:
-        """Causal: a token reads only those before it. Finite, so that no row becomes NaN."""
+        """Return the causal mask plus padding. It is finite, so that no row becomes NaN."""
         length, lowest = x.shape[1], torch.finfo(x.dtype).min
         mask = torch.full((1, 1, length, length), lowest, dtype=x.dtype, device=x.device).triu(1)
         if keep is not None:
@@ -223,8 +223,8 @@ class CLIPTextModel(Model):
 
     def _end_of_text(self, ids: Tensor) -> Tensor:
         eos = self.config.eos_token_id
-        ids = ids.where(ids < self.config.vocab_size, 0)  # the largest one is to be a word of the vocabulary
-        # Configs written before the token ids were corrected say 2; there, end-of-text is the largest id.
+        ids = ids.where(ids < self.config.vocab_size, 0)  # ignore ids beyond the vocabulary, which are larger
+        # Configs from before the token ids were corrected have 2; there, end-of-text is the largest id.
         return ids.argmax(dim=-1) if eos in (None, 2) else (ids == eos).int().argmax(dim=-1)
 
     def _config_json(self) -> dict[str, Any]:
@@ -233,7 +233,7 @@ class CLIPTextModel(Model):
 
 
 class CLIPTextModelWithProjection(CLIPTextModel):
-    """CLIP's text encoder with the projection into the embedding space shared with images."""
+    """CLIP's text encoder with the projection to the embedding space shared with images."""
 
     role = "text_encoder_2"
 
@@ -250,7 +250,7 @@ class CLIPTextModelWithProjection(CLIPTextModel):
         return_dict: bool = True,
         more: Tensor | None = None,
     ) -> CLIPTextModelOutput | tuple[Any, ...]:
-        """As `CLIPTextModel`; a `CLIPTextModelOutput`, or its values in a tuple with `return_dict=False`."""
+        """Encode like `CLIPTextModel`, to a `CLIPTextModelOutput`, or a tuple with `return_dict=False`."""
         last, pooled, hidden = self._encode(input_ids, attention_mask, output_hidden_states, more)
         embeds = self.text_projection(pooled)
         if return_dict:

@@ -1,4 +1,4 @@
-"""Encoding and decoding large images in overlapping tiles, and batches one image at a time."""
+"""Encodes and decodes large images in overlapping tiles, and batches one image at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Transform = Callable[[Tensor], Tensor]
 
 
 class Tiled:
-    """An autoencoder's switches: slicing changes only memory, tiling also the image, slightly, at the seams."""
+    """Switches of an autoencoder. Slicing only saves memory; tiling also slightly changes the image at the seams."""
 
     use_slicing = False
     use_tiling = False
@@ -60,7 +60,7 @@ class Tiled:
 
 
 def _tile(transform: Transform, x: Tensor, size_in: int, size_out: int, overlap: float) -> Tensor:
-    """Transform in tiles of `size_in` that overlap; blend each into the one above it and the one to its left."""
+    """Transform overlapping tiles of `size_in`; blend each with the ones above and to the left."""
     stride = int(size_in * (1 - overlap))
     extent = int(size_out * overlap)
     keep = size_out - extent
@@ -84,7 +84,7 @@ def _bands(x: Tensor, size: int, stride: int) -> Iterator[Tensor]:
 
 
 def _blend(before: Tensor, tile: Tensor, extent: int, dim: int) -> Tensor:
-    """Fade from the last `extent` rows (or columns) of one tile into the first ones of the next."""
+    """Fade from the last `extent` rows (or columns) of one tile to the first ones of the next."""
     extent = min(before.shape[dim], tile.shape[dim], extent)
     if extent == 0:
         return tile

@@ -1,4 +1,4 @@
-"""The small autoencoder of the TAESD family: plain convolutions, a hundredth of the work, softer images."""
+"""The tiny autoencoder of the TAESD family: plain convolutions, about 1 % of the work, softer images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["AutoencoderTiny", "AutoencoderTinyBlock", "AutoencoderTinyOutput", "
 
 @dataclass(frozen=True, eq=False)
 class AutoencoderTinyOutput(Output):
-    """Latents (B, C, h, w); this encoder has no spread to draw from."""
+    """Latents (B, C, h, w); this encoder predicts no variance."""
 
     latents: Tensor
 
@@ -47,7 +47,7 @@ class AutoencoderTinyBlock(Recomputed):
 
 
 class EncoderTiny(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] to latents (B, C, H/f, W/f)."""
+    """Encodes images (B, 3, H, W) in [-1, 1] to latents (B, C, H/f, W/f)."""
 
     def __init__(self, config: AutoencoderTinyConfig) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class EncoderTiny(nn.Module):
 
 
 class DecoderTiny(nn.Module):
-    """Latents (B, C, h, w) to images (B, 3, f h, f w) in [-1, 1]."""
+    """Decodes latents (B, C, h, w) to images (B, 3, f h, f w) in [-1, 1]."""
 
     def __init__(self, config: AutoencoderTinyConfig) -> None:
         super().__init__()
@@ -85,12 +85,12 @@ class DecoderTiny(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, 3, f h, f w)."""
-        # Soft clamp: latents beyond ±3 carry no more meaning.
+        # Soft clamp: values beyond ±3 carry no further information.
         return self.layers(torch.tanh(z / 3) * 3).mul(2).sub(1)
 
 
 class AutoencoderTiny(Model, Tiled, Scaled):
-    """A drop-in replacement for `AutoencoderKL`, if speed matters more than detail."""
+    """A drop-in replacement for `AutoencoderKL` when speed matters more than detail."""
 
     config_class = AutoencoderTinyConfig
     role = "vae"
@@ -112,20 +112,18 @@ class AutoencoderTiny(Model, Tiled, Scaled):
     def decode(
         self, z: Tensor, generator: torch.Generator | None = None, return_dict: bool = True
     ) -> DecoderOutput | tuple[Tensor]:
-        """Latents (B, C, h, w), divided by the scaling factor -> images. `generator` is not used."""
+        """Latents (B, C, h, w), divided by the scaling factor -> images. `generator` is ignored."""
         sample = self._decode_in_parts(self.decoder, z)
         return DecoderOutput(sample) if return_dict else (sample,)
 
     def forward(self, sample: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
-        """Encode and decode again, (B, 3, H, W) -> (B, 3, H, W), with latents rounded to 8 bits, as an image would
-        store them.
-        """
+        """Encode and decode: (B, 3, H, W) -> (B, 3, H, W), with latents rounded to 8 bits as if stored in an image."""
         latents = self.encode(sample, return_dict=False)[0]  # pyright: ignore[reportIndexIssue]
         stored = self.scale_latents(latents).mul(255).round().byte()
         return self.decode(self.unscale_latents(stored / 255.0).to(latents.dtype), return_dict=return_dict)
 
     def scale_latents(self, x: Tensor) -> Tensor:
-        """Latents to [0, 1], for storing them as an image."""
+        """Map latents to [0, 1], to store them as an image."""
         magnitude = self.config.latent_magnitude
         return x.div(2 * magnitude).add(self.config.latent_shift).clamp(0, 1)
 

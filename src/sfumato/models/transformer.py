@@ -1,4 +1,4 @@
-"""The spatial transformer of the U-Net: image tokens attend to themselves and to the prompt."""
+"""The U-Net's spatial transformer: image tokens attend to each other and to the prompt."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU to four times the width and back."""
+    """GEGLU to four times the width, and a linear layer back."""
 
     def __init__(self, channels: int, dropout: float) -> None:
         super().__init__()
@@ -37,8 +37,8 @@ class FeedForward(nn.Module):
             [GEGLU(channels, 4 * channels), nn.Dropout(dropout), nn.Linear(4 * channels, channels)]
         )
 
-    # Tokens computed together, at most. What lies between the layers is eight times as wide as they, so where memory is
-    # slow, a stretch of tokens that stays in the cache is faster than all of them at once.
+    # The maximum number of tokens to compute together. The intermediate tensor is eight times as wide, so where memory
+    # is slow, it is faster to process tokens in stretches that fit into the cache.
     stretch: int | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention, feed-forward; each normalized before and added after."""
+    """Self-attention, cross-attention and feed-forward, each with a layer norm before and a residual connection."""
 
     def __init__(
         self, channels: int, heads: int, context: int, *, only_cross_attention: bool, upcast: bool, dropout: float
@@ -73,11 +73,11 @@ class BasicTransformerBlock(nn.Module):
 
     @property
     def reading(self) -> tuple[SelfOrCrossAttention, ...]:
-        """The layers that read the prompt."""
+        """The layers that attend to the prompt."""
         return (self.attn1, self.attn2) if self.only_cross_attention else (self.attn2,)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """X (B or a divisor of it, L, C), context of B prompts -> (B, L, C)."""
+        """Map x (B or a divisor of B, L, C) and a context of B prompts to (B, L, C)."""
         if self.only_cross_attention:
             x = context.widen(x)
             x = x + self.attn1(self.norm1(x), context, context.mask)
@@ -89,7 +89,7 @@ class BasicTransformerBlock(nn.Module):
 
 
 class Transformer2DModel(Recomputed):
-    """Transformer blocks over the pixels of a feature map, with a shortcut around them."""
+    """Transformer blocks over the pixels of a feature map, with a residual connection."""
 
     def __init__(
         self,
@@ -117,9 +117,9 @@ class Transformer2DModel(Recomputed):
         self.proj_out = nn.Linear(channels, channels) if use_linear_projection else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        """X (B or a divisor of it, C, H, W), context of B prompts -> (B, C, H, W)."""
+        """Map x (B or a divisor of B, C, H, W) and a context of B prompts to (B, C, H, W)."""
         height, width = x.shape[2:]
-        # Tokens want their channels side by side; the image keeps the layout in which it came.
+        # Tokens need contiguous channels; the image keeps its memory format.
         layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
         h = self.norm(x)
         if not self.use_linear_projection:

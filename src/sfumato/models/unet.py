@@ -35,14 +35,14 @@ __all__ = ["DownBlock", "MidBlock", "UNet2DConditionModel", "UNet2DConditionOutp
 
 @dataclass(frozen=True, eq=False)
 class UNet2DConditionOutput(Output):
-    """What the U-Net predicts: noise, velocity or the clean latents, as the scheduler's prediction type says."""
+    """The U-Net's prediction: noise, velocity or clean latents, depending on the scheduler's prediction type."""
 
     sample: Tensor
 
 
 @dataclass(frozen=True)
 class _Level:
-    """One resolution of the U-Net: what its residual blocks and transformers are built with."""
+    """One resolution of the U-Net, with the parameters of its residual blocks and transformers."""
 
     config: UNet2DConditionConfig
     index: int
@@ -89,7 +89,7 @@ def _joined(x: Tensor, skip: Tensor, context: Context) -> Tensor:
 
 
 def _plus(x: Tensor, residual: Tensor, context: Context) -> Tensor:
-    """X and what a network beside the U-Net adds to it, as wide as the wider of the two."""
+    """Add a residual to x, repeating the one with the smaller batch."""
     if residual.shape[0] > x.shape[0]:
         x = context.widen(x)
     return x + (residual if residual.shape[0] >= x.shape[0] else context.widen(residual))
@@ -98,7 +98,7 @@ def _plus(x: Tensor, residual: Tensor, context: Context) -> Tensor:
 def _layers(
     level: _Level, way: str, widths: Sequence[int], channels: int, *, attention: bool
 ) -> tuple[nn.ModuleList | None, nn.ModuleList]:
-    """The transformers, or None, and the residual blocks of a level, made in turns as the ecosystem does."""
+    """Build a level's transformers, or None, and residual blocks, alternating as in diffusers."""
     only_cross = level.config.per_block("only_cross_attention")[level.index]
     attentions, resnets = nn.ModuleList(), nn.ModuleList()
     for width, depth in zip(widths, level.config.depths(way, level.index), strict=True):
@@ -124,9 +124,9 @@ class DownBlock(nn.Module):
     def forward(
         self, x: Tensor, time: Moment, context: Context, residual: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
-        """(B, C, H, W) -> what goes on down, and every intermediate result, for the skip connections.
+        """(B, C, H, W) -> the output, and all intermediate results for the skip connections.
 
-        residual: added to the last result before it is halved or, in a block without attention, after that.
+        residual: added to the last result, before downsampling or, in a block without attention, after it.
         """
         results: list[Tensor] = []
         for i, resnet in enumerate(self.resnets):
@@ -143,7 +143,7 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """`UNetMidBlock2DCrossAttn` or, without attention, `UNetMidBlock2D` of a single residual block."""
+    """`UNetMidBlock2DCrossAttn` or, without attention, `UNetMidBlock2D` with a single residual block."""
 
     def __init__(self, level: _Level, channels: int, *, attention: bool) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class UpBlock(nn.Module):
         skips: list[Tensor],
         freeu: tuple[float, float] | None = None,
     ) -> Tensor:
-        """X (B, C, H, W) -> (B, C', 2H, 2W); takes its skip connections off the end of the list."""
+        """Map x (B, C, H, W) to (B, C', 2H, 2W); pop its skip connections from the end of the list."""
         for i, resnet in enumerate(self.resnets):
             skip = skips.pop()
             if freeu is not None:
@@ -190,17 +190,17 @@ class UpBlock(nn.Module):
             x = _apply(resnet, self.attentions, i, _joined(x, skip, context), time, context)
         if self.upsamplers is None:
             return x
-        # The next level's skip says how large the image was before it was halved: odd sizes come back exactly.
+        # The next skip connection has the size from before downsampling, so that odd sizes are restored exactly.
         height, width = skips[-1].shape[2:]
         return self.upsamplers[0](x, (height, width))
 
 
 class UNetEncoder(Model):
-    """What a U-Net and the networks beside it have in common: the input, the time, and the way down."""
+    """What U-Nets and ControlNets have in common: the input, the time embedding, and the encoder."""
 
     @property
     def unet_config(self) -> UNet2DConditionConfig:
-        """The config of the U-Net that it is a part of."""
+        """The config of the U-Net that this is, or is part of."""
         return self.config
 
     def _build_input(self) -> None:
@@ -226,7 +226,7 @@ class UNetEncoder(Model):
         return [_Level(config, i, block_time) for i in range(len(config.block_out_channels))]
 
     def _build_down(self, levels: list[_Level]) -> list[int]:
-        """Returns the channels of every skip connection, in the order in which they arise."""
+        """Build the encoder; return the channels of all skip connections in order."""
         config, widths = self.unet_config, self.unet_config.block_out_channels
         last, layers, skips = len(widths) - 1, config.per_block("layers_per_block"), [widths[0]]
         for i, (kind, level) in enumerate(zip(config.down_block_types, levels, strict=True)):
@@ -250,7 +250,7 @@ class UNetEncoder(Model):
         return Context(states, *masks, keep=not self.is_gradient_checkpointing)
 
     def read(self, context: Context) -> None:
-        """Make keys and values of a prompt in every layer now, rather than in the first call."""
+        """Compute the prompt's keys and values in every layer now, rather than in the first call."""
         for block in self.modules():
             if isinstance(block, (BasicTransformerBlock, KAttention)):
                 for layer in block.reading:
@@ -261,7 +261,7 @@ class UNetEncoder(Model):
         return sinusoidal_embedding(values, size, flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift)
 
     def _embedded(self, values: Tensor) -> Tensor:
-        """Timesteps (B,) as the waves that are projected, in float32."""
+        """Embed timesteps (B,) for `time_embedding`, in float32."""
         return (
             self.time_proj(values) if self.time_proj else self._sinusoid(values, self.unet_config.block_out_channels[0])
         )
@@ -274,13 +274,14 @@ class UNetEncoder(Model):
         timestep_cond: Tensor | None = None,
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
     ) -> Moment:
-        """What the residual blocks read of time: one row if timestep is a number, else one for each sample.
+        """Compute the time embedding for the residual blocks: one row if timestep is a number, else one per sample.
 
-        class_labels and timestep_cond: a row each, or one for all. added_cond_kwargs, where the config's
-        `addition_embed_type` is "text_time": `text_embeds` (B, P), the pooled prompts, and `time_ids` (B, N), the sizes
-        that go with them; B may be a multiple of the samples, as for guidance. Raises `ValueError` for what is missing.
+        class_labels, timestep_cond: one row per sample, or one for all. added_cond_kwargs: if the config's
+        `addition_embed_type` is "text_time", `text_embeds` (B, P), the pooled prompts, and `time_ids` (B, N), the
+        sizes; B may be a multiple of the number of samples, for guidance. Raises `UsageError` or `ValueError` if an
+        input is missing.
         """
-        # float32 is exact for every integer timestep and enough for the fractional ones; MPS has no float64.
+        # float32 represents every integer timestep exactly and fractional ones well enough; MPS has no float64.
         dtype = None if isinstance(timestep, Tensor) and timestep.dtype != torch.float64 else torch.float32
         timesteps = torch.as_tensor(timestep, dtype=dtype, device=sample.device).reshape(-1)
         time = self.time_embedding(self._embedded(timesteps).to(sample.dtype), timestep_cond)
@@ -308,7 +309,7 @@ class UNetEncoder(Model):
         return time
 
     def _added(self, given: Mapping[str, Tensor]) -> Tensor:
-        """Pooled prompts and their sizes, side by side (B, P + N × waves)."""
+        """Concatenate the pooled prompts and the embedded sizes: (B, P + N × size)."""
         for name in ("text_embeds", "time_ids"):
             if name not in given:
                 raise ValueError(f"this U-Net's config asks for {name}, so added_cond_kwargs must have it")
@@ -324,9 +325,9 @@ class UNetEncoder(Model):
 
 
 class UNet2DConditionModel(UNetEncoder, FreeUSwitch):
-    """The U-Net of every Stable Diffusion that has one, and of their relatives.
+    """The U-Net of all Stable Diffusion models and their relatives.
 
-    Built from a `UNet2DConditionConfig`; parameter names are the ecosystem's, so that its checkpoints load as they are.
+    Built from a `UNet2DConditionConfig`. Parameter names are those of diffusers, so that checkpoints load unchanged.
     """
 
     config_class = UNet2DConditionConfig
@@ -386,13 +387,13 @@ class UNet2DConditionModel(UNetEncoder, FreeUSwitch):
     ) -> UNet2DConditionOutput | tuple[Tensor]:
         """Predict the noise in a sample.
 
-        sample (B, C, H, W); timestep a number or (B,) on the scale of the training timesteps; encoder_hidden_states
-        (B, S, C'), or a multiple of B of them: the sample is then predicted for each, as for guidance; class_labels
-        (B,) and added_cond_kwargs (see `moment`) where the config asks for them; masks (B, S) with 1 for positions to
-        keep. Any height and width. A `Moment` and a `Context` made once may take the place of timestep and states.
-        Added are, of ControlNets, a residual to each skip connection and one to the middle and, of T2I-Adapters, one
-        to each block on the way down and, where more are given, to the middle.
-        Returns the prediction (B, C, H, W) as `.sample`, or in a tuple with `return_dict=False`.
+        sample: (B, C, H, W), of any height and width. timestep: a number or (B,), on the scale of the training
+        timesteps. encoder_hidden_states: (B, S, C'), or a multiple of B, which gives a prediction for each, as for
+        guidance. class_labels (B,), added_cond_kwargs: if the config requires them; see `moment`. Masks: (B, S), 1 for
+        positions to keep. A `Moment` and a `Context` can replace timestep and states. Additional residuals: from
+        ControlNets, one for each skip connection and one for the middle block; from T2I-Adapters, one for each down
+        block and, if there is another, for the middle block. Returns the prediction (B, C, H, W) as `.sample`, or in a
+        tuple with `return_dict=False`.
         """
         if cross_attention_kwargs:
             raise UsageError("a U-Net accepts no cross_attention_kwargs; pass them to the call of the pipeline")
@@ -404,7 +405,7 @@ class UNet2DConditionModel(UNetEncoder, FreeUSwitch):
         context = self._context(context, sample, attention_mask, encoder_attention_mask)
         x = self.conv_in(sample)
         if context.mask is not None or time.activated.shape[0] > x.shape[0]:
-            x = context.widen(x)  # a mask, or what time says of each prompt, is as wide as their batch from here on
+            x = context.widen(x)  # masks and per-prompt time embeddings have the prompts' batch size
         skips = [] if self.config.is_k else [x]
         within = list(down_intrablock_additional_residuals or ())
         for block in self.down_blocks:
@@ -446,5 +447,5 @@ def _class_embedding(config: UNet2DConditionConfig, channels: int, time_channels
 
 
 def _additive(keep: Tensor | None, sample: Tensor) -> Tensor | None:
-    """A mask (B, S) of ones to keep, as scores to add (B, 1, 1, S); a wholly masked row stays finite."""
+    """Convert a mask (B, S), 1 to keep, to finite scores to add (B, 1, 1, S), so that masked rows are not NaN."""
     return None if keep is None else ((1 - keep.to(sample.dtype)) * -10000.0)[:, None, None, :]

@@ -45,10 +45,10 @@ class DecoderOutput(Output):
 
 
 class DiagonalGaussianDistribution:
-    """What the encoder knows of the latents: a mean and a variance for each."""
+    """The distribution of an image's latents: a mean and a variance for each."""
 
     def __init__(self, parameters: Tensor) -> None:
-        """From means and log variances, one after the other along the channels (B, 2C, h, w)."""
+        """parameters: means and log variances, concatenated along the channels (B, 2C, h, w)."""
         self.parameters = parameters
         self.mean, logvar = parameters.chunk(2, dim=1)
         self.logvar = logvar.clamp(-30.0, 20.0)
@@ -56,9 +56,9 @@ class DiagonalGaussianDistribution:
         self.var = torch.exp(self.logvar)
 
     def sample(self, generator: RandomSource | Sequence[RandomSource] | None = None) -> Tensor:
-        """Latents drawn at random (B, C, h, w), from one generator or one per image.
+        """Return random latents (B, C, h, w), from one generator or one per image.
 
-        The noise is drawn in float32 on the generator's device, then cast.
+        The noise is generated in float32 on the generator's device, then cast.
         """
         shape, device = self.mean.shape, self.mean.device
         if not isinstance(generator, Sequence):
@@ -66,28 +66,28 @@ class DiagonalGaussianDistribution:
         return self.at(torch.cat([normal((1, *shape[1:]), each, device) for each in generator]))
 
     def at(self, noise: Tensor) -> Tensor:
-        """The latents that a given standard normal noise (B, C, h, w) picks."""
+        """Return the latents for given standard normal noise (B, C, h, w)."""
         return self.mean + self.std * noise.to(self.mean)
 
     def mode(self) -> Tensor:
-        """The most likely latents (B, C, h, w)."""
+        """Return the most likely latents (B, C, h, w)."""
         return self.mean
 
     def kl(self, other: DiagonalGaussianDistribution | None = None) -> Tensor:
-        """Kullback-Leibler divergence (B,) from another distribution, or from the standard normal one."""
+        """Return the Kullback-Leibler divergence (B,) from another distribution, by default the standard normal one."""
         if other is None:
             return 0.5 * (self.mean**2 + self.var - 1.0 - self.logvar).sum(dim=(1, 2, 3))
         distance = (self.mean - other.mean) ** 2 / other.var + self.var / other.var
         return 0.5 * (distance - 1.0 - self.logvar + other.logvar).sum(dim=(1, 2, 3))
 
     def nll(self, sample: Tensor, dims: Sequence[int] = (1, 2, 3)) -> Tensor:
-        """Negative logarithm of the density at latents (B, C, h, w), summed over `dims`."""
+        """Return the negative log density of latents (B, C, h, w), summed over `dims`."""
         return 0.5 * (math.log(2 * math.pi) + self.logvar + (sample - self.mean) ** 2 / self.var).sum(dim=list(dims))
 
 
 @dataclass(frozen=True, eq=False)
 class AutoencoderKLOutput(Output):
-    """The distribution of the latents of the images encoded."""
+    """The distribution of the encoded images' latents."""
 
     latent_dist: DiagonalGaussianDistribution
 
@@ -98,13 +98,13 @@ def _resnet(config: AutoencoderKLConfig, in_channels: int, out_channels: int) ->
 
 
 class PixelAttention(SelfOrCrossAttention):
-    """Single-headed self-attention over all pixels, with its own normalization and shortcut."""
+    """Single-head self-attention over all pixels, with its own normalization and residual connection."""
 
     group_norm: GroupNorm
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__(channels, heads=1, bias=True)
-        self._modules = {"group_norm": GroupNorm(groups, channels, eps=1e-6)} | self._modules  # the first, as elsewhere
+        self._modules = {"group_norm": GroupNorm(groups, channels, eps=1e-6)} | self._modules  # first, as in diffusers
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """(B, C, H, W) -> (B, C, H, W)."""
@@ -113,7 +113,7 @@ class PixelAttention(SelfOrCrossAttention):
 
 
 class VAEMidBlock(nn.Module):
-    """Two residual blocks with attention between them."""
+    """Two residual blocks with attention in between."""
 
     def __init__(self, config: AutoencoderKLConfig, channels: int) -> None:
         super().__init__()
@@ -131,10 +131,10 @@ class VAEMidBlock(nn.Module):
 
 
 class VAELevel(nn.Module):
-    """`DownEncoderBlock2D` or `UpDecoderBlock2D`: residual blocks, then a change of size or none."""
+    """`DownEncoderBlock2D` or `UpDecoderBlock2D`: residual blocks, then optional resizing."""
 
     def __init__(self, config: AutoencoderKLConfig, widths: Sequence[int], resizers: str | None) -> None:
-        """widths: channels before and after each residual block; resizers: "downsamplers", "upsamplers" or None."""
+        """widths: channels before and after each residual block. resizers: "downsamplers", "upsamplers" or None."""
         super().__init__()
         self.resnets = nn.ModuleList(_resnet(config, a, b) for a, b in pairwise(widths))
         self._resizers = resizers
@@ -151,7 +151,7 @@ class VAELevel(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images (B, 3, H, W) to the parameters of their latents (B, 2C, H/f, W/f)."""
+    """Encodes images (B, 3, H, W) to the parameters of their latents (B, 2C, H/f, W/f)."""
 
     def __init__(self, config: AutoencoderKLConfig) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents (B, C, h, w) to images (B, 3, f h, f w)."""
+    """Decodes latents (B, C, h, w) to images (B, 3, f h, f w)."""
 
     def __init__(self, config: AutoencoderKLConfig) -> None:
         super().__init__()
@@ -204,7 +204,7 @@ class AutoencoderKL(Model, Tiled, Scaled):
     config_class = AutoencoderKLConfig
     role = "vae"
     weights_name = "diffusion_pytorch_model"
-    # Checkpoints of the first years name the attention layers as CompVis did.
+    # Checkpoints of the first years have CompVis's names for the attention layers.
     key_rules = (
         Rule(r"(mid_block\.attentions\.\d+)\.query\.", r"\1.to_q."),
         Rule(r"(mid_block\.attentions\.\d+)\.key\.", r"\1.to_k."),
@@ -216,7 +216,7 @@ class AutoencoderKL(Model, Tiled, Scaled):
 
     @classmethod
     def from_file(cls, file: SingleFile, **how: Any) -> Self:
-        """Like every model's; a separate VAE file may not contain its scale."""
+        """Load as in every model, but note that a separate VAE file may not contain its scale."""
         model = super().from_file(file, **how)
         model.scale_assumed = "unet" not in file.detected.parts and not file.options
         return model
@@ -233,14 +233,14 @@ class AutoencoderKL(Model, Tiled, Scaled):
         self._set_tile_size(size, config.scale_factor)
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """Images (B, 3, H, W) in [-1, 1] -> the distribution of their latents, not yet scaled."""
+        """Images (B, 3, H, W) in [-1, 1] -> the distribution of their latents, unscaled."""
         posterior = DiagonalGaussianDistribution(self._encode_in_parts(lambda x: self.quant_conv(self.encoder(x)), x))
         return AutoencoderKLOutput(posterior) if return_dict else (posterior,)
 
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
-        """Latents (B, C, h, w), divided by the scaling factor -> images. `generator` is not used."""
+        """Latents (B, C, h, w), divided by the scaling factor -> images. `generator` is ignored."""
         sample = self._decode_in_parts(lambda z: self.decoder(self.post_quant_conv(z)), z)
         return DecoderOutput(sample) if return_dict else (sample,)
 
@@ -251,9 +251,9 @@ class AutoencoderKL(Model, Tiled, Scaled):
         return_dict: bool = True,
         generator: RandomSource | Sequence[RandomSource] | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
-        """Encode and decode again: (B, 3, H, W) -> (B, 3, H, W).
+        """Encode and decode: (B, 3, H, W) -> (B, 3, H, W).
 
-        By way of the most likely latents or, with `sample_posterior`, of some drawn from the generator.
+        Uses the most likely latents or, with `sample_posterior`, random ones from the generator.
         """
         posterior = self.encode(sample, return_dict=False)[0]  # pyright: ignore[reportIndexIssue]
         return self.decode(posterior.sample(generator) if sample_posterior else posterior.mode(), return_dict)

@@ -1,4 +1,4 @@
-"""Adapters and embeddings under the ecosystem's names: what a pipeline loads, wears, mixes, fuses and takes off."""
+"""Adapters and embeddings under the ecosystem's names: loading, weighting, fusing and removing them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request adds to a checkpoint for its own pictures, and how recipes say all that was added."""
+"""What a request adds to a checkpoint for its own images, and how recipes record it."""
 
 from __future__ import annotations
 

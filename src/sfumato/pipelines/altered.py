@@ -1,4 +1,4 @@
-"""A U-Net that computes otherwise for one run, as its request asks."""
+"""A U-Net modified for one run, as its request asks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arguments of the ecosystem's calls, as a request; those that do not exist, as an error."""
+"""Turns the arguments of the ecosystem's calls into a request, and rejects those that do not exist."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["not_here", "refuse", "refuse_unknown_parts", "request_from", "split_keywords", "split_places"]
+__all__ = ["OLDER", "not_here", "refuse", "refuse_unknown_parts", "request_from", "split_keywords", "split_places"]
+
+# How older code asks for callbacks; these stand in no signature of newer pipelines, which take them all the same.
+OLDER = ("callback", "callback_steps")
 
 
 def split_keywords(
@@ -84,7 +87,7 @@ def not_here(name: str) -> UnknownArgument:
 def refuse(unknown: dict[str, Any], function: Callable[..., Any]) -> None:
     """Arguments that do not exist are an error; None, the ecosystem's way to say "not used", is harmless."""
     for name, value in unknown.items():
-        if value is not None:
+        if value is not None and name not in OLDER:
             if found("argument", name):
                 raise not_here(name)
             known = [*inspect.signature(function).parameters][1:-1]

@@ -1,4 +1,4 @@
-"""How strongly an adapter is worn, by part and block, as the ecosystem's calls say it."""
+"""Adapter weights by part and block, in the ecosystem's notation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of a pipeline folder: which there are, where each lies, how each is loaded and saved."""
+"""The components of a pipeline folder: their names, locations, and how to load and save each."""
 
 from __future__ import annotations
 
@@ -218,7 +218,12 @@ def network_class(role: str) -> Any:
 
 def check_component(part: str, value: Any) -> None:
     """Raise `UsageError` unless the value can serve as this component."""
-    if not (isinstance(value, _TYPES[part]) or (value is None and part not in REQUIRED)):
+    if value is None and part in REQUIRED:
+        raise UsageError(
+            f"{part} is None, but pipelines need every network, also to encode prompts; load it too: weights are "
+            "mapped, so a network that is not used takes no memory"
+        )
+    if value is not None and not isinstance(value, _TYPES[part]):
         names = " or ".join(cls.__name__ for cls in _TYPES[part])
         article = "an" if names.startswith("A") else "a"
         raise UsageError(

@@ -1,4 +1,4 @@
-"""What the U-Net is told beside the latents and the time."""
+"""Everything the U-Net receives besides the latents and the timestep."""
 
 from __future__ import annotations
 

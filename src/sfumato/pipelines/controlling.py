@@ -1,4 +1,4 @@
-"""The controls of a request: networks found, read and kept, and pictures as they see them."""
+"""A request's controls: loading and caching control networks, and preparing control images."""
 
 from __future__ import annotations
 

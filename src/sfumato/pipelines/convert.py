@@ -1,4 +1,4 @@
-"""Checkpoints from one layout into the other: a folder from a file, a file from a folder, or either again."""
+"""Converts checkpoints between layouts: folder to file, file to folder, or a fresh copy of either."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop. There is one, and it is a generator: the caller owns progress, previews, cancelling and memory."""
+"""The denoising loop. There is only one, and it is a generator: callers handle progress, previews and cancelling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All passes of a request: the first one, a second one over its enlarged image, and a refiner's."""
+"""The passes of a request: the first pass, a second pass over its enlarged image, and the refiner's."""
 
 from __future__ import annotations
 

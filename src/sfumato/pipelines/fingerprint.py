@@ -1,4 +1,4 @@
-"""What the weights of a network are known by, in every precision."""
+"""Identifies a network's weights independently of their precision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The check that ends every stage: values that are not finite are computed once more in float32, or named."""
+"""The check after every stage: non-finite values are recomputed in float32 or reported."""
 
 from __future__ import annotations
 

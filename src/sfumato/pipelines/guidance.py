@@ -1,4 +1,4 @@
-"""What the loop asks at each step: the U-Net's prediction, steered by the prompt."""
+"""The prediction that the loop asks for at each step: the U-Net's output, guided by the prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Between the two passes of a request (`Hires`): a finished image is enlarged, as latents or as pixels."""
+"""Between the two passes of a request (`Hires`): the image is enlarged, as latents or as pixels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images that are read like a prompt: what an IP-Adapter makes of them, for the layers that read the prompt."""
+"""Image prompts: an IP-Adapter's tokens for the layers that read the prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loading a checkpoint as planned: device, precision, and which networks are in memory when."""
+"""Loads a checkpoint as planned: device, precision, and which networks are in memory when."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several networks beside the U-Net as one part of a pipeline."""
+"""Several ControlNets or T2I-Adapters as one component of a pipeline."""
 
 from __future__ import annotations
 

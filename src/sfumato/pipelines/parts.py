@@ -1,4 +1,4 @@
-"""A loaded checkpoint as a value: everything that draws takes it, and nothing that draws knows a pipeline."""
+"""A loaded checkpoint as a value. Everything that generates takes it; nothing that generates knows a pipeline."""
 
 from __future__ import annotations
 

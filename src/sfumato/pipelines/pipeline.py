@@ -1,4 +1,4 @@
-"""A checkpoint that is ready to generate: what all pipelines have in common, whatever arguments their calls take."""
+"""The base of all pipelines: a checkpoint that is ready to generate."""
 
 from __future__ import annotations
 

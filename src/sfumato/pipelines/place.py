@@ -1,4 +1,4 @@
-"""Carrying out a plan: which network is in memory when, in which layout, and how it computes."""
+"""Carries out a plan: which network is in memory when, in which layout, and how it computes."""
 
 from __future__ import annotations
 

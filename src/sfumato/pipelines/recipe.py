@@ -1,4 +1,4 @@
-"""How an image came to be, in words a program can repeat."""
+"""Recipes: how an image was made, in a form that a program can repeat."""
 
 from __future__ import annotations
 

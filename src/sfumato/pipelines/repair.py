@@ -1,4 +1,4 @@
-"""Repairing a stage that left its precision's range: float32 without float32 weights, and a memory of where it helped.
+"""Repairs a stage whose values left their precision's range: float32 compute, remembered where it helped.
 
 The memory is a small file in the cache.
 """

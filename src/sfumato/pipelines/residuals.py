@@ -1,4 +1,4 @@
-"""What networks beside the U-Net add to it: ControlNets to its skips and its middle, T2I-Adapters on its way down."""
+"""What control networks add to the U-Net: ControlNet residuals, and T2I-Adapter features in the encoder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results: images, and how each of them was made."""
+"""Results: images, and how each one was made."""
 
 from __future__ import annotations
 

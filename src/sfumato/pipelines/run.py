@@ -1,4 +1,4 @@
-"""The path from a request to latents and pixels, which all pipelines share."""
+"""From a request to latents and pixels: the path that all pipelines share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sizes of a checkpoint, from its configs and the headers of its weight files."""
+"""A checkpoint's sizes, from its configs and the headers of its weight files."""
 
 from __future__ import annotations
 

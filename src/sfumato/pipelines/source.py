@@ -1,4 +1,4 @@
-"""Where the parts of a pipeline come from, a folder or one file, which are asked in the same words."""
+"""The source of a pipeline's components, a folder or a file, behind one interface."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stages before and after the loop: words to embeddings, noise or an image to latents, latents to an image."""
+"""The stages around the loop: prompt to embeddings, noise or image to latents, latents to image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What may change while a call is drawing: the attributes that the ecosystem's callbacks and cancel buttons set."""
+"""What may change during a call: the attributes that the ecosystem's callbacks and cancel buttons set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint is, read from its configs and headers without loading a weight."""
+"""Describes a checkpoint from its configs and headers, without loading weights."""
 
 from __future__ import annotations
 

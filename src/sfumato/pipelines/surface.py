@@ -1,4 +1,4 @@
-"""What the ecosystem's code asks of a pipeline beside drawing: its parts, its switches, its names."""
+"""The ecosystem's pipeline interface apart from generating: components, switches and names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which words a small model knows, so that it can say which words of a prompt it does not."""
+"""The vocabulary of a small model, used to warn about words in a prompt that it does not know."""
 
 from __future__ import annotations
 

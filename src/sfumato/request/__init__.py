@@ -1,4 +1,4 @@
-"""What to generate, as one frozen value: `GenerateRequest` and the records that its fields hold."""
+"""What to generate, as one frozen value: `GenerateRequest` and the records in its fields."""
 
 from sfumato.request.controls import FITS, MODE_OF, MODES, PREPROCESSORS, Control, ImagePrompt
 from sfumato.request.details import (

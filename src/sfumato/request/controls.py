@@ -1,4 +1,4 @@
-"""The parts of a request that say what else than words steers an image."""
+"""The parts of a request that steer an image by something other than words."""
 
 from __future__ import annotations
 

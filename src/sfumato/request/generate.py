@@ -104,7 +104,7 @@ class GenerateRequest(Record):
     prompt_2: str | Texts | None = None
     negative_prompt_2: str | Texts | None = None
     steps: Annotated[int, Within(1, MOST_STEPS)] | None = None
-    guidance_scale: float | None = None
+    guidance_scale: Weight | None = None
     guidance_rescale: Share = 0.0
     guidance_interval: Interval | None = None
     freeu: Reweighted | None = None

@@ -1,4 +1,4 @@
-"""What of an image is painted."""
+"""The masked area of a request."""
 
 from __future__ import annotations
 

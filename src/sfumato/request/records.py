@@ -1,4 +1,4 @@
-"""What requests are made of: frozen records that are JSON and back, and the ranges of their numbers."""
+"""The building blocks of requests: frozen records that convert to JSON and back, with numeric ranges."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The machine: which device, in which precision."""
+"""The machine: devices and precision."""

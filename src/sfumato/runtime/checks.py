@@ -1,4 +1,4 @@
-"""What Sfumato needs from a machine, checked against its facts; each problem comes with the command that fixes it."""
+"""Sfumato's requirements, checked against the machine; each problem comes with the command that fixes it."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Check", "check_machine", "dtype_support"]
 
-# A precision that reaches this share of float32's speed is the processor's own; emulation is far below.
+# A dtype that reaches this share of float32's speed is native; emulation is far slower.
 NATIVE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
 class Check:
-    """One check: "good", "poor" (works, but could be better) or "missing"; `mend` says what to do."""
+    """The result of a check: "good", "poor" (works, but could be better) or "missing". `mend` says how to fix it."""
 
     name: str
     state: str
@@ -30,7 +30,7 @@ class Check:
 
 
 def check_machine(facts: Facts) -> tuple[Check, ...]:
-    """Everything that determines whether, and how fast, images can be generated on this machine."""
+    """Check everything that determines whether, and how fast, this machine can generate images."""
     return (*_software(facts), *(_apple(facts) if facts.system == "macos" else ()), *_hardware(facts))
 
 
@@ -47,7 +47,7 @@ def _software(facts: Facts) -> Iterator[Check]:
 
 
 def _apple(facts: Facts) -> Iterator[Check]:
-    """The guides' list for Apple silicon."""
+    """Check the requirements of Apple silicon."""
     macos = release(facts.system_version)
     if macos < (12, 6):
         yield Check("macOS", "missing", facts.system_version, "update macOS to 13 or newer (12.6 at least)")
@@ -113,13 +113,13 @@ def _hardware(facts: Facts) -> Iterator[Check]:
 
 
 def _memory(name: str, free: int, total: int) -> Check:
-    scarce = free < 3 * 10**9  # Stable Diffusion 1.5 in half precision, network by network
+    scarce = free < 3 * 10**9  # what Stable Diffusion 1.5 needs in half precision, one network at a time
     found = f"{free / 1e9:.1f} GB free of {total / 1e9:.1f} GB"
     return Check(name, "poor" if scarce else "good", found, "close other programs to free memory" if scarce else "")
 
 
 def dtype_support(facts: Facts) -> dict[str, str]:
-    """For each precision: native, emulated (and how slow), absent, or not measured."""
+    """Return the support for each dtype: native, emulated (and how slow), no kernels, or not measured."""
     support = {}
     for dtype in ("float32", "bfloat16", "float16"):
         ratios = [

@@ -1,4 +1,4 @@
-"""What a plan is made of: the networks' sizes, the task, the user's wishes, and the choices themselves."""
+"""The inputs and outputs of planning: network sizes, the task, the user's settings, and the choices."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ __all__ = [
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "auto": None}
-# The networks that are in memory together for each stage, by their roles; a checkpoint may lack some.
+# The roles of the networks that are in memory together in each stage; a checkpoint may lack some.
 NETWORKS = {"text_encoder": ("text_encoder", "text_encoder_2", "image_encoder"), "unet": ("unet",), "vae": ("vae",)}
 PARTS = tuple(NETWORKS)
-# Channels of the U-Nets that begin with an image: plain ones, and those that read depth or a mask, too.
+# Input channels of U-Nets that support image-to-image: plain ones, and those that also read depth or a mask.
 _BEGUN = (4, 5, 9)
 
 
 @dataclass(frozen=True)
 class Part:
-    """Weights: how many numbers, and how many bytes they take where they are stored."""
+    """The weights of a network: number of parameters, and their stored size in bytes."""
 
     parameters: int
     stored_bytes: int
@@ -68,12 +68,12 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """A checkpoint without its weights: configs, and the number and bytes of the parameters of each part.
+    """A checkpoint without its weights: configs, and the number and size of each part's parameters.
 
-    The part `text_encoder` stands for all text encoders, whose configs are `text_encoder_configs`; the part `unet` also
-    for the networks beside the U-Net, whose configs are `control_configs`. vision_configs: those of image encoders, one
-    for each image that is read like a prompt. kept: by part, bytes of weights that adapters have changed and that are
-    kept beside what took their place.
+    The part `text_encoder` covers all text encoders, with their configs in `text_encoder_configs`. The part `unet`
+    includes ControlNets and T2I-Adapters, with their configs in `control_configs`. vision_configs: of image encoders,
+    one for each image prompt. kept: for each part, bytes of original weights kept in memory because adapters replaced
+    them.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Sizes:
 
     @property
     def text_encoder_config(self) -> CLIPTextConfig:
-        """That of the first text encoder."""
+        """The config of the first text encoder."""
         return self.text_encoder_configs[0]
 
     @property
@@ -101,18 +101,18 @@ class Sizes:
 
     @property
     def picture_size(self) -> tuple[int, int]:
-        """Width and height of the checkpoint's own images, in pixels."""
+        """Width and height of the checkpoint's native images, in pixels."""
         (height, width), factor = self.unet_config.latent_size, self.vae_config.scale_factor
         return width * factor, height * factor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A request, as far as memory and time are concerned.
+    """A request as far as memory and time are concerned.
 
-    rows: how many branches of guidance there are, with one more for each prompt joined by `AND`; tile: the side of the
-    latents that the U-Net reads at once, if not all of them.
-    Of two passes (`Hires`), this is the second, larger one, and `first` the other.
+    rows: the number of guidance branches, plus one for each prompt joined by `AND`. tile: the side of a tile in latent
+    pixels, if the U-Net processes the latents in tiles. With a highres fix (`Hires`), this is the second, larger pass,
+    and `first` is the first one.
     """
 
     sizes: Sizes
@@ -134,7 +134,7 @@ class Task:
 
     @cached_property
     def unet_layers(self) -> list[Layer]:
-        """The layers of the U-Net, and of the networks beside it, at this size, or at that of a tile."""
+        """The layers of the U-Net and its control networks at this size, or at that of a tile."""
         height, width = (min(side, self.tile or side) for side in self.latent_size)
         size = (height, width, self.sizes.tokens)
         layers, held, beside = unet_layers(self.sizes.unet_config, *size), 0, []
@@ -142,12 +142,12 @@ class Task:
             if isinstance(config, ControlNetConfig):
                 own, held = control_layers(config, *size)
                 beside += own
-        # What is added is there for as long as the U-Net runs, and any other network that adds to it.
+        # Residuals for the U-Net stay in memory while it, or another network that adds to it, is running.
         return [replace(layer, live=layer.live + held) for layer in layers + beside] if beside else layers
 
     @property
     def tiles(self) -> int:
-        """How many tiles there are."""
+        """The number of tiles."""
         return math.prod(len(tile_starts(side, self.tile or side)) for side in self.latent_size)
 
     @cached_property
@@ -173,7 +173,7 @@ class Task:
 
 
 def check_sides(factor: int, **sides: int | None) -> None:
-    """Raise `UsageError` for a width or height that is no multiple of the VAE's factor; None lets the model decide."""
+    """Raise `UsageError` if a width or height is not a multiple of the VAE's factor. None means the model's default."""
     for name, value in sides.items():
         if value is not None and value % factor:
             near = sorted({max(factor, value - value % factor), value + factor - value % factor})
@@ -190,7 +190,7 @@ def enlarged(sizes: Sizes, request: GenerateRequest) -> GenerateRequest:
 
 
 def task_of(sizes: Sizes, request: GenerateRequest) -> Task:
-    """What a request asks of a checkpoint. Raises `UsageError` for a size that its VAE cannot make."""
+    """Return the task of a request for a checkpoint. Raises `UsageError` for a size its VAE does not support."""
     width, height = request.width or sizes.picture_size[0], request.height or sizes.picture_size[1]
     factor = sizes.vae_config.scale_factor
     check_sides(factor, width=width, height=height)
@@ -223,13 +223,13 @@ def task_of(sizes: Sizes, request: GenerateRequest) -> Task:
 
 @dataclass(frozen=True, kw_only=True)
 class Wishes:
-    """Explicit choices of the user, which have precedence; None leaves a choice to the plan.
+    """Explicit choices of the user, which take precedence. None leaves a choice to the plan.
 
     dtype            of all networks (also as fp32, fp16, bf16, auto); the fields of single networks override it
     attention        "fused" or "chunked"; attention_bytes is the chunk size
-    threads          of the CPU; all other fields as in `Plan`
+    threads          number of CPU threads; all other fields are as in `Plan`
     once             nothing is generated after this request, so no network is needed again
-    settled          names of fields that describe a loaded pipeline and that nobody asked for
+    settled          names of fields that describe a loaded pipeline rather than something the user requested
     """
 
     device: str | None = None
@@ -268,20 +268,20 @@ class Wishes:
                 raise UsageError(f"{name} must be a whole number of at least 1, not {value!r}")
 
     def dtype_of(self, part: str) -> str | None:
-        """The precision wished for one of the networks."""
+        """Return the requested dtype of a network, or None."""
         return getattr(self, f"{part}_dtype") or self.dtype
 
     def wish(self, name: str) -> Any:
-        """What was wished for by the name of a choice in `Plan`, or None."""
+        """Return the requested value for a field of `Plan`, or None."""
         value = self.dtype_of(name.removesuffix("_dtype")) if name.endswith("_dtype") else getattr(self, name)
         return None if value == "auto" else value
 
     def asked(self, name: str) -> bool:
-        """Whether somebody asked for a choice, which then is the user's and not how a pipeline came to be."""
+        """Return whether the user requested a choice, rather than inheriting it from a loaded pipeline."""
         return self.wish(name) is not None and name not in self.settled
 
     def settled_as(self, choices: Mapping[str, str]) -> Wishes:
-        """The wishes for a pipeline that is loaded already, with these choices, whoever made them."""
+        """Return these wishes for a pipeline that is already loaded with the given choices."""
         unasked = {name for name, value in choices.items() if value not in (self.wish(name), f"{self.wish(name)}:0")}
         return replace(self, dtype=None, settled=frozenset(unasked), **choices)
 
@@ -294,13 +294,13 @@ class Plan:
     engine          "torch", or "onednn": weights packed once, and our own kernels; x86 only
     attention       "fused" (torch's own) or "chunked": no score matrix larger than `attention_bytes`
     micro_batch     images per call of the U-Net
-    offload         "none", or "staged": the text encoder leaves memory after encoding, the U-Net before decoding
-    steps           of the schedule, as requested
-    keep_freed      while the VAE decodes, the process keeps large freed tensors for reuse
+    offload         "none", or "staged": unload the text encoder after encoding, and the U-Net before decoding
+    steps           number of steps in the schedule, as requested
+    keep_freed      while the VAE decodes, keep large freed tensors for reuse
     reasons         one sentence per choice
-    peak_bytes      estimated peak: of the process on a CPU, of device memory elsewhere
-    free_bytes      what was free
-    seconds         estimated time; with `once` including the start of the command, otherwise without loading
+    peak_bytes      estimated peak memory: of the process on a CPU, of the device otherwise
+    free_bytes      free memory
+    seconds         estimated time; includes the start of the command with `once`, otherwise excludes loading
     """
 
     device: str
@@ -326,16 +326,16 @@ class Plan:
 
     @property
     def kind(self) -> str:
-        """The kind of device: "cpu", "cuda" or "mps"."""
+        """The device type: "cpu", "cuda" or "mps"."""
         return self.device.partition(":")[0]
 
     def dtype_of(self, part: str) -> str:
-        """The precision of one of the networks."""
+        """Return the dtype of a network."""
         return getattr(self, f"{part}_dtype")
 
 
 def published_sizes(name: str) -> Sizes:
-    """The sizes of a family's published checkpoint, stored in float32. Raises `UsageError` for one without a prompt."""
+    """Return the sizes of a family's published float32 checkpoint. Raises `UsageError` if it reads no prompt."""
     row = FAMILIES[name]
     if not row.encoders:
         raise UsageError(f"{row.title} reads no prompt; give a family that does")
@@ -364,7 +364,7 @@ def count_parameters(
     *,
     projected: bool = False,
 ) -> int:
-    """Numbers in the weights of the network that a config describes; `projected` is a text encoder's."""
+    """Return the number of parameters of a network. projected: whether a text encoder has a projection."""
     if isinstance(config, CLIPTextConfig):
         layers = text_layers(config, config.max_position_embeddings, projected=projected)
     elif isinstance(config, CLIPVisionConfig):
@@ -382,7 +382,7 @@ def count_parameters(
 
 
 def _adapter_parameters(config: T2IAdapterConfig) -> int:
-    """Of a T2I-Adapter, whose work is done once a run and counts for nothing."""
+    """Count a T2I-Adapter's parameters. Its compute is ignored: it runs once per image."""
     light, total = config.adapter_type == "light_adapter", 0
     if not light:
         total += (9 * config.in_channels * config.factor**2 + 1) * config.channels[0]

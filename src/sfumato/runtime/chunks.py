@@ -1,4 +1,4 @@
-"""How attention is cut so that its scores stay below a number of bytes, and images into tiles: the arithmetic alone."""
+"""How attention is split to bound the memory of its scores, and images into tiles: the arithmetic alone."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ __all__ = ["attention_chunk", "tile_starts"]
 
 
 def attention_chunk(pairs: int, queries: int, keys: int, element_size: int, max_bytes: int) -> tuple[int, int]:
-    """(Image, head) pairs and queries to take at a time, so that their scores take at most `max_bytes`.
+    """Return how many (image, head) pairs and queries to process at a time so that scores take at most `max_bytes`.
 
-    All queries of as many pairs as fit; where not even one pair does, as many queries of one pair as fit. Never less
-    than one query of one pair: a row of scores is not cut.
+    Either all queries of as many pairs as fit, or else as many queries of one pair as fit. At least one query of one
+    pair: a row of scores is never split.
     """
     row = keys * element_size
     at_once = max(1, min(queries, max_bytes // row))
@@ -17,6 +17,6 @@ def attention_chunk(pairs: int, queries: int, keys: int, element_size: int, max_
 
 
 def tile_starts(side: int, size: int) -> list[int]:
-    """Where tiles of a size begin, so that a side is covered and each overlaps the next by a quarter or more."""
+    """Return the start positions of tiles that cover a side, where neighbors overlap by at least a quarter."""
     count = 1 + max(0, -(-(side - size) // max(1, size * 3 // 4)))
     return [round(i * (side - size) / (count - 1)) for i in range(count)] if count > 1 else [0]

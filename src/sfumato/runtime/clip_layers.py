@@ -1,4 +1,4 @@
-"""The work of CLIP's encoders of texts and images, layer by layer."""
+"""The compute of CLIP's text and image encoders, layer by layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["text_layers", "vision_layers"]
 
 
 def text_layers(config: CLIPTextConfig, tokens: int, *, projected: bool = False) -> list[Layer]:
-    """The text encoder on one prompt, with its projection or without."""
+    """Return the layers of a text encoder for one prompt, with or without the projection."""
     walk, width = Walk(), config.hidden_size
     size = width * tokens
     walk.add("embedding", (config.vocab_size + config.max_position_embeddings) * width, 0, 3 * size, size)
@@ -26,7 +26,7 @@ def text_layers(config: CLIPTextConfig, tokens: int, *, projected: bool = False)
 
 
 def vision_layers(config: CLIPVisionConfig) -> list[Layer]:
-    """The image encoder on one image, with its projection."""
+    """Return the layers of an image encoder for one image, with the projection."""
     walk, width, tokens = Walk(), config.hidden_size, config.tokens
     walk.add("embedding", (tokens + 1) * width, 0, 3 * width * tokens, width * tokens)
     walk.linear(config.num_channels * config.patch_size**2, width, tokens, bias=False)

@@ -1,4 +1,4 @@
-"""Which device to use, and in which precision."""
+"""Selects the device and the precision."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
     "reused_memory",
 ]
 
-# mallopt's options (malloc.h).
+# Options of mallopt (malloc.h).
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 DTYPES = {
@@ -43,7 +43,7 @@ DTYPES = {
 
 
 def parse_device(name: str | None) -> torch.device:
-    """A device by name, or the best one present if None. Raises `UsageError` if it is unknown or absent."""
+    """Parse a device name; None is the best device present. Raises `UsageError` if it is unknown or absent."""
     if name is None or (isinstance(name, str) and name == "auto"):
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if _present(kind)))
     if not isinstance(name, str | torch.device):
@@ -61,7 +61,7 @@ def parse_device(name: str | None) -> torch.device:
 
 
 def as_device(device: Any) -> torch.device:
-    """A device for tensors, available or not; the CPU if None. Raises `UsageError` for what is none."""
+    """Convert to a torch device, present or not; None is the CPU. Raises `UsageError` if that is not possible."""
     try:
         return torch.device("cpu" if device is None else device)
     except (RuntimeError, TypeError, ValueError) as error:
@@ -78,7 +78,7 @@ def _present(kind: str) -> bool:
 
 @cache
 def _metal_gives_memory() -> bool:
-    """Virtual Macs name a Metal device, and every allocation on it fails (runner-images #9918)."""
+    """Return whether Metal can allocate. Virtual Macs list a Metal device that cannot (runner-images #9918)."""
     try:
         torch.empty(1, device="mps")
     except RuntimeError:
@@ -87,7 +87,7 @@ def _metal_gives_memory() -> bool:
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:
-    """A precision by name; None and "auto" stay None. Raises `UsageError` for an unknown one."""
+    """Parse a dtype name; None and "auto" give None. Raises `UsageError` for an unknown name."""
     if name is None or name == "auto":
         return None
     if name not in DTYPES:
@@ -96,25 +96,25 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
 
 
 def check_dtype(dtype: object) -> None:
-    """Raise `UsageError` unless this is a precision that weights can have."""
+    """Raise `UsageError` unless this is a floating-point dtype."""
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UsageError(f"dtype must be a precision such as torch.float16, not {shown(dtype)}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The way back: a precision's plain name, "float16"."""
+    """Return a dtype's plain name, such as "float16". Raises `UsageError` for anything else."""
     if not isinstance(dtype, torch.dtype):
         raise UsageError(f"dtype must be a precision such as torch.float16, not {shown(dtype)}")
     return str(dtype).removeprefix("torch.")
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """The fastest safe precision: float16 on CUDA; float32 on a CPU and on MPS, whose attention overflows in half."""
+    """Return the fastest safe dtype: float16 on CUDA; float32 on CPUs, and on MPS, where attention can overflow."""
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
 def ran_out_of_memory(error: Exception) -> bool:
-    """Whether an exception means that memory ran out; on a CPU, torch says so in words only."""
+    """Return whether an exception means out of memory; on a CPU, only torch's message says so."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate memory" in str(error))
@@ -122,11 +122,11 @@ def ran_out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def reused_memory() -> Iterator[None]:
-    """Within the block the C library keeps large tensors that are freed for the next one of their size.
+    """Make the C library keep large freed tensors for reuse inside this context.
 
-    Otherwise it returns them to the system, which hands them out again page by page, cleared: a fifth of the time of
-    decoding an image. GNU's library only; others keep memory by themselves. Afterwards its thresholds are those it
-    settles on by itself (mallopt(3)), 32 MiB for maps and twice that for trimming, and what was kept is given back.
+    By default it returns them to the system, which hands them out again page by page, zeroed: a fifth of the decoding
+    time. Only affects the GNU C library; others reuse memory by default. On exit, thresholds are set to the values that
+    it adapts to itself (mallopt(3)), 32 MiB for mmap and twice that for trimming, and unused memory is released.
     """
     change = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: None)
     change(M_MMAP_THRESHOLD, 2**30)
@@ -140,9 +140,9 @@ def reused_memory() -> Iterator[None]:
 
 
 def release_memory(device: torch.device) -> None:
-    """Give back what was freed but is kept for later: by torch on an accelerator, by the C library on a CPU."""
+    """Release cached memory: torch's cache on an accelerator, the C library's on a CPU."""
     if device.type == "cpu" and sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # other C libraries than GNU's return it by themselves
+        with suppress(OSError, AttributeError):  # C libraries other than GNU's return it by default
             ctypes.CDLL(None).malloc_trim(0)
     elif device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""What a machine is: a frozen value, read from the machine at hand or from a JSON file, which simulates any other."""
+"""Machine facts: a frozen value, read from this machine or from a JSON file that describes another."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ log = logging.getLogger("sfumato")
 
 MACHINES = Path(__file__).parent / "machines"
 LIBRARIES = ("torch", "safetensors", "tokenizers", "numpy")
-# What is measured (runtime/speeds.py); another number where that changes, so that older speeds are not taken for it.
+# The version of what runtime/speeds.py measures. Increase it when that changes, so that older results are ignored.
 MEASURED = 2
 SYSTEMS = {"linux": "linux", "darwin": "macos", "win32": "windows"}
 ARCHITECTURES = {"amd64": "x86_64", "aarch64": "arm64"}
@@ -48,18 +48,18 @@ ARCHITECTURES = {"amd64": "x86_64", "aarch64": "arm64"}
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """A machine as one process meets it. Sizes are bytes, speeds operations a second.
+    """A machine as seen by one process. Sizes are in bytes, speeds in operations per second.
 
     accelerator         the best device: "cpu", "cuda" or "mps"; its name, and on CUDA its compute capability
-    memory_total, _free of the system, control groups and `ulimit -v` counted; what this process holds is free to it
-    address_limited     memory_free is address space (`ulimit -v`), so mapped files count, too
-    accelerator_memory_total, _free   None on a CPU and where memory is unified
-    cores, load         cores this process may use; how many of them others keep busy
+    memory_total, _free limited by control groups and `ulimit -v`; memory this process already holds counts as free
+    address_limited     memory_free is address space (`ulimit -v`), so mapped files count too
+    accelerator_memory_total, _free   None on a CPU and for unified memory
+    cores, load         cores this process may use; how many of them other processes keep busy
     instructions        of avx2, avx512, avx512_vnni, avx512_bf16, amx_bf16, neon, neon_bf16
-    cache_l2, cache_l3  one core's second-level cache; the third level, shared
+    cache_l2, cache_l3  size of one core's level 2 cache, and of the shared level 3 cache
     compiler            path of a C compiler
-    onednn              torch's oneDNN operations on packed weights give right results
-    speeds              measured: "conv_bfloat16" and its like to operations a second (`sfumato doctor`)
+    onednn              torch's oneDNN operations on packed weights give correct results
+    speeds              measured by `sfumato doctor`: operations per second for "conv_bfloat16" and so on
     """
 
     name: str
@@ -89,34 +89,34 @@ class Facts:
 
     @property
     def free_cores(self) -> int:
-        """Cores that nobody else keeps busy, at least one."""
+        """Number of idle cores, at least one."""
         return max(1, self.cores - int(self.load + 0.5))
 
     @property
     def quirks(self) -> tuple[Quirk, ...]:
-        """Known troubles of this system with this version of torch."""
+        """Known issues of this system with this version of torch."""
         return known_quirks(self.system_version, self.accelerator, self.libraries.get("torch", ""))
 
     def native_bfloat16(self, device: str) -> bool:
-        """Whether a kind of device itself multiplies in bfloat16: cards from Ampere on, and Metal, do."""
+        """Return whether a device type multiplies bfloat16 natively, as GPUs since Ampere and Metal do."""
         if device != "cpu":
             return device == "mps" or (self.compute_capability or (0, 0)) >= (8, 0)
         return not {"avx512_bf16", "amx_bf16", "neon_bf16"}.isdisjoint(self.instructions)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON values."""
+        """Return the fields as JSON values."""
         values = dataclasses.asdict(self)
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     def to_json(self, path: str | PathLike[str]) -> None:
-        """Write the fields to a file. Raises `OutputError` if it cannot be written."""
+        """Write the fields to a JSON file. Raises `OutputError` if it cannot be written."""
         file = output_file(path)
         output_folder(file.parent)
         write_json(file, self.to_dict())
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "facts") -> Self:
-        """From JSON values. Raises `ConfigError` naming `where` and the key that is missing, unknown or nonsense."""
+        """Build from JSON values. Raises `ConfigError`, naming `where`, for missing, unknown or invalid keys."""
         check_fields(cls, values, where)
         frozen: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
         facts = cls(**frozen)
@@ -125,7 +125,7 @@ class Facts:
 
     @classmethod
     def from_json(cls, path: str | PathLike[str]) -> Self:
-        """Read facts from a file. Raises `UsageError` if there is none to read, `ConfigError` for nonsense in it."""
+        """Read a JSON file. Raises `UsageError` if it cannot be read and `ConfigError` for invalid values."""
         try:
             values = read_json(expanded(path))
         except CheckpointError as error:
@@ -136,12 +136,12 @@ class Facts:
 
 
 def machine_names() -> tuple[str, ...]:
-    """The machines whose facts come with the package."""
+    """Return the names of the machines whose facts ship with the package."""
     return tuple(sorted(path.stem for path in MACHINES.glob("*.json")))
 
 
 def machine(name: str) -> Facts:
-    """The facts of a machine that come with the package. Raises `UsageError` for an unknown name."""
+    """Return the facts of a machine that ships with the package. Raises `UsageError` for an unknown name."""
     if name not in machine_names():
         known = ", ".join(machine_names())
         raise UsageError(f"there is no machine {name!r}{suggest(name, machine_names())}; use one of {known}")
@@ -149,12 +149,12 @@ def machine(name: str) -> Facts:
 
 
 def facts_named(name: str) -> Facts:
-    """The facts of a shipped machine by its name, or those in a JSON file by its path."""
+    """Return facts by name, if they ship with the package, or from the path of a JSON file."""
     return Facts.from_json(name) if name.endswith(".json") or os.sep in name else machine(name)
 
 
 def _check_together(facts: Facts, where: str) -> None:
-    """What no single field can say of itself."""
+    """Raise `ConfigError` for fields that contradict each other."""
     pairs = [("memory_free", "memory_total"), ("accelerator_memory_free", "accelerator_memory_total")]
     for free, total in pairs:
         some, whole = getattr(facts, free), getattr(facts, total)
@@ -169,9 +169,9 @@ def _check_together(facts: Facts, where: str) -> None:
 
 
 def read_facts(device: str | None = None) -> Facts:
-    """The facts of the machine at hand, as seen by this process now; takes a tenth of a second.
+    """Return the facts of this machine as seen by this process now. Takes a tenth of a second.
 
-    `device` restricts the accelerator ("cpu", "cuda", "cuda:1", "mps"); the best one present if None. Raises
+    device: restricts the accelerator ("cpu", "cuda", "cuda:1", "mps"); by default, the best one present. Raises
     `UsageError` if it is unknown or absent.
     """
     import torch
@@ -209,18 +209,18 @@ def read_facts(device: str | None = None) -> Facts:
 
 
 def kept_name(facts: Facts) -> str:
-    """Under which name of the cache the speeds of this machine with this version of torch are kept."""
+    """Return the cache key for the speeds of this machine with this version of torch."""
     key = (MEASURED, facts.processor, facts.accelerator_name, facts.cores, facts.system, facts.libraries.get("torch"))
     return f"speeds/{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
 
 
 def cached_speeds(facts: Facts) -> Mapping[str, float]:
-    """The speeds measured earlier; none if nobody has."""
+    """Return the speeds measured earlier; empty if there are none."""
     return read_kept(kept_name(facts), lambda values: check_speeds(values, "speeds"))
 
 
 def refreshed(facts: Facts) -> Facts:
-    """The facts of this same machine with the memory that is free now."""
+    """Return the facts with the current amount of free memory."""
     total, free, address_limited = _memory()
     now = _accelerator(facts.accelerator, None, free)
     values = {key: now[key] for key in ("accelerator_memory_free", "accelerator_memory_total") if key in now}
@@ -229,7 +229,7 @@ def refreshed(facts: Facts) -> Facts:
 
 
 def _memory() -> tuple[int, int, bool]:
-    """Total bytes, bytes this process may come to hold, and whether those are bytes of address space."""
+    """Return total bytes, bytes available to this process, and whether they are address space."""
     import psutil
 
     groups, system, own = limits.ControlGroups(), psutil.virtual_memory(), psutil.Process().memory_info()
@@ -243,7 +243,7 @@ def _memory() -> tuple[int, int, bool]:
 
 
 def _load(cpus: tuple[int, ...]) -> float:
-    """Cores among these that others keep busy, from a short look: a load average lags by a minute."""
+    """Return how many of these cores other processes keep busy. Sampled, because a load average lags by a minute."""
     import psutil
 
     process = psutil.Process()
@@ -264,11 +264,11 @@ def _accelerator(kind: str, index: int | None, memory_free: int) -> dict[str, An
             "accelerator_name": properties.name,
             "compute_capability": (properties.major, properties.minor),
             "accelerator_memory_total": total,
-            # What torch keeps for this process is free to it.
+            # Memory that torch has reserved for this process counts as free.
             "accelerator_memory_free": min(total, free + torch.cuda.memory_reserved(index or 0)),
         }
     if kind == "mps":
-        # Metal works well only up to this part of the unified memory.
+        # Metal works well only up to this share of the unified memory.
         allowed = torch.mps.recommended_max_memory()
         name = processor.processor_name()
         return {

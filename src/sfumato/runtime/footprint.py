@@ -1,4 +1,4 @@
-"""How many bytes and seconds a plan takes: the layers' own counts, and a few coefficients that were measured."""
+"""The memory and time of a plan: layer counts and a few measured coefficients."""
 
 from __future__ import annotations
 
@@ -28,30 +28,30 @@ __all__ = [
 ]
 
 MIB = 2**20
-# A process that has imported everything and run each kind of layer once; device memory is counted without its context.
+# A process that has imported everything and run each kind of layer once. Device memory excludes the CUDA context.
 BASELINE = {"cpu": 300 * MIB, "cuda": 0, "mps": 300 * MIB}
-# What kernels take for themselves beside their inputs and outputs.
+# Kernel workspaces, in addition to inputs and outputs.
 WORKSPACE = {"cpu": 16 * MIB, "cuda": 256 * MIB, "mps": 128 * MIB}
-# What a compiler adds to a process.
+# What torch.compile adds to a process.
 COMPILER = 700 * MIB
-# Scores and the softmax of them are there at the same time.
+# Scores and their softmax are in memory at the same time.
 SCORE_BUFFERS = 2
-# Latents, saved ones and past predictions of a sampler, in float32.
+# Latents, saved latents and past predictions of a sampler, in float32.
 SAMPLER_STATES = 8
-# Decoded pixels, the same in float32, and clipped to [0, 1].
+# Decoded pixels, their float32 copy, and the result clipped to [0, 1].
 PIXEL_BUFFERS = 3
-# Packed for oneDNN, upsampling layers hold their taps twice; and while layers are packed, what the last ones held is
-# given back only now and then.
+# When packed for oneDNN, upsampling layers store their taps twice; and during packing, the memory of earlier layers is
+# only released now and then.
 PACKED, UNRELEASED = 1.08, 64 * MIB
-# What is kept when it is freed is not always what is needed next.
+# Kept memory is not always the size that is needed next.
 KEPT = 3
-# Casting holds a window of the file beside the result: a sixty-fourth of it.
+# Casting maps a window of the file in addition to the result: a sixty-fourth of the file.
 CAST_PARTS = 64
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes at the peak of each stage."""
+    """Peak memory of each stage in bytes."""
 
     encode: int
     denoise: int
@@ -59,12 +59,12 @@ class Footprint:
 
     @property
     def peak(self) -> int:
-        """The largest of the stages."""
+        """The peak over all stages."""
         return max(self.encode, self.denoise, self.decode)
 
 
 def footprint(facts: Facts, task: Task, plan: Plan) -> Footprint:
-    """The bytes that carrying out the plan holds at most, stage by stage."""
+    """Estimate the peak memory of a plan, stage by stage."""
     latents = 4 * task.sizes.unet_config.in_channels * task.latent_size[0] * task.latent_size[1]
     picture = 3 * task.height * task.width
     always = BASELINE[plan.kind] + WORKSPACE[plan.kind] + (COMPILER if plan.compile else 0)
@@ -85,7 +85,7 @@ def footprint(facts: Facts, task: Task, plan: Plan) -> Footprint:
 
 
 def decoded_layers(task: Task, plan: Plan) -> list[Layer]:
-    """The decoder's layers as the plan runs them: over a whole image, or over one tile."""
+    """Return the decoder's layers as planned: for a whole image or for one tile."""
     height, width = task.latent_size
     if not plan.vae_tiling:
         return task.decoder_layers
@@ -96,7 +96,7 @@ def decoded_layers(task: Task, plan: Plan) -> list[Layer]:
 
 
 def largest_tensor(plan: Plan, task: Task) -> tuple[int, int]:
-    """Bytes and numbers of the largest tensor that the U-Net or the decoder makes, scores not counted."""
+    """Return the bytes and elements of the largest tensor in the U-Net or the decoder, excluding scores."""
     unet = plan.micro_batch * task.rows * max(layer.largest for layer in task.unet_layers)
     at_once = 1 if plan.vae_slicing else plan.micro_batch
     vae = at_once * max(layer.largest for layer in decoded_layers(task, plan))
@@ -105,7 +105,7 @@ def largest_tensor(plan: Plan, task: Task) -> tuple[int, int]:
 
 
 def _held(facts: Facts, task: Task, plan: Plan, running: str) -> int:
-    """Weights in memory while one of the networks runs, and what loading it takes on top."""
+    """Return the size of the weights in memory while a network runs, plus the overhead of loading it."""
     present = PARTS if plan.offload == "none" else (running,)
     total = 0
     for part in present:
@@ -113,14 +113,14 @@ def _held(facts: Facts, task: Task, plan: Plan, running: str) -> int:
         total += parameters * DTYPE_BYTES[plan.dtype_of(part)]
     if plan.engine == "onednn":
         total = int(PACKED * total) + UNRELEASED
-    if plan.kind != "cuda":  # from where a GPU computes, the host keeps them
+    if plan.kind != "cuda":  # with CUDA, they are kept on the host
         total += sum(task.sizes.kept.get(part, 0) for part in present)
     stored = max(getattr(task.sizes, part).stored_bytes for part in present)
     return total + (stored if facts.address_limited else stored // CAST_PARTS)
 
 
 def _live(plan: Plan, layers: Sequence[Layer], part: str, rows: int = 1, *, chunked: bool = True) -> int:
-    """Activations at the widest point, scores included where they are held."""
+    """Return the peak size of activations, including scores that are stored."""
     size = DTYPE_BYTES[plan.dtype_of(part)]
     live = (rows * layer.live * size + (_scores(plan, layer, rows, size) if chunked else 0) for layer in layers)
     return max(live, default=0)
@@ -130,18 +130,18 @@ def _scores(plan: Plan, layer: Layer, rows: int, size: int) -> int:
     shape = layer.attention
     if shape is None or plan.attention == "fused":
         return 0
-    # On MPS scores and softmax are float32, whatever the weights are.
+    # On MPS, scores and softmax are float32 whatever the dtype of the weights.
     whole = rows * shape.heads * shape.queries * shape.keys * (4 if plan.kind == "mps" else size)
     return SCORE_BUFFERS * min(whole, plan.attention_bytes or whole)
 
 
 def unet_call_seconds(facts: Facts, task: Task, plan: Plan) -> float:
-    """Estimated time of one call of the U-Net for a full micro-batch."""
+    """Estimate the time of one U-Net call for a full micro-batch, in seconds."""
     return plan.micro_batch * task.rows * _seconds(facts, plan, task.unet_layers, "unet")
 
 
 def seconds_of(facts: Facts, task: Task, plan: Plan) -> float:
-    """Estimated time of all stages, including compiling where planned, without loading."""
+    """Estimate the time of all stages in seconds, including planned compilation but not loading."""
     encode = task.prompts * task.rows * _seconds(facts, plan, task.text_layers, "text_encoder")
     encode += _seconds(facts, plan, task.vision_layers, "text_encoder")
     if task.from_picture:
@@ -154,9 +154,9 @@ def seconds_of(facts: Facts, task: Task, plan: Plan) -> float:
 
 
 def start_seconds(facts: Facts, task: Task, plan: Plan) -> float:
-    """Estimated time of a command beside computing: starting Python, importing torch, reading weights, first use."""
+    """Estimate a command's overhead in seconds: starting Python, importing torch, reading weights, first use."""
     stored = sum(getattr(task.sizes, part).stored_bytes for part in PARTS)
-    crowd = max(1.0, (facts.load + 1) / max(facts.cores, ceil(facts.load)))  # threads that share the cores
+    crowd = max(1.0, (facts.load + 1) / max(facts.cores, ceil(facts.load)))  # threads share the cores
     return crowd * (START_SECONDS[plan.kind] + stored / READ_BYTES_PER_SECOND)
 
 
@@ -168,9 +168,9 @@ def _seconds(facts: Facts, plan: Plan, layers: Sequence[Layer], part: str) -> fl
     return total * ELEMENTWISE
 
 
-# Measured on a CPU (docs/log.md), estimated for GPUs, whose drivers start too.
+# Measured on a CPU (docs/log.md), estimated for GPUs, which also start a driver.
 START_SECONDS = {"cpu": 2.2, "cuda": 5.0, "mps": 3.5}
-# Reading weights, from memory rather than from a disk, and casting or packing them.
+# Reading weights from the page cache rather than a disk, and casting or packing them.
 READ_BYTES_PER_SECOND = 1.0e9
-# Norms, activations, additions and copies, as a share of the multiplications.
+# Norms, activations, additions and copies, relative to the multiplications.
 ELEMENTWISE = 1.2

@@ -1,6 +1,6 @@
-"""Where random numbers come from: torch's generators, NumPy's stream as in Apple's Core ML runners, or CUDA's.
+"""Random number sources: torch's generators, NumPy's stream as in Apple's Core ML runners, or CUDA's.
 
-A source is anything with torch's own `device`, `initial_seed`, `get_state` and `set_state`; `normal` draws from any.
+A source has `device`, `initial_seed`, `get_state` and `set_state`, like `torch.Generator`; `normal` accepts any source.
 """
 
 from __future__ import annotations
@@ -29,65 +29,65 @@ __all__ = [
 class NumpyGenerator:
     """NumPy's legacy stream of normal numbers: a Mersenne Twister and the polar method, in float64.
 
-    Apple's runners draw their noise from it (`np.random.seed` and `np.random.randn`, and the same written in Swift).
-    Whatever a run draws, noise of the steps included, goes on in the one stream.
+    Apple's runners generate their noise this way (`np.random.seed` and `np.random.randn`, and the same in Swift). All
+    noise of a run, including that of the steps, comes from a single stream.
     """
 
     device = torch.device("cpu")
 
     def __init__(self, seed: int) -> None:
-        """Begin the stream of a seed from 0 to 2**32 - 1; raises `UsageError` for another one."""
+        """Start a stream from a seed between 0 and 2**32 - 1. Raises `UsageError` for any other seed."""
         if not 0 <= seed <= LARGEST_SEEDS["numpy"]:
             raise UsageError(f"NumPy's stream has seeds from 0 to 2**32 - 1, not {seed}")
         self._seed = seed
         self._stream = np.random.RandomState(seed)
 
     def initial_seed(self) -> int:
-        """The seed it began with."""
+        """Return the initial seed."""
         return self._seed
 
     def get_state(self) -> Any:
-        """Where the stream stands now, for `set_state`."""
+        """Return the current state, for `set_state`."""
         return self._stream.get_state()
 
     def set_state(self, state: Any) -> None:
-        """Go back to where `get_state` was called."""
+        """Restore a state from `get_state`."""
         self._stream.set_state(state)
 
     def randn(self, shape: Sequence[int]) -> Tensor:
-        """The next standard normal numbers, drawn in float64 and rounded to float32."""
+        """Return the next standard normal numbers as float32, generated in float64."""
         return torch.from_numpy(self._stream.standard_normal(tuple(shape)).astype(np.float32))
 
 
 class PhiloxGenerator:
     """The normal numbers of torch on an NVIDIA GPU: Philox 4x32-10 (Salmon et al., SC 2011) and Box-Muller.
 
-    Number i of the k-th draw is of the counter (k, 0, i, 0) and the key that is the seed, so that no number depends on
-    the others. It holds for draws of no more numbers than the GPU runs threads at once, about 100,000: latents of
-    1024 × 1024 pixels have 65,536.
+    Number i of call k comes from the counter (k, 0, i, 0), with the seed as the key, so that numbers are independent of
+    one another. This holds for calls of up to as many numbers as the GPU runs threads at once, about 100,000: latents
+    of 1024 × 1024 pixels have 65,536.
     """
 
     device = torch.device("cpu")
 
     def __init__(self, seed: int) -> None:
-        """Begin the stream of a seed from 0 to 2**64 - 1."""
+        """Start a stream from a seed between 0 and 2**64 - 1."""
         self._seed = seed
         self._draws = 0
 
     def initial_seed(self) -> int:
-        """The seed it began with."""
+        """Return the initial seed."""
         return self._seed
 
     def get_state(self) -> Any:
-        """Where the stream stands now, for `set_state`."""
+        """Return the current state, for `set_state`."""
         return self._draws
 
     def set_state(self, state: Any) -> None:
-        """Go back to where `get_state` was called."""
+        """Restore a state from `get_state`."""
         self._draws = state
 
     def randn(self, shape: Sequence[int]) -> Tensor:
-        """The next standard normal numbers, float32."""
+        """Return the next standard normal numbers as float32."""
         n = int(np.prod(shape))
         counter = [np.full(n, self._draws), np.zeros(n), np.arange(n), np.zeros(n)]
         x, y, *_ = philox([part.astype(np.uint64) for part in counter], (self._seed & _LOW, self._seed >> 32))
@@ -104,7 +104,7 @@ _LOW = 0xFFFFFFFF
 
 
 def philox(counter: Sequence[np.ndarray], key: tuple[int, int]) -> list[np.ndarray]:
-    """Ten rounds of Philox 4x32 (Salmon et al., SC 2011, section 3.3): four uint64 arrays of 32 bits each to such."""
+    """Apply ten rounds of Philox 4x32 (Salmon et al., SC 2011, section 3.3) to four uint64 arrays of 32-bit values."""
     a, b, c, d = counter
     for number in range(10):
         first, second = ((key[i] + number * (0x9E3779B9, 0xBB67AE85)[i]) & _LOW for i in (0, 1))
@@ -119,9 +119,10 @@ def philox(counter: Sequence[np.ndarray], key: tuple[int, int]) -> list[np.ndarr
 
 
 class TurnedGenerator:
-    """A source whose first draw is turned towards another's, and which then goes on with one of its own or the same.
+    """A source whose first call interpolates between two streams; later calls use `then`, or the first stream.
 
-    As A1111 draws: the first noise between those of two seeds, on the sphere; that of the steps anew where `then` is.
+    Matches A1111: the initial noise is interpolated on the sphere between two seeds, and the noise of the steps may
+    have a seed of its own.
     """
 
     device = torch.device("cpu")
@@ -133,23 +134,23 @@ class TurnedGenerator:
         self._begun = False
 
     def initial_seed(self) -> int:
-        """The seed of the first draw."""
+        """Return the seed of the first stream."""
         return self._first.initial_seed()
 
     def get_state(self) -> Any:
-        """Where all its streams stand now, for `set_state`."""
+        """Return the current state of all streams, for `set_state`."""
         streams = (self._first, self._towards, self._then)
         return self._begun, [None if one is None else one.get_state() for one in streams]
 
     def set_state(self, state: Any) -> None:
-        """Go back to where `get_state` was called."""
+        """Restore a state from `get_state`."""
         self._begun, states = state
         for stream, kept in zip((self._first, self._towards, self._then), states, strict=True):
             if stream is not None:
                 stream.set_state(kept)
 
     def randn(self, shape: Sequence[int]) -> Tensor:
-        """The next standard normal numbers (…, h, w), float32."""
+        """Return the next standard normal numbers (…, h, w) as float32."""
         if self._begun:
             return normal(shape, self._then, self.device)
         self._begun = True
@@ -160,9 +161,9 @@ class TurnedGenerator:
 
 
 def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
-    """From a to b along the sphere (Shoemake 1985), each column of the last but one dimension by its own angle.
+    """Interpolate from a to b on the sphere (Shoemake 1985), with one angle per column of the second-to-last dimension.
 
-    As A1111 has it, its mistake included: nearly parallel ones are mixed the other way around.
+    Matches A1111, including its bug: nearly parallel tensors are mixed the wrong way around.
     """
     dot = (a / a.norm(dim=-2, keepdim=True) * (b / b.norm(dim=-2, keepdim=True))).sum(-2, keepdim=True)
     if dot.mean() > 0.9995:
@@ -176,7 +177,7 @@ RandomSource = Stream | TurnedGenerator
 
 
 def generator_for(rng: str, seed: int, noise: Noise | None = None) -> RandomSource:
-    """The source that a request's `rng` and `noise` name, at its beginning, on the CPU."""
+    """Return a new CPU source for a request's `rng` and `noise`."""
     first = _stream(rng, seed)
     if noise is None or (noise.variation_seed, noise.step_seed, noise.step_rng) == (None, None, None):
         return first
@@ -194,7 +195,7 @@ def _stream(rng: str, seed: int) -> Stream:
 
 
 def normal(shape: Sequence[int], source: RandomSource | None, device: torch.device) -> Tensor:
-    """Standard normal numbers in float32 on a device, drawn where the source is; None is torch's default one there."""
+    """Return standard normal numbers as float32, generated on the source's device. None: torch's default generator."""
     if source is not None and not isinstance(source, torch.Generator):
         return source.randn(shape).to(device)
     place = device if source is None else source.device

@@ -1,8 +1,8 @@
-"""The work of the networks, layer by layer, counted from their configs alone: no weights, no torch.
+"""The compute of the networks, layer by layer, from their configs alone: no weights, no torch.
 
-Each layer says how many parameters it has, how many operations it takes (a multiplication and an addition are two), and
-how many numbers are held while it runs: what the layers around it still need, its inputs and its outputs. All is for
-one row of a batch: one image, or one of the two passes of guidance.
+Each layer has a number of parameters, of operations (a multiplication and an addition are two), and of values held in
+memory while it runs: its inputs, its outputs, and what the surrounding layers still need. All of this is per row of a
+batch: one image, or one of the two guidance branches.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ GEGLU_WIDTHS = 16
 
 @dataclass(frozen=True)
 class Attention:
-    """The shape of one attention: heads, queries, keys."""
+    """The shape of an attention layer: heads, queries and keys."""
 
     heads: int
     queries: int
@@ -41,7 +41,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Layer:
-    """A "conv", "linear", "attention", "norm" or "embedding"; `live` and `largest` count numbers, not bytes."""
+    """A "conv", "linear", "attention", "norm" or "embedding". `live` and `largest` count elements, not bytes."""
 
     kind: str
     parameters: int = 0
@@ -53,7 +53,7 @@ class Layer:
 
 @dataclass
 class Walk:
-    """Collects layers; `held` numbers stay alive beside whatever runs now (skip connections)."""
+    """Collects layers. `held` counts elements that stay in memory during later layers (skip connections)."""
 
     layers: list[Layer] = field(default_factory=list)
     held: int = 0
@@ -77,7 +77,7 @@ class Walk:
         read: int = 0,
         bias: bool = True,
     ) -> None:
-        """A convolution to `pixels`; reads as many pixels as it writes, unless `read` says otherwise."""
+        """Add a convolution with `pixels` output pixels, and as many input pixels unless `read` is given."""
         size, result = channels * (read or pixels), out * pixels
         weights = kernel * kernel * channels * out
         parameters = weights + (out if bias else 0)
@@ -92,7 +92,7 @@ class Walk:
         self.add(kind, parameters, 2 * channels * out * rows, live, max(channels, out) * rows)
 
     def attend(self, channels: int, shape: Attention, *, beside: int) -> None:
-        """Scores and weighted sum: queries, keys, values and the result are held, the scores counted apart."""
+        """Add attention. Queries, keys, values and the result are counted as live; scores are counted separately."""
         operations = 4 * channels * shape.queries * shape.keys
         live = beside + 2 * channels * (shape.queries + shape.keys)
         self.layers.append(Layer("attention", 0, operations, self.held + live, channels * shape.queries, shape))
@@ -100,7 +100,7 @@ class Walk:
     def resnet(
         self, channels: int, out: int, pixels: int, *, time: int | None, beside: int = 0, twice: int = 1
     ) -> None:
-        """Norm, activation and convolution, twice, around a shortcut; `twice` = 2 where time gives scale and shift."""
+        """Add a residual block; `twice` = 2 if the time embedding gives scale and shift."""
         size, result = channels * pixels, out * pixels
         self.norm(channels, beside + 3 * size)
         self.conv(channels, out, pixels, beside=beside + size)
@@ -123,7 +123,7 @@ class Walk:
         only_cross: bool,
         linear: bool,
     ) -> None:
-        """Add what such a block consists of."""
+        """Add the layers of a transformer."""
         size = channels * pixels
         project = "linear" if linear else "conv"
         self.norm(channels, 3 * size)
@@ -143,23 +143,23 @@ class Walk:
         self.linear(channels, channels, pixels, beside=size, kind=project)
 
     def upsample(self, channels: int, pixels: int, larger: int) -> None:
-        """Add what such a block consists of."""
+        """Add the layers of an upsampler."""
         self.conv(channels, channels, larger, beside=channels * pixels)
 
 
 def unet_layers(config: UNet2DConditionConfig, height: int, width: int, tokens: int) -> list[Layer]:
-    """The U-Net on latents of height × width, told by `tokens` embeddings."""
+    """Return the layers of a U-Net for latents of height × width and a prompt of `tokens` embeddings."""
     return (_KUNet if config.is_k else _UNet)(config, height, width, tokens).layers
 
 
 def control_layers(config: ControlNetConfig, height: int, width: int, tokens: int) -> tuple[list[Layer], int]:
-    """A ControlNet beside a U-Net on latents of height × width, and the numbers that it adds to the U-Net."""
+    """Return the layers of a ControlNet for latents of height × width, and the number of residual elements."""
     walk = _ControlNet(config, height, width, tokens)
     return walk.layers, walk.added
 
 
 class _UNet(Walk):
-    """The walk through the U-Net; `skips` are (channels, level) of the skip connections that are held."""
+    """The layers of a U-Net. `skips` are (channels, level) of the skip connections in memory."""
 
     def __init__(self, config: UNet2DConditionConfig, height: int, width: int, tokens: int) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ class _UNet(Walk):
     def block(
         self, level: int, channels: int, *, depth: int | None = None, only_cross: bool = False, beside: int = 0
     ) -> None:
-        """A residual block and, where there is a depth, as many transformer blocks behind it."""
+        """Add a residual block and, if there is a depth, as many transformer blocks after it."""
         config, out, pixels = self.config, self.config.block_out_channels[level], self.pixels[level]
         time = 2 * self.time if config.class_embeddings_concat else self.time
         twice = 2 if config.resnet_time_scale_shift == "scale_shift" else 1
@@ -238,7 +238,7 @@ class _UNet(Walk):
             for depth in _depths(config, "up", i, kind):
                 skip, _ = self.skips.pop()
                 self.hold()
-                # The previous result lives on beside the image in which it is joined to its skip connection.
+                # The previous result stays in memory next to its concatenation with the skip connection.
                 beside = channels * self.pixels[i]
                 self.block(i, channels + skip, depth=depth, only_cross=only_cross[i], beside=beside)
                 channels = widths[i]
@@ -247,7 +247,7 @@ class _UNet(Walk):
 
 
 class _ControlNet(_UNet):
-    """The same through a ControlNet, which ends in the middle; the picture, read once a run, costs no time."""
+    """The layers of a ControlNet, up to the middle block. Encoding the image, once per run, counts as free."""
 
     def __init__(self, config: ControlNetConfig, height: int, width: int, tokens: int) -> None:
         self.added = 0
@@ -281,7 +281,7 @@ class _ControlNet(_UNet):
 
 
 class _KUNet(_UNet):
-    """The same through k-diffusion's blocks (models/k_blocks.py)."""
+    """The layers of a U-Net with k-diffusion's blocks (models/k_blocks.py)."""
 
     def ada_norm(self, channels: int, live: int) -> None:
         self.linear(self.time, 2 * channels, 1)
@@ -314,7 +314,7 @@ class _KUNet(_UNet):
         self.linear(channels, channels, pixels, beside=size)
 
     def resize(self, channels: int, small: int, large: int) -> None:
-        """By a filter of 4 x 4 pixels, the same for every channel, over a padded copy."""
+        """Add a depthwise 4 × 4 filter over a padded copy."""
         self.add("conv", 0, 32 * channels * small, channels * (2 * large + small), channels * large)
 
     def down(self) -> None:
@@ -337,7 +337,7 @@ class _KUNet(_UNet):
 
 
 def _depths(config: UNet2DConditionConfig, way: str, level: int, kind: str) -> tuple[int | None, ...]:
-    """Transformer blocks behind each residual block of a level; None where it has no attention at all."""
+    """Return the transformer depth after each residual block of a level; None if the level has no attention."""
     depths = config.depths(way, level)
     return depths if "CrossAttn" in kind else (None,) * len(depths)
 
@@ -365,7 +365,7 @@ def _time_embedding(walk: Walk, config: UNet2DConditionConfig, channels: int, ti
 
 
 def decoder_layers(config: AutoencoderKLConfig | AutoencoderTinyConfig, height: int, width: int) -> list[Layer]:
-    """The decoder of the autoencoder on latents of height × width."""
+    """Return the decoder's layers for latents of height × width."""
     walk, pixels = Walk(), height * width
     if isinstance(config, AutoencoderTinyConfig):
         _tiny_decoder(walk, config, pixels)
@@ -387,7 +387,7 @@ def decoder_layers(config: AutoencoderKLConfig | AutoencoderTinyConfig, height: 
 
 
 def encoder_layers(config: AutoencoderKLConfig | AutoencoderTinyConfig, height: int, width: int) -> list[Layer]:
-    """The encoder of the autoencoder on images of height × width pixels."""
+    """Return the encoder's layers for images of height × width pixels."""
     walk, pixels = Walk(), height * width
     if isinstance(config, AutoencoderTinyConfig):
         _tiny_encoder(walk, config, pixels)
@@ -398,7 +398,7 @@ def encoder_layers(config: AutoencoderKLConfig | AutoencoderTinyConfig, height: 
         for channels, wide in pairwise([widths[max(i - 1, 0)]] + [out] * config.layers_per_block):
             walk.resnet(channels, wide, pixels, time=None)
         if i < len(widths) - 1:
-            walk.conv(out, out, pixels // 4, read=pixels, beside=out * pixels)  # a padded copy is read
+            walk.conv(out, out, pixels // 4, read=pixels, beside=out * pixels)  # reads a padded copy
             pixels //= 4
     _middle(walk, config, widths[-1], pixels)
     walk.norm(widths[-1], 3 * widths[-1] * pixels)

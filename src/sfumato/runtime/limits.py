@@ -1,4 +1,4 @@
-"""What this process may use of the machine: control groups (versions 1 and 2), affinity and `ulimit -v`."""
+"""Limits on this process: control groups (versions 1 and 2), CPU affinity and `ulimit -v`."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ if TYPE_CHECKING:
 
 __all__ = ["ControlGroups", "address_space_limit", "thread_limit", "usable_cpus", "whole_cores"]
 
-# Version 1 writes "no limit" as the largest multiple of a page in 63 bits.
+# Version 1 represents "no limit" as the largest multiple of a page in 63 bits.
 UNLIMITED = 2**60
 
 
 @dataclass(frozen=True)
 class ControlGroups:
-    """The control groups of a process, read below `root` (another one in tests)."""
+    """The control groups of a process, read below `root` (a different folder in tests)."""
 
     root: Path = Path("/")
 
     def free_memory(self) -> int | None:
-        """Bytes that may still be taken, the least over all enclosing groups; None without a limit.
+        """Return the bytes that may still be allocated, the minimum over all enclosing groups; None without a limit.
 
-        Cached file pages count as free: the kernel gives them up before it kills.
+        Cached file pages count as free: the kernel reclaims them before it kills a process.
         """
         rooms = []
         for folder in self._folders("memory"):
@@ -37,12 +37,12 @@ class ControlGroups:
         return min(rooms, default=None)
 
     def memory_limit(self) -> int | None:
-        """The smallest limit over all enclosing groups in bytes; None without one."""
+        """Return the smallest memory limit of all enclosing groups in bytes; None without one."""
         limits = [_number(f / "memory.max", f / "memory.limit_in_bytes") for f in self._folders("memory")]
         return min((limit for limit in limits if limit is not None and limit < UNLIMITED), default=None)
 
     def cpu_quota(self) -> float | None:
-        """Cores' worth of time that may be used, the least over all enclosing groups; None without a limit."""
+        """Return the CPU time limit in cores, the minimum over all enclosing groups; None without a limit."""
         quotas = []
         for folder in self._folders("cpu"):
             words = _words(folder / "cpu.max")
@@ -53,9 +53,9 @@ class ControlGroups:
         return min(quotas, default=None)
 
     def _folders(self, controller: str) -> Iterator[Path]:
-        """The group's folder and those around it, in each hierarchy that could hold the controller.
+        """Yield the group's folder and its parents, in each hierarchy that may have the controller.
 
-        In a container the path named may not exist below the mount; what is there of it still counts.
+        In a container, the group's path may not exist below the mount; the parents that do exist still count.
         """
         mounts = self.root / "sys/fs/cgroup"
         for line in _lines(self.root / "proc/self/cgroup"):
@@ -70,7 +70,7 @@ class ControlGroups:
 
 
 def address_space_limit() -> int | None:
-    """Bytes of address space that `ulimit -v` allows, or None for no limit."""
+    """Return the address space allowed by `ulimit -v` in bytes; None without a limit."""
     if sys.platform == "win32":
         return None
     import resource
@@ -80,19 +80,19 @@ def address_space_limit() -> int | None:
 
 
 def thread_limit() -> int | None:
-    """How many threads the user allows, by the variable that torch follows too; None for a thread on each core."""
+    """Return the number of threads from the variable that torch follows too; None for one thread per core."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     return int(wanted) or None if wanted.isdecimal() else None
 
 
 def usable_cpus() -> tuple[int, ...]:
-    """The numbers of the processors that this process may run on."""
+    """Return the numbers of the logical CPUs that this process may run on."""
     affinity = getattr(os, "sched_getaffinity", None)
     return tuple(sorted(affinity(0))) if affinity else tuple(range(os.cpu_count() or 1))
 
 
 def whole_cores(cpus: tuple[int, ...], root: Path = Path("/")) -> int:
-    """How many cores these processors are: two threads of one core share its arithmetic units."""
+    """Return the number of physical cores: two threads of one core share its arithmetic units."""
     siblings = root / "sys/devices/system/cpu"
     groups = {" ".join(_words(siblings / f"cpu{cpu}/topology/thread_siblings_list")) or str(cpu) for cpu in cpus}
     return max(1, len(groups))
@@ -105,7 +105,7 @@ def _file_pages(path: Path) -> int:
 
 
 def _number(*paths: Path) -> int | None:
-    """The number in the first of the files that is there and holds one."""
+    """Return the first number found in these files; None if there is none."""
     words = [word for path in paths for word in _words(path)]
     return next((int(word) for word in words if word.isdigit()), None)
 

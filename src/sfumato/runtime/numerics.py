@@ -1,9 +1,9 @@
-"""The numeric policy: in which precision each kind of device computes what, in one table.
+"""The numeric policy: one table of the precision that each kind of device uses for each computation.
 
-Who reads it: attention asks `softmax_dtype` and, where the answer is wider than its tensors, is wrapped so that q, k, v
-and the mask are cast to it before scores and softmax, and the result is cast back; the plan asks `vae_dtypes` and
-`is_emulated`; the finite guard asks `repeat_dtype` before it repeats a stage. Precisions and kinds of device are plain
-names ("float16", "mps"), so that a plan is made without torch.
+It is used in three places. Attention calls `softmax_dtype` and, if that is wider than its tensors, casts q, k, v and
+the mask before computing scores and softmax, and casts the result back. The plan calls `vae_dtypes` and `is_emulated`.
+The finite guard calls `repeat_dtype` before it repeats a stage. Dtypes and device types are plain names ("float16",
+"mps"), so that planning does not need torch.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ FOUR_BYTES = ("float32",)
 
 @dataclass(frozen=True)
 class Policy:
-    """What a kind of device does with a model whose weights are in one precision.
+    """What a device type does for a model whose weights have a given dtype.
 
-    softmax     precision of attention's scores and softmax
-    upcast      the same, in models whose config has `upcast_attention` (Stable Diffusion 2.x)
-    vae         precisions for the autoencoder, from the one to take first; one that the device emulates is passed over
-    repeat      precision in which a stage with NaN or infinite values is repeated; None: there is no wider one to try
-    emulated    "never", "always", or "without bfloat16": where the processor or card has no such instructions
+    softmax     dtype of attention scores and softmax
+    upcast      the same for models whose config has `upcast_attention` (Stable Diffusion 2.x)
+    vae         dtypes for the autoencoder in order of preference; those that the device emulates are skipped
+    repeat      dtype for repeating a stage that produced NaN or infinite values; None if there is no wider one
+    emulated    "never", "always", or "without bfloat16": if the CPU or GPU has no such instructions
     """
 
     softmax: str
@@ -47,9 +47,9 @@ class Policy:
 _FLOAT32 = Policy("float32", "float32", FOUR_BYTES, None)
 _FLOAT64 = Policy("float64", "float64", ("float64",), None)
 
-# float16 ends at 65504. Scores of Stable Diffusion 2.x leave that range on any device, and so do activations of some
-# autoencoders, most of all SDXL's; bfloat16 has the range of float32. Metal loses the scores of both, from macOS 14.5
-# on at least (ComfyUI#3521, ComfyUI#4799, ComfyUI#15819). CPUs have no instructions for float16 (CompVis#307).
+# float16 ends at 65504. Attention scores of Stable Diffusion 2.x exceed that on any device, and so do activations of
+# some autoencoders, notably SDXL's; bfloat16 has the range of float32. On Metal, scores overflow in both, at least
+# since macOS 14.5 (ComfyUI#3521, ComfyUI#4799, ComfyUI#15819). CPUs have no float16 instructions (CompVis#307).
 POLICIES: dict[tuple[str, str], Policy] = {
     ("cpu", "float64"): _FLOAT64,
     ("cpu", "float32"): _FLOAT32,
@@ -66,7 +66,7 @@ POLICIES: dict[tuple[str, str], Policy] = {
 
 
 def policy_for(device: str, dtype: str) -> Policy:
-    """The row of a kind of device and a precision. Raises `UsageError` for a pair that does not exist."""
+    """Return the policy for a device type and dtype. Raises `UsageError` for an unsupported pair."""
     if (device, dtype) not in POLICIES:
         known = ", ".join(f"{name} on {kind}" for kind, name in POLICIES)
         raise UsageError(f"there is no {dtype} on {device}; use one of {known}")
@@ -74,20 +74,20 @@ def policy_for(device: str, dtype: str) -> Policy:
 
 
 def softmax_dtype(device: str, dtype: str, *, upcast_attention: bool = False) -> str:
-    """The precision of scores and softmax of a model in `dtype`; `upcast_attention` is what its config says."""
+    """Return the dtype of scores and softmax for a model in `dtype`; `upcast_attention` comes from its config."""
     policy = policy_for(device, dtype)
     return policy.upcast if upcast_attention else policy.softmax
 
 
 def best_dtype(device: str, *, native_bfloat16: bool) -> str:
-    """The fastest precision of text encoder and U-Net that is safe on a kind of device, where memory allows it."""
+    """Return the fastest safe dtype for the text encoder and U-Net on a device type, if memory allows it."""
     return {"cpu": "bfloat16" if native_bfloat16 else "float32", "mps": "float32", "cuda": "float16"}[device]
 
 
 def vae_dtypes(device: str, dtype: str, *, native_bfloat16: bool, force_upcast: bool = True) -> tuple[str, ...]:
-    """Safe precisions of the autoencoder beside a U-Net in `dtype`, best first; at least float32 is among them.
+    """Return safe dtypes for the autoencoder of a U-Net in `dtype`, best first; never empty.
 
-    force_upcast is what its config says: False where its authors have seen to it that float16 does.
+    force_upcast: from its config; False means that its authors made it safe in float16.
     """
     wanted = policy_for(device, dtype).vae
     wanted = wanted if force_upcast else tuple(dict.fromkeys((dtype, *wanted)))
@@ -95,11 +95,11 @@ def vae_dtypes(device: str, dtype: str, *, native_bfloat16: bool, force_upcast: 
 
 
 def is_emulated(device: str, dtype: str, native_bfloat16: bool) -> bool:
-    """Whether the device has no instructions for a precision, so that a wider one is faster."""
+    """Return whether the device lacks instructions for a dtype, so that a wider one is faster."""
     emulated = policy_for(device, dtype).emulated
     return emulated == "always" or (emulated == "without bfloat16" and not native_bfloat16)
 
 
 def repeat_dtype(device: str, dtype: str) -> str | None:
-    """The wider precision in which a stage with NaN or infinite values is repeated, or None."""
+    """Return the wider dtype for repeating a stage that produced NaN or infinite values, or None."""
     return policy_for(device, dtype).repeat

@@ -1,4 +1,4 @@
-"""Torch's oneDNN operations on packed weights. They are private to torch, so each is tried before it is relied on."""
+"""Torch's oneDNN operations on packed weights. They are private to torch, so each is tested before use."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch import Tensor
 
 __all__ = ["convolve", "multiply", "multiply_pixels", "packable", "packed_filter", "packed_matrix"]
 
-# What one rounding of each precision may change, in units of the largest value.
+# The error that one rounding may cause, relative to the largest value.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 
 
 @cache
 def packable(dtype: torch.dtype) -> bool:
-    """Whether this torch has oneDNN, in a precision that it multiplies, and the operations below give right results."""
+    """Return whether the operations below exist in this version of torch and give correct results for this dtype."""
     if not torch.backends.mkldnn.is_available() or dtype not in TOLERANCE:
         return False
     try:
         with torch.no_grad():
             return _agrees(dtype)
-    except Exception:  # whatever a release without them, or with others of their names, raises
+    except Exception:  # whatever a version of torch raises that lacks them or changed their signatures
         return False
 
 
 def _agrees(dtype: torch.dtype) -> bool:
-    """Whether products and convolutions of a few numbers are those of torch's plain layers, and weights come back."""
+    """Compare small products and convolutions to torch's plain layers, and check that weights can be unpacked."""
     own = torch.Generator().manual_seed(0)
     shapes = (3, 5, 32), (16, 32), (16,), (2, 16, 6, 5), (16, 16, 3, 3)
     x, matrix, bias, pictures, filters = (torch.randn(shape, generator=own).to(dtype) for shape in shapes)
@@ -53,26 +53,26 @@ def _agrees(dtype: torch.dtype) -> bool:
 
 
 def packed_matrix(weight: Tensor) -> Tensor:
-    """The weights (C', C) of a linear layer, as `multiply` takes them."""
+    """Pack the weights (C', C) of a linear layer for `multiply`."""
     return torch.ops.mkldnn._reorder_linear_weight(weight)
 
 
 def multiply(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer of x (..., C) with packed weights."""
+    """Apply a linear layer with packed weights to x (..., C)."""
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 def multiply_pixels(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    """The same of every pixel of x (B, C, H, W); what comes out is channels last."""
+    """Apply a linear layer to every pixel of x (B, C, H, W); the result is channels last."""
     return multiply(x.permute(0, 2, 3, 1).contiguous(), packed, bias).permute(0, 3, 1, 2)
 
 
 def packed_filter(weight: Tensor, padding: Any, stride: Any) -> Tensor:
-    """The weights (C', C, h, w) of a convolution with this padding and stride, as `convolve` takes them."""
+    """Pack the weights (C', C, h, w) of a convolution with this padding and stride for `convolve`."""
     weight = weight.contiguous(memory_format=torch.channels_last)
     return torch.ops.mkldnn._reorder_convolution_weight(weight, list(padding), list(stride), [1, 1], 1)
 
 
 def convolve(x: Tensor, packed: Tensor, bias: Tensor | None, padding: Any, stride: Any) -> Tensor:
-    """A convolution of x (B, C, H, W), channels last in memory, with packed weights."""
+    """Apply a convolution with packed weights to x (B, C, H, W), which is channels last in memory."""
     return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, padding, stride, (1, 1), 1, "none", [], "")

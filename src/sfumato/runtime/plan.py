@@ -1,6 +1,6 @@
-"""How to run a request on a machine: decided from facts and sizes alone, before any weights are read.
+"""Plans how to run a request on a machine, from facts and sizes alone, before any weights are read.
 
-`plan` is pure: the same facts, sizes, request and wishes give the same plan on any machine. The user's choices have
+`plan` is pure: the same facts, sizes, request and wishes give the same plan on any machine. The user's choices take
 precedence; everything else is the fastest choice that fits. If nothing fits, the request is refused with numbers.
 """
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 __all__ = ["METAL_BYTES", "METAL_NUMBERS", "Plan", "Sizes", "Wishes", "fits_beside", "largest_batch", "plan"]
 
-# The estimate may be this much of what is free: it is right within a tenth.
+# The estimate may be at most this share of free memory; it is accurate to a tenth.
 USABLE = 0.9
-# Metal refuses buffers of this many bytes, and some of its kernels tensors of this many numbers.
+# Metal refuses buffers of this many bytes, and some of its kernels refuse tensors of this many elements.
 METAL_BYTES, METAL_NUMBERS = 2**32, 2**31
-# A quarter of Metal's limit leaves room for float32 scores of float16 weights, and for the softmax beside them.
+# A quarter of Metal's limit leaves room for float32 scores of float16 weights and for their softmax.
 METAL_CHUNK = 2**30
 SMALL_CHUNK = 2**26
 LEAST_CACHE = 2**19
@@ -38,16 +38,16 @@ MOST_SEARCHED = 1024
 
 
 def plan(facts: Facts, sizes: Sizes, request: GenerateRequest, wishes: Wishes = Wishes()) -> Plan:  # noqa: B008
-    """The plan for a request.
+    """Return the plan for a request.
 
-    Raises `UsageError` for a size the checkpoint does not support and for choices this machine does not support, and
-    `MemoryPlanError` for a request that does not fit, with needed and free bytes and what would fit.
+    Raises `UsageError` for a size the checkpoint does not support or choices this machine does not support, and
+    `MemoryPlanError` if the request does not fit, with the needed and free bytes and what would fit.
     """
     task = task_of(sizes, request)
     found = _first_that_fits(facts, task, wishes)
     if found is None:
         raise _refusal(facts, task, wishes)
-    if request.seamless is None:  # whose convolutions run uncompiled (models/seamless.py)
+    if request.seamless is None:  # seamless convolutions are not compiled (models/seamless.py)
         found = _with_compile(facts, task, wishes, found)
     found = _with_freed_kept(facts, task, wishes, found)
     whole = found.seconds + (start_seconds(facts, task, found) if wishes.once else 0.0)
@@ -55,9 +55,9 @@ def plan(facts: Facts, sizes: Sizes, request: GenerateRequest, wishes: Wishes = 
 
 
 def largest_batch(facts: Facts, sizes: Sizes, request: GenerateRequest, wishes: Wishes = Wishes()) -> int:  # noqa: B008
-    """How many images of the request's size fit into one call of the U-Net; 0 if not even one does.
+    """Return how many images of the request's size fit into one U-Net call; 0 if not even one does.
 
-    The maximum is 1024. Raises `UsageError` as `plan` does.
+    The maximum is 1024. Raises `UsageError`, like `plan`.
     """
     task = task_of(sizes, request)
 
@@ -77,13 +77,13 @@ def _fits(facts: Facts, task: Task, one: Plan) -> bool:
 
 
 def fits_beside(one: Plan, other: Sizes) -> bool:
-    """Whether the networks of another checkpoint have room in memory beside what a plan holds at most."""
+    """Return whether another checkpoint's networks fit into memory in addition to a plan's peak."""
     parts = {part: getattr(other, part).parameters * DTYPE_BYTES[one.dtype_of(part)] for part in PARTS}
     return one.peak_bytes + sum(parts.values()) <= USABLE * one.free_bytes
 
 
 def _within_metal(task: Task, one: Plan) -> bool:
-    """Whether no tensor of the U-Net or the decoder reaches Metal's limits."""
+    """Return whether all tensors of the U-Net and the decoder are below Metal's limits."""
     size, numbers = largest_tensor(one, task)
     rows = one.micro_batch * task.rows
     for shape in {layer.attention for layer in task.unet_layers if layer.attention}:
@@ -97,7 +97,7 @@ def _within_metal(task: Task, one: Plan) -> bool:
 
 
 def _candidates(facts: Facts, task: Task, wishes: Wishes) -> Iterator[Plan]:
-    """Plans from the fastest to the leanest; what was wished for is the same in all of them."""
+    """Yield plans from the fastest to the leanest; requested choices are the same in all of them."""
     best = _best(facts, task, wishes)
     if best.kind == "mps" and wishes.vae_tiling is None and not _within_metal(task, best):
         best = dataclasses.replace(best, vae_tiling=True)
@@ -119,7 +119,7 @@ def _candidates(facts: Facts, task: Task, wishes: Wishes) -> Iterator[Plan]:
 
 
 def _steps_down(best: Plan) -> Iterator[dict[str, Any]]:
-    """What to give up, in this order: batches, large chunks, float32 on Metal, all networks at once, whole images."""
+    """Yield concessions in order: batches, large chunks, float32 on Metal, keeping all networks, untiled decoding."""
     at_once = best.micro_batch
     yield {}
     while at_once > 1:
@@ -138,7 +138,7 @@ def _steps_down(best: Plan) -> Iterator[dict[str, Any]]:
 
 
 def _best(facts: Facts, task: Task, wishes: Wishes) -> Plan:
-    """What would be done with memory without end."""
+    """Return the plan for unlimited memory."""
     device = _device(facts, wishes)
     kind = device.partition(":")[0]
     attention = wishes.attention or ("fused" if kind == "cuda" else "chunked")
@@ -191,12 +191,12 @@ def _engine(facts: Facts, kind: str, wishes: Wishes) -> str:
 
 
 def _chunk(facts: Facts, kind: str) -> int:
-    """Bytes of scores at a time: on a CPU twice a core's own cache was fastest, elsewhere memory is the limit."""
+    """Return the bytes of scores per chunk: twice a core's L2 cache on CPUs, which is fastest; 1 GiB elsewhere."""
     return 2 * max(facts.cache_l2 or 2**20, LEAST_CACHE) if kind == "cpu" else METAL_CHUNK
 
 
 def _with_compile(facts: Facts, task: Task, wishes: Wishes, one: Plan) -> Plan:
-    """Compile where the run is long enough to repay it, and a compiler is there and the memory for it."""
+    """Enable compilation if the run is long enough to repay it and a compiler and enough memory are available."""
     can = one.engine == "torch" and (one.kind != "cpu" or facts.compiler is not None)
     if wishes.compile is not None or not can or COMPILE_GAIN[one.kind] * one.seconds <= SECONDS_TO_COMPILE[one.kind]:
         return one
@@ -210,7 +210,7 @@ def _with_compile(facts: Facts, task: Task, wishes: Wishes, one: Plan) -> Plan:
 
 
 def _with_freed_kept(facts: Facts, task: Task, wishes: Wishes, one: Plan) -> Plan:
-    """Decode a sixth faster, with GNU's C library, where that raises no peak or memory is plentiful."""
+    """Keep freed memory (glibc only), which decodes a sixth faster, if it adds no peak or memory is plentiful."""
     if one.kind != "cpu" or facts.system != "linux":
         return one
     keeping = dataclasses.replace(one, keep_freed=True)
@@ -224,7 +224,7 @@ def _free(facts: Facts, kind: str) -> int:
 
 
 def _last_true(test: Any, most: int) -> int:
-    """The largest number from 0 to `most` that passes a test that all smaller ones pass."""
+    """Return the largest number from 0 to `most` that passes a monotonic test."""
     low, high = 0, 1
     while high <= most and test(high):
         low, high = high, 2 * high
@@ -236,7 +236,7 @@ def _last_true(test: Any, most: int) -> int:
 
 
 def _refusal(facts: Facts, task: Task, wishes: Wishes) -> MemoryPlanError:
-    """Why nothing fits, and what would."""
+    """Return the error that says why nothing fits, and what would."""
     leanest = min(_candidates(facts, task, wishes), key=lambda one: one.peak_bytes)
     wanted = f"{_pictures(task.pictures)} of {task.width} × {task.height}"
     usable = int(USABLE * leanest.free_bytes)
@@ -253,7 +253,7 @@ def _refusal(facts: Facts, task: Task, wishes: Wishes) -> MemoryPlanError:
 
 
 def _what_fits(facts: Facts, task: Task, wishes: Wishes) -> str:
-    """The largest count at this size or, where not even one image fits, the largest size of the same shape."""
+    """Suggest the largest count at this size or, if not even one image fits, the largest size of the same shape."""
 
     def fits(**changes: int) -> bool:
         return _first_that_fits(facts, dataclasses.replace(task, **changes), wishes) is not None

@@ -1,4 +1,4 @@
-"""The processor: its name, its instruction sets, its caches, and a C compiler for it."""
+"""The processor: its name, instruction sets and caches, and the C compiler."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 __all__ = ["caches", "compiler", "instruction_sets", "processor_name"]
 
-# Our names, and what torch, the Linux kernel (x86 "flags", Arm "Features") and macOS call the same thing.
+# Our names, and the names used by torch, the Linux kernel (x86 "flags", Arm "Features") and macOS.
 _NAMES = {
     "avx2": ("avx2", "hw.optional.avx2_0"),
     "avx512": ("avx512_f", "avx512f", "hw.optional.avx512f"),
@@ -24,7 +24,7 @@ _NAMES = {
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """Those of `avx2 avx512 avx512_vnni avx512_bf16 amx_bf16 neon neon_bf16` that the processor has."""
+    """Return which of `avx2 avx512 avx512_vnni avx512_bf16 amx_bf16 neon neon_bf16` the CPU supports."""
     import torch
 
     ask = getattr(torch.cpu, "get_capabilities", None)
@@ -42,7 +42,7 @@ def instruction_sets() -> tuple[str, ...]:
 
 
 def processor_name() -> str:
-    """The processor's own name, as precisely as the system tells."""
+    """Return the CPU's model name, as precisely as the system reports it."""
     if sys.platform == "darwin":
         return _sysctl("machdep.cpu.brand_string") or platform.processor()
     found = re.search(r"^model name\s*:\s*(.+)$", _read(Path("/proc/cpuinfo")), re.MULTILINE)
@@ -50,7 +50,7 @@ def processor_name() -> str:
 
 
 def caches(root: Path = Path("/")) -> tuple[int | None, int | None]:
-    """Bytes of one core's second-level cache and of the shared third-level cache; None where there is none."""
+    """Return the sizes of one core's L2 cache and the shared L3 cache in bytes; None if absent."""
     if sys.platform == "darwin":
         found = [_sysctl(name) for name in ("hw.perflevel0.l2cachesize", "hw.l2cachesize", "hw.l3cachesize")]
         sizes = [int(text) if text.isdigit() and int(text) > 0 else None for text in found]
@@ -64,7 +64,7 @@ def caches(root: Path = Path("/")) -> tuple[int | None, int | None]:
 
 
 def compiler() -> str | None:
-    """The path of the C compiler that our kernels use, or else of one that torch's compiler can; or None."""
+    """Return the path of the C compiler for our kernels, else of one that torch.compile can use, else None."""
     from sfumato.kernels.build import compiler as of_kernels
 
     return of_kernels() or shutil.which("cl")

@@ -1,4 +1,4 @@
-"""Known issues of operating systems and versions of torch, and what is done about each."""
+"""Known issues of operating systems and torch versions, and their workarounds."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ __all__ = ["Quirk", "known_quirks", "release"]
 class Quirk:
     """An issue, where it occurs, and what Sfumato does about it.
 
-    accelerators empty: all; versions from `since` up to, but without, `until`, of `of` ("torch" or
-    "system"); source names the report.
+    accelerators: empty for all. It affects versions `since` ≤ v < `until` of `of` ("torch" or "system"). source: the
+    report.
     """
 
     name: str
@@ -99,13 +99,13 @@ QUIRKS = (
 
 
 def release(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: "2.13.0+cpu" is (2, 13, 0); nothing for a text without numbers."""
+    """Parse the leading numbers of a version: "2.13.0+cpu" gives (2, 13, 0), text without numbers gives ()."""
     found = re.match(r"\d+(\.\d+)*", version)
     return tuple(map(int, found[0].split("."))) if found else ()
 
 
 def known_quirks(system_version: str, accelerator: str, torch_version: str) -> tuple[Quirk, ...]:
-    """The known issues of a machine, from its versions."""
+    """Return the known issues for these versions on this accelerator."""
 
     def applies(quirk: Quirk) -> bool:
         number = release(torch_version if quirk.of == "torch" else system_version)

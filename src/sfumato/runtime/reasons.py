@@ -1,4 +1,4 @@
-"""Why a plan is as it is: one sentence for each choice, with its numbers."""
+"""The reasons for a plan: one sentence per choice, with its numbers."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 __all__ = ["REPLACED", "gigabytes", "reasons"]
 
-# What a reason says where another precision than the one requested is used.
+# What a reason says if a dtype other than the requested one is used.
 REPLACED = "instead of float16"
 
-# Above this many steps, a better scheduler is worth mentioning.
+# From this many steps on, a better scheduler is worth mentioning.
 MANY_STEPS = 40
 
 
 def gigabytes(number: int) -> str:
-    """Bytes in readable form: "2.13 GB", "871 MB"; decimal units everywhere, as for files and disks."""
+    """Format bytes, such as "2.13 GB" or "871 MB", in decimal units as for files and disks."""
     return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.0f} MB"
 
 
 def reasons(facts: Facts, task: Task, wishes: Wishes, plan: Plan) -> tuple[str, ...]:
-    """One sentence for each choice."""
+    """Return one sentence for each choice."""
     sentences = [
         _device(facts, wishes, plan),
         *_precision(facts, wishes, plan),

@@ -1,4 +1,4 @@
-"""How fast a machine multiplies: measured once and kept in the user's cache, or estimated from what it is."""
+"""The machine's matrix multiplication speed: measured once and cached, or estimated from its hardware."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ __all__ = [
 ]
 
 KINDS = ("conv", "linear", "attention")
-# What compiling takes, and the share of the time that it saves.
+# How long compiling takes, and the share of the run time that it saves.
 COMPILE_GAIN = {"cpu": 0.11, "cuda": 0.17, "mps": 0.0}
 SECONDS_TO_COMPILE = {"cpu": 80.0, "cuda": 60.0, "mps": 60.0}
 
-# Operations a second of one core, by the best of its instruction sets: what whole networks reach, not the peak.
+# Operations per second of one core with its best instruction set: what whole networks reach, not the peak.
 _CORE = (
     ("amx_bf16", "bfloat16", 1.0e12),
     ("avx512_bf16", "bfloat16", 4.5e11),
@@ -38,19 +38,19 @@ _CORE = (
     ("neon", "float32", 4.0e10),
 )
 _PLAIN_CORE = 1.0e10
-# A GPU of unknown speed.
+# Defaults for a GPU that has not been measured.
 _DEVICE = {"cuda": {"float32": 8.0e12, "float16": 3.0e13, "bfloat16": 3.0e13}, "mps": {"float32": 1.5e12}}
 _UNKNOWN_DEVICE = 2.0e12
-# Attention runs at a third of the speed of matrices on CPUs.
+# On CPUs, attention runs at about a third of the speed of matrix multiplication.
 _ATTENTION_SHARE = {"cpu": 0.35, "cuda": 1.0, "mps": 0.5}
 
-# What is measured: enough work to be exact, little enough that all of it takes a few seconds.
+# The size of the measurement: large enough to be accurate, small enough to take a few seconds in total.
 ROUNDS, LEAST_SECONDS, MOST_SECONDS = 3, 0.05, 1.0
 SCALE = {"cpu": 64, "mps": 256, "cuda": 4096}
 
 
 def speed(facts: Facts, device: str, threads: int | None, kind: str, dtype: str) -> float:
-    """Operations a second of one kind of layer: as measured, else estimated."""
+    """Return the operations per second for a kind of layer, measured or else estimated."""
     measured = facts.speeds.get(f"{kind}_{dtype}") if device == facts.accelerator else None
     if measured is not None:
         return measured
@@ -62,12 +62,12 @@ def speed(facts: Facts, device: str, threads: int | None, kind: str, dtype: str)
 
 
 def keep_speeds(facts: Facts, speeds: Mapping[str, float]) -> None:
-    """Keep measured speeds for later, where there is a cache."""
+    """Save measured speeds in the cache, if there is one."""
     keep(kept_name(facts), dict(speeds))
 
 
 def measure_speeds(device: str, threads: int | None = None) -> dict[str, float]:
-    """Operations a second of convolution, linear layer and attention in each precision; a few seconds of work."""
+    """Measure operations per second of convolution, linear layer and attention for each dtype. Takes a few seconds."""
     import torch
 
     before = torch.get_num_threads()
@@ -86,9 +86,9 @@ def measure_speeds(device: str, threads: int | None = None) -> dict[str, float]:
 
 
 def _measure(kind: str, device: str, dtype: Any) -> float | None:
-    """The best of a few rounds; None where there is no such kernel.
+    """Return the best of a few rounds, in operations per second; None if there is no such kernel.
 
-    The first round is small, and where it is so slow that a large one would take long, it is the result.
+    The first round is small. If it shows that a large one would take too long, its result is used.
     """
     import torch
 
@@ -97,7 +97,7 @@ def _measure(kind: str, device: str, dtype: Any) -> float | None:
         for scale in (1, *((SCALE[device],) * ROUNDS)):
             try:
                 work, operations = _work(kind, device, dtype, scale)
-                work()  # once for the kernel to be chosen
+                work()  # warm-up: the kernel is chosen on the first call
                 seconds = _timed(work, device)
             except RuntimeError:
                 return best or None
@@ -108,7 +108,7 @@ def _measure(kind: str, device: str, dtype: Any) -> float | None:
 
 
 def _work(kind: str, device: str, dtype: Any, scale: int) -> tuple[Callable[[], object], int]:
-    """Something to run, of the shapes of Stable Diffusion's U-Net, and its operations."""
+    """Return a function to time, with shapes from Stable Diffusion's U-Net, and its number of operations."""
     import torch
     import torch.nn.functional as F
 
@@ -126,7 +126,7 @@ def _work(kind: str, device: str, dtype: Any, scale: int) -> tuple[Callable[[], 
     if kind == "linear":
         rows = 16 * scale
         x, weight = random(rows, 1280), random(1280, 1280)
-        if kernels is not None:  # as the onednn engine has it
+        if kernels is not None:  # as in the onednn engine
             packed = packed_matrix(weight)
             return lambda: multiply(x, packed, None), 2 * rows * 1280 * 1280
         return lambda: F.linear(x, weight), 2 * rows * 1280 * 1280
@@ -137,7 +137,7 @@ def _work(kind: str, device: str, dtype: Any, scale: int) -> tuple[Callable[[], 
 
 
 def _kernels(device: str, dtype: Any) -> Kernels | None:
-    """Our own kernels, where a plan would use them."""
+    """Return our own kernels if a plan would use them."""
     from sfumato.kernels import CompilerError, kernels_for
     from sfumato.runtime.onednn import packable
 
@@ -146,11 +146,11 @@ def _kernels(device: str, dtype: Any) -> Kernels | None:
     try:
         return kernels_for(dtype)
     except CompilerError:
-        return None  # doctor says what is missing
+        return None  # doctor reports what is missing
 
 
 def _timed(work: Callable[[], object], device: str) -> float:
-    """Seconds of one run, from as many runs as take long enough to be timed."""
+    """Return the seconds per run, averaged over enough runs to be timed accurately."""
     import torch
 
     wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device, lambda: None)

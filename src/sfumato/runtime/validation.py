@@ -1,4 +1,4 @@
-"""Checking the values of a JSON object against the fields of a dataclass of facts."""
+"""Validates JSON values against the fields of a facts dataclass."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _RULES: dict[str, Any] = {
 
 
 def check_fields(cls: Any, values: Mapping[str, Any], where: str) -> None:
-    """Raise `ConfigError` naming `where` and the key, if one is missing, unknown, or has no sensible value."""
+    """Raise `ConfigError`, naming `where` and the key, if one is missing, unknown or invalid."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key, value in values.items():
         if key not in fields:

@@ -1,4 +1,4 @@
-"""Schedules of ten steps that were optimized for their models ("Align Your Steps", arXiv 2404.14507, appendix)."""
+"""Ten-step schedules optimized per model ("Align Your Steps", arXiv 2404.14507, appendix)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ecosystem's scheduler contract over tables of rows: configuration, files, grids, `step`, `add_noise`."""
+"""The ecosystem's scheduler interface over tables of rows: configuration, files, grids, `step`, `add_noise`."""
 
 # pyright: reportIncompatibleMethodOverride=false
 
@@ -27,21 +27,21 @@ from sfumato.request import MOST_STEPS
 from sfumato.runtime.device import as_device
 from sfumato.schedulers.configs import COMPATIBLE, CONFIGS, KINDS, SchedulerConfig, config_class, sibling_keys
 from sfumato.schedulers.grid import train_alphas_cumprod, train_betas
-from sfumato.schedulers.noise import GaussianNoise, Generators, noise_for
+from sfumato.schedulers.noise import GaussianNoise, Generators, noise_for, noising
 from sfumato.schedulers.rows import Clip, Noise, Row, State, advance, folded, predict_original
 from sfumato.values import Within, check_argument, check_number, check_value, kinds_of, reason, shown
 
 __all__ = ["Scheduler", "SchedulerOutput", "Stepped", "Table", "Timestep"]
 
 CONFIG_NAME = "scheduler_config.json"
-UNSAVED = {"solver_p"}  # settings that are objects and no numbers
+UNSAVED = {"solver_p"}  # settings that hold objects and cannot be written to JSON
 HUB_KEYWORDS = {field.name for field in fields(HubOptions)}
 logger = logging.getLogger("sfumato")
 
 
 @dataclass(frozen=True, eq=False)
 class SchedulerOutput(Output):
-    """The next latents and, if the scheduler computes them, the predicted clean latents."""
+    """The latents for the next step and, if the scheduler computes them, the predicted clean latents."""
 
     prev_sample: Tensor
     pred_original_sample: Tensor | None = None
@@ -53,31 +53,37 @@ Timestep = int | float | Tensor
 
 @dataclass(frozen=True)
 class Table:
-    """All that a denoising loop needs: a row and a timestep per model call, and the scale of the initial latents."""
+    """Everything a denoising loop needs: one row and timestep per model call, and the scale of the initial latents."""
 
     rows: tuple[Row, ...]
-    timesteps: Tensor  # (len(rows),), as the model takes them
+    timesteps: Tensor  # (len(rows),), in the form passed to the model
     init_noise_sigma: float  # standard deviation of pure-noise latents
-    weights: tuple[tuple[float, float], ...]  # of image and noise, at each row
+    weights: tuple[tuple[float, float], ...]  # (signal, noise) for each row
 
     def noised(self, original: Tensor, noise: Tensor, row: int = 0) -> Tensor:
-        """Latents of an image brought to the noise level of a row (image-to-image, masks), in the image's dtype."""
+        """Return image latents with noise added to the level of a row, in the dtype of `original`.
+
+        Used by image-to-image and inpainting. `original` and `noise` have the same shape, (B, C, H, W).
+        """
         signal, spread = self.weights[row]
         return (original.float() * signal).add_(noise.to(original.device), alpha=spread).to(original.dtype)
 
 
 class Scheduler(Configured):
-    """The base class: a frozen `config` and the current noise levels. `table` is pure; `step` runs the same rows."""
+    """Base class of the schedulers: a frozen `config` and the current noise levels.
+
+    `table` has no side effects; `step` keeps state and runs the same rows.
+    """
 
     order: ClassVar[int] = 1  # model calls per step
     gives_original: ClassVar[bool] = True
     output: ClassVar[type[Any]] = SchedulerOutput  # what `step` returns
-    custom_grids: ClassVar[tuple[str, ...]] = ()  # which of "timesteps" and "sigmas" can be given to set_timesteps
+    custom_grids: ClassVar[tuple[str, ...]] = ()  # which of "timesteps" and "sigmas" set_timesteps accepts
     config_name: ClassVar[str] = CONFIG_NAME
-    needs_grid: ClassVar[bool] = True  # `step` is refused before `set_timesteps`; else it takes the training timesteps
-    finite_snr: ClassVar[bool] = True  # works in sigma, so a zero terminal SNR is kept off infinity
+    needs_grid: ClassVar[bool] = True  # if False, `step` works before `set_timesteps`, on the training grid
+    finite_snr: ClassVar[bool] = True  # works in sigma, so a zero terminal SNR must not make it infinite
     config_class: ClassVar[type[SchedulerConfig]]
-    init_noise_sigma: float | Tensor = 1.0  # standard deviation of the latents an image starts from
+    init_noise_sigma: float | Tensor = 1.0  # standard deviation of the initial latents
     timesteps: Tensor
 
     def __init_subclass__(cls) -> None:
@@ -92,7 +98,7 @@ class Scheduler(Configured):
         for key in options.keys() - known:
             raise UnknownArgument(f"{type(self).__name__} has no option {key!r}{suggest(key, known)}")
         plain = {key: value.tolist() if hasattr(value, "tolist") else value for key, value in options.items()}
-        # Written down as the ecosystem does: a key left at its default lets a sibling use its own default.
+        # As in the ecosystem: a key left at its default lets another scheduler use its own default.
         told: dict[str, Any] = {"_class_name": type(self).__name__, "_diffusers_version": LAYOUT_VERSION}
         if defaults := sorted(known - options.keys() - UNSAVED):
             told["_use_default_values"] = defaults
@@ -102,13 +108,13 @@ class Scheduler(Configured):
         self._reset()
 
     def _train(self) -> None:
-        """Work out what training did: its betas, their products, and the grid of all its timesteps."""
+        """Compute the training betas, their cumulative products, and the grid of all training timesteps."""
         self.betas = train_betas(self.config)
         self.alphas_cumprod = train_alphas_cumprod(self.config, self.betas, finite=self.finite_snr)
         self._check_noise()
 
     def _check_noise(self) -> None:
-        """Raise `ConfigError` unless there is a little noise at the first timestep and a little image at the last."""
+        """Raise `ConfigError` unless the first timestep has some noise and all but the last have some signal."""
         products, config = self.alphas_cumprod, self.config
         wanted = config.num_train_timesteps
         if len(products) != wanted:
@@ -122,7 +128,7 @@ class Scheduler(Configured):
 
     @contextmanager
     def _arithmetic(self) -> Iterator[None]:
-        """Where settings that are each possible give no schedule together, it is they that are named."""
+        """Turn arithmetic errors into a `ConfigError`: settings that are valid alone may be impossible together."""
         try:
             with np.errstate(divide="raise", invalid="raise", over="raise"):
                 yield
@@ -134,17 +140,17 @@ class Scheduler(Configured):
             ) from error
 
     def _reset(self) -> None:
-        self.begin_index: int | None = None  # the entry of `timesteps` to begin at, where `set_begin_index` said so
-        self.step_index: int | None = None  # the entry the next `step` takes; None before the first
+        self.begin_index: int | None = None  # index into `timesteps` to start from, set by `set_begin_index`
+        self.step_index: int | None = None  # index of the next step; None before the first
         self._state: State | None = None
         self._built: dict[Any, Sequence[Row]] = {}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], return_unused_kwargs: bool = False, **overrides: Any) -> Self:
-        """Build from any scheduler's config.
+        """Create a scheduler from the config of any scheduler.
 
-        Keys of other schedulers are kept unused; unknown keys are logged once. With `return_unused_kwargs`, also
-        returns the unused keys. Raises `ConfigError` for an invalid value.
+        Keys that belong to other schedulers are kept but not used; unknown keys are logged once. With
+        `return_unused_kwargs`, the unused keys are returned too. Raises `ConfigError` for an invalid value.
         """
         if not isinstance(config, Mapping):
             raise UsageError(f"from_config takes a dict of settings, not {shown(config)}")
@@ -154,7 +160,7 @@ class Scheduler(Configured):
             del mapping[key]
         mapping |= overrides
         known = mapping.keys() & (kinds_of(cls.config_class).keys() - {"extra"})
-        for key in mapping.keys() & KINDS.keys() - known:  # some are read from a sibling, too
+        for key in mapping.keys() & KINDS.keys() - known:  # validate keys of other schedulers, too: some are read
             check_value(cls.__name__, key, mapping[key], KINDS[key] | None)
         scheduler = cls(**{key: mapping.pop(key) for key in known})
         mapping.pop("_class_name", None)
@@ -165,7 +171,7 @@ class Scheduler(Configured):
 
     @classmethod
     def _file(cls, name: str | PathLike[str], subfolder: str | None, keywords: dict[str, Any]) -> Path:
-        """Where `scheduler_config.json` is; takes the options of the hub out of `keywords`."""
+        """Return the path of `scheduler_config.json`; hub options are removed from `keywords`."""
         check_argument("subfolder", subfolder, str | None)
         hub = {key: keywords.pop(key) for key in HUB_KEYWORDS & keywords.keys()}
         wanted = f"{subfolder}/{CONFIG_NAME}" if subfolder else CONFIG_NAME
@@ -179,9 +185,10 @@ class Scheduler(Configured):
         return_unused_kwargs: bool = False,
         **keywords: Any,
     ) -> Self:
-        """Read `scheduler_config.json` from a folder, a file or a hub id; keywords are hub options or config overrides.
+        """Load `scheduler_config.json` from a folder, a file or a hub id.
 
-        Raises `CheckpointError` if the file is missing or is not a JSON object, `ConfigError` for an invalid value.
+        Keywords are hub options or config overrides. Raises `CheckpointError` if the file is missing or is not a JSON
+        object, `ConfigError` for an invalid value.
         """
         path = cls._file(name, subfolder, keywords)
         try:
@@ -193,12 +200,12 @@ class Scheduler(Configured):
     def load_config(
         cls, name: str | PathLike[str], return_unused_kwargs: bool = False, **keywords: Any
     ) -> dict[str, Any]:
-        """The contents of the file that `from_pretrained` reads, for `from_config`; same keywords."""
+        """Return the contents of the file that `from_pretrained` loads, for `from_config`; takes the same keywords."""
         config = read_json(cls._file(name, keywords.pop("subfolder", None), keywords))
         return cast("Any", (config, keywords)) if return_unused_kwargs else config
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """Write `scheduler_config.json` into a folder, atomically; raises `OutputError`."""
+        """Write `scheduler_config.json` to a folder, atomically. Raises `OutputError` if it cannot be written."""
         keys = {key: value for key, value in self.config.items() if key not in {"_use_default_values", *UNSAVED}}
         write_json(output_folder(folder) / CONFIG_NAME, keys | {"_diffusers_version": LAYOUT_VERSION})
 
@@ -206,7 +213,7 @@ class Scheduler(Configured):
 
     @property
     def compatibles(self) -> list[type[Scheduler]]:
-        """The classes that can be built from this scheduler's config, including its own."""
+        """The classes that can be created from this scheduler's config, including its own."""
         import sfumato.schedulers as package
 
         own = type(self).__name__
@@ -230,9 +237,9 @@ class Scheduler(Configured):
         timesteps: Sequence[float] | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> None:
-        """Choose the noise levels: n steps, or given timesteps or sigmas.
+        """Set the noise levels: n steps, or custom timesteps or sigmas.
 
-        Resets the current run. Raises `UsageError` for a custom schedule that this scheduler does not support, and for
+        Resets the current run. Raises `UsageError` if this scheduler does not support the custom schedule, or for
         fewer than one step.
         """
         n, custom = self._counted(num_inference_steps, timesteps=timesteps, sigmas=sigmas)
@@ -240,7 +247,7 @@ class Scheduler(Configured):
             self._choose(n, device, **custom)
 
     def _counted(self, n: Any, **custom: Sequence[float] | None) -> tuple[int, dict[str, list[float]]]:
-        """The number of steps asked for, and the custom grid if there is one; raises as `set_timesteps` does."""
+        """Return the number of steps and the custom grid, if any; raises the same errors as `set_timesteps`."""
         given: dict[str, Any] = {key: values for key, values in custom.items() if values is not None}
         if refused := given.keys() - self.custom_grids:
             raise UsageError(
@@ -260,11 +267,11 @@ class Scheduler(Configured):
         return int(n), given
 
     def _choose(self, n: int, device: Any, **custom: Any) -> None:
-        """Work out the grid of n steps, or the custom one of n values, and `_install` it."""
+        """Compute the grid of n steps, or the custom grid of n values, and `_install` it."""
         raise NotImplementedError
 
     def _install(self, n: int, timesteps: np.ndarray, device: Any) -> None:
-        """Make a grid the current one and forget the run in progress."""
+        """Make a grid the current one and reset the run."""
         if as_device(device).type == "mps" and timesteps.dtype == np.float64:
             timesteps = timesteps.astype(np.float32)  # MPS has no float64
         self.num_inference_steps = n
@@ -272,35 +279,35 @@ class Scheduler(Configured):
         self._reset()
 
     def _chosen_steps(self) -> int:
-        """The number of steps chosen; raises `UsageError` before `set_timesteps`."""
+        """Return the number of steps; raises `UsageError` before `set_timesteps`."""
         if self.num_inference_steps is None:
             raise UsageError(f"{type(self).__name__}: call set_timesteps first")
         return self.num_inference_steps
 
     def _clip(self) -> Clip | None:
-        """What limits the predicted x0: thresholding, else plain clipping, else nothing."""
+        """Return the clipping of the predicted x0: thresholding, plain clipping or None."""
         config = self.config
         if config.own("thresholding"):
             return Clip(config.sample_max_value, config.dynamic_thresholding_ratio)
         return Clip(config.clip_sample_range) if config.own("clip_sample") else None
 
     def _rows(self, start: int, **options: Any) -> Sequence[Row]:
-        """The rows from entry `start` of `timesteps` on."""
+        """Return the rows from index `start` of `timesteps` on."""
         raise NotImplementedError
 
     def _weights(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Signal and noise weights of training timesteps, (B,) each, for `add_noise`."""
+        """Return the signal and noise weights of training timesteps, (B,) each, for `add_noise`."""
         raise NotImplementedError
 
     def _weights_at(self, entry: int) -> tuple[float, float]:
-        """Signal and noise weights at an entry of `timesteps`."""
+        """Return the signal and noise weights at an index of `timesteps`."""
         raise NotImplementedError
 
     def table(self, start: int = 0, *, eta: float = 0.0) -> Table:
-        """The steps from index `start` of `timesteps` on, as numbers. Does not change the scheduler.
+        """Return the steps from index `start` of `timesteps` on, as numbers. Does not change the scheduler.
 
-        `start` counts model calls, so it is a multiple of `order`. `eta` applies only to DDIM and TCD.
-        Raises `UsageError` before `set_timesteps` and for a start outside it.
+        `start` counts model calls, so it must be a multiple of `order`. Only DDIM and TCD use `eta`. Raises
+        `UsageError` before `set_timesteps` and if `start` is out of range.
         """
         self._chosen_steps()
         check_argument("start", start, int)
@@ -313,11 +320,14 @@ class Scheduler(Configured):
         return Table(rows, self.timesteps[start:], float(self.init_noise_sigma), weights)
 
     def noise_source(self, shape: Sequence[int], generators: Generators = None, device: Any = None) -> Noise:
-        """The noise for one run over `table`: float32, of this shape, on this device."""
+        """Return the noise source for one run over `table`: float32, of this shape, on this device."""
         return GaussianNoise(shape, generators, device)
 
     def index_for_timestep(self, timestep: Timestep, schedule_timesteps: Tensor | None = None) -> int:
-        """The index of a timestep; the second one if it occurs twice, so that a late start skips no sigma."""
+        """Return the index of a timestep; the second index if it occurs twice, so that a late start skips no sigma.
+
+        Raises `UsageError` if the timestep is not in the schedule.
+        """
         entries = (self.timesteps if schedule_timesteps is None else schedule_timesteps) == timestep
         found = entries.nonzero().flatten().tolist()
         if not found:
@@ -325,7 +335,7 @@ class Scheduler(Configured):
         return found[1] if len(found) > 1 else found[0]
 
     def _row(self, timestep: Timestep, **options: Any) -> Row:
-        """The row of the next step; the first step of a run finds its place by timestep, unless told by index."""
+        """Return the row of the next step; the first step of a run is looked up by timestep unless an index is set."""
         check_number("timestep", timestep)
         if self.needs_grid:
             self._chosen_steps()
@@ -344,7 +354,7 @@ class Scheduler(Configured):
         return rows[offset]
 
     def scale_model_input(self, sample: Tensor, timestep: Timestep | None = None) -> Tensor:
-        """The latents (B, C, H, W) as model input for this timestep."""
+        """Return the latents (B, C, H, W) scaled as model input for this timestep."""
         return sample
 
     def step(
@@ -359,8 +369,8 @@ class Scheduler(Configured):
     ) -> Stepped:
         """Take one step: from model output and latents (B, C, H, W) at `timestep` to the next latents.
 
-        Added noise comes from one generator, one per image, or torch's default one, unless `variance_noise` is given.
-        Stores what the next step needs; `table` and `advance` do the same without state.
+        Noise comes from one generator, one per image, or torch's default generator, unless `variance_noise` is given.
+        The scheduler keeps the state that the next step needs; `table` and `advance` do the same without state.
         """
         noise = noise_for(sample, generator, variance_noise)
         return self._step(self._row(timestep), model_output, sample, noise, return_dict)
@@ -372,17 +382,17 @@ class Scheduler(Configured):
         if self.step_index is not None:
             self.step_index += 1
         x = self._state.x
-        values = (x, self._second(row, sample, model_output, z)) if self.gives_original else (x,)
+        values = (x, self.second_output(row, sample, model_output, z)) if self.gives_original else (x,)
         return self.output(*values) if return_dict else values
 
-    def _second(self, row: Row, sample: Tensor, model_output: Tensor, z: Tensor | None = None) -> Tensor:
-        """What `step` gives beside the latents one step on; z is the noise it drew."""
+    def second_output(self, row: Row, sample: Tensor, model_output: Tensor, z: Tensor | None = None) -> Tensor:
+        """Return the second value of `step`, besides the next latents; `z` is the noise that was added."""
         return predict_original(row, sample, model_output)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Add noise to clean latents (B, C, H, W) for timesteps (B,), or for the current step during a run."""
+        """Add noise to clean latents (B, C, H, W) at timesteps (B,), or at the current step during a run."""
         signal, spread = (
             weight.to(original_samples).view(-1, *(1,) * (original_samples.dim() - 1))
-            for weight in self._weights(timesteps)
+            for weight in self._weights(noising(original_samples, noise, timesteps))
         )
         return signal * original_samples + spread * noise

@@ -1,4 +1,4 @@
-"""What a `scheduler_config.json` may say: a frozen dataclass per scheduler, from one table of keys and defaults."""
+"""The keys of `scheduler_config.json`: a frozen dataclass per scheduler, from one table of keys and defaults."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from sfumato.values import Within
 
 __all__ = ["CONFIGS", "BetaConfig", "SchedulerConfig", "config_class", "sibling_keys"]
 
-# Groups of keys. `SPACED`: which training timesteps a step lands on (2305.08891, table 2). `RESPACED`: sigmas respaced
-# between their extremes. `THRESHOLDED`: Imagen's dynamic limit on x0 (2205.11487). `FLOW`: rectified-flow sigmas.
+# Groups of keys. `SPACED`: which training timesteps are used (2305.08891, table 2). `RESPACED`: sigmas respaced between
+# the smallest and the largest. `THRESHOLDED`: Imagen's dynamic limit on x0 (2205.11487). `FLOW`: rectified-flow sigmas.
 SPACED = {"timestep_spacing": "linspace", "steps_offset": 0}
 LEADING = SPACED | {"timestep_spacing": "leading"}
 RESPACED = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
@@ -64,7 +64,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "LCMScheduler": DISTILLED,
     "TCDScheduler": DISTILLED,
 }  # fmt: skip
-# Those whose configs build each other, as far as the ecosystem says so; of the others each stands alone.
+# Schedulers that can be created from each other's config, as the ecosystem lists them; the others only from their own.
 COMPATIBLE = tuple(CONFIGS)[:15]
 
 _Share = Annotated[float, Within(0, 1)]
@@ -74,7 +74,7 @@ _Seed = Annotated[int, Within(0, 2**64 - 1)]
 
 
 class _Kinds:
-    """The type and the bounds of keys whose default does not tell them."""
+    """Type and bounds of the keys for which the default value is not enough."""
 
     beta_end: _Share
     beta_start: _Share
@@ -100,7 +100,7 @@ class _Kinds:
 
 KINDS = get_type_hints(_Kinds, include_extras=True)
 
-# Supported values: of a key anywhere, then of a key in one scheduler.
+# Supported values: of a key in every scheduler (""), then of a key in one scheduler.
 BETAS, FIXED = ("linear", "scaled_linear", "squaredcos_cap_v2"), ("fixed_small", "fixed_small_log", "fixed_large")
 LEARNED, ODES = ("learned", "learned_range"), ("dpmsolver", "dpmsolver++")
 NO_FLOW, EPSILON_V = ("epsilon", "v_prediction", "sample"), ("epsilon", "v_prediction")
@@ -133,7 +133,7 @@ CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
     "TCDScheduler": {"prediction_type": NO_FLOW},
 }  # fmt: skip
 
-# Values only a sibling understands, and what they become here, so that any scheduler's config can build any other.
+# Values that only another scheduler supports and their replacement here, so that any config can create any scheduler.
 DPM_TRANSLATIONS = {"deis": "dpmsolver++", "logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"}
 TRANSLATIONS = {
     "DPMSolverSinglestepScheduler": DPM_TRANSLATIONS,
@@ -146,7 +146,7 @@ TRANSLATIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerConfig(Config):
-    """The keys every scheduler has: how the model was trained. Subclasses come from `CONFIGS`."""
+    """The keys every scheduler has, which describe the model's training. Subclasses are created from `CONFIGS`."""
 
     owner: ClassVar[str] = ""
     num_train_timesteps: Annotated[int, Within(1, 10**5)] = 1000
@@ -172,7 +172,7 @@ class SchedulerConfig(Config):
             one_of(self.owner, "solver_order", self.own("solver_order"), orders)
 
     def own(self, key: str, default: Any = None) -> Any:
-        """The value of a key of this scheduler; of a key that only travelled along from a sibling, the default."""
+        """Return the value of one of this scheduler's keys; the default for a key kept from another scheduler."""
         return getattr(self, key) if key in self.__dataclass_fields__ else default
 
     @property
@@ -182,13 +182,13 @@ class SchedulerConfig(Config):
 
     @property
     def in_noise(self) -> bool:
-        """Whether a DPM-Solver or UniPC extrapolates the predicted noise and not x0."""
+        """Whether a DPM-Solver or UniPC extrapolates the predicted noise instead of x0."""
         return self.own("algorithm_type") in ("dpmsolver", "sde-dpmsolver") or not self.own("predict_x0", True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BetaConfig(SchedulerConfig):
-    """The keys of a model trained on a schedule of betas: every one but EDM's."""
+    """The keys of a model trained on a schedule of betas: all but EDM models."""
 
     beta_start: _Share = 0.0001
     beta_end: _Share = 0.02
@@ -197,7 +197,7 @@ class BetaConfig(SchedulerConfig):
 
 
 def config_class(owner: str) -> type[SchedulerConfig]:
-    """The frozen dataclass of one scheduler's keys."""
+    """Create the frozen dataclass of one scheduler's keys."""
     fields = [(key, KINDS.get(key, type(default)), default) for key, default in CONFIGS[owner].items()]
     name = owner.replace("Scheduler", "Config")
     switches = {key for key, default in CONFIGS[owner].items() if isinstance(default, bool)}
@@ -214,5 +214,5 @@ def config_class(owner: str) -> type[SchedulerConfig]:
 
 
 def sibling_keys() -> set[str]:
-    """Every key that some scheduler of this package understands."""
+    """Return all keys that any scheduler of this package understands."""
     return {key for keys in CONFIGS.values() for key in keys} | set(BetaConfig.__dataclass_fields__)

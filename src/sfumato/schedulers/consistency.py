@@ -1,4 +1,4 @@
-"""Schedulers of few-step models, whose grid is a part of the one they were distilled on: LCM and TCD."""
+"""Schedulers of few-step models, whose timesteps are a subset of those used in distillation: LCM and TCD."""
 
 # pyright: reportIncompatibleMethodOverride=false
 
@@ -26,7 +26,7 @@ __all__ = ["ConsistencyScheduler", "LCMScheduler", "LCMSchedulerOutput", "TCDSch
 
 @dataclass(frozen=True, eq=False)
 class LCMSchedulerOutput(Output):
-    """The next latents, with noise and without."""
+    """The latents for the next step, and the denoised latents before noise was added."""
 
     prev_sample: Tensor
     denoised: Tensor | None = None
@@ -34,17 +34,17 @@ class LCMSchedulerOutput(Output):
 
 @dataclass(frozen=True, eq=False)
 class TCDSchedulerOutput(Output):
-    """The next latents, with noise and without."""
+    """The latents for the next step, and the latents before noise was added."""
 
     prev_sample: Tensor
     pred_noised_sample: Tensor | None = None
 
 
 class ConsistencyScheduler(TimestepScheduler):
-    """Shared by both: `original_inference_steps` evenly spaced training timesteps, of which a run takes some.
+    """Base of LCM and TCD: a run uses some of `original_inference_steps` evenly spaced training timesteps.
 
-    Parity note: custom timesteps cut short by `strength` count their steps from the whole list, so the last `step` that
-    is taken adds noise as if another would follow. `table` ends before that, as the ecosystem's pipelines do.
+    Parity note: if custom timesteps are cut short by `strength`, steps are still counted from the whole list, so the
+    last call of `step` adds noise as if another step followed. `table` does not, like the ecosystem's pipelines.
     """
 
     custom_grids = ("timesteps",)
@@ -58,9 +58,9 @@ class ConsistencyScheduler(TimestepScheduler):
         strength: float = 1.0,
         sigmas: None = None,
     ) -> None:
-        """Choose n of the timesteps the model was distilled on, or custom timesteps.
+        """Select n of the timesteps used in distillation, or set custom timesteps.
 
-        original_inference_steps: the number of steps in distillation, as in the config if None. strength: for
+        original_inference_steps: number of steps in distillation; None for the config's value. strength: for
         image-to-image, the share of the schedule to use, counted from its end. Raises `UsageError` for more steps than
         there are.
         """
@@ -86,7 +86,7 @@ class ConsistencyScheduler(TimestepScheduler):
         self._install(n, grid, device)
 
     def _distilled(self, original: int | None, strength: float) -> np.ndarray:
-        """The timesteps of the distillation, up to where `strength` begins, ascending."""
+        """Return the distillation timesteps in ascending order, up to the one where `strength` starts."""
         steps: int = self.config.original_inference_steps if original is None else original
         if not 1 <= steps <= len(self):
             raise UsageError(f"original_inference_steps must be from 1 to {len(self)}, not {steps}")
@@ -98,28 +98,28 @@ class ConsistencyScheduler(TimestepScheduler):
         return [self._at(t, following, i != last, **options) for i, (t, following) in pairs if i >= start]
 
     def table(self, start: int = 0, *, eta: float = 0.0) -> Table:
-        """Like every scheduler's; noise of the last row is generated but not added."""
+        """Return the steps as numbers, as in the base class; the last row's noise is generated but not added."""
         table = super().table(start, eta=eta)
         return replace(table, rows=(*table.rows[:-1], _without_noise(table.rows[-1])))
 
     def _at(self, timestep: int, following: int | None, noised: bool, **options: float) -> Row:
-        """The row of a timestep; the one that follows, None after the last, and whether noise leads there."""
+        """Return the row of a timestep; `following` is the next (None after the last); `noised`: add noise there."""
         raise NotImplementedError
 
-    def _second(self, row: Row, sample: Tensor, model_output: Tensor, z: Tensor | None = None) -> Tensor:
-        """The latents y before noise was added: x' = sqrt(1 - n^2) y + n z."""
+    def second_output(self, row: Row, sample: Tensor, model_output: Tensor, z: Tensor | None = None) -> Tensor:
+        """Return the latents y before noise was added: x' = sqrt(1 - n^2) y + n z."""
         return advance(replace(_without_noise(row), noise=None), State(sample), model_output).x
 
 
 def _without_noise(row: Row) -> Row:
-    """The row to y, where noise would be added; it is drawn all the same."""
+    """Return the row that ends at y, before noise is added; the noise is still generated."""
     kept = math.sqrt(1 - (row.noise or 0.0) ** 2)
     past = tuple(weight / kept for weight in row.past)
     return replace(row, x=row.x / kept, out=row.out / kept, past=past, noise=row.noise and 0.0)
 
 
 class LCMScheduler(ConsistencyScheduler):
-    """Latent consistency models (2310.04378): predict the clean latents, then add noise again for the next step."""
+    """Latent consistency models (2310.04378): predict the clean latents, then add noise for the next step."""
 
     output = LCMSchedulerOutput
 
@@ -131,10 +131,10 @@ class LCMScheduler(ConsistencyScheduler):
 
 
 class TCDScheduler(ConsistencyScheduler):
-    """Trajectory consistency distillation (2402.19159); `eta` (gamma there) from 0, no noise, to 1, LCM's.
+    """Trajectory consistency distillation (2402.19159); `eta` (gamma in the paper) from 0 (no noise) to 1 (as in LCM).
 
-    Parity note: with `original_inference_steps` passed to `set_timesteps`, the grid is taken from every training
-    timestep.
+    Parity note: if `original_inference_steps` is passed to `set_timesteps`, the grid is taken from all training
+    timesteps.
     """
 
     output = TCDSchedulerOutput
@@ -146,7 +146,7 @@ class TCDScheduler(ConsistencyScheduler):
         if not 0 <= eta <= 1:
             raise UsageError(f"eta must be from 0 to 1, not {eta:g}")
         to = following or 0
-        # In float32, as in the ecosystem: where the product is nearly whole, the last bit decides.
+        # In float32, as in the ecosystem: if the product is close to an integer, the last bit decides.
         a_s = self._product(int(torch.floor((1 - eta) * torch.tensor(to))))
         a_next = self._product(to) if noised and eta > 0 else None
         return tcd_row(timestep, self._product(timestep), a_s, a_next, self.config.prediction_type)
@@ -160,5 +160,5 @@ class TCDScheduler(ConsistencyScheduler):
         generator: Generators = None,
         return_dict: bool = True,
     ) -> Stepped:
-        """Take one step; `eta` determines how far beyond the next timestep to denoise before adding noise again."""
+        """Take one step; `eta` sets how far beyond the next timestep to denoise before noise is added back."""
         return self._step(self._row(timestep, eta=eta), model_output, sample, noise_for(sample, generator), return_dict)

@@ -1,4 +1,4 @@
-"""Schedulers of models trained as EDM (2206.00364): Euler, and DPM-Solver++ multistep. No betas: sigmas all the way.
+"""Schedulers of EDM models (arXiv 2206.00364): Euler and DPM-Solver++ multistep, on sigmas without betas.
 
 The network is given x / sqrt(s^2 + s_data^2) and log(s) / 4, and its output F means x0 = c_skip x + c_out F (table 1).
 """
@@ -23,10 +23,10 @@ __all__ = ["EDMDPMSolverMultistepScheduler", "EDMEulerScheduler", "EDMScheduler"
 
 
 class EDMScheduler(VEScheduler):
-    """Shared by both: sigmas between the config's bounds, by the ramp of equation 5 or evenly in log sigma."""
+    """Base of the EDM schedulers: sigmas between the config's bounds, on the ramp of equation 5 or log-uniform."""
 
-    precision: ClassVar[torch.dtype] = torch.float32  # of the ramp; sigmas are float32 in any case
-    ends_at_last: ClassVar[bool] = True  # a final sigma_min repeats the ramp's last sigma, not the config's
+    precision: ClassVar[torch.dtype] = torch.float32  # dtype of the ramp; sigmas are always float32
+    ends_at_last: ClassVar[bool] = True  # "sigma_min" as final sigma: the ramp's last, not the config's
 
     def _train(self) -> None:
         self._set_ramp(torch.linspace(0, 1, len(self), dtype=self.precision), None)
@@ -55,9 +55,9 @@ class EDMScheduler(VEScheduler):
 
 
 class EDMEulerScheduler(EDMScheduler, ChurnedScheduler):
-    """Euler steps in sigma, optionally with churn (2206.00364, algorithm 2 without its correction).
+    """Euler steps in sigma with optional churn (2206.00364, algorithm 2 without the correction).
 
-    `set_timesteps` takes no sigmas: what the ecosystem calls sigmas here are points of the ramp.
+    `set_timesteps` takes no sigmas: what the ecosystem calls sigmas here are points on the ramp.
     """
 
     precision = torch.float64
@@ -67,7 +67,7 @@ class EDMEulerScheduler(EDMScheduler, ChurnedScheduler):
 
 
 class EDMDPMSolverMultistepScheduler(EDMScheduler, DPMSolverMultistepScheduler):
-    """DPM-Solver++ of order 1 to 3, multistep, as ODE or SDE (2211.01095), where x = x0 + s eps."""
+    """DPM-Solver++ of order 1 to 3, multistep, as ODE or SDE (2211.01095), with x = x0 + s eps."""
 
     divides = True
     ends_at_last = False

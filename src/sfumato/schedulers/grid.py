@@ -1,4 +1,4 @@
-"""Noise grids: from the training betas to the timesteps and sigmas a sampler visits.
+"""Noise grids: from the training betas to the timesteps and sigmas that a sampler visits.
 
 Training tables are float32 torch tensors because their last bit decides timesteps after rounding; everything later
 is float64 until the sigmas are rounded to float32 once, as the ecosystem does.
@@ -23,7 +23,7 @@ Array = np.ndarray
 
 
 def train_betas(config: SchedulerConfig) -> Tensor:
-    """The forward process's betas, (num_train_timesteps,) float32."""
+    """Return the betas of the forward process, (num_train_timesteps,) float32."""
     if config.trained_betas is not None:
         return torch.tensor(config.trained_betas, dtype=torch.float32)
     start, end, n = config.beta_start, config.beta_end, config.num_train_timesteps
@@ -41,12 +41,12 @@ def train_betas(config: SchedulerConfig) -> Tensor:
 
 
 def _cosine(u: float) -> float:
-    """Improved DDPM, 2102.09672, equation 17."""
+    """Cosine schedule of Improved DDPM, 2102.09672, equation 17."""
     return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
 
 
 def _laplace(u: float) -> float:
-    """Laplace-distributed log-SNR, 2407.03297, table 1."""
+    """Schedule with Laplace-distributed log-SNR, 2407.03297, table 1."""
     log_snr = -0.5 * math.copysign(1, 0.5 - u) * math.log(1 - 2 * abs(0.5 - u) + 1e-6)
     return math.sqrt(math.exp(log_snr) / (1 + math.exp(log_snr)))
 
@@ -67,7 +67,10 @@ def _zero_terminal_snr(betas: Tensor) -> Tensor:
 
 
 def train_alphas_cumprod(config: SchedulerConfig, betas: Tensor, *, finite: bool) -> Tensor:
-    """Products of 1 - beta, float32; `finite` keeps a zero terminal SNR off 0, for samplers that work in sigma."""
+    """Return the cumulative products of 1 - beta, float32.
+
+    `finite` replaces a zero terminal SNR by a tiny value, for samplers that work in sigma.
+    """
     products = (1.0 - betas).cumprod(0)
     if finite and config.own("rescale_betas_zero_snr"):
         products[-1] = 2**-24
@@ -75,15 +78,15 @@ def train_alphas_cumprod(config: SchedulerConfig, betas: Tensor, *, finite: bool
 
 
 def train_sigmas(alphas_cumprod: Tensor) -> Array:
-    """sqrt((1 - a) / a), ascending, float32. In torch: numpy's float32 power differs in the last bit."""
+    """Return sqrt((1 - a) / a), ascending, float32. In torch, because numpy's float32 power differs in the last bit."""
     return (((1 - alphas_cumprod) / alphas_cumprod) ** 0.5).numpy()
 
 
 def spaced_timesteps(config: SchedulerConfig, n: int, *, last: int | None = None, extra: int = 0) -> Array:
-    """N timesteps from high to low (2305.08891, table 2), float64.
+    """Return n timesteps in descending order (2305.08891, table 2), float64.
 
-    `extra` points are spaced along and dropped at the low end; `last` is where the usable timesteps end. "trailing"
-    keeps the ecosystem's arithmetic, which for some n (61, 103, 121, …) gives one step too many, ending at -1.
+    `extra` more points are spaced, and the lowest ones dropped; `last` is the end of the usable timesteps. "trailing"
+    keeps the ecosystem's arithmetic, which for some n (61, 103, 121, …) yields one step too many, ending at -1.
     """
     train = config.num_train_timesteps
     last = train if last is None else last
@@ -98,9 +101,9 @@ def spaced_timesteps(config: SchedulerConfig, n: int, *, last: int | None = None
 
 
 def sigma_to_t(sigmas: Array, log_sigmas: Array, *, single: bool = False) -> Array:
-    """Timesteps (fractional) of sigmas, by linear interpolation of the training table's log sigma.
+    """Return the (fractional) timesteps of sigmas, interpolated linearly in the log sigmas of training.
 
-    `single` keeps float32 sigmas in float32 to the end: for some samplers that is what the model was called with.
+    With `single`, float32 sigmas stay float32 throughout, as the ecosystem passes them to the model in some samplers.
     """
     log_sigma = np.log(np.maximum(sigmas, sigmas.dtype.type(1e-10)))
     low = (np.searchsorted(log_sigmas, log_sigma, side="right") - 1).clip(0, len(log_sigmas) - 2)
@@ -111,10 +114,11 @@ def sigma_to_t(sigmas: Array, log_sigmas: Array, *, single: bool = False) -> Arr
 
 
 def respace(config: SchedulerConfig, sigmas: Array, n: int, *, bounded: bool = True) -> Array:
-    """N sigmas between the first (largest) and the last of the given ones, float64.
+    """Return n sigmas from the first (largest) to the last of the given ones, float64.
 
-    Karras 2206.00364 equation 5 with rho = 7; exponential is uniform in log sigma; beta is 2407.12173 with
-    alpha = beta = 0.6. A config's `sigma_min` and `sigma_max` (its own, or a sibling's) replace the bounds.
+    Karras: 2206.00364, equation 5, with rho = 7. Exponential: uniform in log sigma. Beta: 2407.12173 with
+    alpha = beta = 0.6. If `bounded`, `sigma_min` and `sigma_max` of the config (also if kept from another scheduler)
+    replace the bounds.
     """
     low, high = float(sigmas[-1]), float(sigmas[0])
     if bounded:
@@ -131,9 +135,9 @@ def respace(config: SchedulerConfig, sigmas: Array, n: int, *, bounded: bool = T
 
 
 def beta_quantile(p: float, a: float = 0.6) -> float:
-    """Inverse of the symmetric Beta(a, a) distribution function, for 0 < a < 1, to about 1e-14.
+    """Return the quantile function of the symmetric Beta(a, a) distribution, for 0 < a < 1, accurate to about 1e-14.
 
-    The distribution function's power series at 0 converges fast up to 1/2; Newton's iteration from its first term.
+    The power series of the distribution function at 0 converges fast up to 1/2; its first term starts Newton's method.
     """
     if p > 0.5:
         return 1.0 - beta_quantile(1.0 - p, a)

@@ -29,13 +29,16 @@ __all__ = [
 
 
 class VPScheduler(SigmaScheduler):
-    """Shared by the four: n + 1 points spaced, the lowest dropped, whole timesteps, and a final sigma by config."""
+    """Base of DPM-Solver, DEIS and UniPC: integer timesteps and a final sigma set by the config.
+
+    n + 1 points are spaced and the lowest is dropped.
+    """
 
     gives_original = False
-    ends_at_last: ClassVar[bool] = False  # a final sigma_min repeats a respaced grid's last sigma, not the training's
-    flows_karras: ClassVar[bool] = False  # Karras sigmas become a flow's where both are asked for
-    rounds_cosine: ClassVar[bool] = True  # timesteps of Karras sigmas are whole also on a cosine schedule
-    lowers_below: ClassVar[float] = 15  # number of steps under which `lower_order_final` has an effect
+    ends_at_last: ClassVar[bool] = False  # final "sigma_min" is a respaced grid's last sigma, not that of training
+    flows_karras: ClassVar[bool] = False  # with Karras and flow sigmas both on, convert Karras to flow
+    rounds_cosine: ClassVar[bool] = True  # round the timesteps of Karras sigmas on a cosine schedule, too
+    lowers_below: ClassVar[float] = 15  # `lower_order_final` has an effect below this number of steps
 
     def _signal_noise(self, sigmas: Tensor) -> tuple[Tensor, Tensor]:
         if self.config.use_flow_sigmas:
@@ -44,14 +47,14 @@ class VPScheduler(SigmaScheduler):
         return alpha, sigmas * alpha
 
     def index_for_timestep(self, timestep: Timestep, schedule_timesteps: Tensor | None = None) -> int:
-        """The index of a timestep, the second of two; the last index if it does not occur."""
+        """Return the index of a timestep: the second of two, or the last index if it does not occur."""
         try:
             return super().index_for_timestep(timestep, schedule_timesteps)
         except UsageError:
             return len(self.timesteps) - 1
 
     def _spaced(self, n: int) -> np.ndarray:
-        """Timesteps by the config's spacing, up to where lambda passes `lambda_min_clipped`."""
+        """Return timesteps in the config's spacing, up to where lambda passes `lambda_min_clipped`."""
         config, last = self.config, len(self)
         if (floor := config.own("lambda_min_clipped")) is not None:
             alphas = self.alphas_cumprod
@@ -60,7 +63,7 @@ class VPScheduler(SigmaScheduler):
         return spaced_timesteps(config, n, last=last, extra=1).round()
 
     def _flow_noise(self, n: int) -> np.ndarray:
-        """The noise's share in a rectified flow's n points, before the shift."""
+        """Return the noise weights at the n points of a rectified flow, before the shift."""
         return (1 - np.linspace(1, 1 / len(self), n + 1))[:0:-1]
 
     def _flow_sigmas(self, n: int, given: Sequence[float] | None) -> np.ndarray:
@@ -73,12 +76,12 @@ class VPScheduler(SigmaScheduler):
     def _choose(
         self, n: int, device: Any, timesteps: Sequence[int] | None = None, sigmas: Sequence[float] | None = None
     ) -> None:
-        """Given sigmas are a flow's, without the final one."""
+        """Compute and install the grid; custom sigmas are flow sigmas without the final one."""
         config, table, flow = self.config, self._train_sigmas, self.config.use_flow_sigmas
         if self._spacing is not None:
             values = self._set_apart(n)
             self._set_grid(len(values), sigma_to_t(values, self._log_sigmas), np.append(values, 0.0), device)
-            # What is noise alone elsewhere, of the largest sigma, has the picture's weight here.
+            # In the variance-preserving form, initial noise has the weight of noise, not the largest sigma.
             self.init_noise_sigma = float(self._signal_noise(self.sigmas[0])[1])
             return
         self.init_noise_sigma = type(self).init_noise_sigma
@@ -106,13 +109,13 @@ class VPScheduler(SigmaScheduler):
         self._set_grid(len(points), points.astype(np.int64), np.append(values, final), device)
 
     def _wanted_orders(self, n: int) -> list[int]:
-        """The order that each of n steps should have."""
+        """Return the desired order of each of n steps."""
         config = self.config
         lowered = config.lower_order_final and n < self.lowers_below
         return [min(config.solver_order, n - i) if lowered else config.solver_order for i in range(n)]
 
     def _orders(self, start: int) -> list[int]:
-        """The order of every step from `start`: what is wanted there, as far as outputs have been collected."""
+        """Return the order of every step from `start`: the desired one, limited by the number of outputs so far."""
         wanted = self._wanted_orders(len(self.timesteps))
         return [min(order, calls) for calls, order in enumerate(wanted[start:], 1)]
 
@@ -135,10 +138,10 @@ class DPMSolverMultistepScheduler(VPScheduler):
 
 
 class DPMSolverSinglestepScheduler(VPScheduler):
-    """DPM-Solver and DPM-Solver++ in runs of orders 1, 2, 3 (2206.00927, 2211.01095); linspace spacing only.
+    """DPM-Solver and DPM-Solver++, singlestep: orders 1, 2, 3 in turn (2206.00927, 2211.01095); linspace spacing only.
 
-    Parity note: a step count the order does not divide, or a final sigma of 0, turns `lower_order_final` on in the
-    config, and it stays on for later runs.
+    Parity note: if the order does not divide the number of steps, or for a final sigma of 0, `lower_order_final` is
+    turned on in the config and stays on for later runs.
     """
 
     custom_grids = ("timesteps",)
@@ -151,7 +154,7 @@ class DPMSolverSinglestepScheduler(VPScheduler):
             self.config = config.replace(lower_order_final=True)
 
     def _wanted_orders(self, n: int) -> list[int]:
-        """Orders 1, 2, …, p over and over; with `lower_order_final` the last run is broken off so that it ends low."""
+        """Return orders 1, 2, …, p in turn; `lower_order_final` or a final sigma of 0 can lower the last order to 1."""
         config, p = self.config, self.config.solver_order
         orders = [i % p + 1 for i in range(n)]
         if (config.lower_order_final and n % p == 0) or config.final_sigmas_type == "zero":
@@ -164,7 +167,7 @@ class DPMSolverSinglestepScheduler(VPScheduler):
 
 
 class DEISMultistepScheduler(VPScheduler):
-    """DEIS of order 1 to 3 in log rho (2204.13902); its last sigma is the smallest of training, never 0."""
+    """DEIS of order 1 to 3 in log rho (2204.13902); the last sigma is the smallest one of training, never 0."""
 
     ends_at_last = True
 
@@ -173,7 +176,7 @@ class DEISMultistepScheduler(VPScheduler):
 
 
 class UniPCMultistepScheduler(VPScheduler):
-    """UniPC: a multistep predictor corrected by its own next output (2302.04867); `solver_p` replaces the predictor."""
+    """UniPC (2302.04867): a multistep predictor corrected by its own next output; `solver_p` replaces the predictor."""
 
     custom_grids = ("sigmas",)
     ends_at_last = flows_karras = True

@@ -1,4 +1,4 @@
-"""Short names of samplers for the command line: name -> class, config preset, one line about it. No torch here."""
+"""Short names of samplers: class, config preset and a one-line description. Does not import torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["NAMES", "Alias", "resolve"]
 
 
 class Alias(NamedTuple):
-    """What a short name stands for."""
+    """The class, config preset and description that a short name stands for."""
 
     class_name: str
     preset: dict[str, Any]
@@ -23,7 +23,7 @@ class Alias(NamedTuple):
 MULTI, SINGLE, UNIPC = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"
 EDM = "EDMDPMSolverMultistepScheduler"
 SDE = {"algorithm_type": "sde-dpmsolver++"}
-# name: class, preset, description; and whether the sampler also comes with Karras sigmas, as `<name>_karras`.
+# name: class, preset, description; and whether `<name>_karras`, with Karras sigmas, exists as well.
 _SAMPLERS: dict[str, tuple[str, dict[str, Any], str, bool]] = {
     "ddim": ("DDIMScheduler", {}, "deterministic; the classic choice for image-to-image", False),
     "ddpm": ("DDPMScheduler", {}, "the original ancestral sampler; needs hundreds of steps", False),
@@ -56,7 +56,7 @@ _UNSPACED = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_b
 def _aliases() -> dict[str, Alias]:
     aliases = {}
     for name, (class_name, preset, about, karras) in _SAMPLERS.items():
-        # A preset says all it means, so that it holds over any checkpoint's own config.
+        # A preset sets every relevant key, so that it overrides any checkpoint's config.
         lu = {"use_lu_lambdas": False} if class_name == MULTI else {}
         full = (_DPM_ALGORITHM if class_name in (MULTI, SINGLE) else {}) | (_UNSPACED | lu if karras else {}) | preset
         aliases[name] = Alias(class_name, full, about)
@@ -69,8 +69,8 @@ def _aliases() -> dict[str, Alias]:
 NAMES: dict[str, Alias] = _aliases()
 
 
-# Other programs' words for parts of a name, once it is in small letters with "_" between the words: those of
-# AUTOMATIC1111 and its relatives ("DPM++ 2M Karras", "Euler a"), ComfyUI, InvokeAI and Apple.
+# Replacements for parts of other programs' names, after conversion to snake case: AUTOMATIC1111 and its forks
+# ("DPM++ 2M Karras", "Euler a"), ComfyUI, InvokeAI and Apple.
 _WORDS = (
     (r"^(k|sample)_", ""),
     (r"_scheduler$|scheduler$", ""),
@@ -87,11 +87,11 @@ _SPACINGS = ("karras", "exponential", "beta")
 
 
 def resolve(name: str) -> tuple[str, dict[str, Any]]:
-    """Class name and config preset of a scheduler by any of its names.
+    """Return the class name and config preset of a scheduler, given any of its names.
 
-    Takes the names of `NAMES` ("dpmpp_2m_karras"), the classes' names with or without "Scheduler", and what other
-    programs call them ("DPM++ 2M Karras", "Euler a", "dpm_2_ancestral"). "… exponential" and "… beta" choose those
-    sigmas. Raises `UnknownArgument` with the nearest names that exist.
+    Accepts the names in `NAMES` ("dpmpp_2m_karras"), class names with or without "Scheduler", and the names used by
+    other programs ("DPM++ 2M Karras", "Euler a", "dpm_2_ancestral"). The suffixes "exponential" and "beta" select
+    those sigmas. Raises `UnknownArgument`, which suggests the closest names.
     """
     classes = {alias.class_name for alias in NAMES.values()}
     for class_name in (name, f"{name}Scheduler"):
@@ -110,7 +110,7 @@ def resolve(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _plain(name: str) -> str:
-    """A name as `NAMES` spells it, as far as can be told."""
+    """Convert a name to the spelling used in `NAMES`, as far as possible."""
     key = re.sub(r"[^a-z0-9]+", "_", name[:100].lower().replace("++", "pp")).strip("_")
     for pattern, plain in _WORDS:
         key = re.sub(pattern, plain, key)

@@ -1,4 +1,4 @@
-"""Where a step's noise comes from: generators, or a Brownian path that any two sigmas can be asked about.
+"""The noise of a step: from generators, or from a Brownian path that can be sampled between any two sigmas.
 
 Noise is always drawn in float32 and cast later, so the dtype of the latents does not change an image.
 """
@@ -14,15 +14,30 @@ from torch import Tensor
 from sfumato.errors import MissingExtra, UsageError
 from sfumato.runtime.generators import RandomSource, normal
 from sfumato.schedulers.rows import Noise, Row
+from sfumato.values import shown
 
 Generators = RandomSource | Sequence[RandomSource] | None
 Seeds = int | Sequence[int] | None
 
-__all__ = ["BrownianNoise", "GaussianNoise", "noise_for"]
+__all__ = ["BrownianNoise", "GaussianNoise", "noise_for", "noising"]
+
+
+def noising(original: Tensor, noise: Tensor, timesteps: Any) -> Tensor:
+    """Return the timesteps (B,) of `add_noise` and `get_velocity`, which can be plain numbers; raises `UsageError`."""
+    try:
+        found = torch.as_tensor(timesteps).flatten()
+        torch.broadcast_shapes(original.shape, noise.shape, (len(found), *(1,) * (original.dim() - 1)))
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        given = (original, noise, timesteps)
+        what = ", ".join(str(tuple(one.shape)) if isinstance(one, Tensor) else shown(one) for one in given)
+        raise UsageError(
+            f"latents and noise must be tensors of the same shape, with one timestep per image, not {what}"
+        ) from error
+    return found
 
 
 def noise_for(sample: Tensor, generators: Generators, given: Tensor | None = None) -> Noise:
-    """A noise source shaped like these latents, or the noise the caller already has."""
+    """Return a noise source of the shape of these latents, or one that returns the `given` noise."""
     return GaussianNoise(sample.shape, generators, sample.device) if given is None else lambda _: given
 
 
@@ -30,7 +45,7 @@ class GaussianNoise:
     """Independent standard normal noise for every step.
 
     One generator fills the whole batch at once; a list has one generator per image, used in order; None uses torch's
-    default generator. Each generates on its own device. The numbers equal those of the ecosystem's float32 pipelines.
+    default generator. Each generates on its own device. The values equal those of the ecosystem's float32 pipelines.
     """
 
     def __init__(self, shape: Sequence[int], generators: Generators = None, device: Any = None) -> None:
@@ -53,8 +68,8 @@ class BrownianNoise:
     """Increments of one Brownian path over sigma, normalized to unit variance, for `DPMSolverSDEScheduler`.
 
     The seed and the first and last sigma determine the path, so both halves of a step, or different numbers of steps,
-    get the same noise. A list of seeds gives each image its own path: image k is that of a batch of one with seed k.
-    None takes a seed from torch's default generator.
+    see the same noise. A list of seeds gives each image its own path: image k equals that of a batch of one with
+    seed k. None draws a seed from torch's default generator. Raises `MissingExtra` if torchsde is not installed.
     """
 
     def __init__(
@@ -72,7 +87,7 @@ class BrownianNoise:
             raise UsageError(f"{len(seeds)} seeds for a batch of {shape[0]}; pass one, or one per image")
         settings: dict[str, Any] = {"tol": 1e-6, "pool_size": 24, "halfway_tree": True, "dtype": torch.float32}
         settings |= {"t0": torch.tensor(sigma_range[0]), "t1": torch.tensor(sigma_range[1])}
-        # torchsde rounds the ends to its tolerance, and warns of a sigma that this puts outside.
+        # torchsde rounds the ends to its tolerance, and warns about a sigma that is then out of range.
         self.low, self.high = (round(sigma, 6) for sigma in sigma_range)
         self.shape = tuple(shape)
         size = self.shape if single else self.shape[1:]
@@ -80,7 +95,7 @@ class BrownianNoise:
         self.paths = [BrownianInterval(size=size, entropy=entropy, **settings) for entropy in seeds]
 
     def __call__(self, row: Row) -> Tensor:
-        """The increment between the row's two sigmas over the square root of their distance, float32 on `device`."""
+        """Return the increment between the row's two sigmas over the root of their distance, float32 on `device`."""
         if row.span is None:
             raise UsageError(f"the row at timestep {row.t:g} has no span of sigmas to draw Brownian noise for")
         high, low = (min(max(sigma, self.low), self.high) for sigma in row.span)

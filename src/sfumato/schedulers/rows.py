@@ -20,16 +20,16 @@ from sfumato.values import shown
 __all__ = ["Clip", "LearnedVariance", "Row", "State", "advance", "folded", "predict_original"]
 
 Noise = Callable[["Row"], Tensor]
-"""A source of standard normal noise in float32; it is asked only for rows that have a `noise` weight."""
+"""A source of standard normal noise in float32, called only for rows with a `noise` weight."""
 
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """Limits the predicted x0 to ±`limit`, the one non-linear part of a step.
+    """Limits the predicted x0 to ±`limit`, the only non-linear part of a step.
 
-    With a `quantile` the limit is dynamic (Imagen, 2205.11487, section 2.3): s, that quantile of |x0| per image, kept
-    within 1 and `limit`; x0 is clipped to ±s and divided by it. `weight` says how much of the change the converted
-    output takes over (1 where it *is* x0).
+    With a `quantile`, the limit is dynamic (Imagen, 2205.11487, section 2.3): s is that quantile of |x0| per image,
+    clamped to 1…`limit`; x0 is clipped to ±s and divided by s. `weight` is the factor by which the change carries over
+    to the converted output (1 if that output *is* x0).
     """
 
     limit: float
@@ -37,7 +37,7 @@ class Clip:
     weight: float = 1.0
 
     def __call__(self, x0: Tensor) -> Tensor:
-        """(B, ...) -> (B, ...), of the same dtype."""
+        """Clip x0: (B, ...) -> (B, ...), same dtype."""
         if self.quantile is None:
             return x0.clamp(-self.limit, self.limit)
         s = torch.quantile(x0.flatten(1).abs(), self.quantile, dim=1).clamp(min=1, max=self.limit)
@@ -49,14 +49,14 @@ class Clip:
 class LearnedVariance:
     """Noise whose variance the model predicts in a second half of its channels (2102.09672, equation 15).
 
-    `log_range` holds the logarithms of the smallest and the largest variance, between which the prediction (-1 to 1)
-    interpolates; None takes the prediction as the variance itself.
+    `log_range` holds the logarithms of the smallest and largest variance, between which the prediction (-1 to 1)
+    interpolates; if None, the prediction is the variance itself.
     """
 
     log_range: tuple[float, float] | None = None
 
     def scale(self, predicted: Tensor) -> Tensor:
-        """The standard deviation, of the prediction's shape."""
+        """Return the standard deviation, in the shape of the prediction."""
         if self.log_range is None:
             return predicted.sqrt()
         low, high = self.log_range
@@ -65,7 +65,7 @@ class LearnedVariance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One model call and what is made of it::
+    """One model call and the linear combination that follows it::
 
         out = unet(c_in x, t)        d = a x + b out        x0 = a0 x + b0 out
         x'  = wx x + wo out + ws saved + sum_k w_k d_k + noise z        (d_k newest first, d_0 = d)
@@ -81,10 +81,10 @@ class Row:
     out: float = 0.0
     saved: float = 0.0
     past: tuple[float, ...] = ()
-    noise: float | None = None  # None draws nothing; a number draws, even 0.0, to keep the generator in step
-    save: bool = False  # keep this row's (corrected) x
-    keep: tuple[int, int] = (0, 0)  # which of (d, *past) to remember: from, to
-    span: tuple[float, float] | None = None  # the sigmas, from high to low, between which a Brownian source draws
+    noise: float | None = None  # a number, even 0.0, generates noise, to keep the generator in sync
+    save: bool = False  # save this row's (corrected) x
+    keep: tuple[int, int] = (0, 0)  # slice of (d, *past) to keep: start, stop
+    span: tuple[float, float] | None = None  # sigmas (high, low) of a Brownian increment
     clip: Clip | None = None
     learned: LearnedVariance | None = None
     correct: tuple[float, ...] = ()
@@ -92,7 +92,10 @@ class Row:
 
 
 def folded(row: Row) -> Row:
-    """The same step straight from x and the output where nothing else needs d: less cancellation, fewer operations."""
+    """Return the same step computed directly from x and the output, if nothing else needs d.
+
+    There is less cancellation, and fewer operations.
+    """
     if len(row.past) != 1 or row.keep[1] or row.clip is not None or row.correct:
         return row
     (w,), (a, b) = row.past, row.convert
@@ -101,7 +104,7 @@ def folded(row: Row) -> Row:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What one step passes to the next: the latents, the saved latents, and converted past outputs, newest first."""
+    """What one step passes to the next: the latents, the saved latents, and past converted outputs, newest first."""
 
     x: Tensor
     saved: Tensor | None = None
@@ -109,15 +112,16 @@ class State:
     predictor: State | None = None
 
     def with_x(self, x: Tensor) -> State:
-        """The same state with edited latents (inpainting, a callback)."""
+        """Return the same state with other latents (after inpainting or a callback)."""
         return replace(self, x=x)
 
 
 def advance(row: Row, state: State, model_output: Tensor, noise: Noise | None = None) -> State:
     """Take one step: (B, C, H, W) latents and model output in, the next state out.
 
-    Sums are accumulated in float32 (float64 where the latents are float64) and cast once, to the latents' dtype.
-    `noise` is called for z after the model call, and only if the row has a noise weight.
+    Sums are accumulated in float32 (float64 if the latents are float64) and cast once, to the latents' dtype. `noise`
+    is called for z after the model call, and only if the row has a noise weight. Raises `UsageError` if the row adds
+    noise and there is no source.
     """
     dtype = torch.float64 if state.x.dtype == torch.float64 else torch.float32
     x = state.x
@@ -149,9 +153,9 @@ def advance(row: Row, state: State, model_output: Tensor, noise: Noise | None = 
 
 
 def predict_original(row: Row, x: Tensor, model_output: Tensor) -> Tensor:
-    """The clean latents x0 that this model output implies, clipped as configured; for previews.
+    """Return the clean latents x0 implied by this model output, clipped as configured; for previews.
 
-    Shapes as in `advance`; the result has the latents' dtype.
+    Shapes are as in `advance`; the result has the latents' dtype.
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     out, _ = _split_output(x, model_output)
@@ -160,7 +164,7 @@ def predict_original(row: Row, x: Tensor, model_output: Tensor) -> Tensor:
 
 
 def _split_output(x: Tensor, model_output: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Prediction and learned variance: a model that predicts both has twice the latents' channels."""
+    """Split the model output into prediction and learned variance, if it has twice the latents' channels."""
     if not isinstance(model_output, Tensor):
         raise UsageError(f"model_output must be a tensor, such as unet(…).sample, not {shown(model_output)}")
     channels = x.shape[1]
@@ -180,7 +184,7 @@ def _convert(row: Row, x: Tensor, out: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _sum(terms: Iterable[tuple[float, Tensor | None]], dtype: torch.dtype) -> Tensor:
-    """Sum of weight × tensor. A weight of 0 costs nothing, a leading 1 no multiplication."""
+    """Return the sum of weight × tensor. Zero weights are skipped; a first weight of 1 is not multiplied."""
     total: Tensor | None = None
     for weight, tensor in terms:
         if weight == 0.0:

@@ -1,4 +1,4 @@
-"""What schedulers on a grid of sigmas share, and those in the variance-exploding form x = x0 + s eps."""
+"""Base of schedulers on a grid of sigmas, and the variance-exploding ones, x = x0 + s eps."""
 
 # pyright: reportIncompatibleMethodOverride=false
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from sfumato.errors import UsageError
 from sfumato.schedulers.base import Scheduler, Stepped, Timestep
 from sfumato.schedulers.grid import respace, sigma_to_t, spaced_timesteps, train_sigmas
-from sfumato.schedulers.noise import BrownianNoise, Generators, noise_for
+from sfumato.schedulers.noise import BrownianNoise, Generators, noise_for, noising
 from sfumato.schedulers.rows import Noise, Row
 from sfumato.schedulers.solvers import ve
 from sfumato.schedulers.solvers.prediction import Grid
@@ -29,18 +29,18 @@ __all__ = [
 
 
 class SigmaScheduler(Scheduler):
-    """A scheduler that keeps the sigma of every entry of `timesteps`, and the final one, in `sigmas`.
+    """A scheduler that keeps the sigma of every timestep, and the final one, in `sigmas`.
 
-    Before `set_timesteps` both describe all training timesteps, for `add_noise`.
+    Before `set_timesteps`, `sigmas` and `timesteps` cover all training timesteps, for `add_noise`.
     """
 
     sigmas: Tensor  # float32, on the CPU
-    divides: ClassVar[bool] = True  # by distances between sigmas, so each can stand in the grid only once
-    discards: ClassVar[bool] = False  # with another program's spacing, the last but one sigma of a step more
-    _spacing: str | None = None  # another program's, while it is set
+    divides: ClassVar[bool] = True  # by differences between sigmas, which must therefore be distinct
+    discards: ClassVar[bool] = False  # with `set_spacing`: space n + 1 steps and drop the last sigma
+    _spacing: str | None = None  # the argument of `set_spacing` while it runs
 
     def set_spacing(self, spacing: str, n: int, device: Any = None) -> None:
-        """`set_timesteps` for n steps with a noise schedule of A1111 or ComfyUI: one of `sfumato.request.SPACINGS`."""
+        """Set the grid of n steps with a noise schedule of A1111 or ComfyUI, one of `sfumato.request.SPACINGS`."""
         self._counted(n, timesteps=None, sigmas=None)
         self._spacing = spacing
         try:
@@ -50,7 +50,7 @@ class SigmaScheduler(Scheduler):
             self._spacing = None
 
     def _set_apart(self, n: int) -> np.ndarray:
-        """The sigmas of that spacing, without the final one."""
+        """Return the sigmas of the spacing being set, without the final one."""
         spaced = spaced_sigmas(str(self._spacing), n + self.discards, self._train_sigmas)
         return spaced[:-1] if self.discards else spaced
 
@@ -78,7 +78,7 @@ class SigmaScheduler(Scheduler):
         return Grid(self._base_timesteps, self._points, self.config.prediction_type, first, flow, self._clip())
 
     def _spaced(self, n: int) -> np.ndarray:
-        """Timesteps by the config's spacing."""
+        """Return timesteps in the config's spacing."""
         return spaced_timesteps(self.config, n)
 
     def _distinct(self, timesteps: np.ndarray) -> bool:
@@ -101,17 +101,17 @@ class SigmaScheduler(Scheduler):
 
 
 class VEScheduler(SigmaScheduler):
-    """Shared by the seven in x = x0 + s eps: n points spaced on the training timesteps, then a final sigma of 0."""
+    """Base of the schedulers in x = x0 + s eps: n points on the training timesteps, then a final sigma of 0."""
 
     divides = False
     timestep_type: ClassVar[type] = np.float32
-    bounded: ClassVar[bool] = True  # Karras sigmas obey sigma_min and sigma_max
+    bounded: ClassVar[bool] = True  # sigma_min and sigma_max apply to Karras sigmas
     needs_grid = False
-    refuses_index: ClassVar[bool] = False  # an integer timestep, most likely a loop counter, is an error
+    refuses_index: ClassVar[bool] = False  # reject integer timesteps, most likely loop counters
 
     def _set_grid(self, n: int, timesteps: np.ndarray, sigmas: np.ndarray, device: Any) -> None:
         super()._set_grid(n, timesteps, sigmas, device)
-        largest = self.sigmas.max()  # alone; with "leading" the signal's own variance is added
+        largest = self.sigmas.max()  # with "leading" spacing, the signal's variance is added
         leading = self.config.own("timestep_spacing") == "leading" and self._spacing is None
         self.init_noise_sigma = (largest**2 + 1) ** 0.5 if leading else largest
 
@@ -122,7 +122,7 @@ class VEScheduler(SigmaScheduler):
         return sigma_to_t(sigmas, self._log_sigmas).astype(self.timestep_type)
 
     def _points_for(self, n: int, timesteps: Sequence[float] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Timesteps and sigmas of n steps, without the final sigma."""
+        """Return timesteps and sigmas of n steps, without the final sigma."""
         config = self.config
         if self._spacing is not None:
             sigmas = self._set_apart(n)
@@ -142,7 +142,7 @@ class VEScheduler(SigmaScheduler):
         self._set_grid(n, points, np.append(sigmas, 0.0), device)
 
     def scale_model_input(self, sample: Tensor, timestep: Timestep | None = None) -> Tensor:
-        """The latents over sqrt(s^2 + 1): unit variance at any sigma."""
+        """Return the latents divided by sqrt(s^2 + 1), which gives unit variance at any sigma."""
         timestep = self.timesteps[0] if timestep is None else timestep
         return sample * self._row(float(timestep) if isinstance(timestep, int) else timestep).c_in
 
@@ -157,7 +157,7 @@ class VEScheduler(SigmaScheduler):
 
 
 class ChurnedScheduler(VEScheduler):
-    """Euler steps in sigma, before which noise may be added, as EDM does (2206.00364, algorithm 2)."""
+    """Euler steps in sigma with optional noise before each step, as in EDM (2206.00364, algorithm 2)."""
 
     refuses_index = True
 
@@ -178,7 +178,7 @@ class ChurnedScheduler(VEScheduler):
         return_dict: bool = True,
         pred_original_sample: Tensor | None = None,
     ) -> Stepped:
-        """Take one step; with `s_churn` > 0, noise scaled by `s_noise` is added where s_tmin <= s <= s_tmax.
+        """Take one step; with `s_churn` > 0, noise scaled by `s_noise` is added if s_tmin <= s <= s_tmax.
 
         `pred_original_sample` replaces the clean latents computed from the model output.
         """
@@ -190,21 +190,21 @@ class ChurnedScheduler(VEScheduler):
         row = self._row(timestep, **options)
         return self._step(row, model_output, sample, noise_for(sample, generator), return_dict)
 
-    def _second(self, row: Row, sample: Tensor, model_output: Tensor, z: Tensor | None = None) -> Tensor:
-        # Churn's noise reaches x' as it reaches x: with the weight of x.
+    def second_output(self, row: Row, sample: Tensor, model_output: Tensor, z: Tensor | None = None) -> Tensor:
+        """Return the second value of `step`; the noise of churn is added to x, so it has the weight of x in x'."""
         churned = sample if z is None or not row.x else sample + z * ((row.noise or 0.0) / row.x)
-        return super()._second(row, churned, model_output)
+        return super().second_output(row, churned, model_output)
 
 
 class EulerDiscreteScheduler(ChurnedScheduler):
-    """Euler steps in sigma, optionally with EDM's churn (2206.00364, algorithm 2)."""
+    """Euler steps in sigma with EDM's optional churn (2206.00364, algorithm 2)."""
 
     custom_grids = ("timesteps", "sigmas")
 
     def _choose(
         self, n: int, device: Any, timesteps: Sequence[float] | None = None, sigmas: Sequence[float] | None = None
     ) -> None:
-        """Given sigmas include the final one."""
+        """Compute and install the grid; custom sigmas include the final one."""
         config = self.config
         continuous = config.timestep_type == "continuous" and config.prediction_type == "v_prediction"
         if continuous and timesteps is not None:
@@ -222,12 +222,16 @@ class EulerDiscreteScheduler(ChurnedScheduler):
     def _interpolated(self, timesteps: np.ndarray, n: int) -> np.ndarray:
         if self.config.interpolation_type == "linear":
             return super()._interpolated(timesteps, n)
-        # As in the ecosystem one point more than there are steps, so that the last step ends at sigma_min, not at 0.
+        # As in the ecosystem, there is one point more than steps, so that the last step ends at sigma_min, not 0.
         first, last = np.log(self._train_sigmas[[-1, 0]])
         return torch.linspace(first, last, n + 1, dtype=torch.float32).exp().numpy()
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The v-prediction target. Parity note: products are looked up by *entry* of `timesteps`, not by timestep."""
+        """Return the v-prediction target, in the shape of `sample`.
+
+        Parity note: products are looked up by *index* in `timesteps`, not by timestep.
+        """
+        timesteps = noising(sample, noise, timesteps)
         self._refuse_index(timesteps)
         entries = [self.index_for_timestep(timestep) for timestep in timesteps]
         products = self.alphas_cumprod[entries].view(-1, *(1,) * (sample.dim() - 1)).to(sample)
@@ -255,12 +259,12 @@ class LMSDiscreteScheduler(VEScheduler):
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, order: int = 4, return_dict: bool = True
     ) -> Stepped:
-        """Take one step of at most this order."""
+        """Take one step of at most the given order."""
         return self._step(self._row(timestep, order=order), model_output, sample, None, return_dict)
 
 
 class TwoCallScheduler(VEScheduler):
-    """Two model calls a step, the last step one: 2n - 1 entries, the second of a step at `_mids[i]`."""
+    """Two model calls per step except the last, so 2n - 1 timesteps; the second call of step i is at `_mids[i]`."""
 
     order = 2
 
@@ -284,7 +288,7 @@ class TwoCallScheduler(VEScheduler):
         return np.concatenate([sigmas[:1], sigmas[1:-1].repeat(2), sigmas[-1:]])
 
     def _middles(self, points: np.ndarray, sigmas: np.ndarray, final: np.ndarray) -> np.ndarray:
-        """The timesteps of the second calls, between the first ones (`points`)."""
+        """Return the timesteps of the second calls, given those of the first calls (`points`)."""
         raise NotImplementedError
 
 
@@ -313,7 +317,7 @@ class KDPM2DiscreteScheduler(TwoCallScheduler):
         return np.concatenate([sigmas[:1], sigmas[1:].repeat(2), sigmas[-1:]])
 
     def _middles(self, points: np.ndarray, sigmas: np.ndarray, final: np.ndarray) -> np.ndarray:
-        # In float32 torch and over the whole grid at once: the last bit, and so the model's timestep, depends on both.
+        # In float32 torch and over the whole grid: the last bit, and with it the model's timestep, depends on both.
         grid = torch.from_numpy(final)
         middles = grid.log().lerp(grid.roll(1).log(), 0.5).exp().numpy()
         return sigma_to_t(middles[1:-1], self._log_sigmas, single=True).astype(points.dtype)
@@ -345,7 +349,7 @@ class DPMSolverSDEScheduler(TwoCallScheduler):
     bounded = False
 
     def _middles(self, points: np.ndarray, sigmas: np.ndarray, final: np.ndarray) -> np.ndarray:
-        # The path is asked for float32 exp(log sigma), which is not always sigma; one bit off is another number.
+        # The path is evaluated at float32 exp(log sigma), which may differ from sigma; one bit changes the noise.
         logs = torch.from_numpy(final[:-1]).log().neg()
         keys = logs.neg().exp()
         middles = (logs[:-1] + (logs[1:] - logs[:-1]) * 0.5).neg().exp()
@@ -362,7 +366,7 @@ class DPMSolverSDEScheduler(TwoCallScheduler):
         return ve.dpm_sde(self._grid(start), self._mids, self._spans, s_noise)
 
     def noise_source(self, shape: Sequence[int], generators: Generators = None, device: Any = None) -> Noise:
-        """One Brownian path seeded by `noise_sampler_seed`, else by the generator's seed (a list: a path per image)."""
+        """Return a Brownian path seeded by `noise_sampler_seed`, else by the generator (a list: one path per image)."""
         seed = self.config.noise_sampler_seed
         if seed is None and generators is not None:
             several = isinstance(generators, Sequence)
@@ -372,7 +376,7 @@ class DPMSolverSDEScheduler(TwoCallScheduler):
     def step(
         self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True, s_noise: float = 1.0
     ) -> Stepped:
-        """Take one step; the first one starts the path from `noise_sampler_seed` or torch's default generator."""
+        """Take one step; the first one seeds the path with `noise_sampler_seed` or torch's default generator."""
         row = self._row(timestep, s_noise=s_noise)
         if self._path is None:
             self._path = self.noise_source(sample.shape, None, sample.device)

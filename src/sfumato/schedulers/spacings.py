@@ -1,4 +1,4 @@
-"""How A1111 and ComfyUI space the noise levels of the steps (k-diffusion's way), whatever the sampler."""
+"""A1111's and ComfyUI's step spacings (k-diffusion's formulas), available with any sampler."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ Array = np.ndarray
 
 
 def spaced_sigmas(spacing: str, n: int, table: Array) -> Array:
-    """The sigmas of n steps, from high to low and without the final 0, float64; table: those of training, ascending.
+    """Return the sigmas of n steps in descending order, without the final 0, float64.
 
-    At a timestep between two of training, log sigma is interpolated. Karras: 2206.00364 equation 5 with rho = 7.
-    "ddim_uniform" takes every floor(T / n)-th, and may have more steps than n, as it has elsewhere.
+    table: the sigmas of training, ascending; log sigma is interpolated between them. Karras: 2206.00364, equation 5,
+    with rho = 7. "ddim_uniform" takes every floor(T / n)-th sigma and can yield more than n steps, as in A1111 and
+    ComfyUI.
     """
     sigmas = table.astype(np.float64)
     last, high, low = len(sigmas) - 1, sigmas[-1], sigmas[0]

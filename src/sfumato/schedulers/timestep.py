@@ -14,7 +14,7 @@ from torch import Tensor
 from sfumato.errors import UsageError
 from sfumato.schedulers.base import Scheduler, Stepped, Table, Timestep
 from sfumato.schedulers.grid import spaced_timesteps
-from sfumato.schedulers.noise import Generators, noise_for
+from sfumato.schedulers.noise import Generators, noise_for, noising
 from sfumato.schedulers.rows import Row, folded
 from sfumato.schedulers.solvers.discrete import ddim_row, ddpm_row, plms_row, prk_row
 from sfumato.values import check_number
@@ -23,7 +23,10 @@ __all__ = ["DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "TimestepScheduler
 
 
 class TimestepScheduler(Scheduler):
-    """x = sqrt(a_t) x0 + sqrt(1 - a_t) eps at integer timesteps; a step knows its place from its timestep alone."""
+    """Base of the schedulers on integer timesteps: x = sqrt(a_t) x0 + sqrt(1 - a_t) eps.
+
+    A step is determined by its timestep alone.
+    """
 
     finite_snr = False
 
@@ -47,7 +50,10 @@ class TimestepScheduler(Scheduler):
         return given
 
     def table(self, start: int = 0, *, eta: float = 0.0) -> Table:
-        """Like every scheduler's; also raises `UsageError` if `steps_offset` goes past the last trained timestep."""
+        """Return the steps as numbers, as in the base class.
+
+        Also raises `UsageError` if `steps_offset` goes past the last training timestep.
+        """
         if self.num_inference_steps is not None and int(self.timesteps.max()) >= len(self):
             raise UsageError(
                 f"{self.num_inference_steps} steps with steps_offset {self.config.steps_offset} start at timestep "
@@ -56,27 +62,35 @@ class TimestepScheduler(Scheduler):
         return super().table(start, eta=eta)
 
     def _product(self, timestep: int) -> float:
-        """The cumulative product at a timestep; past the last one, 1 or the first (`set_alpha_to_one`)."""
+        """Return the cumulative product at a timestep; if negative, 1 or the first product (`set_alpha_to_one`)."""
         if timestep >= 0:
             return self._products[timestep]
         return 1.0 if self.config.own("set_alpha_to_one", True) else self._products[0]
 
     def _weights(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        products = self.alphas_cumprod[timesteps.to(self.alphas_cumprod.device).long()]
+        timesteps = timesteps.to(self.alphas_cumprod.device).long()
+        if (timesteps >= len(self)).any() or (timesteps < 0).any():
+            raise UsageError(f"timesteps must be from 0 to {len(self) - 1}, not {timesteps.tolist()}")
+        products = self.alphas_cumprod[timesteps]
         return products.sqrt(), (1 - products).sqrt()
 
     def _weights_at(self, entry: int) -> tuple[float, float]:
         product = self._products[int(self.timesteps[entry])]
         return product**0.5, (1 - product) ** 0.5
 
-    def previous_timestep(self, timestep: int) -> int:
-        """The next timestep of the run, -1 after the last one; before `set_timesteps`, this one minus 1."""
+    def previous_timestep(self, timestep: Timestep) -> Timestep:
+        """Return the run's next (lower) timestep (0-d), -1 after the last; before `set_timesteps`, `timestep` - 1."""
         if self.num_inference_steps is None:
             return timestep - 1
-        return [*self.timesteps.tolist(), -1][self.index_for_timestep(timestep) + 1]
+        following = self.index_for_timestep(timestep) + 1
+        return self.timesteps[following] if following < len(self.timesteps) else torch.tensor(-1)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The v-prediction target sqrt(a) noise - sqrt(1 - a) sample at timesteps (B,) (2202.00512, appendix D)."""
+        """Return the v-prediction target sqrt(a) noise - sqrt(1 - a) sample for timesteps (B,).
+
+        Source: Progressive Distillation (2202.00512, appendix D).
+        """
+        timesteps = noising(sample, noise, timesteps)
         return self.add_noise(noise, -sample, timesteps)
 
 
@@ -102,7 +116,10 @@ class DDIMScheduler(TimestepScheduler):
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
     ) -> Stepped:
-        """Take one step from any timestep; `variance_noise` replaces the generator's noise where eta > 0."""
+        """Take one step from any timestep; `variance_noise` replaces the generator's noise if eta > 0.
+
+        Raises `UsageError` if both are given.
+        """
         if eta > 0 and variance_noise is not None and generator is not None:
             raise UsageError("pass a generator or variance_noise, not both")
         check_number("timestep", timestep)
@@ -111,7 +128,7 @@ class DDIMScheduler(TimestepScheduler):
 
 
 class DDPMScheduler(TimestepScheduler):
-    """Denoising diffusion probabilistic models (2006.11239), on every training timestep or fewer."""
+    """Denoising diffusion probabilistic models (2006.11239), on all training timesteps or fewer."""
 
     custom_grids = ("timesteps",)
 
@@ -131,20 +148,20 @@ class DDPMScheduler(TimestepScheduler):
 
     def _row(self, timestep: Timestep) -> Row:
         check_number("timestep", timestep)
-        return folded(self._at(int(timestep), self.previous_timestep(int(timestep))))
+        return folded(self._at(int(timestep), int(self.previous_timestep(int(timestep)))))
 
 
 class PNDMScheduler(TimestepScheduler):
-    """Pseudo numerical methods (2202.09778): linear multistep, after Runge-Kutta unless `skip_prk_steps`.
+    """Pseudo numerical methods (2202.09778): linear multistep, after a Runge-Kutta warm-up unless `skip_prk_steps`.
 
     Parity note: calls are counted, not looked up. After a late start (image-to-image) the second call still repeats
-    the first one's step, so the run lags its timesteps by one, as the ecosystem's does.
+    the first one's step, so the run lags its timesteps by one, as in the ecosystem.
     """
 
     gives_original = False
 
     def _choose(self, n: int, device: Any) -> None:
-        """The timesteps are n + 1 without Runge-Kutta steps, else n + 9 (and n at least 4)."""
+        """Install n + 1 timesteps without Runge-Kutta steps, else n + 9 (which needs n of at least 4)."""
         ascending = self._spaced(n)[::-1]
         self._warm_up: list[int] = []
         if self.config.skip_prk_steps:
@@ -172,5 +189,5 @@ class PNDMScheduler(TimestepScheduler):
 
     def _row(self, timestep: Timestep) -> Row:
         check_number("timestep", timestep)
-        self.step_index = self.step_index or 0  # counts calls, wherever the run begins
+        self.step_index = self.step_index or 0  # counts calls, wherever the run starts
         return self._at(self.step_index, int(timestep))

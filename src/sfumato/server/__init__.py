@@ -1,1 +1,1 @@
-"""The studio's server: jobs over HTTP, in its own words and in those of others. Nothing here imports torch."""
+"""The studio's server: jobs over HTTP, through its native API and two compatible ones. Does not import torch."""

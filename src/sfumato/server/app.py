@@ -1,4 +1,4 @@
-"""The application: routers over one queue."""
+"""The application: all routers over one queue."""
 
 from __future__ import annotations
 

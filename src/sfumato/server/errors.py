@@ -1,4 +1,4 @@
-"""Errors as answers: one form, which OpenAI's clients understand, too."""
+"""Error responses in one form that OpenAI's clients also understand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image files for clients: in other formats, and sizes that suit a model."""
+"""Images for clients: other file formats, and sizes that suit a model."""
 
 from __future__ import annotations
 

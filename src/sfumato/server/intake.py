@@ -1,4 +1,4 @@
-"""What clients send, made into requests: images become files of ours, names paths, and nothing else is opened."""
+"""Turns client input into requests: images become our files, names become paths, and nothing else is opened."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The API of the studio's page, and the one to write programs for.
+"""The native API: used by the studio's page, and the one to write programs for.
 
 All bodies are JSON. Errors are `{"error": {"message", "type", "param", "code"}}` with a status of 400 (a wrong request,
 type "invalid_request_error"), 401, 403, 404, 413, 415, 429 (with Retry-After) or 503. Times are seconds since 1970.

@@ -1,4 +1,4 @@
-"""OpenAI's Images API: generations, edits, streaming and models, as its clients send and expect them.
+"""OpenAI's Images API: generations, edits, streaming and models.
 
 Fields beside OpenAI's, for `extra_body`: negative_prompt, num_inference_steps, guidance_scale, seed, scheduler,
 strength. A client that runs into its own time-out sends the same request again and says so (x-stainless-retry-count):

@@ -1,4 +1,4 @@
-"""Listening: a socket first, then the queue, then the page."""
+"""Starts the server: first the socket, then the queue, then the page."""
 
 from __future__ import annotations
 

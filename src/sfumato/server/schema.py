@@ -1,4 +1,4 @@
-"""A request's JSON schema, from the annotations by which it checks itself."""
+"""The JSON schema of a request, from the annotations it validates itself with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AUTOMATIC1111's `/sdapi/v1`, the part that clients use, in the words that its own image files use.
+"""AUTOMATIC1111's `/sdapi/v1`: the part that clients use.
 
 What a payload asks for and is not done stands in the answer's `warnings`; what would make another image altogether
 (scripts, a second pass) is refused. `skip` ends the whole job, as `interrupt` does. Every image is kept.

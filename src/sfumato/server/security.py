@@ -1,4 +1,4 @@
-"""Who may ask, and how much: one guard before every route, which denies what it does not know.
+"""Access control and limits: one guard in front of every route, which denies by default.
 
 A browser on this machine runs other people's pages, so the loopback address is no boundary: `Host` must be this
 server's own (DNS rebinding), `Origin` and `Sec-Fetch-Site` must not be another page's, bodies are of kinds that no form

@@ -1,4 +1,4 @@
-"""Server-sent events: what happens, told to everybody who listens, and to those who come back."""
+"""Server-sent events: live for everyone who listens, with resume for those who reconnect."""
 
 from __future__ import annotations
 

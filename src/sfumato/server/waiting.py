@@ -1,4 +1,4 @@
-"""Waiting for a job in the middle of a request, and what becomes of it when its client goes away."""
+"""Waiting for a job within a request, and handling clients that disconnect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From words to embeddings."""
+"""From prompts to embeddings."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ __all__ = ["CLIPTokenizer"]
 
 
 def __getattr__(name: str) -> Any:
-    """The tokenizer, when it is asked for: with it comes torch, which grammars of prompts do without."""
+    """Import the tokenizer lazily: it needs torch, while the prompt grammars do not."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from sfumato.text import tokenizer

@@ -1,4 +1,4 @@
-"""A tokenizer as the ecosystem's code calls it: ids in lists or tensors, and back to text."""
+"""The tokenizer's ecosystem interface: ids as lists or tensors, and decoding."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KINDS = (None, "pt", "np")
 
 
 def _whole(ids: Any) -> list[int]:
-    """Ids as a flat list. Raises `UsageError` for what is not one id or several."""
+    """Flatten ids to a list. Raises `UsageError` unless they are whole numbers."""
     rows = ids.flatten().tolist() if isinstance(ids, torch.Tensor) else np.ravel(ids).tolist()
     if not all(isinstance(one, int) and not isinstance(one, bool) and 0 <= one < 2**32 for one in rows):
         raise UsageError(f"ids must be whole numbers, in a list or a tensor, not {shown(ids)}")
@@ -34,9 +34,9 @@ def _whole(ids: Any) -> list[int]:
 
 @dataclass(frozen=True, eq=False)
 class TokenBatch(Output):
-    """Token ids (B, S), a mask (B, S) with 1 where they are not padding, and per prompt the text that did not fit.
+    """Token ids (B, S), an attention mask (B, S) with 0 for padding, and for each prompt the text that was truncated.
 
-    Ids and mask are tensors, arrays or lists, as they were asked for.
+    Ids and mask are tensors, arrays or lists, as requested.
     """
 
     input_ids: Any
@@ -44,12 +44,12 @@ class TokenBatch(Output):
     lost: tuple[str, ...] = field(default=(), compare=False)
 
     def to(self, device: str | torch.device) -> TokenBatch:
-        """The same with its tensors on a device."""
+        """Return a copy with the tensors on a device."""
         return TokenBatch(**{name: value.to(device) for name, value in self.items()}, lost=self.lost)
 
 
 class Calling:
-    """What the ecosystem's code does with a tokenizer."""
+    """The interface of a transformers tokenizer."""
 
     _tokenizer: Tokenizer
     model_max_length: int
@@ -70,12 +70,12 @@ class Calling:
         words: Mapping[str, Sequence[int]] | None = None,
         **unknown: Any,
     ) -> TokenBatch:
-        """Encode one text or several, with the ecosystem's defaults: no padding, no truncation, lists of ids.
+        """Encode one or several texts. Defaults are those of transformers: no padding, no truncation, lists of ids.
 
-        padding: "max_length" to `max_length` (the model's if None), True or "longest" to the longest. return_tensors:
-        "pt", "np" or None for lists. `lost` contains the text that was cut off. words: ids of textual inversion tokens
-        by name (text/embeddings.py). Raises `UsageError` for anything but text, and for tensors with rows of unequal
-        length.
+        padding: "max_length" pads to `max_length` (default: the model's), True or "longest" to the longest text.
+        return_tensors: "pt", "np", or None for lists. words: ids of textual inversion tokens by name
+        (text/embeddings.py). The `lost` field of the result contains truncated text. Raises `UsageError` for anything
+        but text, and for tensors with rows of unequal length.
         """
         for name, value in unknown.items():
             if value not in (None, False):
@@ -117,9 +117,9 @@ class Calling:
     def _ids(
         self, text: str, limit: int | None, special: bool = True, words: Mapping[str, Sequence[int]] | None = None
     ) -> tuple[list[int], str]:
-        """The ids of a text, start and end included, at most `limit` of them; and what fell off."""
+        """Return at most `limit` ids of a text, including start and end tokens if `special`, and the truncated text."""
         ids: list[int] = []
-        begins: list[int] = []  # where in the text each of them begins
+        begins: list[int] = []  # start position of each token in the text
         for begin, piece, own in pieces(text, words or {}):
             if own:
                 ids += own
@@ -132,44 +132,44 @@ class Calling:
             ids += encoding.ids
             begins += [begin + start for start, _ in encoding.offsets]
         room = len(ids) if limit is None else max(limit - 2 * special, 0)
-        # What begins before the cut goes with it: half of a new word says nothing.
+        # Truncate a textual inversion as a whole: part of its vectors would be meaningless.
         if len(ids) > room and words and ids[room] >= min(map(min, words.values())):
             room = begins.index(begins[room])
         lost = "" if len(ids) <= room else text[begins[room] :].strip()
         return [self.bos_token_id, *ids[:room], self.eos_token_id] if special else ids[:room], lost
 
     def ids(self, text: str, words: Mapping[str, Sequence[int]] | None = None) -> list[int]:
-        """The ids of all tokens of a text, without start and end. Raises `UsageError` for anything but text."""
+        """Return all ids of a text, without start and end tokens. Raises `UsageError` for anything but text."""
         return self._ids(text, None, special=False, words=words)[0]
 
     def fitted(
         self, texts: Sequence[str], length: int | None = None, words: Mapping[str, Sequence[int]] | None = None
     ) -> TokenBatch:
-        """Texts as a text encoder reads them: tensors, padded and cut to `length`, the model's if None."""
+        """Encode texts for a text encoder: tensors padded and truncated to `length` (default: the model's)."""
         return self(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt", words=words)
 
     def tokenize(self, text: str) -> list[str]:
-        """The tokens of a text, without start and end."""
+        """Return the tokens of a text, without start and end."""
         check_argument("text", text, str)
         return self._tokenizer.encode(text, add_special_tokens=False).tokens
 
     def encode(self, text: str, **options: Any) -> list[int] | Tensor:
-        """The ids of one text, including start and end; the options are those of a call."""
+        """Return the ids of one text, including start and end tokens; the options are those of a call."""
         return self(text, **options).input_ids
 
     def decode(self, token_ids: int | Sequence[int] | Tensor, skip_special_tokens: bool = False, **_: Any) -> str:
-        """The text of ids, in lower case; includes special tokens unless they are skipped."""
+        """Return the text of ids, in lower case; includes special tokens unless they are skipped."""
         ids = _whole(token_ids)
         return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens).replace("</w>", " ").strip()
 
     def batch_decode(self, sequences: Iterable[Any], skip_special_tokens: bool = False, **_: Any) -> list[str]:
-        """`decode` for each row of ids."""
+        """Apply `decode` to each row of ids."""
         if not isinstance(sequences, Iterable) or (isinstance(sequences, torch.Tensor) and not sequences.ndim):
             raise UsageError(f"batch_decode takes rows of ids, not {shown(sequences)}")
         return [self.decode(row, skip_special_tokens) for row in sequences]
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
-        """The id of a token, or a list of ids; an unknown token has the id of the end token."""
+        """Return the id of a token, or a list of ids; unknown tokens have the id of the end token."""
         if isinstance(tokens, str):
             found = self._tokenizer.token_to_id(tokens)
             return self.eos_token_id if found is None else found
@@ -177,12 +177,12 @@ class Calling:
         return [self.convert_tokens_to_ids(token) for token in tokens]
 
     def convert_ids_to_tokens(self, ids: int | Iterable[int]) -> Any:
-        """The token of an id, or a list of them."""
+        """Return the token of an id, or a list of tokens."""
         tokens = [self._tokenizer.id_to_token(one) for one in _whole(ids)]
         return tokens[0] if isinstance(ids, int) else tokens
 
     def get_vocab(self) -> dict[str, int]:
-        """All tokens and their ids."""
+        """Return all tokens and their ids."""
         return self._tokenizer.get_vocab()
 
     @property

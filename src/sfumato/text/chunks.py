@@ -1,4 +1,4 @@
-"""Prompts of any length: tokens with weights in chunks of the model's length, each encoded by itself."""
+"""Long prompts: weighted tokens in chunks of the model's length, each encoded separately."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Chunks", "chunked", "from_empty", "with_mean"]
 
-# Of a chunk that is full, what follows a comma among its last tokens goes to the next one, so that no phrase is cut.
+# In a full chunk, what follows a comma among this many last tokens moves to the next chunk, to keep phrases intact.
 BACK = 20
-# Spans of fewer tokens are not cut by ComfyUI.
+# ComfyUI does not split spans of fewer tokens than this.
 WHOLE = 8
 
 Span = tuple[str, float]
@@ -28,7 +28,7 @@ Span = tuple[str, float]
 
 @dataclass(frozen=True)
 class Chunks:
-    """Token ids (N, S) of N chunks, start, end and padding included, and a weight for each (N, S)."""
+    """N chunks of token ids (N, S), including start, end and padding, and the weight of each token (N, S)."""
 
     ids: Tensor
     weights: Tensor
@@ -37,9 +37,9 @@ class Chunks:
 def chunked(
     tokenizer: CLIPTokenizer, spans: Sequence[Span], syntax: str, words: Mapping[str, Sequence[int]] | None = None
 ) -> Chunks:
-    """The spans of a prompt in chunks, as A1111 makes them or ComfyUI; at least one, be it empty.
+    """Split a prompt's spans into chunks, as A1111 or ComfyUI does; at least one chunk, which may be empty.
 
-    words: ids of new words by name (text/embeddings.py); none is cut that fits into a chunk.
+    words: ids of textual inversions by name (text/embeddings.py). They are never split if they fit into a chunk.
     """
     room = tokenizer.model_max_length - 2
     rows: list[list[tuple[int, float]]] = [[]]
@@ -68,7 +68,7 @@ def chunked(
 def _append(
     rows: list[list[tuple[int, float]]], tokens: Sequence[tuple[int, float]], room: int, comma: list[int]
 ) -> None:
-    """As A1111 does: a full chunk is ended after its last comma, where one is near."""
+    """Append like A1111: break a full chunk after its last comma if there is one nearby."""
     for token in tokens:
         row = rows[-1]
         if len(row) == room:
@@ -80,7 +80,7 @@ def _append(
 
 
 def _append_whole(rows: list[list[tuple[int, float]]], tokens: Sequence[tuple[int, float]], room: int) -> None:
-    """As ComfyUI does: a short span that does not fit goes to the next chunk as a whole, a long one is cut."""
+    """Append like ComfyUI: a short span that does not fit moves to the next chunk as a whole, a long one is split."""
     while tokens:
         left = room - len(rows[-1])
         if len(tokens) <= left:
@@ -93,13 +93,13 @@ def _append_whole(rows: list[list[tuple[int, float]]], tokens: Sequence[tuple[in
 
 
 def with_mean(states: Tensor, weights: Tensor) -> Tensor:
-    """A1111's emphasis: states (N, S, C) times their weights, each chunk with the mean that it had before."""
+    """Weight states (N, S, C) like A1111: multiply, then restore the mean of each chunk."""
     before = states.mean(dim=(1, 2), keepdim=True)
     weighted = states * weights[:, :, None]
     return weighted * (before / weighted.mean(dim=(1, 2), keepdim=True))
 
 
 def from_empty(states: Tensor, weights: Tensor, empty: Callable[[], Tensor]) -> Tensor:
-    """ComfyUI's: from what an empty prompt says at the same place (1, S, C) on, weight times as far."""
+    """Weight states like ComfyUI: extrapolate from the empty prompt's states (1, S, C) at the same position."""
     nothing = empty()
     return nothing + weights[:, :, None] * (states - nothing)

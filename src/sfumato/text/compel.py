@@ -1,4 +1,4 @@
-"""Prompts with weights in the grammar of compel and InvokeAI. No torch here."""
+"""Weighted prompts in the syntax of compel and InvokeAI. Does not import torch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from sfumato.text.grammars import MOST_DEPTH, Read, Span, joined
 
 __all__ = ["compel"]
 
-# A plus is 1.1 times as much, a minus 0.9 times, and so on with each further one.
+# Each plus multiplies the weight by 1.1, each minus by 0.9.
 PLUS, MINUS = 1.1, 0.9
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
-# A word; signs are part of it where something follows them, as in "well-known".
+# A word. Signs followed by other characters belong to it, as in "well-known".
 WORD = re.compile(r'(?:\\.|[^\s\\()",.+=-]|[+-](?![\s()",.+=-]|$))+')
 SIGNS = re.compile(r"\++|-+")
 WEIGHT = re.compile(rf"\++(?!\d)|-+(?!\d)|{NUMBER}")
@@ -22,10 +22,10 @@ LORA = re.compile(r"\b(?:withLora|useLora)\([^()]{0,200}\)")
 
 
 def compel(text: str) -> Read:
-    r"""`word+` is 1.1 as much, `word--` 0.9 · 0.9, `(a b)1.2` or `"a b"1.2` 1.2 times, all within others.
+    r"""Parse compel's syntax: `word+` is 1.1, `word--` 0.9 · 0.9, `(a b)1.2` or `"a b"1.2` 1.2; they can be nested.
 
-    `("a", "b").blend(1, 0.8)` mixes prompts, `("a", "b").and(1, 0.5)` reads one after the other; a backslash makes a
-    sign or a bracket text. A bracket that is never closed is plain text, and said once.
+    `("a", "b").blend(1, 0.8)` mixes prompts, `("a", "b").and(1, 0.5)` concatenates them. A backslash escapes a sign or
+    bracket. An unclosed bracket is plain text and gives a note.
     """
     notes = [f"{found[0]} in the prompt is ignored; load adapters with --lora" for found in LORA.finditer(text)]
     text = LORA.sub("", text)
@@ -43,7 +43,7 @@ def compel(text: str) -> Read:
 
 
 def _weights(text: str, count: int, notes: list[str]) -> tuple[list[float], bool]:
-    """The weights of prompts that are mixed, 1 for each that has none, and whether their sum is to be 1."""
+    """Parse the weights of combined prompts, by default 1, and whether to normalize their sum to 1."""
     said = [one.strip() for one in text.split(",") if one.strip()]
     normalized = "no_normalize" not in said
     said = [one for one in said if one != "no_normalize"]
@@ -54,7 +54,7 @@ def _weights(text: str, count: int, notes: list[str]) -> tuple[list[float], bool
 
 
 def _items(text: str) -> list[str]:
-    """What commas part, but not those within brackets or quotes; quotes around a whole item are left away."""
+    """Split at commas outside brackets and quotes, and strip whitespace."""
     items, begin, place = [], 0, 0
     while place < len(text):
         char = text[place]
@@ -70,7 +70,7 @@ def _items(text: str) -> list[str]:
 
 
 def _closing(text: str, place: int) -> int | None:
-    """Where the bracket or the quote at a place is closed; None where it is not."""
+    """Return the position of the closing bracket or quote; None if it is not closed."""
     if text[place] == '"':
         found = re.compile(r'(?:\\.|[^"\\])*"', re.DOTALL).match(text, place + 1)
         return found and found.end() - 1
@@ -90,7 +90,7 @@ def _closing(text: str, place: int) -> int | None:
 
 
 def _spans(text: str, weight: float, notes: list[str], depth: int) -> list[Span]:
-    """The spans of a text; what is around it has this weight."""
+    """Parse a text into spans, multiplying their weights by `weight`."""
     found: list[Span] = []
     place = 0
     while place < len(text):
@@ -106,14 +106,14 @@ def _spans(text: str, weight: float, notes: list[str], depth: int) -> list[Span]
         else:
             if char == "(":
                 notes.append(f"a bracket is never closed and is drawn as plain text: {text[:80]!r}")
-            # A space between two words of one weight parts nothing.
+            # A space between two words of the same weight does not start a new span.
             found.append((char, found[-1][1] if found and char.isspace() else weight))
             place += 1
     return found
 
 
 def _operator(text: str, place: int, signs: re.Pattern[str], notes: list[str]) -> tuple[float, int]:
-    """The factor that follows a word or a bracket, 1 where none does, and where it ends."""
+    """Parse the weight after a word or bracket; return the factor (1 without a weight) and the position after it."""
     if swap := SWAP.match(text, place):
         close = _closing(text, swap.end() - 1)
         if close is not None:

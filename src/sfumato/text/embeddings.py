@@ -1,4 +1,4 @@
-"""New words (textual inversion, arXiv 2208.01618): vectors that stand in a prompt where their name is written."""
+"""Textual inversion (arXiv 2208.01618): learned vectors that replace their name in a prompt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Embedding", "NewWords", "pieces"]
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """The names that a prompt may call it by, and its vectors (n, C), by the width C of the encoder they are for."""
+    """A textual inversion: its names in prompts, and its vectors (n, C) by the width C of the text encoder."""
 
     names: tuple[str, ...]
     vectors: Mapping[int, Tensor]
@@ -26,14 +26,14 @@ class Embedding:
 
 @dataclass(frozen=True, eq=False)
 class NewWords:
-    """New words as one text encoder reads them: ids beyond its vocabulary by name, and the vectors (K, C) of these."""
+    """Textual inversions for one text encoder: ids beyond its vocabulary by name, and their vectors (K, C)."""
 
     ids: Mapping[str, tuple[int, ...]]
     vectors: Tensor | None = None
 
     @classmethod
     def of(cls, embeddings: Sequence[Embedding], width: int, first: int) -> NewWords:
-        """Those with vectors of this width, numbered from `first` on; of two with one name, the later one holds."""
+        """Number the embeddings of this width from `first` on. If two share a name, the later one wins."""
         ids: dict[str, tuple[int, ...]] = {}
         rows: list[Tensor] = []
         for embedding in embeddings:
@@ -46,9 +46,9 @@ class NewWords:
 
 
 def pieces(text: str, ids: Mapping[str, Sequence[int]]) -> Iterator[tuple[int, str, Sequence[int]]]:
-    """A text in order: where each piece begins, and a stretch of it without new words, or the ids of one.
+    """Split a text at embedding names; yield the position of each piece, its text, and the ids if it is a name.
 
-    A name counts as a whole word, in small or capital letters, as it is, in angle brackets, or as `embedding:name`.
+    A name matches as a whole word, ignoring case, either alone, in angle brackets, or as `embedding:name`.
     """
     begin = 0
     for found in _pattern(ids).finditer(text) if ids else ():

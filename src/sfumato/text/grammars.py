@@ -1,4 +1,4 @@
-"""Prompts with weights: what stands in A1111's brackets and in ComfyUI's, as spans of text. No torch here."""
+"""Weighted prompts in A1111's and ComfyUI's syntax, as weighted spans of text. Does not import torch."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ __all__ = [
     "without_extras",
 ]
 
-# The span that ends a chunk.
+# A pseudo-span that ends a chunk.
 BREAK = ("BREAK", -1.0)
-# Deeper is no prompt; it is plain text from there on.
+# Brackets nested deeper are plain text.
 MOST_DEPTH = 200
 EXTRA = re.compile(r"<(lora|lyco|hypernet):([^<>\n]{1,200})>")
 AND = re.compile(r"\bAND\b")
 OWN_WEIGHT = re.compile(r"(.*?)(?:\s*:\s*([+-]?(?:\d+\.?\d*|\.\d+)))?\s*", re.DOTALL)
-# An adapter's name and, of the text encoders and of the U-Net, its weight.
+# An adapter's name, and its weights for the text encoders and the U-Net.
 _WEIGHT = r"([+-]?(?:\d+\.?\d*|\.\d+))"
 ADAPTER = re.compile(rf"<(?:lora|lyco):([^<>:\n]{{1,200}})(?::(?:te=)?{_WEIGHT})?(?::(?:unet=)?{_WEIGHT})?>")
 
@@ -34,10 +34,10 @@ Span = tuple[str, float]
 
 @dataclass(frozen=True)
 class Read:
-    """A prompt's spans of text, each with its weight; and a sentence for each thing in it that was not done.
+    """A parsed prompt: weighted spans, and a note for each part that is not supported.
 
-    parts: prompts that it is made of, with the weight of each, where it is more than one; how: they are mixed ("blend",
-    or "sum" if their weights are taken as they are), or read one after the other ("and").
+    parts: sub-prompts and their weights, if there are several. how: "blend" mixes them, "sum" mixes them without
+    normalizing the weights, "and" concatenates them.
     """
 
     spans: tuple[Span, ...]
@@ -47,7 +47,7 @@ class Read:
 
     @property
     def plain(self) -> bool:
-        """Whether nothing in it has a weight or begins a chunk, so that it is what it would be as plain text."""
+        """Whether the prompt has no weights or chunk breaks, so that it equals plain text."""
         return not self.parts and all(weight == 1 for _, weight in self.spans)
 
 
@@ -55,12 +55,12 @@ PIECE = re.compile(r"\\[\\()\[\]]|\\|[()\[\]]|:\s*([+-]?\d*\.?\d+)\s*\)|[^\\()\[
 
 
 def a1111(text: str) -> Read:
-    r"""A1111's grammar: `(a)` is a · 1.1, `[a]` a / 1.1, `(a:1.3)` a · 1.3, all within others; `\(` is a bracket.
+    r"""Parse A1111's syntax: `(a)` weighs 1.1, `[a]` 1 / 1.1, `(a:1.3)` 1.3; they can be nested; `\(` is a bracket.
 
-    `BREAK` ends a chunk. A bracket that is never closed is plain text, and said once.
+    `BREAK` ends a chunk. An unclosed bracket is plain text and gives a note.
     """
     text, extras = without_extras(text)
-    texts: list[str] = []  # a bracket is text until it is closed
+    texts: list[str] = []  # a bracket counts as text until it is closed
     weights: list[float] = []
     round_: list[int] = []
     square: list[int] = []
@@ -91,7 +91,7 @@ def a1111(text: str) -> Read:
 
 
 def _broken(spans: list[Span]) -> list[Span]:
-    """With a span of its own for each BREAK."""
+    """Split spans at `BREAK`, which becomes a span of its own."""
     found: list[Span] = []
     for text, weight in spans:
         first, *more = re.split(r"\s*\bBREAK\b\s*", text)
@@ -102,7 +102,7 @@ def _broken(spans: list[Span]) -> list[Span]:
 
 
 def subprompts(text: str, syntax: str) -> list[tuple[str, float]]:
-    """The prompts that A1111's `a AND b :0.5` joins, each with its weight; a prompt alone has the weight 1."""
+    """Split a prompt at A1111's `AND`, as in `a AND b :0.5`, into prompts with weights (default: 1)."""
     if syntax != "a1111" or not AND.search(text):
         return [(text, 1.0)]
     found = [OWN_WEIGHT.fullmatch(one) for one in AND.split(text)]
@@ -110,7 +110,7 @@ def subprompts(text: str, syntax: str) -> list[tuple[str, float]]:
 
 
 def joined(spans: list[Span]) -> tuple[Span, ...]:
-    """Without empty spans, and those that follow each other with one weight as one."""
+    """Drop empty spans and merge neighbors of the same weight."""
     found: list[Span] = []
     for text, weight in spans:
         if not text:
@@ -123,7 +123,7 @@ def joined(spans: list[Span]) -> tuple[Span, ...]:
 
 
 def comfyui(text: str) -> Read:
-    r"""ComfyUI's: `(a)` is a · 1.1 within others' 1.1s; `(a:1.3)` is 1.3 whatever is around it; `\(` is a bracket."""
+    r"""Parse ComfyUI's syntax: `(a)` multiplies by 1.1; `(a:1.3)` is 1.3 regardless of nesting; `\(` is a bracket."""
     found: list[Span] = []
     hidden = text.replace("\\)", "\0\1").replace("\\(", "\0\2")
     _weigh(hidden, 1.0, found, 0)
@@ -143,7 +143,7 @@ def _weigh(text: str, weight: float, found: list[Span], depth: int) -> None:
 
 
 def _outer(text: str) -> list[str]:
-    """A text cut before each outermost opening bracket and after its closing one."""
+    """Split a text before each outermost opening bracket and after its closing one."""
     parts, begin, level = [], 0, 0
     for place, char in enumerate(text):
         if char == "(":
@@ -160,15 +160,15 @@ def _outer(text: str) -> list[str]:
 
 
 def without_extras(text: str) -> tuple[str, tuple[str, ...]]:
-    """A prompt without what it names beside words (`<lora:name:0.8>`), and these."""
+    """Remove tags such as `<lora:name:0.8>` from a prompt; return the text and the tags."""
     return EXTRA.sub("", text), tuple(found[0] for found in EXTRA.finditer(text))
 
 
 def named_adapters(text: str) -> tuple[str, tuple[tuple[str, float, float | None], ...]]:
-    """A prompt without the adapters it names as A1111 does, and the name, the weight and the text encoders' of each.
+    """Remove A1111's adapter tags from a prompt; return the text and for each tag name, weight and text encoder weight.
 
-    The latter is None where it is the same.
-    `<lora:name>` has the weight 1, `<lora:name:0.8>` 0.8, and `<lora:name:0.8:0.5>` 0.8 in the text encoders alone.
+    The text encoder weight is None if it is the same. `<lora:name>` weighs 1, `<lora:name:0.8>` 0.8, and
+    `<lora:name:0.8:0.5>` 0.5, but 0.8 in the text encoders.
     """
     found = [(one[1].strip(), float(one[2] or 1), one[3]) for one in ADAPTER.finditer(text)]
     return ADAPTER.sub("", text), tuple(

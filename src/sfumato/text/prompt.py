@@ -1,4 +1,4 @@
-"""From prompts to the embeddings the U-Net reads."""
+"""From prompts to the embeddings that the U-Net reads."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 __all__ = ["PromptEmbeds", "alike", "encode_prompts", "plain_words"]
 
-# More chunks than anybody writes; beyond, two prompts of many chunks without a common multiple.
+# More chunks than anybody writes, unless prompts of many chunks have a large common multiple.
 MOST_CHUNKS = 60
 GRAMMARS = {"a1111": a1111, "comfyui": comfyui, "compel": compel}
-# A word of weight 0 is as good as absent in compel's arithmetic, and its tangent still a number.
+# In compel's arithmetic, a word of this weight has no effect, but its tangent is finite.
 LEAST = 1e-5
 
 
 @dataclass(frozen=True)
 class PromptEmbeds:
-    """Embeddings (B, S, C), and for each prompt the words that did not fit into the model's length.
+    """Prompt embeddings (B, S, C), and for each prompt the text that was truncated.
 
-    pooled: the projected prompts (B, P) of an encoder that has a projection; notes: what in the prompts was not done.
+    pooled: projected prompts (B, P), if the encoder has a projection. notes: what in the prompts is not supported.
     """
 
     embeds: Tensor
@@ -48,7 +48,7 @@ class PromptEmbeds:
 
 @dataclass(frozen=True)
 class _Encoder:
-    """A text encoder, which of its results is taken, and the new words that it reads."""
+    """A text encoder, the choice of its output, and its textual inversions."""
 
     model: CLIPTextModel
     layer: int
@@ -57,9 +57,9 @@ class _Encoder:
     new: NewWords
 
     def __call__(self, ids: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Ids (B, S) -> states (B, S, C), and pooled prompts (B, P) of an encoder that has a projection.
+        """Encode ids (B, S) to states (B, S, C), and pooled prompts (B, P) if the encoder has a projection.
 
-        keep (B, S): 0 where a token is not to be read.
+        keep: (B, S), 0 for tokens to mask out.
         """
         inner = self.clip_skip is not None or (self.layer, self.normalized) != (-1, True)
         more = {} if self.new.vectors is None else {"more": self.new.vectors}
@@ -73,7 +73,7 @@ class _Encoder:
 
 
 def plain_words(prompt: str, syntax: str, embeddings: Sequence[Embedding] = ()) -> str:
-    """What a prompt says in words: without weights, without `<lora:…>`, and without the names of embeddings."""
+    """Return a prompt's plain text: without weights, `<lora:…>` tags and embedding names."""
     read = [
         GRAMMARS[syntax](one).spans if syntax != "plain" else ((one, 1.0),) for one, _ in subprompts(prompt, syntax)
     ]
@@ -96,11 +96,11 @@ def encode_prompts(
 ) -> PromptEmbeds:
     """Encode prompts with CLIP.
 
-    layer: whose result is taken, -1 for the last one; normalized: whether it is put through the last normalization.
-    `clip_skip=1` takes the layer before that, and so on. syntax: "plain", or the grammar by which prompts have weights
-    and any length; then S is that of as many chunks as all prompts fill when each is repeated, which changes nothing
-    in attention. embeddings: new words, of which those of the encoder's width are known. Raises `UsageError` for a
-    skip the encoder has no layer for, `CheckpointError` where tokenizer and encoder do not fit.
+    layer: the layer whose output is used, -1 for the last. normalized: whether the final layer norm is applied to it.
+    clip_skip: 1 uses the layer before that, and so on. syntax: "plain", or a grammar that allows weights and prompts of
+    any length. In that case, prompts are repeated to a common number of chunks, which does not change the result of
+    attention. embeddings: textual inversions; only vectors of the encoder's width are used. Raises `UsageError` if
+    clip_skip exceeds the number of layers, and `CheckpointError` if tokenizer and encoder do not match.
     """
     config, length = text_encoder.config, tokenizer.model_max_length
     new = NewWords.of(embeddings, config.hidden_size, config.vocab_size)
@@ -126,7 +126,7 @@ def encode_prompts(
 
 
 def _read(tokenizer: CLIPTokenizer, encoder: _Encoder, read: Read, syntax: str) -> tuple[Tensor, Tensor | None]:
-    """One prompt, or several that are mixed or follow each other: (1, N · S, C), and pooled (1, P)."""
+    """Encode one prompt, or mix or concatenate several: (1, N · S, C), and pooled (1, P)."""
     if not read.parts:
         return _weighted(tokenizer, encoder, read.spans, syntax)
     every = [_weighted(tokenizer, encoder, one.spans, syntax) for one, _ in read.parts]
@@ -150,7 +150,7 @@ def _read(tokenizer: CLIPTokenizer, encoder: _Encoder, read: Read, syntax: str) 
 def _weighted(
     tokenizer: CLIPTokenizer, encoder: _Encoder, spans: Sequence[tuple[str, float]], syntax: str
 ) -> tuple[Tensor, Tensor | None]:
-    """One prompt: the states of its chunks side by side (1, N · S, C), and what the first one is pooled to (1, P)."""
+    """Encode one prompt: its chunks' states, concatenated (1, N · S, C), and the first one's pooled output (1, P)."""
     if syntax == "compel":
         return _as_compel(tokenizer, encoder, spans)
     chunks = chunked(tokenizer, spans, syntax, encoder.new.ids)
@@ -169,13 +169,13 @@ def _weighted(
 def _as_compel(
     tokenizer: CLIPTokenizer, encoder: _Encoder, spans: Sequence[tuple[str, float]]
 ) -> tuple[Tensor, Tensor | None]:
-    """Compel's arithmetic: (1, N · S, C), and pooled (1, P).
+    """Encode a prompt with compel's arithmetic: (1, N · S, C), and pooled (1, P).
 
-    Every token is at empty + w (its state - empty). Of each span with w < 1, the prompt is also encoded with that span
-    hidden from the others, and mixed in tan((1 - w) pi/2) times as much; all of that has the sum 1.
+    Each token becomes empty + w (state - empty). For each span with w < 1, the prompt is also encoded with that span
+    masked out, and mixed in with the weight tan((1 - w) pi/2); the weights are normalized to a sum of 1.
     """
     numbers = [(text, float(place)) for place, (text, _) in enumerate(spans, start=2)]
-    chunks = chunked(tokenizer, numbers, "compel", encoder.new.ids)  # to know which span each token is of; 1 is of none
+    chunks = chunked(tokenizer, numbers, "compel", encoder.new.ids)  # to know each token's span; 1 means none
     table = torch.tensor([1.0, 1.0, *(weight for _, weight in spans)], dtype=torch.float64)
     weights, places = table[chunks.weights.long()], chunks.weights.long()
     whole, pooled = encoder(chunks.ids)
@@ -196,9 +196,9 @@ def _as_compel(
 
 
 def alike(states: Sequence[Tensor], length: int) -> list[Tensor]:
-    """States (B, N · length, C) of different N, each repeated until all are equally long.
+    """Repeat states (B, N · length, C) of different N until all have the same length.
 
-    Attention over twice the same keys is attention over them once, so that no prompt depends on the others.
+    Attention over repeated keys is the same as over the keys once, so that prompts do not depend on each other.
     """
     whole = math.lcm(*(one.shape[1] // length for one in states)) * length
     if whole > MOST_CHUNKS * length:

@@ -1,4 +1,4 @@
-"""Prompts that change while a picture is drawn, as A1111 writes them. No torch here."""
+"""Prompts that change during a run, in A1111's syntax. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)\s*")
 
 
 def at_step(text: str, step: int, steps: int) -> str:
-    """A prompt as it is read at one of its steps, counted from 1.
+    """Return a prompt as it is at a given step, counted from 1.
 
-    `[a:b:when]` is a while step <= when, and then b: a whole number is a step, one with a point a share of the steps;
-    `[b:when]` is nothing before and `[a::when]` nothing after. `[a|b]` is each in turn. All may stand within others.
+    `[a:b:when]` is a while step <= when, then b; a whole number is a step, a decimal a fraction of all steps.
+    `[b:when]` is empty before, `[a::when]` empty after. `[a|b]` alternates. All of these can be nested.
     """
     return _read(text, _closed(text), (0, len(text)), (step, steps), 0)
 
 
 def _read(text: str, closed: dict[int, int], within: tuple[int, int], when: tuple[int, int], depth: int) -> str:
-    """What is read of a part of the text; `depth` is how many square brackets and round ones it stands in."""
+    """Resolve a range of the text; `depth` is the number of brackets around it."""
     place, end = within
-    # What stands before a square bracket's first mark, and then each mark with what follows it.
+    # The text before the first separator in square brackets, then each separator and the text after it.
     parts, marks = [""], [""]
     squared = place > 0 and text[place - 1] == "[" and closed.get(place - 1) == end
     while place < end:
@@ -46,7 +46,7 @@ def _read(text: str, closed: dict[int, int], within: tuple[int, int], when: tupl
 
 
 def _chosen(parts: list[str], marks: list[str], step: int, steps: int) -> str:
-    """What of the parts of a pair of brackets holds at a step; all of them where it is no schedule."""
+    """Return the part of a schedule that is active at a step; the whole text if it is not a schedule."""
     if "|" in marks:
         turns, turn = [""], 0
         for mark, part in zip(marks, parts, strict=True):
@@ -64,7 +64,7 @@ def _chosen(parts: list[str], marks: list[str], step: int, steps: int) -> str:
 
 
 def _closed(text: str) -> dict[int, int]:
-    """Where each bracket that is closed is closed."""
+    """Return the position of the closing bracket for each opening one that is closed."""
     found: dict[int, int] = {}
     opened: dict[str, list[int]] = {"]": [], ")": []}
     for piece in re.finditer(r"\\.|[\[\]()]", text, re.DOTALL):

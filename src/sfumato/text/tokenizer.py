@@ -1,4 +1,4 @@
-"""CLIP's byte-pair tokenizer, from the files a checkpoint carries."""
+"""CLIP's byte-pair tokenizer, read from a checkpoint's files."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 __all__ = ["CLIPTokenizer", "TokenBatch", "prompt_length", "prompt_tokens", "select_tokenizer_files"]
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-# CLIP's words: contractions, runs of letters, single digits, runs of anything else that is not space.
+# CLIP's words: contractions, runs of letters, single digits, runs of any other non-space characters.
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-# The 256 letters that byte-level encodings write bytes with, and runs of letters, or of signs, among them.
+# The 256 characters that byte-level encodings use for bytes, and runs of letters or symbols among them.
 BYTES = [chr(i) for i in (*range(33, 127), *range(161, 173), *range(174, 256), *range(256, 324))]
 RUN = re.compile(r"[a-z\u0080-\uffff]+|[^a-zA-Z0-9\s]+")
-# Rows of the largest table of embeddings, by far, that a text encoder has.
+# More tokens than any text encoder's embedding table has.
 MOST_TOKENS = 2**19
 FILES = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 class CLIPTokenizer(Calling):
-    """Turns prompts into ids between a start and an end token, padded or cut to the model's length."""
+    """Turns prompts into ids between start and end tokens, padded or truncated to the model's length."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class CLIPTokenizer(Calling):
 
     @classmethod
     def from_pretrained(cls, name: str | PathLike[str], *, subfolder: str | None = None, **hub: Any) -> Self:
-        """From a folder, the hub's cache or the hub; `subfolder` is a folder inside it. Raises `CheckpointError`."""
+        """Load from a folder, the hub cache or the hub; `subfolder` is a folder inside it. Raises `CheckpointError`."""
         check_argument("subfolder", subfolder, str | None)
 
         def select(names: Sequence[str], strict: bool) -> list[str]:
@@ -66,11 +66,11 @@ class CLIPTokenizer(Calling):
 
     @classmethod
     def from_folder(cls, folder: Path, *, pad_token_id: int | None = None) -> Self:
-        """From `vocab.json` and `merges.txt`, or else `tokenizer.json`. Raises `CheckpointError` naming the file.
+        """Load `vocab.json` and `merges.txt`, or else `tokenizer.json`. Raises `CheckpointError` naming the file.
 
-        Only the vocabulary, the merges and the special tokens of `tokenizer.json` are read: other settings could be
-        crafted to use unlimited time and memory. pad_token_id: the padding token if no file specifies one, as in the
-        folders of Apple's Swift apps.
+        Of `tokenizer.json`, only vocabulary, merges and special tokens are used: other settings could be crafted to
+        take unlimited time and memory. pad_token_id: the padding token if no file specifies one, as in folders of
+        Apple's Swift apps.
         """
         files = {name: read_bytes(folder / name, MOST_JSON) for name in FILES if os.path.lexists(folder / name)}
         told = {name: parse_json(files[name], folder / name) for name in files if name.endswith(".json")}
@@ -98,7 +98,7 @@ class CLIPTokenizer(Calling):
         return cls(tokenizer, largest_id=largest, pad_token=pad, model_max_length=length, files=files)
 
     def save_pretrained(self, folder: str | PathLike[str]) -> None:
-        """Write the files this tokenizer was made from, all of them or none. Raises `OutputError`."""
+        """Write the files this tokenizer was loaded from, all or none. Raises `OutputError`."""
         last = next(name for name in ("vocab.json", "tokenizer.json") if name in self._files)
         with saving_into(folder, last=last, stale=FILES.__contains__) as new:
             for name, content in self._files.items():
@@ -107,7 +107,7 @@ class CLIPTokenizer(Calling):
 
 
 def prompt_length(folder: Path) -> int:
-    """Tokens a prompt may have, start and end included, by the files of a tokenizer. Raises `ConfigError`."""
+    """Return a tokenizer's maximum prompt length, including start and end tokens. Raises `ConfigError`."""
     path = folder / "tokenizer_config.json"
     return _prompt_length(read_json(path) if os.path.lexists(path) else {}, path)
 
@@ -116,18 +116,18 @@ def _prompt_length(config: Mapping[str, Any], where: Path) -> int:
     length = config.get("model_max_length")
     if length is not None:
         check_value(str(where), "model_max_length", length, Annotated[float, Within(2, 1e31)])
-    # Some files say 1e30 for "unlimited"; CLIP has 77 positions.
+    # Some files use 1e30 for "unlimited"; CLIP has 77 positions.
     return int(length) if length is not None and length < 1e6 else 77
 
 
 def prompt_tokens(folder: Path) -> int:
-    """Tokens a prompt may have, by the tokenizers in the folder of a checkpoint."""
+    """Return the maximum prompt length of the tokenizers in a checkpoint folder."""
     folders = [folder / name for name in ("tokenizer", "tokenizer_2") if os.path.isdir(folder / name)]
     return min(map(prompt_length, folders or [folder / "tokenizer"]))
 
 
 def select_tokenizer_files(names: Sequence[str], folder: str) -> list[str]:
-    """The files of a repository that its tokenizer needs. Raises `CheckpointError` where they are not all there."""
+    """Return the files a tokenizer needs from a repository. Raises `CheckpointError` if any is missing."""
     prefix = f"{folder}/" if folder else ""
     found = [prefix + name for name in FILES if prefix + name in names]
     if not ({prefix + "vocab.json", prefix + "merges.txt"} <= set(found) or prefix + "tokenizer.json" in found):
@@ -141,7 +141,7 @@ def _merges(text: bytes) -> list[Any]:
 
 
 def _from_json(told: dict[str, Any], where: Path) -> tuple[dict[str, Any], list[Any], list[dict[str, Any]]]:
-    """Vocabulary, merges and special tokens of a `tokenizer.json`."""
+    """Return the vocabulary, merges and special tokens of a `tokenizer.json`."""
     model, added = told.get("model"), told.get("added_tokens") or []
     model = model if isinstance(model, dict) and model.get("type", "BPE") == "BPE" else {}
     if not (isinstance(model.get("merges"), list) and isinstance(model.get("vocab"), dict)):
@@ -152,7 +152,7 @@ def _from_json(told: dict[str, Any], where: Path) -> tuple[dict[str, Any], list[
 
 
 def _check_vocabulary(vocab: dict[str, Any], where: Path) -> None:
-    """Raise `CheckpointError` unless each token has a number of its own, no higher than a model has rows for."""
+    """Raise `CheckpointError` unless each token has a unique id below `MOST_TOKENS`."""
     ids = vocab.values()
     if not all(type(one) is int and 0 <= one < MOST_TOKENS for one in ids) or len(set(ids)) < max(len(ids), 1):
         raise CheckpointError(
@@ -162,14 +162,13 @@ def _check_vocabulary(vocab: dict[str, Any], where: Path) -> None:
 
 
 def _check_merges(vocab: dict[str, int], merges: list[Any], where: Path, special: set[int]) -> None:
-    """Raise `CheckpointError` where merges are missing: words would fall into letters, and other images come out.
+    """Raise `CheckpointError` if merges are missing: words would be split into letters, and images would differ.
 
-    Every word of a byte-pair vocabulary is made by a merge: whatever is more than a letter, and such as a text can be
-    cut into, which are runs of letters or of signs.
+    In a byte-pair vocabulary, every run of several letters or symbols is the result of a merge.
     """
     lost = vocab.keys() - {"".join(pair) for pair in merges}
     if len(lost) < len(BYTES) or not all(letter in lost and f"{letter}</w>" in lost for letter in BYTES):
-        return  # not over bytes, as in tests of a few tokens; there is nothing to reckon from
+        return  # not a byte-level vocabulary, as in some tests; nothing to check
     lost = [token for token in lost if len(token.removesuffix("</w>")) > 1 and vocab[token] not in special]
     words = [token for token in lost if RUN.fullmatch(token.removesuffix("</w>"))]
     if words:
@@ -227,23 +226,23 @@ def _token_of(tokenizer: Tokenizer, id_: int) -> str:
 def _special_tokens(
     folder: Path, config: dict[str, Any], names: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], str]:
-    """The tokens that a tokenizer's files list, those they name for a purpose, and which of these pads."""
+    """Return a tokenizer's listed special tokens, those with a purpose, and the padding token."""
     where = folder / "tokenizer_config.json"
     listed = config.get("added_tokens_decoder", {})
     check_value(str(where), "added_tokens_decoder", listed, dict[str, Any])
-    # Files without a list of added tokens leave the last word to the older map: Stable Diffusion 2.1 pads with "!".
+    # Without a list of added tokens, the older map has precedence: Stable Diffusion 2.1 pads with "!".
     named = config if "added_tokens_decoder" in config else config | {key: one for key, one in names.items() if one}
     purposes = (("bos_token", START), ("eos_token", END), ("unk_token", END), ("pad_token", END))
     values = {key: named.get(key) or default for key, default in purposes}
     specials = {key: _special(where if named is config else folder, key, value) for key, value in values.items()}
-    # Said twice in the same words, the first holds its place.
+    # If two are equal, the first keeps its position.
     first = [key for i, key in enumerate(values) if values[key] not in [*values.values()][:i]]
     listed = [_special(where, "added_tokens_decoder", one) for one in listed.values()]
     return listed, [specials[key] for key in first], specials["pad_token"]["content"]
 
 
 def _special(where: Path, key: str, value: Any) -> dict[str, Any]:
-    """A special token and its flags. Raises `ConfigError` unless it is a text, or an object of them."""
+    """Parse a special token with its flags. Raises `ConfigError` unless it is a string or a valid object."""
     check_value(str(where), key, value, str | dict[str, Any])
     told = {"content": value} if isinstance(value, str) else value
     check_value(str(where), f"content of {key}", told.get("content"), Annotated[str, Within(1, 1000)])
@@ -254,14 +253,14 @@ def _special(where: Path, key: str, value: Any) -> dict[str, Any]:
 
 
 def _add_special(tokenizer: Tokenizer, listed: list[dict[str, Any]], named: list[dict[str, Any]]) -> None:
-    """Special tokens are found anywhere in a text before its words are, also where one of them is a plain "!".
+    """Add special tokens, which are matched before words, even if one of them is a plain "!".
 
-    Of two that differ only in their flags, the later one holds, in the ecosystem's order.
+    If two differ only in their flags, the later one wins, in the same order as in transformers.
     """
     from tokenizers import AddedToken
 
     for token in (START, END):
-        _id(tokenizer, token)  # adding one that is missing would only hide it
+        _id(tokenizer, token)  # adding a missing one would hide the problem
     known = {token["content"] for token in listed}
     tokens = listed + [token for token in named if token["content"] not in known]
     try:

@@ -1,6 +1,6 @@
-"""CLIP's vocabulary, which every Stable Diffusion reads prompts with and no single file carries.
+"""CLIP's vocabulary, which every Stable Diffusion model uses and no single-file checkpoint contains.
 
-In the package are the merges of OpenAI's CLIP (MIT, clip/LICENSE); its 49,408 tokens follow from them.
+The package contains the merges of OpenAI's CLIP (MIT, clip/LICENSE), which determine its 49,408 tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MERGES = Path(__file__).parent / "clip" / "merges.txt.gz"
 
 @cache
 def clip_tokenizer(pad: str = END) -> CLIPTokenizer:
-    """CLIP's tokenizer, filling prompts up with this token; saved, it is a folder that the ecosystem reads."""
+    """Return CLIP's tokenizer with the given padding token. It can be saved in the format of transformers."""
     merges = gzip.decompress(MERGES.read_bytes()).decode()
     names = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": pad}
     config = names | {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True}
@@ -33,8 +33,8 @@ def clip_tokenizer(pad: str = END) -> CLIPTokenizer:
 
 
 def _vocabulary(merges: str) -> dict[str, int]:
-    """Every byte as a letter, the same at the end of a word, what merges make of them, start and end; in this order."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that are letters already
+    """Build the vocabulary: all bytes as characters, the same at the end of a word, merged tokens, start and end."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that are printable characters
     letters = [chr(byte) for byte in shown] + [chr(256 + i) for i in range(256 - len(shown))]
     pairs = ["".join(line.split()) for line in merges.splitlines()[1:] if line]
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *pairs, START, END]

@@ -1,4 +1,4 @@
-"""Images from files and addresses, and animations of them."""
+"""Images from files and URLs, and exporting animations."""
 
 from __future__ import annotations
 

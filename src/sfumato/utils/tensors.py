@@ -1,4 +1,4 @@
-"""Images of tensors and arrays."""
+"""Images from tensors and arrays."""
 
 from __future__ import annotations
 

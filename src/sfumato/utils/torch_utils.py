@@ -1,4 +1,4 @@
-"""Random numbers as in the ecosystem's pipelines."""
+"""Random tensors, as in the ecosystem's pipelines."""
 
 from __future__ import annotations
 

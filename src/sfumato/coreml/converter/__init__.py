@@ -1,4 +1,4 @@
-"""Networks to ML Programs, operation by operation: no tracing, and no weight read before it is written."""
+"""Builds ML Programs from networks, operation by operation: no tracing, and weights are read only when written."""
 
 from sfumato.coreml.converter.attention import ATTENTIONS, attention_named
 from sfumato.coreml.converter.targets import DEFAULT_TARGET, TARGETS, Target, target_named

@@ -1,4 +1,4 @@
-"""Attention in Core ML's three customary forms, over (B, C, 1, S) with the heads side by side in the channels.
+"""The three attention implementations used with Core ML, on (B, C, 1, S) with heads side by side in the channels.
 
 All compute softmax(q k^T / sqrt(d) + mask) v ("Attention Is All You Need", arXiv 1706.03762, eq. 1). Which one is
 fastest depends on the hardware: see "Deploying Transformers on the Apple Neural Engine" (Apple, 2022).
@@ -17,7 +17,7 @@ from sfumato.errors import UsageError, suggest
 
 __all__ = ["ATTENTIONS", "CHUNK", "AttentionForm", "attention_named", "original", "split_einsum", "split_einsum_v2"]
 
-# Queries at a time in `split_einsum_v2`.
+# Queries per block in `split_einsum_v2`.
 CHUNK = 512
 
 # (builder, q (B, C, 1, L), k and v (B, C, 1, S), heads, mask (L, S) to add to the scores or None) -> (B, C, 1, L)
@@ -25,7 +25,7 @@ AttentionForm = Callable[[Builder, Handle, Handle, Handle, int, np.ndarray | Non
 
 
 def original(b: Builder, q: Handle, k: Handle, v: Handle, heads: int, mask: np.ndarray | None = None) -> Handle:
-    """All heads at once, as batched matrix products: for GPUs."""
+    """Compute all heads at once, as batched matrix products: for GPUs."""
     batch, channels, _, length = q.shape
     width = channels // heads
     q, k = _scaled(b, q, k, width)
@@ -38,12 +38,12 @@ def original(b: Builder, q: Handle, k: Handle, v: Handle, heads: int, mask: np.n
 
 
 def split_einsum(b: Builder, q: Handle, k: Handle, v: Handle, heads: int, mask: np.ndarray | None = None) -> Handle:
-    """Head by head, with the keys transposed once: for the Neural Engine."""
+    """Compute one head at a time, with the keys transposed once: for the Neural Engine."""
     return _split(b, q, k, v, heads, mask, q.shape[3])
 
 
 def split_einsum_v2(b: Builder, q: Handle, k: Handle, v: Handle, heads: int, mask: np.ndarray | None = None) -> Handle:
-    """Head by head and at most 512 queries at a time, whatever their number: for the Neural Engine."""
+    """Compute one head and at most 512 queries at a time, for any number of queries: for the Neural Engine."""
     return _split(b, q, k, v, heads, mask, CHUNK)
 
 
@@ -55,7 +55,7 @@ ATTENTIONS: Mapping[str, AttentionForm] = {
 
 
 def attention_named(name: str) -> AttentionForm:
-    """The form of this name. Raises `UsageError` for a name that is none."""
+    """Return the attention of this name. Raises `UsageError` if there is none."""
     if name not in ATTENTIONS:
         raise UsageError(f"there is no attention {name!r}{suggest(name, ATTENTIONS)}; use {', '.join(ATTENTIONS)}")
     return ATTENTIONS[name]
@@ -84,10 +84,10 @@ def _split(b: Builder, q: Handle, k: Handle, v: Handle, heads: int, mask: np.nda
 
 
 def _scaled(b: Builder, q: Handle, k: Handle, width: int) -> tuple[Handle, Handle]:
-    """Queries and keys that share 1 / sqrt(d) between them.
+    """Scale queries and keys, which share the factor 1 / sqrt(d).
 
-    It is few numbers' work here and many in the scores, whose products stay further from the end of float16; and the
-    two factors are exact in float16 where the one is not (docs/adr/0010).
+    They have fewer elements than the scores, whose products then stay further from float16's maximum; and the two
+    factors are exact in float16 where their product is not (docs/adr/0010).
     """
     of_queries, of_keys = two_factors(width**-0.5, q.dtype)
     return b.mul(q, of_queries), k if of_keys == 1 else b.mul(k, of_keys)

@@ -1,4 +1,4 @@
-"""The operations of Core ML's model intermediate language that Stable Diffusion needs, with their shapes.
+"""The Core ML (MIL) operations that Stable Diffusion needs, with shape inference.
 
 Each is written down as Apple's converter writes it: every input that has a default is given too. What they compute is
 documented with coremltools (`coremltools.converters.mil.mil.ops.defs`). All sides are known numbers, axes count from 0.
@@ -18,7 +18,7 @@ __all__ = ["Builder"]
 
 
 class Builder(Emitter):
-    """One method an operation: handles in, handle out."""
+    """One method per operation, which takes and returns handles."""
 
     # Products
 
@@ -32,7 +32,7 @@ class Builder(Emitter):
         padding: tuple[int, int] = (0, 0),
         name: str | None = None,
     ) -> Handle:
-        """Convolution: x (B, C, H, W), weight (C', C, h, w), bias (C',), as much padding before as after."""
+        """Convolution: x (B, C, H, W), weight (C', C, h, w), bias (C',), with symmetric padding."""
         sides = tuple(
             (side + 2 * pad - kernel) // stride + 1
             for side, pad, kernel, stride in zip(x.shape[2:], padding, weight.shape[2:], strides, strict=True)
@@ -51,14 +51,14 @@ class Builder(Emitter):
         return self.emit("conv", shape, inputs, name=name)[0]
 
     def matmul(self, x: Handle, y: Handle, *, transpose_x: bool = False, transpose_y: bool = False) -> Handle:
-        """Product of the last two axes, either of them transposed first: (…, M, K) and (…, K, N) -> (…, M, N)."""
+        """Product over the last two axes, optionally transposed first: (…, M, K) and (…, K, N) -> (…, M, N)."""
         rows, columns = x.shape[-1 if transpose_x else -2], y.shape[-2 if transpose_y else -1]
         shape = (*np.broadcast_shapes(x.shape[:-2], y.shape[:-2]), rows, columns)
         flags = {"transpose_x": transpose_x, "transpose_y": transpose_y}
         return self.emit("matmul", TensorType(x.dtype, shape), {"x": x, "y": y, **flags})[0]
 
     def einsum(self, equation: str, x: Handle, y: Handle) -> Handle:
-        """Sum of products over the letter that the result lacks; MIL knows `nchw,nwhu->nchu` with any letters."""
+        """Sum of products over the index missing from the result; MIL supports `nchw,nwhu->nchu`, with any letters."""
         given, result = equation.split("->")
         sides = {
             letter: side
@@ -68,7 +68,7 @@ class Builder(Emitter):
         shape = TensorType(x.dtype, tuple(sides[letter] for letter in result))
         return self.emit("einsum", shape, {"values": [x, y], "equation": equation})[0]
 
-    # One number at a time
+    # Elementwise
 
     def add(self, x: Handle, y: Handle | float | np.ndarray) -> Handle:
         """The sum x + y, broadcast."""
@@ -91,18 +91,18 @@ class Builder(Emitter):
         return self._binary("maximum", x, y)
 
     def scaled(self, x: Handle, factor: float) -> Handle:
-        """The values times a positive number, which need not be one of float16: see `two_factors`."""
+        """Multiply by a positive number, even if float16 cannot represent it: see `two_factors`."""
         first, second = two_factors(factor, x.dtype)
         x = self.mul(x, first)
         return x if second == 1 else self.mul(x, second)
 
     def equal(self, x: Handle, y: Handle | float | np.ndarray) -> Handle:
-        """Where x and y are the same: of type bool, broadcast."""
+        """Whether x and y are equal: dtype bool, broadcast."""
         y = self._operand(x, y)
         return self.emit("equal", TensorType("bool", np.broadcast_shapes(x.shape, y.shape)), {"x": x, "y": y})[0]
 
     def unary(self, kind: str, x: Handle) -> Handle:
-        """An operation without settings: silu, sigmoid, relu, softplus, tanh, square, sqrt, abs, sin, cos."""
+        """An operation without parameters: silu, sigmoid, relu, softplus, tanh, square, sqrt, abs, sin, cos."""
         return self.emit(kind, x.type, {"x": x})[0]
 
     def gelu(self, x: Handle) -> Handle:
@@ -110,37 +110,37 @@ class Builder(Emitter):
         return self.emit("gelu", x.type, {"x": x, "mode": "EXACT"})[0]
 
     def cast(self, x: Handle, dtype: str) -> Handle:
-        """The same numbers in another type; x itself if it has that type."""
+        """Convert to another dtype; returns x itself if it has that dtype."""
         return x if x.dtype == dtype else self.emit("cast", TensorType(dtype, x.shape), {"x": x, "dtype": dtype})[0]
 
     # Along axes
 
     def softmax(self, x: Handle, axis: int) -> Handle:
-        """Exponentials that sum to 1 along an axis."""
+        """Softmax along an axis."""
         return self.emit("softmax", x.type, {"x": x, "axis": axis})[0]
 
     def reduce_mean(self, x: Handle, axes: Sequence[int]) -> Handle:
-        """The mean over some axes, which stay with a side of 1."""
+        """The mean over axes, which are kept with size 1."""
         return self._reduced("reduce_mean", x, axes)
 
     def reduce_max(self, x: Handle, axes: Sequence[int]) -> Handle:
-        """The largest over some axes, which stay with a side of 1."""
+        """The maximum over axes, which are kept with size 1."""
         return self._reduced("reduce_max", x, axes)
 
     def reduce_argmax(self, x: Handle, axis: int) -> Handle:
-        """Where the largest is along an axis, which goes away; among equals it is any one of them."""
+        """The index of the maximum along an axis, which is removed; any one of several equal maxima."""
         shape = TensorType("int32", x.shape[:axis] + x.shape[axis + 1 :])
         return self.emit("reduce_argmax", shape, {"x": x, "axis": axis, "keep_dims": False})[0]
 
     def layer_norm(self, x: Handle, gamma: Handle, beta: Handle, axes: Sequence[int], epsilon: float) -> Handle:
-        """Layer normalization over some axes (arXiv 1607.06450)."""
+        """Layer normalization over axes (arXiv 1607.06450)."""
         affine = {"gamma": gamma, "beta": beta, "epsilon": _scalar(epsilon, x.dtype)}
         return self.emit("layer_norm", x.type, {"x": x, "axes": axes, **affine})[0]
 
     def batch_norm(
         self, x: Handle, *, mean: np.ndarray, variance: np.ndarray, gamma: Handle, beta: Handle, epsilon: float
     ) -> Handle:
-        """(x - mean) / sqrt(variance + epsilon) gamma + beta, each given for every channel of x (B, C, H, W)."""
+        """(x - mean) / sqrt(variance + epsilon) gamma + beta, with one value each per channel of x (B, C, H, W)."""
         dtype, small = ARRAY_DTYPES[x.dtype], _scalar(epsilon, x.dtype)
         moments = {"mean": mean.astype(dtype), "variance": variance.astype(dtype)}
         return self.emit("batch_norm", x.type, {"x": x, **moments, "gamma": gamma, "beta": beta, "epsilon": small})[0]
@@ -148,26 +148,26 @@ class Builder(Emitter):
     # Shapes
 
     def reshape(self, x: Handle, shape: tuple[int, ...]) -> Handle:
-        """The same numbers in the same order with other sides."""
+        """Reshape: the same elements in the same order."""
         return self.emit("reshape", TensorType(x.dtype, shape), {"x": x, "shape": shape})[0]
 
     def transpose(self, x: Handle, perm: Sequence[int]) -> Handle:
-        """The axes in another order."""
+        """Permute the axes."""
         return self.emit("transpose", TensorType(x.dtype, tuple(x.shape[i] for i in perm)), {"x": x, "perm": perm})[0]
 
     def expand_dims(self, x: Handle, axes: Sequence[int]) -> Handle:
-        """With new axes of side 1 at these places of the result."""
+        """Insert axes of size 1 at these positions of the result."""
         left = list(x.shape)
         shape = tuple(1 if i in axes else left.pop(0) for i in range(len(x.shape) + len(axes)))
         return self.emit("expand_dims", TensorType(x.dtype, shape), {"x": x, "axes": axes})[0]
 
     def squeeze(self, x: Handle, axes: Sequence[int]) -> Handle:
-        """Without these axes, whose sides are 1."""
+        """Remove these axes, which have size 1."""
         shape = tuple(side for i, side in enumerate(x.shape) if i not in axes)
         return self.emit("squeeze", TensorType(x.dtype, shape), {"x": x, "axes": axes})[0]
 
     def slice(self, x: Handle, axis: int, start: int, stop: int) -> Handle:
-        """What is from start up to stop along an axis; x itself if that is all."""
+        """Elements from start to stop (exclusive) along an axis; returns x itself if these are all."""
         if (start, stop) == (0, x.shape[axis]):
             return x
         own = [i == axis for i in range(len(x.shape))]
@@ -184,13 +184,13 @@ class Builder(Emitter):
         )[0]
 
     def split(self, x: Handle, parts: int, axis: int) -> tuple[Handle, ...]:
-        """Equal parts along an axis."""
+        """Split into equal parts along an axis."""
         side = x.shape[axis] // parts
         part = TensorType(x.dtype, (*x.shape[:axis], side, *x.shape[axis + 1 :]))
         return self.emit("split", [part] * parts, {"x": x, "split_sizes": [side] * parts, "axis": axis})
 
     def concat(self, values: Sequence[Handle], axis: int) -> Handle:
-        """One after the other along an axis; a single value itself."""
+        """Concatenate along an axis; returns a single value unchanged."""
         if len(values) == 1:
             return values[0]
         first = values[0]
@@ -199,13 +199,13 @@ class Builder(Emitter):
         return self.emit("concat", shape, {"values": values, "axis": axis, "interleave": False})[0]
 
     def stack(self, values: Sequence[Handle], axis: int) -> Handle:
-        """Side by side along a new axis."""
+        """Stack along a new axis."""
         shape = values[0].shape
         stacked = TensorType(values[0].dtype, (*shape[:axis], len(values), *shape[axis:]))
         return self.emit("stack", stacked, {"values": values, "axis": axis})[0]
 
     def pad(self, x: Handle, before_and_after: Sequence[tuple[int, int]]) -> Handle:
-        """Zeros before and after, for each axis."""
+        """Pad with zeros before and after, per axis."""
         shape = tuple(side + sum(pair) for side, pair in zip(x.shape, before_and_after, strict=True))
         amounts, zero = [amount for pair in before_and_after for amount in pair], _scalar(0, x.dtype)
         return self.emit(
@@ -213,21 +213,21 @@ class Builder(Emitter):
         )[0]
 
     def upsample_nearest_neighbor(self, x: Handle) -> Handle:
-        """Every pixel of x (B, C, H, W) twice in both directions."""
+        """Repeat every pixel of x (B, C, H, W) twice along both axes."""
         twice = _scalar(2, "fp32")
         shape = TensorType(x.dtype, (*x.shape[:2], 2 * x.shape[2], 2 * x.shape[3]))
         factors = {"scale_factor_height": twice, "scale_factor_width": twice}
         return self.emit("upsample_nearest_neighbor", shape, {"x": x, **factors})[0]
 
-    # Looking up
+    # Indexing
 
     def gather(self, x: Handle, indices: Handle, axis: int) -> Handle:
-        """The entries along an axis that the indices, int32, tell."""
+        """Take the entries along an axis given by int32 indices."""
         shape = TensorType(x.dtype, (*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]))
         return self.emit("gather", shape, {"x": x, "indices": indices, "axis": axis, "batch_dims": 0})[0]
 
     def gather_nd(self, x: Handle, indices: Handle) -> Handle:
-        """The entries of x whose first K indices are the rows of `indices` (…, K)."""
+        """Take the entries of x whose first K indices are the rows of `indices` (…, K)."""
         shape = TensorType(x.dtype, (*indices.shape[:-1], *x.shape[indices.shape[-1] :]))
         return self.emit("gather_nd", shape, {"x": x, "indices": indices, "batch_dims": 0})[0]
 

@@ -1,4 +1,4 @@
-"""Writing operations down, one after another: names, constants, and the model they make in the end."""
+"""Emits operations in order: names, constants, and the finished model."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from sfumato.errors import UsageError
 
 __all__ = ["Constant", "Emitter", "Given", "Handle", "identifier"]
 
-# Core ML's own tools keep shorter constants in the program, and longer ones of floats beside it.
+# As in coremltools, shorter constants stay in the program, and longer float constants go to the weight file.
 IN_PLACE = 10
 
-# A number or text, or a list of numbers, that becomes a constant.
+# A number, text, or list of numbers that becomes a constant.
 Constant = bool | int | str | Sequence[int] | Sequence[bool] | np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
 class Handle:
-    """A value of the program that is being made: its name, the word for its type, and its sides."""
+    """A value of the program under construction: its name, dtype and shape."""
 
     name: str
     dtype: str
@@ -48,24 +48,24 @@ class Handle:
 
     @property
     def type(self) -> TensorType:
-        """The type as the program has it."""
+        """The type as used in programs."""
         return TensorType(self.dtype, self.shape)
 
 
-# What an operation can be given under one name.
+# What an operation accepts as one input.
 Given = Handle | Sequence[Handle] | Constant
 
 
 def identifier(path: str) -> str:
-    """A name of letters, digits and underscores, such as MIL asks for, for the path of a module or parameter."""
+    """Convert the path of a module or parameter to a valid MIL name of letters, digits and underscores."""
     name = re.sub(r"\W", "_", path, flags=re.ASCII)
     return f"_{name}" if name[:1].isdigit() else name
 
 
 class Emitter:
-    """Collects the operations of one function; every name in it is unique and every constant is there once.
+    """Collects the operations of one function, in which names are unique and equal constants are shared.
 
-    dtype: the precision of the program, "fp16" or "fp32". Raises `UsageError` for another.
+    dtype: the precision of the program, "fp16" or "fp32". Raises `UsageError` for any other.
     """
 
     def __init__(self, target: Target, dtype: str) -> None:
@@ -82,7 +82,7 @@ class Emitter:
 
     @contextmanager
     def scope(self, path: str) -> Iterator[None]:
-        """What is emitted in the block, and given no name, is named after this module."""
+        """Name operations that are emitted in the block without a name after this module."""
         before, self._scope = self._scope, identifier(path)
         try:
             yield
@@ -90,20 +90,20 @@ class Emitter:
             self._scope = before
 
     def input(self, name: str, dtype: str, shape: tuple[int, ...], description: str) -> Handle:
-        """What the function is called with."""
+        """Add an input of the function."""
         handle = Handle(self._unique(name), dtype, shape)
         self._inputs.append(Feature(handle.name, handle.type, description=description))
         return handle
 
     def weight(self, name: str, shape: tuple[int, ...], read: Callable[[], np.ndarray]) -> Handle:
-        """Numbers in the program's precision that are read when they are needed; the same name is the same weight."""
+        """Add a weight in the program's dtype, which is read lazily; the same name returns the same weight."""
         if name not in self._shared:
             value = Value(TensorType(self.dtype, shape), LazyArray(read))
             self._shared[name] = self._constant(self._unique(identifier(name)), value)
         return self._shared[name]
 
     def constant(self, role: str, number: Constant) -> Handle:
-        """A constant named after its role; equal ones of one role are shared."""
+        """Add a constant named after its role; equal constants of the same role are shared."""
         data = number if isinstance(number, str) else _array(number)
         value = Value(TensorType("string"), data) if isinstance(data, str) else _value(data)
         content = data if isinstance(data, str) else data.tobytes()
@@ -120,7 +120,7 @@ class Emitter:
         *,
         name: str | None = None,
     ) -> tuple[Handle, ...]:
-        """Add an operation with results of these types; what is no handle among its inputs becomes a constant."""
+        """Add an operation with results of these types; inputs that are not handles become constants."""
         inputs = {**inputs, **self.target.more_inputs.get(kind, {})}
         arguments = {role: self._argument(role, given) for role, given in inputs.items()}
         base = name or (f"{self._scope}_{kind}" if self._scope else f"{kind}_0")
@@ -131,7 +131,7 @@ class Emitter:
         return tuple(Handle(output.name, output.type.dtype, _sides(output.type)) for output in outputs)
 
     def result(self, x: Handle, name: str, description: str) -> None:
-        """Return a value under this name; floats always in float32, as Apple's converter has it."""
+        """Return a value from the function under this name; floats are cast to float32, as in Apple's converter."""
         if x.dtype == "fp16":
             (x,) = self.emit("cast", TensorType("fp32", x.shape), {"x": x, "dtype": "fp32"}, name=name)
         if x.name != name:
@@ -139,7 +139,7 @@ class Emitter:
         self._outputs.append(Feature(name, x.type, description=description))
 
     def model(self, description: str) -> Model:
-        """The model, with one function and no metadata yet."""
+        """Return the model, with one function and no metadata yet."""
         operations = tuple(renamed(operation, self._renamed) for operation in self._operations)
         function = Function(
             tuple(Output(feature.name, feature.type) for feature in self._inputs),
@@ -162,7 +162,7 @@ class Emitter:
         return Handle(name, value.type.dtype, _sides(value.type))
 
     def _unique(self, base: str) -> str:
-        """The name itself, or with the next number at its end if it is taken."""
+        """Return the name, numbered if it is taken."""
         name, stem, number = base, base.removesuffix("_0"), 0
         while name in self._taken:
             number += 1

@@ -1,4 +1,4 @@
-"""Numbers that float16 cannot say, as products of two that it can."""
+"""Constants that float16 cannot represent, split into two factors that it can."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import numpy as np
 
 __all__ = ["two_factors"]
 
-# All mantissas of float16: some pair comes within 2^-17 of any number, and mostly much nearer.
+# All mantissas of float16: some pair is within 2^-17 of any number, and usually much closer.
 CANDIDATES = 1024
 
 
 def two_factors(value: float, dtype: str) -> tuple[float, float]:
-    """Two numbers of a type whose product is as near as can be to a positive value; the second is 1 where one suffices.
+    """Return two values of a dtype whose product is as close as possible to a positive value.
 
-    In "fp32" one always does. Multiplying twice costs nothing beside what surrounds it, and a program's constants then
-    are the network's own. Raises `ValueError` for a value that is not positive.
+    The second factor is 1 if one is enough, as always in "fp32". The extra multiplication is negligible, and in return
+    a program's constants are those of the network. Raises `ValueError` for a value that is not positive.
     """
     if value <= 0:
         raise ValueError(f"only positive numbers can be factorized, not {value}")

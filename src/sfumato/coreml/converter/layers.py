@@ -1,4 +1,4 @@
-"""The layers of our torch models as operations.
+"""The layers of our torch models as Core ML operations.
 
 Each takes the module itself, whose weights are read when they are written.
 """
@@ -25,13 +25,13 @@ from sfumato.models.packed import is_packed
 
 __all__ = ["EPSILON", "Layers", "check_sizes", "parts"]
 
-# The affine part of a group normalization is written as a batch normalization. That asks for an epsilon; with
-# variances of 1 - epsilon the two make 1, and both are exact in float16.
+# The affine part of a group normalization is written as a batch normalization, which needs an epsilon; with variances
+# of 1 - epsilon they add up to 1, and both are exact in float16.
 EPSILON = 2.0**-11
 
-# The axes of a group's values, (B, G, C / G, H, W).
+# The axes within a group, (B, G, C / G, H, W).
 IN_GROUP = (2, 3, 4)
-# Values up to this have squares in the middle of float16's range; groups of smaller ones are not scaled beyond that.
+# Squares of values up to this are in the middle of float16's range; groups of small values are scaled up to a limit.
 SQUARABLE = 2.0**7
 SMALLEST_SCALE = 2.0**-8
 
@@ -47,8 +47,8 @@ _ACTIVATIONS: dict[type[nn.Module], Callable[[Builder, Handle], Handle]] = {
 class Layers:
     """Emits the layers of one model; values are named after the modules, weights after the parameters.
 
-    far: whether images may lie so far from their mean that float16 cannot say the square, as an autoencoder's do.
-    Raises `UsageError` for a model whose weights are packed for the CPU.
+    far: whether values may differ so much from their mean that the square overflows float16, as in a VAE. Raises
+    `UsageError` for a model whose weights are packed for the CPU.
     """
 
     def __init__(self, builder: Builder, model: Model, attention: AttentionForm, *, far: bool = False) -> None:
@@ -63,18 +63,18 @@ class Layers:
         self._paths = {module: path for path, module in model.named_modules()}
 
     def path(self, module: nn.Module) -> str:
-        """The module's place in the model, such as "down_blocks.0.resnets.1"."""
+        """Return the module's path in the model, such as "down_blocks.0.resnets.1"."""
         return self._paths[module]
 
     def weight(self, module: nn.Module, name: str, shape: tuple[int, ...] | None = None) -> Handle:
-        """A parameter of a module, in the program's precision and in another shape if one is given."""
+        """Return a parameter of a module as a weight, optionally reshaped."""
         tensor: Tensor = getattr(module, name)
         full, shape = f"{self.path(module)}.{name}", tuple(tensor.shape) if shape is None else shape
         named = f"{full} of the {self._model}"
         return self.builder.weight(full, shape, partial(_read, named, tensor, self.builder.dtype, shape))
 
     def conv(self, module: nn.Linear | nn.Conv2d, x: Handle) -> Handle:
-        """A convolution, or a linear layer over the channels, which is one of 1 × 1: x (B, C, H, W)."""
+        """Convolution of x (B, C, H, W); a linear layer over channels becomes a 1 × 1 convolution."""
         path, bias = identifier(self.path(module)), None if module.bias is None else self.weight(module, "bias")
         if isinstance(module, nn.Linear):
             shape = (module.out_features, module.in_features, 1, 1)
@@ -104,13 +104,13 @@ class Layers:
             return self.builder.layer_norm(x, gamma, beta, (1,), module.eps)
 
     def activation(self, module: nn.Module, x: Handle) -> Handle:
-        """One of the activations that configs may name."""
+        """Apply one of the activations that configs can name."""
         return _ACTIVATIONS[type(module)](self.builder, x)
 
     def attend(
         self, q: Handle, k: Handle, v: Handle, heads: int, *, upcast: bool = False, mask: np.ndarray | None = None
     ) -> Handle:
-        """Attention of q (B, C, 1, L) over k and v (B, C, 1, S); in float32 where it is to be upcast."""
+        """Attention of q (B, C, 1, L) over k and v (B, C, 1, S); in float32 if `upcast`."""
         b = self.builder
         if not upcast or b.dtype == "fp32":
             return self._attention(b, q, k, v, heads, mask)
@@ -127,7 +127,7 @@ class Layers:
         return self.conv(parts(module.to_out)[0], mixed)
 
     def resnet(self, block: ResnetBlock2D, x: Handle, time: Handle | None = None) -> Handle:
-        """Two normalized convolutions with a shortcut: x (B, C, H, W), the activated time (B, T, 1, 1)."""
+        """Two normalized convolutions and a shortcut: x (B, C, H, W), activated time embedding (B, T, 1, 1)."""
         b = self.builder
         with b.scope(self.path(block)):
             h = self.conv(block.conv1, self.activation(block.act, self.group_norm(block.norm1, x)))
@@ -145,14 +145,17 @@ class Layers:
             return x if block.output_scale == 1.0 else b.scaled(x, 1 / block.output_scale)
 
     def downsample(self, module: Downsample2D, x: Handle) -> Handle:
-        """Half the height and width: x (B, C, H, W)."""
+        """Halve the height and width of x (B, C, H, W)."""
         if module.padding == 0:
             with self.builder.scope(self.path(module)):
                 x = self.builder.pad(x, ((0, 0), (0, 0), (0, 1), (0, 1)))
         return self.conv(module.conv, x)
 
     def upsample(self, module: Upsample2D, x: Handle, size: tuple[int, int] | None = None) -> Handle:
-        """Twice the height and width, or what an image of odd size had before it was halved: x (B, C, H, W)."""
+        """Double the height and width of x (B, C, H, W), or restore the odd size before downsampling.
+
+        Raises `ConfigError` if the size cannot be restored.
+        """
         b = self.builder
         with b.scope(self.path(module)):
             x = b.upsample_nearest_neighbor(x)
@@ -162,24 +165,24 @@ class Layers:
                         f"unet/config.json: downsample_padding = 0 halves {side} pixels to {x.shape[axis] // 2}, which "
                         f"cannot be converted; choose a size that stays even until the last level"
                     )
-                # A row of 2 n - 1 pixels was halved to n; each of those twice, but the last once, is the nearest.
+                # A row of 2 n - 1 pixels was halved to n: repeat each twice, but the last only once.
                 x = b.slice(x, axis, 0, side)
         return self.conv(module.conv, x)
 
 
 def parts(modules: nn.Module | None) -> list[Any]:
-    """The modules of a list, if there is one; of their classes torch's types know nothing."""
+    """Return the modules of a list, or none; typed as Any because torch does not know their classes."""
     return [] if modules is None else list(modules.children())
 
 
 def _deviation(b: Builder, centred: Handle, epsilon: float) -> Handle:
-    """The root of the variance of each group of values around 0: (B, G, C / G, H, W) -> (B, G, 1, 1, 1)."""
+    """Return the root of the variance of each group of centred values: (B, G, C / G, H, W) -> (B, G, 1, 1, 1)."""
     variance = b.reduce_mean(b.unary("square", centred), IN_GROUP)
     return b.unary("sqrt", b.add(variance, epsilon))
 
 
 def _far_deviation(b: Builder, centred: Handle, epsilon: float) -> Handle:
-    """The same by way of values that are at most `SQUARABLE`, and so is its epsilon: neither overflows nor vanishes."""
+    """Like `_deviation`, but scales values to at most `SQUARABLE`, and epsilon too, so that squares do not overflow."""
     largest = b.reduce_max(b.unary("abs", centred), IN_GROUP)
     scale = b.maximum(b.mul(largest, 1 / SQUARABLE), SMALLEST_SCALE)
     variance = b.reduce_mean(b.unary("square", b.real_div(centred, scale)), IN_GROUP)
@@ -189,14 +192,14 @@ def _far_deviation(b: Builder, centred: Handle, epsilon: float) -> Handle:
 
 
 def check_sizes(**sizes: Any) -> None:
-    """Raise `UsageError` unless all of these are whole numbers from 1 up."""
+    """Raise `UsageError` unless all sizes are integers of at least 1."""
     for name, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise UsageError(f"{name} must be a whole number of at least 1, not {size!r}")
 
 
 def _read(name: str, tensor: Tensor, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The numbers of a parameter, cast. Raises `CheckpointError` where they are absent or not finite."""
+    """Return a parameter's values, cast. Raises `CheckpointError` if they are missing or not finite."""
     if tensor.is_meta:
         raise CheckpointError(f"the weight {name} is not loaded; reload the model before it is written")
     source = tensor.detach().cpu()

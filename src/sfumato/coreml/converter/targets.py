@@ -1,4 +1,4 @@
-"""The systems a program can be made for, by Apple's names, and what differs between them."""
+"""Deployment targets by Apple's names, and the differences between them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["DEFAULT_TARGET", "TARGETS", "Target", "target_named"]
 
 DEFAULT_TARGET = "macOS13"
 
-# From iOS 17 on these operations take inputs that they did not have before.
+# Inputs that these operations have since iOS 17.
 _SINCE_17: Mapping[str, Mapping[str, bool | str]] = {
     "gather": {"validate_indices": False},
     "gather_nd": {"validate_indices": False},
@@ -21,10 +21,10 @@ _SINCE_17: Mapping[str, Mapping[str, bool | str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The oldest system that shall run a program.
+    """The oldest system that must run a program.
 
-    spec_version: of the file; opset: the set of operations; more_inputs: constants that some operations take here
-    beyond those of iOS 16.
+    spec_version: of the file; opset: the set of operations; more_inputs: constant inputs of some operations in addition
+    to those of iOS 16.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Target:
     more_inputs: Mapping[str, Mapping[str, bool | str]] = field(default_factory=dict)
 
 
-# iOS 16 is the first whose inputs can be in half precision.
+# iOS 16 is the first to support half-precision inputs.
 TARGETS: Mapping[str, Target] = {
     name: Target(name, version, opset, {} if version == 7 else _SINCE_17)
     for names, version, opset in (
@@ -47,7 +47,7 @@ TARGETS: Mapping[str, Target] = {
 
 
 def target_named(name: str) -> Target:
-    """The target of this name. Raises `UsageError` for a name that is none."""
+    """Return the target of this name. Raises `UsageError` if there is none."""
     if name not in TARGETS:
         raise UsageError(
             f"{name!r} is not a deployment target{suggest(name, TARGETS)}; use one of {', '.join(TARGETS)}"

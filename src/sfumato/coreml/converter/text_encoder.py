@@ -1,4 +1,4 @@
-"""CLIP's text encoder as a program."""
+"""The CLIP text encoder as an ML Program."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from sfumato.models.text_encoder import CLIPMLP, CLIPLayer, CLIPTextModel
 
 __all__ = ["text_encoder"]
 
-# Added to the scores of what comes later: far enough below them, and finite, so that palettes can be made of weights.
+# Added to the scores of later tokens: low enough, but finite, so that the model can be palettized.
 MASKED = -1e4
 
 
 def text_encoder(model: CLIPTextModel, *, target: str = DEFAULT_TARGET, dtype: str = "fp16") -> program.Model:
-    """The program of a text encoder.
+    """Build the program of a text encoder.
 
-    In: input_ids (1, S) in float32, S the model's `max_position_embeddings`. Out, in float32: last_hidden_state
+    Input: input_ids (1, S) in float32, S the model's `max_position_embeddings`. Outputs, in float32: last_hidden_state
     (1, S, C), normalized, and pooled_outputs (1, C), its row at the end of the text. Raises `UsageError` for an unknown
     target or precision.
     """
@@ -43,7 +43,7 @@ def text_encoder(model: CLIPTextModel, *, target: str = DEFAULT_TARGET, dtype: s
 
 
 def _embed(layers: Layers, model: CLIPTextModel, ids: Handle) -> Handle:
-    """Ids (1, S) -> (1, C, 1, S)."""
+    """Embed ids (1, S) -> (1, C, 1, S)."""
     b, embeddings = layers.builder, model.text_model.embeddings
     with b.scope(layers.path(embeddings)):
         x = b.gather(layers.weight(embeddings.token_embedding, "weight"), ids, 0)
@@ -52,7 +52,7 @@ def _embed(layers: Layers, model: CLIPTextModel, ids: Handle) -> Handle:
 
 
 def _layer(layers: Layers, layer: CLIPLayer, x: Handle, mask: np.ndarray) -> Handle:
-    """Tokens (1, C, 1, S) -> the same shape."""
+    """Apply a transformer layer to (1, C, 1, S)."""
     b, attention = layers.builder, layer.self_attn
     with b.scope(layers.path(layer)):
         h = layers.layer_norm(layer.layer_norm1, x)
@@ -72,13 +72,13 @@ def _mlp(layers: Layers, mlp: CLIPMLP, x: Handle) -> Handle:
 
 
 def _end_of_text(b: Builder, model: CLIPTextModel, ids: Handle) -> Handle:
-    """Where the text ends, (1,): at the first token that says so.
+    """Return the index of the end of the text, (1,): the first end-of-text token.
 
-    Texts are often padded with that same token, and MIL's argmax may return any of several equals; so they are weighed
-    to differ, the first one most.
+    Texts are often padded with that same token, and MIL's argmax may return any of several equal maxima, so the tokens
+    are weighted, the first one most.
     """
     eos = model.config.eos_token_id
-    # Configs written before the token ids were corrected say 2; there, end-of-text is the largest id.
+    # Old configs have the incorrect id 2; for these, the end-of-text token is the largest id.
     ends = b.equal(ids, b.reduce_max(ids, (1,)) if eos in (None, 2) else eos)
     weights = np.arange(ids.shape[1], 0, -1, dtype=np.int32)[None]
     return b.reduce_argmax(b.mul(b.cast(ends, "int32"), weights), 1)

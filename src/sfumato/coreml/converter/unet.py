@@ -1,4 +1,4 @@
-"""The conditional U-Net as a program."""
+"""The conditional U-Net as an ML Program."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def unet(
     target: str = DEFAULT_TARGET,
     dtype: str = "fp16",
 ) -> program.Model:
-    """The program of a U-Net, for one size of latents and one length of prompt.
+    """Build the program of a U-Net, for one size of latents and one prompt length.
 
-    In, in the program's precision: sample (B, C, height, width), timestep (B,), encoder_hidden_states (B, C', 1,
-    tokens); out: noise_pred (B, C, height, width) in float32. batch: 2 for both halves of guidance at once, or 1;
-    attention: a name of `ATTENTIONS`. Raises `ConfigError` for a config that has no Core ML form here, and `UsageError`
-    for sizes below 1 and unknown names.
+    Inputs, in the program's precision: sample (B, C, height, width), timestep (B,), encoder_hidden_states (B, C', 1,
+    tokens); output: noise_pred (B, C, height, width) in float32. batch: 2 for both halves of guidance at once, or 1;
+    attention: a name in `ATTENTIONS`. Raises `ConfigError` for a config that cannot be converted, and `UsageError` for
+    sizes below 1 and unknown names.
     """
     check_sizes(height=height, width=width, tokens=tokens, batch=batch)
     config = model.config
@@ -66,7 +66,7 @@ def unet(
 
 
 def _check(model: UNet2DConditionModel) -> None:
-    """Refuse what takes inputs that the program does not have."""
+    """Raise `ConfigError` for models with inputs that the program does not have."""
     config, reason = model.config, "is not supported in Core ML: the program would need another input"
     for key in ("class_embed_type", "num_class_embeds", "time_cond_proj_dim", "addition_embed_type"):
         if config[key] is not None:
@@ -76,7 +76,7 @@ def _check(model: UNet2DConditionModel) -> None:
 
 
 def _context_channels(model: UNet2DConditionModel) -> int:
-    """Channels of the prompt, which every block reads as it is."""
+    """Return the number of channels of the prompt, which must be the same for every block."""
     widths = set(model.config.per_block("cross_attention_dim"))
     if len(widths) > 1:
         raise ConfigError("unet/config.json: cross_attention_dim must be one number to be converted to Core ML")
@@ -84,9 +84,9 @@ def _context_channels(model: UNet2DConditionModel) -> int:
 
 
 def frequencies(config: UNet2DConditionConfig) -> torch.Tensor:
-    """What timesteps are multiplied with to be the angles of their embedding: (C // 2,) in float32.
+    """Return the factors that turn timesteps into the angles of their embedding: (C // 2,), float32.
 
-    (arXiv 2006.11239, appendix B.)
+    Source: arXiv 2006.11239, appendix B.
     """
     half = config.block_out_channels[0] // 2
     exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32) / (half - config.freq_shift)
@@ -96,7 +96,7 @@ def frequencies(config: UNet2DConditionConfig) -> torch.Tensor:
 def _time(layers: Layers, model: UNet2DConditionModel, step: Handle) -> Handle:
     """Timesteps (B,) -> the activated time embedding (B, T, 1, 1).
 
-    The angles are in float32 in any program: at timestep 981 float16 would leave them a third of a radian uncertain.
+    Angles are always float32: in float16 they would be off by a third of a radian at timestep 981.
     """
     b, config, embedding = layers.builder, model.config, model.time_embedding
     with b.scope("time_proj"):
@@ -115,7 +115,7 @@ def _time(layers: Layers, model: UNet2DConditionModel, step: Handle) -> Handle:
 
 
 def _down(layers: Layers, block: DownBlock, x: Handle, time: Handle, context: Handle, skips: list[Handle]) -> Handle:
-    """Adds every intermediate result to the skip connections."""
+    """Apply a down block; every intermediate result is appended to the skip connections."""
     transformers = parts(block.attentions)
     for i, resnet in enumerate(parts(block.resnets)):
         x = layers.resnet(resnet, x, time)
@@ -138,7 +138,7 @@ def _middle(layers: Layers, block: MidBlock, x: Handle, time: Handle, context: H
 
 
 def _up(layers: Layers, block: UpBlock, x: Handle, time: Handle, context: Handle, skips: list[Handle]) -> Handle:
-    """Takes its skip connections off the end of the list."""
+    """Apply an up block; its skip connections are popped from the end of the list."""
     b, transformers = layers.builder, parts(block.attentions)
     for i, resnet in enumerate(parts(block.resnets)):
         with b.scope(layers.path(resnet)):
@@ -146,14 +146,14 @@ def _up(layers: Layers, block: UpBlock, x: Handle, time: Handle, context: Handle
         x = layers.resnet(resnet, x, time)
         x = _transformer(layers, transformers[i], x, context) if transformers else x
     for upsampler in parts(block.upsamplers):
-        # The next level's skip says how large the image was before it was halved: odd sizes come back exactly.
+        # The next level's skip has the size before downsampling, which restores odd sizes exactly.
         height, width = skips[-1].shape[2:]
         x = layers.upsample(upsampler, x, (height, width))
     return x
 
 
 def _transformer(layers: Layers, module: Transformer2DModel, x: Handle, context: Handle) -> Handle:
-    """Pixels (B, C, H, W) and the prompt -> the same shape; between, they are tokens (B, C, 1, H W)."""
+    """Apply a transformer to pixels (B, C, H, W) and the prompt; inside, pixels are tokens (B, C, 1, H W)."""
     b, (batch, channels, height, width) = layers.builder, x.shape
     with b.scope(layers.path(module)):
         h = layers.conv(module.proj_in, layers.group_norm(module.norm, x))

@@ -1,4 +1,4 @@
-"""The two halves of the autoencoder as programs."""
+"""The autoencoder's encoder and decoder as ML Programs."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def vae_decoder(
     target: str = DEFAULT_TARGET,
     dtype: str = "fp16",
 ) -> program.Model:
-    """The program that decodes latents of one size.
+    """Build the program that decodes latents of one size.
 
-    In, in the program's precision: z (1, C, height, width), divided by the scaling factor; out: image (1, 3, f height,
-    f width) in float32, within [-1, 1] or a little beyond, f the config's scale factor. Raises `ConfigError` for an
+    Input, in the program's precision: z (1, C, height, width), divided by the scaling factor; output: image (1, 3,
+    f height, f width) in float32, about [-1, 1], f the config's scale factor. Raises `ConfigError` for an
     `AutoencoderTiny`, `UsageError` for sizes below 1 and unknown names.
     """
     layers, vae = _layers(model, height, width, target, dtype)
@@ -52,10 +52,11 @@ def vae_encoder(
     target: str = DEFAULT_TARGET,
     dtype: str = "fp16",
 ) -> program.Model:
-    """The program that encodes images to latents of one size.
+    """Build the program that encodes images to latents of one size.
 
-    In, in the program's precision: x (1, 3, f height, f width) in [-1, 1], f the config's scale factor; out: latent
-    (1, 2 C, height, width) in float32, the means and then the logarithms of the variances. Raises as `vae_decoder`.
+    Input, in the program's precision: x (1, 3, f height, f width) in [-1, 1], f the config's scale factor; output:
+    latent (1, 2 C, height, width) in float32, the means and then the log variances. Raises the same errors as
+    `vae_decoder`.
     """
     layers, vae = _layers(model, height, width, target, dtype)
     b, encoder, factor = layers.builder, vae.encoder, vae.config.scale_factor

@@ -1,4 +1,4 @@
-"""Core ML's files, read and written on any system: packages (`.mlpackage`) and compiled models (`.mlmodelc`)."""
+"""Core ML file formats on any system: packages (`.mlpackage`) and compiled models (`.mlmodelc`)."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ __all__ = ["is_model", "read_model", "write_compiled", "write_package"]
 
 
 def is_model(path: Path | str) -> bool:
-    """Whether a path looks like a package, a compiled model or a model's file; nothing is read."""
+    """Return whether a path looks like a package, a compiled model or a model file, without reading it."""
     path = Path(path)
     inside = (os.path.isfile(path / name) for name in (MANIFEST, INTERFACE, "model.mil"))
     return any(inside) or (path.suffix == ".mlmodel" and os.path.isfile(path))
 
 
 def read_model(path: Path | str) -> Model:
-    """The model in a package, a compiled folder or a `.mlmodel` file, whatever its name is.
+    """Read the model in a package, a compiled folder or a `.mlmodel` file, recognized by its contents.
 
-    Weights stay in their files, which are mapped, until they are asked for. Raises `CheckpointError` if anything is
-    missing or damaged, and `ConfigError` for what is not supported.
+    Weights are memory-mapped and read on demand. Raises `CheckpointError` if anything is missing or damaged, and
+    `ConfigError` if something is not supported.
     """
     path = expanded(path)
     if os.path.isfile(path):

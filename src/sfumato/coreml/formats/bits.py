@@ -1,4 +1,4 @@
-"""Numbers of fewer than eight bits, as weight files hold them: one after another, from the lowest bit of a byte up."""
+"""Sub-byte integers as weight files store them: packed, least significant bits first."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from sfumato.coreml.program import ARRAY_DTYPES, SUBBYTE_BITS
 
 __all__ = ["pack", "unpack"]
 
-# Every width divides 24 bits, so numbers are moved in groups that fill three bytes; as many groups at a time as stay in
-# a processor's cache.
+# Every width divides 24 bits, so numbers are processed in groups of three bytes, and in blocks of groups that fit in
+# the CPU's cache.
 _GROUP_BITS, _GROUP_BYTES = 24, 3
 _AT_ONCE = 2**14
 
 
 def unpack(data: np.ndarray, dtype: str, count: int) -> np.ndarray:
-    """The first `count` numbers of the type (a word of `SUBBYTE_BITS`) in uint8 `data`, as one whole (u)int8 each.
+    """Unpack the first `count` numbers of a dtype in `SUBBYTE_BITS` from uint8 `data` to one (u)int8 each.
 
     Raises `ValueError` if there are fewer.
     """
@@ -38,7 +38,7 @@ def unpack(data: np.ndarray, dtype: str, count: int) -> np.ndarray:
 
 
 def pack(numbers: np.ndarray, dtype: str) -> np.ndarray:
-    """The bytes (uint8) of whole numbers; the last is filled up with zeros. Bits above the type's are omitted."""
+    """Pack integers into bytes (uint8), the last one padded with zeros. Bits beyond the dtype's width are dropped."""
     bits = SUBBYTE_BITS[dtype]
     whole = np.ascontiguousarray(numbers).reshape(-1).view(np.uint8)
     shifts = np.arange(0, _GROUP_BITS, bits, dtype=np.uint32)
@@ -50,7 +50,7 @@ def pack(numbers: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def _groups(flat: np.ndarray, size: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Rows of `size` bytes, some at a time, each with the number of the first; the last row is filled up with zeros."""
+    """Yield blocks of rows of `size` bytes, with the index of the first row; the last row is padded with zeros."""
     rows = flat.size // size
     for first in range(0, rows, _AT_ONCE):
         last = min(rows, first + _AT_ONCE)

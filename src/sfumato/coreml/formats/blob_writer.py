@@ -1,4 +1,4 @@
-"""Writing weight files, one tensor in memory at a time."""
+"""Writes weight files with one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 
 __all__ = ["BlobWriter", "StoreWeight"]
 
-# Writes a constant's numbers into a weight file, and says where: the file's name in the program, and the byte.
+# Writes a constant's values to a weight file, and returns the file's name in the program and the byte offset.
 StoreWeight = Callable[["Value"], tuple[str, int]]
 
 _NUMBERS = {dtype: number for number, dtype in BLOB_TYPES.items()}
 
 
 class BlobWriter:
-    """A new weight file; it is made by the first value that is added. Use it in a `with` block, which closes it.
+    """A new weight file, created when the first value is added. Use it in a `with` block, which closes it.
 
-    Values that share their numbers, the same object, share one record. Raises `OSError` if writing fails, for
-    whoever made the folder to turn into a sentence.
+    Values with the same data object share one record. Raises `OSError` if writing fails, which the caller turns into
+    an `OutputError`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,10 +49,10 @@ class BlobWriter:
                 file.write(HEADER.pack(self._count, VERSION))
 
     def add(self, value: Value) -> int:
-        """Write a constant's numbers, and say where their record begins, in bytes."""
+        """Write a constant's values and return the byte offset of their record."""
         key = (id(value.data), value.type.dtype)
         if key not in self._offsets:
-            # What is kept beside the offset must live as long as its id is used.
+            # Keep the data alive for as long as its id is used as key.
             self._offsets[key] = (self._write(value), value.data)
         return self._offsets[key][0]
 

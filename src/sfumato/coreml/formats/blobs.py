@@ -1,4 +1,4 @@
-"""Weight files (`weight.bin`): Core ML's blob storage, version 2, mapped into memory and read when asked for.
+"""Weight files (`weight.bin`, blob storage version 2), memory-mapped and read on demand.
 
 A file is a header of 64 bytes (uint32 count of records, uint32 version), then records at multiples of 64: uint32
 0xDEADBEEF, uint32 type, uint64 bytes, uint64 where the data begin, uint64 unused bits at their end, 32 bytes of zeros.
@@ -44,12 +44,12 @@ SENTINEL = 0xDEADBEEF
 VERSION = 2
 HEADER = struct.Struct("<II56x")
 RECORD = struct.Struct("<IIQQQ32x")
-# What programs call the folder that they are in.
+# The name of the program's own folder in paths.
 MODEL_PATH = "@model_path/"
 
 
 class BlobFile:
-    """A weight file. It is opened by the first weight that is asked for, and mapped, never read as a whole."""
+    """A weight file, opened and memory-mapped when the first weight is requested."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -57,9 +57,9 @@ class BlobFile:
 
     @cached_property
     def data(self) -> np.ndarray:
-        """All bytes of the file. Who writes into them changes a private copy, never the file.
+        """All bytes of the file. Writing to them changes a private copy, never the file.
 
-        Raises `CheckpointError` if it is missing, a Git LFS pointer, or no weight file of version 2.
+        Raises `CheckpointError` if it is missing, a Git LFS pointer, or not a weight file of version 2.
         """
         check_regular(self.path)
         try:
@@ -80,19 +80,19 @@ class BlobFile:
             return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
 
     def let_go(self, start: int, length: int) -> None:
-        """Give back the memory of some bytes, which are read from the file again when they are asked for again.
+        """Release the memory of a range of bytes, which are read from the file again if needed.
 
-        What was written into them meanwhile is lost. Nothing happens on systems that cannot (Windows).
+        Changes to these bytes are lost. Does nothing on systems without support (Windows).
         """
         first = start - start % mmap.PAGESIZE
         if sys.platform != "win32":
             self._mapping.madvise(mmap.MADV_DONTNEED, first, start + length - first)
 
     def weight(self, offset: int, type_: TensorType) -> BlobWeight:
-        """The weight whose record begins at a byte; the same object each time.
+        """Return the weight whose record starts at a byte offset; the same object each time.
 
-        Raises `CheckpointError` if there is no such record within the file or its type or size is another, and
-        `ConfigError` if its type cannot be computed with.
+        Raises `CheckpointError` if there is no such record in the file or its dtype or size differs, and `ConfigError`
+        if its dtype is not supported.
         """
         key = (offset, type_)
         if key not in self._weights:
@@ -124,32 +124,32 @@ class BlobFile:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlobWeight:
-    """Numbers in a weight file, from a byte on."""
+    """A tensor in a weight file that starts at a byte offset."""
 
     file: BlobFile
     start: int
     type: TensorType
 
     def read(self) -> np.ndarray:
-        """The numbers: a view of the mapped file, except that small integers are unpacked and bfloat16 is widened."""
+        """Return the values: a view of the mapped file, but small integers are unpacked and bfloat16 is converted."""
         shape = tuple(side or 0 for side in self.type.shape)
         data = self.file.data[self.start : self.start + byte_count(self.type)]
         return array_from_bytes(data, self.type.dtype, shape)
 
     def let_go(self) -> None:
-        """Give back the memory that reading has taken; whoever holds a view may go on reading it."""
+        """Release the memory that reading has used; existing views stay valid."""
         self.file.let_go(self.start, byte_count(self.type))
 
 
 class WeightFiles:
-    """The weight files beside a program, by the names that the program has for them."""
+    """The weight files next to a program, by their names in the program."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files: dict[str, BlobFile] = {}
 
     def value(self, type_: TensorType, name: str, offset: int) -> Value:
-        """A constant whose numbers are in a weight file, at a record. Raises as `BlobFile.weight` does."""
+        """Return a constant stored in a weight file, at a record. Raises the same errors as `BlobFile.weight`."""
         if name not in self._files:
             self._files[name] = BlobFile(inside(self._folder, name.removeprefix(MODEL_PATH)))
         return Value(type_, self._files[name].weight(offset, type_))

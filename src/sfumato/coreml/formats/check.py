@@ -1,4 +1,4 @@
-"""Whether a model hangs together, so that nothing that is read or written fails only when it is run."""
+"""Validates a model's structure, so that errors appear when it is read or written, not when it runs."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ __all__ = ["flaw"]
 
 
 def flaw(model: Model) -> str | None:
-    """What is wrong with a model, in words without an end, or None.
+    """Return what is wrong with a model as part of a sentence, or None.
 
-    Every value must have one name and be computed before it is read, and the functions must take and return what the
-    interface says. The models of a pipeline are looked at, how they hand features to each other is not.
+    Every value must have a unique name and be computed before it is read, and the functions must match the interface.
+    The models of a pipeline are checked, but not how they pass features to each other.
     """
     if not isinstance(model.body, Program):
         found = ((name, flaw(inner)) for name, inner in model.body)

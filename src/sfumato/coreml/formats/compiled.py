@@ -1,4 +1,4 @@
-"""Compiled models (`.mlmodelc`): what devices load, read and written without Apple's compiler.
+"""Compiled models (`.mlmodelc`), read and written without Apple's compiler.
 
 A folder holds the program as text (`model.mil`), the weight file as it is in a package, the interface and metadata in
 binary (`coremldata.bin`) and for people (`metadata.json`), and a note for statistics (`analytics/coremldata.bin`).
@@ -36,7 +36,7 @@ INTERFACE = "coremldata.bin"
 _PROGRAM = "model.mil"
 _WEIGHTS = "weights/weight.bin"
 _KIND = b"generic"
-# Mark, version of this file, length of the kind, kind, specification version, length of what follows; then the mark.
+# Magic number, version of this file, length of the kind, kind, specification version, length of the rest; magic number.
 _HEAD = struct.Struct("<II20xQ7sI28xQ")
 _TAIL = struct.Struct("<I12x")
 _MARK, _VERSION = 502, 5
@@ -44,10 +44,10 @@ _SOURCE = "com.github.apple.coremltools."
 
 
 def read_compiled(path: Path) -> Model:
-    """The model in a compiled folder. Its weights stay in their file, which is mapped, until they are asked for.
+    """Read the model in a compiled folder. Its weights are memory-mapped and read on demand.
 
-    Raises `CheckpointError` if anything is missing or damaged, and `ConfigError` for what is not supported: folders of
-    the old kind (`model.espresso.net`), compiled pipelines, and programs with state, lists or blocks.
+    Raises `CheckpointError` if anything is missing or damaged, and `ConfigError` if something is not supported: folders
+    of the old kind (`model.espresso.net`), compiled pipelines, and programs with state, lists or blocks.
     """
     if not (path / _PROGRAM).exists():
         if any(path.glob("*.espresso.*")):
@@ -76,11 +76,11 @@ def read_compiled(path: Path) -> Model:
 
 
 def write_compiled(model: Model, path: Path | str) -> None:
-    """Write a model as a compiled folder, whole or not at all. What is there is replaced if it is one itself.
+    """Write a model as a compiled folder, completely or not at all. An existing compiled model is replaced.
 
     Weights are read and written one at a time. Raises `UsageError` if the name does not end in .mlmodelc or the model
-    is not whole, `ConfigError` for what has no known compiled form (pipelines, several functions, shapes that vary,
-    images, default values), and `OutputError` if it cannot be written.
+    is incomplete, `ConfigError` if the compiled form is unknown (pipelines, several functions, variable shapes, images,
+    default values), and `OutputError` if it cannot be written.
     """
     path = Path(path)
     if path.suffix != ".mlmodelc":
@@ -107,7 +107,7 @@ def write_compiled(model: Model, path: Path | str) -> None:
 
 
 def coremldata(model: Model) -> bytes:
-    """The bytes of `coremldata.bin`: a model's interface and metadata."""
+    """Return the bytes of `coremldata.bin`: a model's interface and metadata."""
     description = message("ModelDescription")
     fill_description(description, model)
     data = description.SerializeToString(deterministic=True)
@@ -116,7 +116,7 @@ def coremldata(model: Model) -> bytes:
 
 
 def _checked(model: Model) -> Program:
-    """The model's program, if a compiled form of it is known."""
+    """Return the model's program, or raise `ConfigError` if its compiled form is unknown."""
     advice = "write a package instead, and let Xcode compile it"
     if not isinstance(model.body, Program):
         raise ConfigError(f"the compiled form of a pipeline is unknown; {advice}")
@@ -134,7 +134,7 @@ def _checked(model: Model) -> Program:
 
 
 def _build(model: Model) -> Mapping[str, str]:
-    """What the text says it was made with: Sfumato, and the version of coremltools where the metadata tells one."""
+    """Return the build information: the version of Sfumato, and that of coremltools if the metadata has it."""
     from sfumato import __version__
 
     tools = model.metadata.get(_SOURCE + "version")
@@ -142,9 +142,9 @@ def _build(model: Model) -> Mapping[str, str]:
 
 
 def _analytics(digest: bytes) -> bytes:
-    """The note for statistics: tables of pairs, each name and text with its length (uint64) before it.
+    """Return the statistics file: tables of pairs, each string preceded by its length (uint64).
 
-    Apple's compiler puts a hash of the package's program where this puts one of the text.
+    Apple's compiler stores a hash of the package's program, where this stores one of the text.
     """
     tables = {
         "NeuralNetworkModelDetails": {"containsCustomLayer": "0", "modelDimension": "0"},

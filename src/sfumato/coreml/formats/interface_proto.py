@@ -1,4 +1,4 @@
-"""Interfaces and metadata as messages: the `ModelDescription` of packages and of compiled models alike."""
+"""The `ModelDescription` message: interfaces and metadata of packages and compiled models."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _KINDS = {
 
 
 def description_fields(description: Any, where: str) -> dict[str, Any]:
-    """The fields of a `Model` that a `ModelDescription` tells. `where` begins the sentences of errors.
+    """Return the fields of a `Model` that a `ModelDescription` contains. `where` is the start of error messages.
 
     Raises `ConfigError` for features that are neither arrays nor images, and for state.
     """
@@ -48,7 +48,7 @@ def description_fields(description: Any, where: str) -> dict[str, Any]:
 
 
 def model_names(count: int) -> list[str]:
-    """What the models of a pipeline are called where it does not say."""
+    """Return the default names of the models of a pipeline."""
     return [f"model{index}" for index in range(count)]
 
 
@@ -81,7 +81,7 @@ _Read = tuple[str, Flexibility | None, tuple[int, ...], dict[str, Any]]
 
 
 def _array(array: Any, where: str) -> _Read:
-    """The type, how the shape may vary, the shape, and what else a `Feature` says of an array."""
+    """Return dtype, flexibility, shape, and the other fields of a `Feature` for an array."""
     if array.dataType not in _ARRAY_TYPES:
         raise ConfigError(f"{where} has the unknown type {array.dataType}; convert it as float16, float32 or int32")
     default = array.WhichOneof("default")
@@ -90,7 +90,7 @@ def _array(array: Any, where: str) -> _Read:
 
 
 def _image(image: Any, where: str) -> _Read:
-    """The same for an image, as the array (1, C, H, W) that it becomes."""
+    """Return the same for an image, as an array (1, C, H, W)."""
     if image.colorSpace not in _COLORS:
         raise ConfigError(f"{where} has the unknown color space {image.colorSpace}; convert it as RGB or grayscale")
     color = _COLORS[image.colorSpace]
@@ -126,7 +126,7 @@ def _varying(flexibility: Flexibility) -> tuple[int | None, ...]:
 
 
 def fill_description(description: Any, model: Model) -> None:
-    """Write what a model tells of itself into a `ModelDescription`. Raises `UsageError` for what it cannot tell."""
+    """Write a model's interface and metadata to a `ModelDescription`. Raises `UsageError` if it cannot express them."""
     if model.interfaces:
         description.defaultFunctionName = model.default_function
         for name, interface in model.interfaces.items():

@@ -1,4 +1,4 @@
-"""`metadata.json` of compiled models: what Xcode shows of one, and what some apps read to tell one from another."""
+"""`metadata.json` of compiled models, which Xcode displays and some apps use to identify a model."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ __all__ = ["metadata_json"]
 _WORDS = {"fp16": "Float16", "fp32": "Float32", "fp64": "Double"}
 _COMPUTED = ("fp16", "fp32", "int32")
 
-# Operations are counted under the version of their definition, not of the program. These were defined again for iOS 17
-# and again for iOS 18, or are new there; most others were for iOS 16. Apple has no list: this is read off its files.
+# Operations are counted by the version of their definition, not of the program. These were redefined for iOS 17 and
+# iOS 18, or are new there; most others for iOS 16. Apple publishes no list: this one is taken from compiled files.
 _FROM_17 = """
     add batch_norm cast ceil clip concat conv conv_transpose equal expand_dims floor floor_div gather gather_along_axis
     gather_nd greater greater_equal instance_norm inverse l2_norm layer_norm less less_equal linear log logical_and
@@ -30,7 +30,7 @@ _FROM_18 = """
     constexpr_blockwise_shift_scale constexpr_lut_to_dense constexpr_lut_to_sparse
     constexpr_sparse_blockwise_shift_scale constexpr_sparse_to_dense scaled_dot_product_attention slice_update
 """
-# Not defined again for iOS 16: counted without a version there, and so are those of them that nothing later changed.
+# Not redefined for iOS 16: counted without a version there, as are those that were never redefined later.
 _ONLY_15 = """
     concat expand_dims fill identity non_zero one_hot pad range_1d select shape slice_by_index slice_by_size split
     squeeze stack tile transpose upsample_nearest_neighbor
@@ -38,7 +38,7 @@ _ONLY_15 = """
 
 
 def metadata_json(model: Model, name: str) -> str:
-    """The text of the file, for a model with one program that is stored under a name."""
+    """Return the contents of `metadata.json` for a model with one program, stored under a name."""
     function = model.program.functions[model.default_function]
     entries = {
         "metadataOutputVersion": "3.0",
@@ -88,7 +88,7 @@ def _histogram(function: Function, spec_version: int) -> dict[str, int]:
 
 
 def _versioned(kind: str, spec_version: int) -> str:
-    """An operation's name with the version of its definition, as in "Ios16.realDiv"."""
+    """Return an operation's name with the version of its definition, such as "Ios16.realDiv"."""
     camel = "".join(part[:1].upper() + part[1:] for part in kind.split("_"))
     from_17, from_18, only_15 = (kind in words.split() for words in (_FROM_17, _FROM_18, _ONLY_15))
     if spec_version >= 9 and (from_17 or from_18):
@@ -107,7 +107,7 @@ def _dtypes(function: Function) -> set[str]:
 
 
 def _storage(function: Function, spec_version: int) -> str:
-    """How the weights are stored, in words; empty if there are none."""
+    """Describe how the weights are stored; empty if there are none."""
     found = set()
     for operation in function.operations:
         bits = _palette_bits(operation)
@@ -125,7 +125,7 @@ def _palette_bits(operation: Operation) -> int | None:
         return None
     entries = operation.inputs.get("lut", ())
     lut = operation.attributes.get("lut") or (entries[0] if entries else None)
-    # iOS 18 keeps the vectors that a palette may hold in the last side, and the palette in the one before.
+    # In iOS 18, the last axis holds the vectors of a palette, and the one before it the entries.
     return int(log2(lut.type.shape[-1 if len(lut.type.shape) == 1 else -2] or 1)) if isinstance(lut, Value) else None
 
 

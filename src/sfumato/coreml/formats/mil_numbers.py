@@ -1,4 +1,4 @@
-"""Numbers and texts as `model.mil` writes them, both ways and exactly."""
+"""Numbers and strings in `model.mil`, read and written exactly."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _ESCAPED = {"\\": r"\\", '"': r"\"", "\n": r"\n", "\t": r"\t", "\r": r"\r"}
 
 
 def text_of(quoted_text: str) -> str:
-    """The text between quotation marks, with what is escaped in it."""
+    """Return the text of a quoted string, with escapes replaced."""
     inner = quoted_text[1:-1]
     return re.sub(r"\\(.)", lambda found: _ESCAPES.get(found[1], found[1]), inner) if "\\" in inner else inner
 
 
 def quoted(text: str) -> str:
-    """A text in quotation marks."""
+    """Return a text in quotation marks, escaped."""
     return '"' + "".join(_ESCAPED.get(letter, letter) for letter in text) + '"'
 
 
 def numbers_of(text: str, type_: TensorType) -> np.ndarray | None:
-    """The array that a list of numbers in brackets describes, or None if it is not one of that type and shape."""
+    """Parse a bracketed list of numbers; None if it does not match the type and shape."""
     words = [word for word in (part.strip() for part in text.translate(_BRACKETS).split(",")) if word]
     dtype = ARRAY_DTYPES[type_.dtype]
     try:
@@ -45,7 +45,7 @@ def numbers_of(text: str, type_: TensorType) -> np.ndarray | None:
 
 
 def written_array(array: np.ndarray) -> str:
-    """The numbers of an array, in brackets nested as its sides are; without any where it has none."""
+    """Format an array as nested bracketed lists; a scalar has no brackets."""
     if array.ndim == 0:
         return _number(array.item())
     parts = map(written_array, array) if array.ndim > 1 else map(_number, array.tolist())

@@ -1,4 +1,4 @@
-"""The text of compiled programs (`model.mil`), read in both of its dialects: `program(1.0)` and `program(1.3)`.
+"""Parses compiled programs (`model.mil`) in both dialects, `program(1.0)` and `program(1.3)`.
 
 The two differ in how they write what has no sides: `tensor<int32, []>(1)` in the first, `int32(1)` in the second. A
 program is functions; a function is statements such as
@@ -32,7 +32,7 @@ _SCALARS = "|".join(sorted([*ARRAY_DTYPES, "string", "fp8e4m3fn", "fp8e5m2"], ke
 
 
 def _words(pattern: str) -> re.Pattern[str]:
-    """An expression in which a blank stands for any white space, also none."""
+    """Compile a pattern in which a space stands for optional white space."""
     return re.compile(r"\s*" + pattern.replace(" ", r"\s*"), re.ASCII)
 
 
@@ -57,10 +57,10 @@ _RESULT = _words(rf"\}} -> \( ((?:{_NAME} (?:, |(?=\))))*)\) ;")
 
 
 def read_mil(path: Path) -> Program:
-    """The program in a `model.mil`; the weights it refers to are beside it.
+    """Parse the program in a `model.mil`; the weights it refers to are next to it.
 
-    Raises `CheckpointError`, naming the line, if the file is missing or not as it should be, and `ConfigError` for what
-    is not supported: state, lists, and operations with blocks of their own.
+    Raises `CheckpointError`, which names the line, if the file is missing or malformed, and `ConfigError` if it has
+    state, lists, or operations with nested blocks, which are not supported.
     """
     try:
         text = read_bytes(path).decode("utf-8")
@@ -70,7 +70,7 @@ def read_mil(path: Path) -> Program:
 
 
 class _Reader:
-    """Goes through the text once; `_at` is how far it is."""
+    """Reads the text in a single pass; `_at` is the current position."""
 
     def __init__(self, path: Path, text: str) -> None:
         self._path, self._text, self._at = path, text, 0
@@ -102,7 +102,7 @@ class _Reader:
         return found
 
     def _take(self, sign: str) -> bool:
-        """Whether the next character that is no white space is the sign, which is then passed."""
+        """Skip white space and consume the given sign if it comes next; returns whether it did."""
         text, at = self._text, self._at
         while at < len(text) and text[at] in whitespace:
             at += 1
@@ -116,7 +116,7 @@ class _Reader:
             raise self._fail(repr(sign))
 
     def _many(self, end: str, one: Callable[[], None]) -> None:
-        """What `one` reads, several with commas between them, up to and with the sign that ends them."""
+        """Read comma-separated items with `one`, up to and including the sign `end`."""
         while not self._take(end):
             one()
             if not self._take(","):
@@ -138,7 +138,7 @@ class _Reader:
         return Program(functions)
 
     def _skip_attributes(self) -> None:
-        """Pass over attributes in brackets, which tell of programs and functions what their interface tells, too."""
+        """Skip attributes in brackets, which only repeat what the interface of the program and its functions says."""
         start = self._at
         while self._take("["):
             depth = 1

@@ -1,4 +1,4 @@
-"""Programs as the text of compiled models (`model.mil`), in the dialect that their system expects."""
+"""Writes programs as `model.mil` text, in the dialect that the target system expects."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from sfumato.coreml.program import Argument, Function, Operation, Output, Progra
 
 __all__ = ["mil_lines"]
 
-# Apple's own indentation.
+# The indentation that Apple's compiler uses.
 _FUNCTION_INDENT, _OPERATION_INDENT = 4 * " ", 12 * " "
 
 
 def mil_lines(program: Program, spec_version: int, store: StoreWeight, build: Mapping[str, str]) -> Iterator[str]:
-    """The lines of the text, each made when it is asked for, and with it the weights that it names.
+    """Yield the lines of the text lazily, storing the weights that each line refers to.
 
-    `build` says what the program was made with. Raises `ConfigError` for an opset that is not known.
+    `build` is the build information. Raises `ConfigError` for an unknown opset.
     """
     writer = _Writer(spec_version, store)
     pairs = ", ".join(f"{{{quoted(key)}, {quoted(value)}}}" for key, value in sorted(build.items()))
@@ -41,7 +41,7 @@ class _Writer:
         self._store = store
 
     def function(self, name: str, function: Function) -> Iterator[str]:
-        # By name, as Apple's compiler has them.
+        # Sorted by name, as in Apple's compiler.
         inputs = ", ".join(self._output(one) for one in sorted(function.inputs, key=lambda one: one.name))
         yield f"{_FUNCTION_INDENT}func {name}<{text_opset(function.opset)}>({inputs}) {{"
         for operation in function.operations:

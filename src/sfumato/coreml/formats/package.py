@@ -1,4 +1,4 @@
-"""Packages (`.mlpackage`): a folder with a manifest that says where in it the model and its weights are."""
+"""Packages (`.mlpackage`): a folder whose manifest locates the model and its weights."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _AUTHOR = "com.apple.CoreML"
 
 
 def read_package(path: Path) -> Model:
-    """The model in a package. Its weights stay in their file, which is mapped, until they are asked for.
+    """Read the model in a package. Its weights are memory-mapped and read on demand.
 
-    Raises `CheckpointError` if anything is missing or damaged, and `ConfigError` for what is not supported.
+    Raises `CheckpointError` if anything is missing or damaged, and `ConfigError` if something is not supported.
     """
     model = inside(path / "Data", _root(path))
     if not model.exists():
@@ -36,7 +36,7 @@ def read_package(path: Path) -> Model:
 
 
 def _root(path: Path) -> str:
-    """Where the manifest says the model is, within the package's folder "Data"."""
+    """Return the model's path in the package's "Data" folder, from the manifest."""
     where = path / MANIFEST
     read_bytes(where, SMALL_FILE)
     manifest = read_json(where)
@@ -49,10 +49,10 @@ def _root(path: Path) -> str:
 
 
 def write_package(model: Model, path: Path | str) -> None:
-    """Write a model as a package, whole or not at all. What is there is replaced if it is a package itself.
+    """Write a model as a package, completely or not at all. An existing package is replaced.
 
     Weights are read and written one at a time. Raises `UsageError` if the name does not end in .mlpackage or the model
-    is not whole, and `OutputError` if it cannot be written.
+    is incomplete, and `OutputError` if it cannot be written.
     """
     path = Path(path)
     if path.suffix != ".mlpackage":

@@ -1,4 +1,4 @@
-"""What is checked of every file before it is read: that it is there, a file and not too large, and no mere pointer."""
+"""Checks before any file is read: it exists, is a regular file, is not too large, and is not a Git LFS pointer."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 __all__ = ["SMALL_FILE", "check_pointer", "check_regular", "read_bytes"]
 
-# Bytes that manifests and interfaces may have, and programs.
+# Size limits in bytes: of manifests and interfaces, and of programs.
 SMALL_FILE, LARGE_FILE = 2**26, 2**30
 _POINTER = b"version https://git-lfs"
 
 
 def check_pointer(path: Path, start: bytes | memoryview) -> None:
-    """Raise `CheckpointError` if a file that starts so is a pointer of Git's large file storage."""
+    """Raise `CheckpointError` if a file with this start is a Git LFS pointer."""
     if bytes(start[: len(_POINTER)]) == _POINTER:
         raise CheckpointError(
             f"{path} is a Git LFS pointer, not the file; run `git lfs pull` in its repository, or download it"
@@ -26,12 +26,12 @@ def check_pointer(path: Path, start: bytes | memoryview) -> None:
 
 
 def check_regular(path: Path, most: int | None = None) -> None:
-    """Raise `CheckpointError` unless it is a file, and of no more bytes than said: no pipe, device or folder."""
+    """Raise `CheckpointError` unless the path is a regular file (no pipe, device or folder) of at most `most` bytes."""
     try:
         found = path.stat()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; copy or download the model again") from error
-    except (OSError, ValueError) as error:  # a name from a damaged file may have a NUL in it
+    except (OSError, ValueError) as error:  # a name from a damaged file may contain NUL
         raise CheckpointError(f"{path} cannot be read ({error}); copy or download it again") from error
     if not stat.S_ISREG(found.st_mode):
         raise CheckpointError(f"{path} is not a regular file; copy or download the model again")
@@ -42,7 +42,7 @@ def check_regular(path: Path, most: int | None = None) -> None:
 
 
 def read_bytes(path: Path, most: int = LARGE_FILE) -> bytes:
-    """All bytes of a file. Raises `CheckpointError` if it is missing, too large, cannot be read, or is a pointer."""
+    """Return the contents of a file. Raises `CheckpointError` if it is missing, too large, unreadable or a pointer."""
     check_regular(path, most)
     try:
         data = path.read_bytes()

@@ -1,4 +1,4 @@
-"""From messages to programs: what a `model.mlmodel` says, with its weights left in their files until asked for."""
+"""Builds programs from `model.mlmodel` messages; weights stay in their files until they are needed."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ __all__ = ["read_mlmodel"]
 
 
 def read_mlmodel(path: Path) -> Model:
-    """The model in a `.mlmodel` file; its weights are beside it.
+    """Read the model in a `.mlmodel` file; its weights are next to it.
 
-    Raises `CheckpointError` if the file is missing or damaged, and `ConfigError` if it is no ML Program or pipeline of
-    them, or holds what is not supported.
+    Raises `CheckpointError` if the file is missing or damaged, and `ConfigError` if it is not an ML Program or a
+    pipeline of them, or has unsupported features.
     """
     spec = message("Model")
     try:
@@ -89,7 +89,7 @@ def _function(function: Any, where: str, weights: WeightFiles) -> Function:
 
 
 class _BlockReader:
-    """Reads the operations of one function. `place` is where it is, for sentences."""
+    """Reads the operations of one function. `_place` is the current operation, for error messages."""
 
     def __init__(self, where: str, weights: WeightFiles) -> None:
         self._where = where
@@ -170,6 +170,6 @@ class _BlockReader:
         if member == "strings":
             return Value(type_, tuple(numbers) if shape else numbers[0])
         if member == "bytes":
-            # A copy, because bytes cannot be written to, and torch warns of arrays that cannot.
+            # Copy, because bytes are read-only, and torch warns about read-only arrays.
             return Value(type_, array_from_bytes(numbers, type_.dtype, shape).copy())
         return Value(type_, array_from_numbers(numbers, type_.dtype, shape))

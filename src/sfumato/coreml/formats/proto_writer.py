@@ -1,4 +1,4 @@
-"""From programs to messages, while the numbers go into weight files one tensor at a time."""
+"""Builds `model.mlmodel` messages from programs, and writes weights to their files one tensor at a time."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _FOLDER = "weights"
 
 
 def write_mlmodel(model: Model, folder: Path) -> None:
-    """Write `model.mlmodel` and its weight files into a folder.
+    """Write `model.mlmodel` and its weight files to a folder.
 
     A program has `weights/weight.bin`; the models of a pipeline have `weights/0-weight.bin` and so on. Raises `OSError`
-    where writing fails, and `UsageError` for a model that is not whole.
+    if writing fails, and `UsageError` if the model is incomplete.
     """
     spec = message("Model")
     _fill_model(spec, model, folder, "")

@@ -1,4 +1,4 @@
-"""The protocol buffer messages of Core ML model files, as a table of facts from which their classes are made.
+"""The protocol buffer messages of Core ML models, as a table from which the message classes are built.
 
 Source: the message definitions of Core ML's model format, https://apple.github.io/coremltools/mlmodel. Only what ML
 Programs and pipelines need is declared; fields that are not are carried along unread. The classes live in a pool of
@@ -15,7 +15,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 __all__ = ["MODEL_KINDS", "message"]
 
-# Kinds of model: the members of the oneof `Model.Type`. The first two are read; the others are told by name.
+# Kinds of model: the members of the oneof `Model.Type`. The first two are read; the others are only named in errors.
 MODEL_KINDS = {
     "mlProgram": 502,
     "pipeline": 202,
@@ -59,8 +59,8 @@ MODEL_KINDS = {
 _READ_KINDS = {"mlProgram": "Program", "pipeline": "Pipeline"}
 
 # Each field of a message is `name=number:type`, where `type*` is repeated, `<type>` a map from strings to it, `|type` a
-# member of the message's oneof "kind" and `?type` one of its oneof "default". What is only told by name is declared as
-# bytes, and enumerations as numbers, which look the same in a file.
+# member of the message's oneof "kind" and `?type` one of its oneof "default". Messages that are not read are declared
+# as bytes, and enumerations as integers, which have the same encoding.
 _MESSAGES = {
     "ModelDescription": (
         "input=1:FeatureDescription* output=10:FeatureDescription* state=13:FeatureDescription* "
@@ -89,7 +89,7 @@ _MESSAGES = {
     "SizeRange": "lowerBound=1:uint64 upperBound=2:int64",
     "Metadata": "shortDescription=1:string versionString=2:string author=3:string license=4:string "
     "userDefined=100:Entry*",
-    # A map from texts to texts, but declared so that its order can be chosen.
+    # A map of strings, declared as pairs so that the order can be chosen.
     "Entry": "key=1:string value=2:string",
     "Pipeline": "models=1:Model* names=2:string*",
     "Program": "version=1:int64 functions=2:<Function> docString=3:string attributes=4:<Value>",
@@ -136,7 +136,7 @@ _ONEOFS = {"|": "kind", "?": "default"}
 
 
 def message(name: str) -> Any:
-    """A new, empty message, such as "Model". Its class is made at run time, so no type checker can know its fields."""
+    """Create an empty message, such as "Model". Its class is created at run time, so type checkers do not know it."""
     return _CLASSES[name]()
 
 
@@ -159,7 +159,7 @@ def _add_field(to: DescriptorProto, name: str, number: int, kind: str) -> None:
         field.oneof_index = oneofs.index(_ONEOFS[kind[0]])
         kind = kind[1:]
     elif kind[0] == "<":
-        # A map is stored as pairs; the library wants their message to be named after the field.
+        # A map is stored as pairs, whose message must be named after the field.
         entry = to.nested_type.add(name="".join(part[0].upper() + part[1:] for part in name.split("_")) + "Entry")
         entry.options.map_entry = True
         _add_field(entry, "key", 1, "string")

@@ -1,4 +1,4 @@
-"""The types of Core ML's intermediate language as numbers, and the bytes of its numbers."""
+"""Core ML's data types as numbers, and the byte encoding of their values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
     "member_of",
 ]
 
-# MILSpec.DataType. The two 8-bit floating point types are known by name only.
+# MILSpec.DataType. The two 8-bit floating point types are only named in errors.
 DATA_TYPES: Mapping[int, str] = {
     1: "bool",
     2: "string",
@@ -50,7 +50,7 @@ DATA_TYPES: Mapping[int, str] = {
     41: "fp8e5m2",
 }
 
-# Types of the records of weight files (StorageFormat.hpp of Core ML's open source part).
+# Data types of records in weight files (StorageFormat.hpp of Core ML's open source part).
 BLOB_TYPES: Mapping[int, str] = {
     1: "fp16",
     2: "fp32",
@@ -71,7 +71,7 @@ BLOB_TYPES: Mapping[int, str] = {
     17: "fp8e5m2",
 }
 
-# Where a value that stands in the program has its numbers; all other types have them as bytes.
+# The field that holds an inline value; all other dtypes use "bytes".
 _MEMBERS = {
     "fp32": "floats",
     "fp64": "doubles",
@@ -83,14 +83,14 @@ _MEMBERS = {
     "bool": "bools",
     "string": "strings",
 }
-# Weight files of models for iOS 17 and before hold these only, those after all of `BLOB_TYPES`.
+# Weight files for iOS 17 and earlier support only these dtypes, later ones all of `BLOB_TYPES`.
 _OLD_BLOBS = ("fp16", "fp32", "uint8", "int8")
 _ALL_BLOBS_FROM = 9
 _LEAST_STORED = 10
 
 
 def checked(value: Value) -> np.ndarray | tuple[str, ...]:
-    """A constant's numbers, or its texts, to be written. Raises `UsageError` if they are not as its type says."""
+    """Return a constant's values or texts for writing. Raises `UsageError` if they do not match its type."""
     data, type_ = value.read(), value.type
     if isinstance(data, np.ndarray):
         if data.dtype == ARRAY_DTYPES.get(type_.dtype) and data.shape == type_.shape:
@@ -105,20 +105,20 @@ def checked(value: Value) -> np.ndarray | tuple[str, ...]:
 
 
 def member_of(dtype: str) -> str:
-    """The member of `TensorValue` that holds numbers of a type."""
+    """Return the field of `TensorValue` that holds values of a dtype."""
     return _MEMBERS.get(dtype, "bytes")
 
 
 def is_literal(operation: Operation) -> bool:
-    """Whether constants in an operation are its arguments; those of `const` and `constexpr_…` are numbers to keep."""
+    """Return whether constants in an operation are arguments; those of `const` and `constexpr_…` are data."""
     return operation.type != "const" and not operation.type.startswith("constexpr_")
 
 
 def is_weight(value: Value, spec_version: int, literal: bool) -> bool:
-    """Whether a constant belongs into the weight file rather than into the program.
+    """Return whether a constant belongs in the weight file rather than in the program.
 
-    It does if it is stored in one already or, unless it is an operation's `literal`, if it has at least ten numbers, as
-    in what coremltools writes; but only in types that the weight files of the specification version can hold.
+    It does if it is already stored in one or, unless it is a `literal` argument, if it has at least ten elements, as in
+    coremltools; but only in dtypes that weight files of the specification version support.
     """
     known = tuple(BLOB_TYPES.values()) if spec_version >= _ALL_BLOBS_FROM else _OLD_BLOBS
     count = prod(side or 0 for side in value.type.shape)
@@ -127,7 +127,7 @@ def is_weight(value: Value, spec_version: int, literal: bool) -> bool:
 
 
 def array_from_bytes(data: Any, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The array in a buffer of exactly the bytes of that type and shape: a view where no bits need be moved."""
+    """Return the array in a buffer of exactly the bytes of that dtype and shape; a view unless it must be unpacked."""
     if dtype in SUBBYTE_BITS:
         return unpack(np.frombuffer(data, np.uint8), dtype, prod(shape)).reshape(shape)
     if dtype == "bf16":
@@ -136,7 +136,7 @@ def array_from_bytes(data: Any, dtype: str, shape: tuple[int, ...]) -> np.ndarra
 
 
 def bytes_from_array(array: np.ndarray, dtype: str) -> np.ndarray:
-    """The bytes (uint8) of an array of numbers of a type, in C order; bfloat16 is rounded to nearest, ties to even."""
+    """Return the bytes (uint8) of an array in C order; bfloat16 is rounded to nearest, ties to even."""
     if dtype in SUBBYTE_BITS:
         return pack(array, dtype)
     if dtype == "bf16":
@@ -149,7 +149,7 @@ def bytes_from_array(array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def array_from_numbers(numbers: Any, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The array of a sequence of numbers, of which there must be as many as the shape has."""
+    """Return an array of a sequence of numbers, which must match the shape."""
     wide = np.int64 if np.issubdtype(ARRAY_DTYPES[dtype], np.integer) else ARRAY_DTYPES[dtype]
-    with np.errstate(over="ignore"):  # a number too large for float16 is infinite there
+    with np.errstate(over="ignore"):  # numbers too large for float16 become infinite
         return np.array(numbers, wide).astype(ARRAY_DTYPES[dtype]).reshape(shape)

@@ -1,4 +1,4 @@
-"""Versions of the model format: what Apple calls them in its files, and the systems that have them."""
+"""Model format versions: Apple's names for them, and the systems that support them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from sfumato.errors import CheckpointError, ConfigError
 
 __all__ = ["FIRST_1_3", "OPSETS", "SYSTEMS", "check_spec_version", "opset_of", "text_opset"]
 
-# Opset of functions by specification version, in packages and (ios…) in compiled text.
+# The opset of functions by specification version, as named in packages.
 OPSETS: Mapping[int, str] = {version: f"CoreML{version - 1}" for version in range(4, 11)}
 
-# The least version of each system that runs a specification version.
+# The lowest version of each system that supports a specification version.
 _ORDER = ("iOS", "macOS", "macCatalyst", "tvOS", "watchOS", "visionOS")
 SYSTEMS: Mapping[int, Mapping[str, str]] = {
     6: dict(zip(_ORDER, ("15.0", "12.0", "15.0", "15.0", "8.0", "1.0"), strict=True)),
@@ -24,12 +24,12 @@ SYSTEMS: Mapping[int, Mapping[str, str]] = {
 
 _WORDS = {OPSETS[version]: "ios" + systems["iOS"].removesuffix(".0") for version, systems in SYSTEMS.items()}
 
-# From this version on the text of compiled programs is `program(1.3)`.
+# From this version on, the text of compiled programs is `program(1.3)`.
 FIRST_1_3 = 9
 
 
 def check_spec_version(path: Path, version: int) -> None:
-    """Raise `ConfigError` for a specification version that is newer than what is known here, or `CheckpointError`."""
+    """Raise `ConfigError` if a specification version is too new for Sfumato, `CheckpointError` if it is invalid."""
     if version < 1:
         raise CheckpointError(f"{path} is damaged: it has no version of the format; copy or download it again")
     if version > max(OPSETS):
@@ -40,9 +40,9 @@ def check_spec_version(path: Path, version: int) -> None:
 
 
 def text_opset(opset: str) -> str:
-    """What an opset such as "CoreML6" is called in the text of compiled programs: "ios16".
+    """Return the name of an opset such as "CoreML6" in the text of compiled programs: "ios16".
 
-    Raises `ConfigError` if it is not known.
+    Raises `ConfigError` if it is unknown.
     """
     if opset not in _WORDS:
         raise ConfigError(f"the opset {opset!r} is not known; convert the model for iOS 15 or later")
@@ -50,5 +50,5 @@ def text_opset(opset: str) -> str:
 
 
 def opset_of(word: str) -> str | None:
-    """The opset that the text of a compiled program calls "ios16", or None if there is none."""
+    """Return the opset for a name such as "ios16" in the text of compiled programs, or None."""
     return next((opset for opset, known in _WORDS.items() if word == known), None)

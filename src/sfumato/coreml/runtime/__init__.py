@@ -1,4 +1,4 @@
-"""The portable runtime: reads ML Programs and runs them with torch, on any system."""
+"""The portable runtime: runs ML Programs with torch on any system."""
 
 from __future__ import annotations
 

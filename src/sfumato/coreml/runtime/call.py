@@ -1,4 +1,4 @@
-"""An operation as the runtime plans it: its parameters read, and what it computes bound into one function."""
+"""A planned operation: its parameters resolved and bound to one function."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Binder", "Bound", "Call", "Late", "NumbersOf"]
 
 _REQUIRED: Any = object()
 
-# The numbers or text of a name, if they are known before the program runs.
+# The array or text of a value, by name, or None if it is not known before the program runs.
 NumbersOf = Callable[[str], "np.ndarray | str | tuple[str, ...] | None"]
 
 
@@ -24,11 +24,10 @@ class Late(Exception):
 
 
 class Bound(NamedTuple):
-    """What an operation does: `run` is called with the values of the entries `reads`, in order.
+    """An operation ready to run: `run` is called with the values of the entries `reads`, in order.
 
-    moves: the result has the very numbers of its inputs, so that rounding them again would be in vain; it may share
-        their memory.
-    ready: by place in `reads`, what to make of a constant once where it is kept; `run` takes that in its stead.
+    moves: the result consists of elements of the inputs, so it need not be rounded again; it may share their memory.
+    ready: by index in `reads`, a function that prepares a constant once if it is kept; `run` gets its result instead.
     """
 
     run: Callable[..., Any]
@@ -39,14 +38,14 @@ class Bound(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One operation with what is known of its inputs before it runs."""
+    """One operation, with what is known about its inputs before it runs."""
 
     operation: Operation
     types: Mapping[str, TensorType]
     numbers_of: NumbersOf
 
     def entries(self, name: str) -> tuple[str | Value, ...]:
-        """What the operation is given as `name`: names of values, or constants; none if it is not given."""
+        """Return the entries of an input: names of values, or constants; empty if the input is not given."""
         found = self.operation.inputs.get(name)
         if found is None:
             attribute = self.operation.attributes.get(name)
@@ -54,16 +53,16 @@ class Call:
         return found
 
     def given(self, *names: str) -> tuple[str, ...]:
-        """Those of the optional inputs that the operation is given."""
+        """Return those of the optional inputs that are given."""
         return tuple(name for name in names if self.entries(name))
 
     def type(self, name: str = "x") -> TensorType:
-        """The type of an input."""
+        """Return the type of an input."""
         entry = self._entry(name)
         return entry.type if isinstance(entry, Value) else self.types[entry]
 
     def rank(self, name: str = "x") -> int:
-        """The number of sides of an input."""
+        """Return the rank of an input."""
         return len(self.type(name).shape)
 
     @property
@@ -72,11 +71,11 @@ class Call:
         return self.operation.outputs[0].type
 
     def bind(self, run: Callable[..., Any], *names: str, moves: bool = False) -> Bound:
-        """Bind a function that takes the values of these inputs, the entries of a variadic one in a row."""
+        """Bind a function that takes the values of these inputs; variadic inputs are unpacked."""
         return Bound(run, tuple(entry for name in names for entry in self.entries(name)), moves)
 
     def known(self, name: str, default: Any = _REQUIRED) -> Any:
-        """The numbers (an array) or the text of a parameter. Raises `Late` if only the running program knows it."""
+        """Return the array or text of a parameter. Raises `Late` if only known at run time, `KeyError` if not given."""
         if not self.entries(name):
             if default is _REQUIRED:
                 raise KeyError(name)
@@ -84,33 +83,33 @@ class Call:
         return self._read(name, self._entry(name))
 
     def ints(self, name: str, default: Any = _REQUIRED) -> tuple[int, ...]:
-        """A vector of whole numbers."""
+        """Return a vector of integers."""
         found = self.known(name, default)
         return found if found is default else tuple(int(each) for each in np.ravel(found))
 
     def flags(self, name: str, count: int) -> tuple[bool, ...]:
-        """A vector of truth values, all false if it is not given."""
+        """Return a vector of booleans, all false if it is not given."""
         found = self.known(name, None)
         return (False,) * count if found is None else tuple(bool(each) for each in np.ravel(found))
 
     def each(self, name: str) -> list[int]:
-        """The whole numbers of a variadic input of scalars."""
+        """Return the integers of a variadic input of scalars."""
         return [int(np.ravel(self._read(name, entry))[0]) for entry in self.entries(name)]
 
     def integer(self, name: str, default: Any = _REQUIRED) -> int:
-        """One whole number."""
+        """Return one integer."""
         return int(np.ravel(self.known(name, default))[0])
 
     def number(self, name: str, default: Any = _REQUIRED) -> float:
-        """One number."""
+        """Return one number."""
         return float(np.ravel(self.known(name, default))[0])
 
     def flag(self, name: str, default: bool = False) -> bool:
-        """One truth value."""
+        """Return one boolean."""
         return bool(np.ravel(self.known(name, default))[0])
 
     def text(self, name: str, default: str) -> str:
-        """A word."""
+        """Return a string."""
         return str(self.known(name, default))
 
     def _read(self, name: str, entry: str | Value) -> np.ndarray | str | tuple[str, ...]:

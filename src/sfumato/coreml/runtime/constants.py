@@ -1,4 +1,4 @@
-"""The values of a function that are known before it runs: constants, compressed weights, and what follows from them."""
+"""Values known before a function runs: constants, compressed weights, and anything computed from them."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ __all__ = ["SMALL", "Constant", "Constants"]
 
 _Numbers = np.ndarray | str | tuple[str, ...]
 
-# Constants of at most so many numbers are kept as tensors always, without being counted.
+# Constants with at most this many elements are always kept as tensors, and not counted in the budget.
 SMALL = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """One known value: its type, and a function that reads, decompresses or computes it again each time.
+    """A known value: its type, and a function that reads, decompresses or computes it on every call.
 
-    let_go: gives back the memory of what was read, once it was copied.
+    let_go: releases the memory of the data that was read, once it is copied.
     """
 
     type: TensorType
@@ -33,26 +33,26 @@ class Constant:
 
     @classmethod
     def of(cls, value: Value) -> Constant:
-        """A value that stands in a program or in a weight file."""
+        """Create a constant from a value in a program or a weight file."""
         return cls(value.type, value.read, getattr(value.data, "let_go", None))
 
     @property
     def count(self) -> int:
-        """How many numbers it has; those of sides that are not known are taken as one."""
+        """The number of elements, with unknown sizes counted as 1."""
         return prod(side or 1 for side in self.type.shape)
 
     @property
     def byte_count(self) -> int:
-        """What it takes as a tensor, in bytes."""
+        """The size as a tensor, in bytes."""
         return self.count * HELD[self.type.dtype].itemsize
 
     def numbers(self) -> _Numbers:
-        """Its numbers as an array, or its text."""
+        """Return the array or text."""
         found = self.read()
         return found.numpy() if isinstance(found, torch.Tensor) else found
 
     def tensor(self) -> torch.Tensor:
-        """Its numbers as a tensor, in the type that holds them."""
+        """Return the value as a tensor, in the dtype that holds it (`HELD`)."""
         found = self.read()
         if isinstance(found, torch.Tensor):
             return found
@@ -65,7 +65,7 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class Constants:
-    """The known values of a function by name."""
+    """The known values of a function, by name."""
 
     by_name: Mapping[str, Constant]
 
@@ -76,6 +76,6 @@ class Constants:
         return Constant.of(entry) if isinstance(entry, Value) else self.by_name[entry]
 
     def numbers_of(self, name: str) -> _Numbers | None:
-        """The numbers or text of a name, or None if it is not known before the program runs."""
+        """Return the array or text of a name, or None if it is not known before the program runs."""
         found = self.by_name.get(name)
         return None if found is None else found.numbers()

@@ -1,4 +1,4 @@
-"""Compressed weights: what the `constexpr_…` operations of iOS 16 (attributes) and iOS 18 (inputs) stand for.
+"""Compressed weights: the `constexpr_…` operations of iOS 16 (attributes) and iOS 18 (inputs).
 
 Numbers that share bytes in the file come unpacked, except those of iOS 16, which are packed into plain uint8, the
 first in the lowest bits. All is computed in the type of the result, as it is defined (coremltools' `compression.py`).
@@ -20,9 +20,9 @@ _Arrays = tuple[np.ndarray, ...]
 
 
 def _blocks(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """One number for each block, repeated to fill a shape."""
+    """Repeat one value per block to fill a shape."""
     for axis, (side, wanted) in enumerate(zip(values.shape, shape, strict=True)):
-        if 1 < side < wanted:  # a side of one is broadcast where it is used
+        if 1 < side < wanted:  # axes of size 1 are broadcast on use
             values = np.repeat(values, wanted // side, axis)
     return values
 
@@ -39,7 +39,7 @@ def _lut_to_dense(call: Call) -> _Arrays:
 
 
 def _looked_up(indices: np.ndarray, table: np.ndarray, axis: int) -> np.ndarray:
-    """As in iOS 18: a table for each block of indices, of numbers or of vectors that are laid along one axis."""
+    """Look up indices as in iOS 18: one table per block of indices, with scalars, or vectors laid out along an axis."""
     *grid, entries, length = table.shape
     flat = table.reshape(-1, length)
     blocks = prod(grid)

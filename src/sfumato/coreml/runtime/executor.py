@@ -1,4 +1,4 @@
-"""Runs one function: slots instead of names, weights widened when they are used, values freed after their last use."""
+"""Runs one function: slots instead of names, weights widened on use, values freed after their last use."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from sfumato.errors import CheckpointError
 
 __all__ = ["Executable", "Visit"]
 
-# Called with every operation as it was computed: the operation, its place in the function, and its outputs.
+# Called after every operation: the operation, its index in the function, and its outputs.
 Visit = Callable[[Operation, int, "tuple[torch.Tensor, ...]"], None]
 
 
 class _Step(NamedTuple):
-    """One thing to do: `run` with the values of the slots `reads`, into the slots `writes`, then forget `frees`."""
+    """A step: `run` with the values of the slots `reads`, store in the slots `writes`, and clear the slots `frees`."""
 
     run: Callable[..., Any]
     reads: tuple[int, ...]
@@ -30,12 +30,12 @@ class _Step(NamedTuple):
 
 
 class Executable:
-    """A function made ready to run.
+    """A function that is ready to run.
 
-    typed: whether values of type fp16 are rounded to fp16; else all floating point is float32. unrounded: types of
-        operations whose results, and all that these are computed from, are not rounded even so.
-    budget: bytes that its weights may take as the float32 tensors that operations read. If they fit they are all kept
-        from the first run on; else each is widened (and decompressed) just before each use and forgotten after it.
+    typed: whether fp16 values are rounded to fp16; otherwise all floating point is float32. unrounded: types of
+        operations whose results, and everything these depend on, are never rounded.
+    budget: bytes that its weights may take as the float32 tensors that operations read. If they fit, all are kept from
+        the first run on; otherwise each is converted (and decompressed) just before each use and released after it.
     """
 
     def __init__(
@@ -76,26 +76,26 @@ class Executable:
         return self._count - 1
 
     def _slot(self, entry: str | Value) -> int:
-        """The slot of a value, which is new if the value is."""
+        """Return the slot of a value, creating it if necessary."""
         if entry not in self._slots:
             self._slots[entry] = self._new_slot()
         return self._slots[entry]
 
     def _known_slot(self, entry: str | Value, constants: Constants) -> int:
-        """The same; what is known before the run will be there from its start."""
+        """Return the slot of a value; a known value is stored there before the run."""
         slot = self._slot(entry)
         if entry in constants and slot not in self._kept:
             self._kept[slot] = constants[entry].tensor
         return slot
 
     def _ready_slot(self, constant: Constant, make: Callable[[Any], Any]) -> int:
-        """A slot of its own for what one operation makes of a constant that is kept."""
+        """Return a new slot for what one operation prepares from a constant that is kept."""
         slot = self._new_slot()
         self._kept[slot] = lambda: make(constant.tensor())
         return slot
 
     def _with_frees(self, drafts: Sequence[_Step]) -> list[_Step]:
-        """The steps, each with the slots that no later one reads."""
+        """Return the steps, each with the slots that no later step reads."""
         last: dict[int, int] = {}
         for place, step in enumerate(drafts):
             last.update(dict.fromkeys(step.writes, place))
@@ -108,7 +108,7 @@ class Executable:
         return [step._replace(frees=tuple(each)) for step, each in zip(drafts, frees, strict=True)]
 
     def _prepared(self) -> list[torch.Tensor | None]:
-        """The values that each run starts with: the kept constants, made in the first run."""
+        """Return the initial values of a run: the kept constants, created in the first run."""
         if self._base is None:
             base: list[torch.Tensor | None] = [None] * self._count
             for slot, make in self._kept.items():
@@ -117,9 +117,9 @@ class Executable:
         return list(self._base)
 
     def __call__(self, inputs: Mapping[str, torch.Tensor], visit: Visit | None = None) -> dict[str, torch.Tensor]:
-        """The outputs by name, for inputs by name in the shapes of the function; nothing is checked here.
+        """Return the outputs by name, for inputs by name in the shapes of the function, which are not checked here.
 
-        Raises `CheckpointError` naming the operation that could not be computed.
+        Raises `CheckpointError`, which names the operation, if one cannot be computed.
         """
         with torch.no_grad():
             values: list[Any] = self._prepared()

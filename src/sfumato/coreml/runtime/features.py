@@ -1,4 +1,4 @@
-"""Features: checks of what a caller gives, and numbers to and from the types of an interface."""
+"""Features: validates a caller's inputs and converts values to and from the interface's types."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WORDS = {"fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
 
 def check_names(interface: Interface, given: Mapping[str, Any]) -> None:
-    """Raise `UsageError` if an input without a default is missing or one is given that the model does not have."""
+    """Raise `UsageError` if an input without a default is missing, or one is given that the model does not have."""
     if not isinstance(given, Mapping):
         raise UsageError(
             f"inputs must be a dictionary of arrays by name, not a {type(given).__name__}; the model takes "
@@ -35,19 +35,19 @@ def check_names(interface: Interface, given: Mapping[str, Any]) -> None:
 
 
 def default_tensor(feature: Feature) -> torch.Tensor:
-    """What stands for an input that is not given: its default everywhere."""
+    """Return the tensor for an input that is not given, filled with its default value."""
     flexibility = feature.flexibility
     shape = [side or 0 for side in (feature.type.shape if flexibility is None else flexibility.default)]
     return torch.full(shape, feature.default or 0, dtype=HELD[feature.type.dtype])
 
 
 def tensor_from(feature: Feature, value: Any) -> torch.Tensor:
-    """An array as the model takes it, cast to the type of its feature.
+    """Convert an array to an input tensor of the model, cast to the feature's dtype.
 
-    An image is an array in the model's own shape and order of channels, (1, C, H, W), or, as people have them, one of
-    Pillow's or an array (H, W, 3) of red, green and blue or (H, W) of gray, each from 0 to 255.
+    An image can have the model's own shape and channel order, (1, C, H, W), or be a Pillow image or an array (H, W, 3)
+    in RGB or (H, W) in grayscale, with values from 0 to 255.
 
-    Raises `UsageError` if it is not numeric, has another shape, or is not whole where the model takes integers.
+    Raises `UsageError` if it is not numeric, has the wrong shape, or has fractions where the model takes integers.
     """
     try:
         array = np.asarray(value) if feature.image is None else _picture(feature.image, value)
@@ -64,23 +64,23 @@ def tensor_from(feature: Feature, value: Any) -> torch.Tensor:
         whole = array == np.floor(array)
         if not np.all(whole & (array >= limits.min) & (array <= limits.max)):
             raise UsageError(f"the input {feature.name!r} must be {_described(feature)}; it has other numbers")
-    with np.errstate(over="ignore"):  # what is too large for float16 becomes infinite, as Core ML does it
+    with np.errstate(over="ignore"):  # as in Core ML, values too large for float16 become infinite
         return torch.from_numpy(np.array(array, dtype=wanted)).to(HELD[feature.type.dtype])
 
 
 def check_tensor(feature: Feature, value: torch.Tensor) -> None:
-    """Raise `UsageError` if a tensor has not the shape of its feature."""
+    """Raise `UsageError` if a tensor does not have the shape of its feature."""
     _check_shape(feature, tuple(value.shape))
 
 
 def array_of(feature: Feature, value: torch.Tensor) -> np.ndarray:
-    """A result as callers see it: an array in the type of its feature."""
+    """Convert an output to an array of its feature's dtype."""
     with np.errstate(over="ignore"):
         return value.numpy().astype(ARRAY_DTYPES[feature.type.dtype])
 
 
 def _picture(color: str, value: Any) -> np.ndarray:
-    """An image in the order of channels that a model takes, (1, C, H, W); an array of four sides is in it already."""
+    """Convert an image to the model's channel order, (1, C, H, W); an array with four axes is returned unchanged."""
     array = np.asarray(value.convert("RGB" if COLORS[color] == 3 else "L") if hasattr(value, "convert") else value)
     if array.ndim == 2:
         return array[None, None]
@@ -97,7 +97,7 @@ def _check_shape(feature: Feature, shape: tuple[int, ...]) -> None:
 
 
 def _allowed(flexibility: Flexibility | None, shape: tuple[int, ...]) -> bool:
-    """Whether a shape is one of those listed, or within the ranges, which Core ML refuses to leave."""
+    """Return whether a shape is listed, or within the ranges, which Core ML enforces."""
     if flexibility is None or not (flexibility.shapes or flexibility.ranges):
         return True
     if flexibility.shapes:

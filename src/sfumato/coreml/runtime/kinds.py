@@ -1,4 +1,4 @@
-"""The types of ML Programs as tensors: which torch type holds which, and numbers from files as tensors.
+"""ML Program types as torch dtypes, and file values as tensors.
 
 Floating point is held and computed in float32 (float64 for "fp64"), whatever a program calls it; that a value is fp16
 shows only in its being rounded to fp16. Unsigned types that torch has no arithmetic for are held in the next wider
@@ -34,21 +34,21 @@ HELD: Mapping[str, torch.dtype] = {
     **{name: torch.uint8 for name in SUBBYTE_BITS if name.startswith("u")},
 }
 
-# The names that the inputs "dtype" and "output_dtype" of operations use, beside those of `HELD`.
+# Names that the inputs "dtype" and "output_dtype" of operations may use in addition to those of `HELD`.
 WORDS: Mapping[str, str] = {"float16": "fp16", "float32": "fp32", "float64": "fp64", "float": "fp32", "int": "int32"}
 
 
 def half_rounded(value: torch.Tensor) -> torch.Tensor:
-    """The same numbers, each rounded to the nearest of fp16 (IEEE 754, half to even; 65,520 and above is infinite)."""
+    """Round each element to the nearest fp16 value (IEEE 754, ties to even; 65,520 and above become infinite)."""
     return value.half().float()
 
 
 def tensor_of(array: np.ndarray, dtype: str) -> torch.Tensor:
-    """A tensor of numbers of the given MIL type, in the type that holds it; it may share the array's memory."""
+    """Convert an array of a MIL dtype to a tensor, in the dtype that holds it; it may share the array's memory."""
     held = HELD[dtype]
     if array.flags.writeable and array.flags.c_contiguous and array.dtype.isnative:
         return torch.from_numpy(array).to(held)
-    # Torch warns of arrays that cannot be written to, so numpy converts those.
+    # Torch warns about read-only arrays, so numpy converts those.
     tensor = torch.empty(array.shape, dtype=held)
     np.copyto(tensor.numpy(), array, casting="unsafe")
     return tensor

@@ -1,4 +1,4 @@
-"""From a function to bound operations: known values are read or folded, what nobody reads is dropped."""
+"""Turns a function into bound operations: known values are folded and unused ones dropped."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ _TABLE = {**OPERATIONS, **FUSED}
 
 
 class Planned(NamedTuple):
-    """The operations of a function that have to be computed in each run, with their places in it, and its constants."""
+    """The operations of a function to compute in each run, with their indices, and its constants."""
 
     operations: list[tuple[int, Operation, Bound]]
     constants: Constants
 
 
 def place_of(operation: Operation, index: int, function: str) -> str:
-    """An operation in words: its place, type, name and function."""
+    """Describe an operation for error messages: its index, type, name and function."""
     name = f" ({operation.outputs[0].name})" if operation.outputs else ""
     return f"operation {index} {operation.type!r}{name} of function {function!r}"
 
 
 def types_of(function: Function) -> dict[str, TensorType]:
-    """The type of every value of a function by name."""
+    """Return the type of every value of a function, by name."""
     types = {each.name: each.type for each in function.inputs}
     for operation in function.operations:
         for output in operation.outputs:
@@ -47,7 +47,7 @@ def types_of(function: Function) -> dict[str, TensorType]:
 
 
 def needed(function: Function) -> list[bool]:
-    """For each operation whether the outputs of the function depend on it."""
+    """Return, for each operation, whether the outputs of the function depend on it."""
     wanted = set(function.outputs)
     kept = [False] * len(function.operations)
     for index in range(len(kept) - 1, -1, -1):
@@ -59,7 +59,7 @@ def needed(function: Function) -> list[bool]:
 
 
 def _sources(function: Function, kinds: tuple[str, ...]) -> set[str]:
-    """The values that operations of some types give, and all that these are computed from."""
+    """Return the outputs of operations of some types, and all values that they depend on."""
     found: set[str] = set()
     for operation in reversed(function.operations):
         if operation.type in kinds or any(output.name in found for output in operation.outputs):
@@ -69,10 +69,10 @@ def _sources(function: Function, kinds: tuple[str, ...]) -> set[str]:
 
 
 def planned(function: Function, name: str, *, typed: bool, unrounded: tuple[str, ...] = ()) -> Planned:
-    """Bind every operation that has to be computed. typed: results of type fp16 are rounded to it.
+    """Bind every operation that must be computed. typed: round results of type fp16.
 
-    unrounded: types of operations whose results, and all that these are computed from, are not. Raises
-    `CheckpointError` naming an operation that is not supported, lacks a parameter, or reads what does not exist.
+    unrounded: types of operations whose results, and everything these depend on, are not rounded. Raises
+    `CheckpointError`, which names the operation, if one is not supported, lacks a parameter, or reads a missing value.
     """
     types = types_of(function)
     wide = _sources(function, unrounded) if unrounded else set()
@@ -127,9 +127,9 @@ def _fold(known: dict[str, Constant], operation: Operation, bound: Bound, consta
 
 
 def _add(known: dict[str, Constant], operation: Operation, results: Callable[[], Any], where: str) -> None:
-    """Make the outputs of an operation known; a failure when they are asked for names it.
+    """Add the outputs of an operation to the known values; errors while computing them name the operation.
 
-    Few numbers are computed once and kept, as long chains of them, such as shapes, ask for one another.
+    Small results are computed once and cached, as long chains of them, such as shapes, depend on each other.
     """
     shapes = [one.type.shape for one in operation.outputs]
     if all(None not in shape and prod(side or 0 for side in shape) <= SMALL for shape in shapes):
@@ -168,7 +168,7 @@ def _bound(call: Call, constants: Constants, index: int, function: str) -> Bound
 
 
 def _rounding(operation: Operation, bound: Bound) -> Bound:
-    """The same, its results rounded to the types of the outputs, where the operation computes anything."""
+    """Return the same operation with fp16 results rounded, unless it only moves elements."""
     halves = [output.type.dtype == "fp16" for output in operation.outputs]
     run = bound.run
     if bound.moves or not any(halves):
@@ -183,7 +183,7 @@ def _rounding(operation: Operation, bound: Bound) -> Bound:
 
 
 def _late(call: Call, constants: Constants) -> Bound:
-    """An operation with a parameter that only the running program knows: it is bound again in each run."""
+    """Bind an operation with a parameter that is only known at run time: it is bound again in each run."""
     operation = call.operation
     names = tuple(dict.fromkeys(name for name in operation.names if name not in constants))
 

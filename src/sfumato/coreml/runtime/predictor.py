@@ -25,7 +25,7 @@ Precision = Literal["typed", "float32"]
 
 @dataclass(frozen=True, slots=True)
 class _Stage:
-    """One program of a model: its interface, and the function that is run."""
+    """One program of a model: its interface and the function to run."""
 
     interface: Interface
     function: Function
@@ -34,23 +34,23 @@ class _Stage:
 
 
 class Predictor:
-    """Runs a Core ML model on the CPU with torch, without Core ML; `predict` is that of coremltools' `MLModel`.
+    """Runs a Core ML model on the CPU with torch, without Core ML; `predict` works like that of coremltools' `MLModel`.
 
-    precision: "typed" computes as a program says it: every result of type fp16 is rounded to fp16, the arithmetic
-        within one operation being float32, as processors do it. "float32" takes all floating point to be float32, and
-        shows what the graph computes without rounding.
-    function: one of a program with several functions; the model's default function if it is not given.
-    unrounded: types of operations whose results, and all that they are computed from, are left in float32 even so.
+    precision: "typed" computes as the program specifies: every result of type fp16 is rounded to fp16, while arithmetic
+        within an operation is float32, as in hardware. "float32" treats all floating point as float32 and shows what
+        the graph computes without rounding.
+    function: one of a program with several functions; None for the model's default function.
+    unrounded: types of operations whose results, and everything they depend on, stay in float32 in any case.
     fuse: whether group normalization and attention, which programs spell out, are computed as single operations. That
-        is faster; but a typed result is then rounded once at the end of the chain, and what would overflow fp16 within
+        is faster, but a typed result is rounded only once, at the end of the chain, and what would overflow fp16 within
         it does not.
 
-    Weights stay in their file until the first run. They are then kept as float32 if they take no more than half of the
-    memory that is free when the predictor is made; otherwise each is widened, or decompressed, just before each use and
-    forgotten after it, which is slower.
+    Weights stay in their file until the first run. They are then kept as float32 if they take at most half of the
+    memory that is free when the predictor is created; otherwise each is converted, or decompressed, just before each
+    use and released after it, which is slower.
 
-    Raises `CheckpointError` naming the operation if one is not supported, and `UsageError` for a function that does not
-    exist or an unknown precision.
+    Raises `CheckpointError`, which names the operation, if one is not supported, and `UsageError` for an unknown
+    function or precision.
     """
 
     def __init__(
@@ -90,20 +90,20 @@ class Predictor:
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """The user's own entries of the model."""
+        """The model's user-defined metadata."""
         return self.model.metadata
 
     def predict(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Outputs by name for inputs by name: arrays in the types of the interface.
+        """Return outputs by name for inputs by name: arrays in the dtypes of the interface.
 
-        Arrays of other number types are cast, as Core ML does; images may be as people have them (`tensor_from`), and
-        inputs with a default value may be omitted. Raises `UsageError` naming the input if one is missing, surplus, of
-        a shape that the model does not take, or not numeric.
+        Arrays of other numeric dtypes are cast, as in Core ML; images can have common formats (see `tensor_from`), and
+        inputs with a default value may be omitted. Raises `UsageError`, which names the input, if one is missing,
+        unknown, has the wrong shape, or is not numeric.
         """
         return self._arrays(self._compute(self._tensors(inputs)))
 
     def run(self, inputs: Mapping[str, torch.Tensor], visit: Visit | None = None) -> dict[str, torch.Tensor]:
-        """The same with tensors; those that come out are float32 for fp16 and fp32. visit: as for `observe`."""
+        """Like `predict` for tensors; outputs are float32 for fp16 and fp32. visit: as for `observe`."""
         check_names(self.interface, inputs)
         for feature in self.interface.inputs:
             if feature.name in inputs:
@@ -111,11 +111,11 @@ class Predictor:
         return self._compute({**inputs, **self._defaults(inputs)}, visit)
 
     def observe(self, inputs: Mapping[str, Any], visit: Visit) -> dict[str, np.ndarray]:
-        """`predict`, one operation after the other as the program has them, each shown to `visit` with its outputs.
+        """Like `predict`, but runs the program's operations one by one and passes each to `visit`.
 
-        visit: called with the operation, its place in its function, and its outputs as tensors that it must not change.
-            What is known before the run (constants, what follows from them) and what nobody reads is not shown. The
-            operations of a pipeline come model by model.
+        visit: called with the operation, its index in its function, and its outputs as tensors, which it must not
+            change. Values known before the run (constants, and what depends only on them) and unused values are
+            skipped. The operations of a pipeline come model by model.
         """
         return self._arrays(self._compute(self._tensors(inputs), visit))
 
@@ -125,7 +125,7 @@ class Predictor:
         return {one.name: tensor_from(one, inputs[one.name]) for one in given} | self._defaults(inputs)
 
     def _defaults(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """What stands for inputs that are not given."""
+        """Return tensors for inputs that are not given."""
         missing = (feature for feature in self.interface.inputs if feature.name not in inputs)
         return {feature.name: default_tensor(feature) for feature in missing}
 
@@ -149,7 +149,7 @@ class Predictor:
 
 
 def _programs(model: Model) -> Iterator[Model]:
-    """The models that have programs, in the order in which they run."""
+    """Yield the models that have programs, in order of execution."""
     if isinstance(model.body, tuple):
         for _, each in model.body:
             yield from _programs(each)
@@ -167,7 +167,7 @@ def _function_name(model: Model, function: str | None) -> str:
 
 
 def _interface(model: Model, name: str) -> Interface:
-    """That of one function: as the file describes it, or what the function itself takes and returns."""
+    """Return the interface of a function, from the file or else from the function itself."""
     if name in model.interfaces:
         return model.interfaces[name]
     if name == model.default_function:
@@ -181,7 +181,7 @@ def _interface(model: Model, name: str) -> Interface:
 
 
 def _free_memory() -> int:
-    """Bytes that this process may still take."""
+    """Return the bytes that this process can still allocate."""
     import psutil
 
     from sfumato.runtime.limits import ControlGroups
@@ -193,7 +193,7 @@ def _free_memory() -> int:
 def load(
     path: str | PathLike[str], *, precision: Precision = "typed", function: str | None = None, fuse: bool = True
 ) -> Predictor:
-    """A `Predictor` for a package, a compiled folder or a single `.mlmodel` file."""
+    """Load a package, a compiled folder or a single `.mlmodel` file as a `Predictor`, with the same options."""
     from sfumato.coreml.formats import read_model
 
     return Predictor(read_model(Path(path)), precision=precision, function=function, fuse=fuse)

@@ -1,1 +1,1 @@
-"""The pipelines under the ecosystem's names: thin classes, one module a family of signatures."""
+"""Pipelines under the ecosystem's names: thin classes, one module per family of signatures."""

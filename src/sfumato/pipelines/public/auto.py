@@ -1,4 +1,4 @@
-"""The ecosystem's pipelines by task: whichever family a checkpoint is of, the pipeline that does this with it."""
+"""The ecosystem's pipelines by task: they select the pipeline that fits a checkpoint's family."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ecosystem's way to draw: its arguments as a request, callbacks between steps, several kinds of output."""
+"""The ecosystem's call: arguments become a request, with callbacks between steps and several output types."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import UsageError, suggest
 from sfumato.images import to_arrays
-from sfumato.pipelines.arguments import not_here, request_from
+from sfumato.pipelines.arguments import OLDER, not_here, request_from
 from sfumato.pipelines.public.callbacks import StepEnd, older, tensor_names
 from sfumato.pipelines.run import Run
 from sfumato.pipelines.stages import Given
@@ -97,16 +97,15 @@ def call(pipeline: DiffusionPipeline, arguments: Mapping[str, Any]) -> Any:
     asked |= {field: Framing(**values) for field, values in framed.items()}
     if "scale" in arguments:
         asked["adapter_scale"] = arguments.pop("scale")
-    if "callback" in arguments:
-        arguments |= older(arguments["callback"], arguments["callback_steps"])
+    arguments = _with_callback(arguments)
     request = request_from(prompt_embeds=given.prompt_embeds, **asked)
-    known = (*REQUEST, *FRAMING, *GIVEN, "self", "unknown", "cross_attention_kwargs", "callback", "callback_steps")
+    known = (*REQUEST, *FRAMING, *GIVEN, "self", "unknown", "cross_attention_kwargs", *OLDER)
     how = {name: value for name, value in arguments.items() if name not in known}
     return _draw(pipeline, request, given, **how)
 
 
 def _negative_sizes(pipeline: DiffusionPipeline, arguments: Mapping[str, Any]) -> dict[str, None]:
-    """The negative sizes that a call passes over, as the ecosystem's do: all of them, or the crops alone."""
+    """The negative sizes that a call ignores, as in the ecosystem: all of them, or only the crops."""
     if "negative_target_size" not in arguments:
         return {}
     if "strength" in arguments:
@@ -114,6 +113,17 @@ def _negative_sizes(pipeline: DiffusionPipeline, arguments: Mapping[str, Any]) -
     names = ("negative_original_size", "negative_target_size")
     every = (*names, "negative_crops_coords_top_left")
     return dict.fromkeys(every) if any(arguments[name] is None for name in names) else {}
+
+
+def _with_callback(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments, with an older callback as the newer one that does the same."""
+    told = {name: value for name, value in arguments.get("unknown", {}).items() if name in OLDER} | dict(arguments)
+    callback, every = told.get("callback"), told.get("callback_steps")
+    if callback is None and "callback_on_step_end" in told:
+        return told
+    if told.get("callback_on_step_end") is not None:
+        raise UsageError("callback and callback_on_step_end cannot be combined; pass callback_on_step_end")
+    return told | older(callback, 1 if every is None else every)
 
 
 def _attention_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,7 +168,7 @@ def _draw(
                 break
             bar.advance(step.index + 1, step.total)
             timestep = run.scheduler.timesteps[run.first + step.index]
-            edited = step_end and step_end(pipeline, step.index, timestep, step.latents, run)
+            edited = step_end and step_end(pipeline, step, timestep, run)
     if output_type == "latent":
         images: Any = latents.to(pipeline.dtype)
     else:

@@ -1,8 +1,8 @@
-"""The ecosystem's `callback_on_step_end`: what it is shown after a step, and what it changes."""
+"""The ecosystem's `callback_on_step_end`: what it receives after a step and what it may change."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from sfumato.values import shown
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sfumato.pipelines.denoise import DenoiseStep
     from sfumato.pipelines.run import Run
 
 __all__ = ["Callback", "StepEnd", "older", "tensor_names"]
@@ -24,16 +25,15 @@ TOLD = {"prompt_embeds": "embeds", "add_text_embeds": "pooled", "add_time_ids": 
 FURTHER = {"mask": "mask", "masked image latents": "masked_image_latents", "depth": "depth_mask"}
 FURTHER |= {"image latents": "image_latents"}
 ONE_CHANNEL = ("mask", "depth")
+# What networks beside the U-Net see.
+PICTURES = {"image", "control_image"}
 Callback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None]
 
 
 def tensor_names(callback: Callback | None, names: Sequence[str], known: Sequence[str]) -> Sequence[str]:
     """What a callback wants to see: its own `tensor_inputs`, else `names`. Raises `UsageError` for an unknown one."""
-    if callback is not None and not callable(callback):
-        raise UsageError(
-            "callback_on_step_end must be a function (pipeline, index, timestep, tensors) -> tensors, "
-            f"not {shown(callback)}"
-        )
+    if callback is not None:
+        _check("callback_on_step_end", callback, "(pipeline, index, timestep, tensors) -> tensors")
     names = getattr(callback, "tensor_inputs", names)
     if not isinstance(names, (list, tuple)):
         raise UsageError(f"callback_on_step_end_tensor_inputs must be a list of names, not {shown(names)}")
@@ -43,10 +43,17 @@ def tensor_names(callback: Callback | None, names: Sequence[str], known: Sequenc
     return names
 
 
+def _check(name: str, callback: Any, form: str) -> None:
+    """Raise `UsageError` unless it can be called; a class can, but would only make an object for each step."""
+    if not callable(callback) or isinstance(callback, type):
+        raise UsageError(f"{name} must be a function {form}, not {shown(callback)}")
+
+
 def older(callback: Any, every: int) -> dict[str, Any]:
     """The arguments that say what older ones do: `callback(step, timestep, latents)` after each `every` steps."""
     if callback is None:
         return {"callback_on_step_end": None, "callback_on_step_end_tensor_inputs": ()}
+    _check("callback", callback, "(step, timestep, latents)")
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
         raise UsageError(f"callback_steps must be a whole number of at least 1, not {every!r}")
 
@@ -71,16 +78,22 @@ class StepEnd:
         self.callback, self.names, self.dtype = callback, names, dtype
         self._tensors: dict[str, Any] = {}
 
-    def __call__(self, pipeline: Any, index: int, timestep: Any, latents: Tensor, run: Run) -> Tensor | None:
+    def __call__(self, pipeline: Any, step: DenoiseStep, timestep: Any, run: Run) -> Tensor | None:
         """Call back, have the run go on with what was changed, and return the latents (B, C, h, w) if they were."""
-        if index == 0:
+        if step.index == 0:
             told = run.guidance.conditioning
             self._tensors = {"negative_prompt_embeds": told.embeds[0] if told.branches > 1 else None} | _own(run)
             self._tensors |= _shown(run)
-        shown = self._tensors["latents"] = latents.to(self.dtype)
-        before = dict(self._tensors)
-        changes = self.callback(pipeline, index, timestep, {name: before.get(name) for name in self.names}) or {}
-        self._tensors |= {name: changes[name] for name in before.keys() & changes.keys()}
+        self._tensors["latents"] = step.latents.to(self.dtype)
+        # Latent consistency models decode the last `denoised`, whatever becomes of the latents beside it.
+        last = "denoised" in pipeline._callback_tensor_inputs and step.index + 1 == step.total
+        if last or "denoised" in self.names:
+            second = run.scheduler.second_output(step.row, step.before, step.output)
+            self._tensors["denoised"] = second.to(self.dtype)
+        result = "denoised" if last else "latents"
+        before, seen = dict(self._tensors), self._tensors[result].clone()
+        changes = self.callback(pipeline, step.index, timestep, {name: before.get(name) for name in self.names})
+        self._tensors |= _checked(changes, before)
         own, further = _own(run), _further(run)
         # What is told may also be changed in place; untouched latents stay in the loop's own precision.
         changed = {
@@ -93,11 +106,29 @@ class StepEnd:
             run.guidance.tell(**fields)
         if changed & further.keys():
             _change(run, [self._tensors[name].clone() for name in further])
-        for name in {"image", "control_image"} & before.keys() & {*self.names}:
+        for name in PICTURES & before.keys() & {*self.names}:
             if self._tensors[name] is not before[name]:
                 _show(run, self._tensors[name])
-        after = self._tensors["latents"]
-        return None if after is shown and torch.equal(latents.to(self.dtype), shown) else after
+        after = self._tensors[result]
+        return None if after is before[result] and torch.equal(after, seen) else after
+
+
+def _checked(changes: Any, before: dict[str, Any]) -> dict[str, Tensor]:
+    """What a callback gave back of what it may change. Raises `UsageError` for what can take no tensor's place."""
+    if changes is not None and not isinstance(changes, Mapping):
+        raise UsageError(f"callback_on_step_end must return a dict of tensors, or None, not {shown(changes)}")
+    given = changes or {}
+    found = {name: given[name] for name in before.keys() & given.keys()}
+    for name, value in found.items():
+        if value is None and (before[name] is None or name == "negative_prompt_embeds"):
+            continue  # the loop reads these in prompt_embeds
+        every = value if name in PICTURES and isinstance(value, (list, tuple)) else [value]
+        if not all(isinstance(one, torch.Tensor) for one in every):
+            raise UsageError(f"callback_on_step_end returned {shown(value)} as {name}, which must be a tensor")
+        if name in ("latents", "denoised") and value.shape != before[name].shape:
+            shapes = f"{tuple(value.shape)}; keep {tuple(before[name].shape)}"
+            raise UsageError(f"callback_on_step_end returned {name} of the shape {shapes}")
+    return found
 
 
 def _own(run: Run) -> dict[str, Tensor]:

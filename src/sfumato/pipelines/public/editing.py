@@ -1,4 +1,4 @@
-"""Editing by instructions, and with the depth kept, under the ecosystem's names.
+"""Instruction-based editing and depth-guided generation under the ecosystem's names.
 
 Where a callback sees all branches of guidance, they are in Sfumato's order: of nothing, of the image, of image and
 prompt.

@@ -1,4 +1,4 @@
-"""Inpainting under the ecosystem's names, with checkpoints that were made for it and with plain ones.
+"""Inpainting under the ecosystem's names, with inpainting checkpoints and plain ones.
 
 As in the ecosystem, pictures are what the autoencoder makes of them, also where the mask keeps them; `generate` hands
 over the image itself there. Two differences, where the ecosystem is wrong: of one image and a list of generators, each

@@ -1,4 +1,4 @@
-"""Latent consistency models under the ecosystem's names: distilled for few steps, with the guidance as an input."""
+"""Latent consistency models under the ecosystem's names: few steps, with guidance as an input."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LatentConsistencyModelImg2ImgPipeline", "LatentConsistencyModelPipeline"]
 
-TENSORS = ("latents", "prompt_embeds")
+TENSORS = ("latents", "denoised", "prompt_embeds")
 
 
 def _check_distilled(pipeline: DiffusionPipeline, other: str) -> None:
@@ -31,7 +31,7 @@ def _check_distilled(pipeline: DiffusionPipeline, other: str) -> None:
 
 
 class LatentConsistencyModelPipeline(OnePromptPipeline, DiffusionPipeline):
-    """Text-to-image in few steps (arXiv 2310.04378). Callbacks receive `latents` and `prompt_embeds`."""
+    """Text-to-image in few steps (arXiv 2310.04378). Callbacks receive `latents`, `denoised` and `prompt_embeds`."""
 
     index = Index("LatentConsistencyModelPipeline")
     _callback_tensor_inputs = TENSORS

@@ -1,4 +1,4 @@
-"""Images like another one, under the ecosystem's names."""
+"""Image variations under the ecosystem's names."""
 
 from __future__ import annotations
 

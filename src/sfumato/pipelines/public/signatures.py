@@ -60,7 +60,7 @@ def takes(words: str, draw: Callable[[Any, dict[str, Any]], Any], text: str) -> 
         bound = signature.bind(*arguments, **named)
         bound.apply_defaults()
         told = dict(bound.arguments)
-        refuse(told.pop("unknown"), __call__)
+        refuse(told["unknown"], __call__)
         for name in needs:
             if told[name] is None:
                 raise UsageError(f"{name} is missing, which {type(told['self']).__name__} reads; pass it")

@@ -1,4 +1,4 @@
-"""What is drawn from what: a task says how large its images are, where the loop begins, and what the U-Net is told.
+"""Tasks: each sets the image size, the loop's starting point, and what the U-Net receives.
 
 A new one is a module here and a line in `task_for`; neither the run nor the loop changes.
 """

@@ -1,4 +1,4 @@
-"""Images that a checkpoint reads beside the latents: edited by instructions, or redrawn with their depth kept."""
+"""Checkpoints that read an image next to the latents: instruction-based editing, and depth-guided redrawing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image to image: begin later, with an image."""
+"""Image to image: starts from a noised image, later in the schedule."""
 
 from __future__ import annotations
 

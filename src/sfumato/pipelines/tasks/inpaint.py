@@ -1,4 +1,4 @@
-"""Inpainting: what a mask says is painted, and the rest stays."""
+"""Inpainting: generates inside the mask and keeps the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images like another one, of which the U-Net reads what an image encoder makes of it."""
+"""Image variations: the U-Net reads an image encoder's embedding of the source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a task is, what it may use, and what it makes."""
+"""The interface of a task: what it accepts and what it produces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text to image: begin with noise."""
+"""Text to image: starts from noise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Upscaling: by 4 from pixels, by 2 from latents."""
+"""Upscaling: ×4 from pixels, ×2 from latents."""
 
 from __future__ import annotations
 

@@ -12,10 +12,10 @@ __all__ = ["deis"]
 
 
 def deis(grid: Grid, orders: Sequence[int]) -> list[Row]:
-    """A step is x' = alpha' (x / alpha + sum_k c_k d_k), c_k the integral over u = s..s' of a Lagrange basis in log u.
+    """Build steps x' = alpha' (x / alpha + sum_k c_k d_k), c_k integrals over u = s..s' of the Lagrange basis in log u.
 
-    Its nodes are the last `order` grid points, u = sigma/alpha, d the noise predictions (equations 14-15 in the
-    "log rho" variable). `orders` has one entry per step built.
+    The nodes are the last `order` grid points, u = sigma/alpha, and d the noise predictions (equations 14-15 in the
+    "log rho" variable). `orders` has one entry per step.
     """
     ratios = [level.sigma / level.alpha for level in grid.levels]
     rows = []
@@ -28,7 +28,7 @@ def deis(grid: Grid, orders: Sequence[int]) -> list[Row]:
 
 
 def _integrals(nodes: list[float], end: float) -> list[float]:
-    """Integrals from nodes[0] to `end` of the Lagrange basis in log u, in closed form for one to three nodes.
+    """Integrate the Lagrange basis in log u from nodes[0] to `end`, in closed form, for one to three nodes.
 
     The antiderivatives of L = ln u - p and of L M, M = ln u - q, are u (L - 1) and u (L M - L - M + 2).
     """

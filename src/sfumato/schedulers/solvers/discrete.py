@@ -25,8 +25,8 @@ def ddim_row(
 ) -> Row:
     """DDIM: x' = sqrt(a') x0 + sqrt(1 - a' - sd^2) eps + sd z (2010.02502, equations 12 and 16).
 
-    sd = eta sqrt((1 - a') / (1 - a) (1 - a / a')). x0 may be clipped; eps stays the model's own unless
-    `reclip` derives it from the clipped x0.
+    sd = eta sqrt((1 - a') / (1 - a) (1 - a / a')). x0 may be clipped; eps is still the model's unless `reclip`
+    derives it from the clipped x0.
     """
     alpha, sigma = math.sqrt(a), math.sqrt(1 - a)
     sd = eta * math.sqrt(max((1 - a_next) / (1 - a) * (1 - a / a_next), 0.0))
@@ -40,10 +40,10 @@ def ddim_row(
 
 
 def ddpm_row(t: float, a: float, a_next: float, prediction: str, variance: str, clip: Clip | None = None) -> Row:
-    """The mean and variance of q(x' | x, x0) (DDPM, 2006.11239, equations 6-7; learned: 2102.09672, equation 15).
+    """DDPM: sample q(x' | x, x0) (2006.11239, equations 6-7; learned variance: 2102.09672, equation 15).
 
-    Parity notes: noise is drawn wherever t > 0, also with the last step's weight of 1e-10. "fixed_large_log" is the
-    standard deviation its name promises; the ecosystem takes the root of a logarithm there and returns NaN.
+    Parity notes: noise is generated wherever t > 0, even for the last step's weight of 1e-10. "fixed_large_log" is the
+    standard deviation, as its name says; the ecosystem takes the root of a logarithm there and returns NaN.
     """
     step = a / a_next
     beta = 1 - step
@@ -62,21 +62,21 @@ def ddpm_row(t: float, a: float, a_next: float, prediction: str, variance: str, 
 
 
 def _transfer(a: float, a_next: float, prediction: str) -> tuple[float, float]:
-    """Weights of x and of the combined outputs in PNDM's transfer x -> x' (2202.09778, equation 11)."""
+    """Return the weights of x and of the combined outputs in PNDM's transfer x -> x' (2202.09778, equation 11)."""
     x = math.sqrt(a_next / a)
     eps = -(a_next - a) / (a * math.sqrt(1 - a_next) + math.sqrt(a * (1 - a) * a_next))
     return (x, eps) if prediction == "epsilon" else (x + eps * math.sqrt(1 - a), eps * math.sqrt(a))
 
 
-# By the number of earlier outputs.
+# Indexed by the number of earlier outputs.
 ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
 
 
 def plms_row(call: int, t: float, a: float, a_next: float, prediction: str, history: int) -> Row:
-    """Linear multistep with the output combined before the transfer (PNDM, 2202.09778, equations 12-13).
+    """Linear multistep that combines outputs before the transfer (PNDM, 2202.09778, equations 12-13).
 
-    `call` counts model calls and `history` the outputs remembered. Call 1 repeats call 0's step from the saved x
-    with the mean of both outputs; its own is not remembered. A v-prediction is combined as v and only then converted.
+    `call` counts model calls, `history` the outputs kept. Call 1 repeats the step of call 0 from the saved x with the
+    mean of both outputs, and its own output is not kept. v-predictions are combined first and converted after that.
     """
     original = vp_original(prediction, math.sqrt(a), math.sqrt(1 - a))
     x, out = _transfer(a, a_next, prediction)
@@ -87,9 +87,9 @@ def plms_row(call: int, t: float, a: float, a_next: float, prediction: str, hist
 
 
 def prk_row(call: int, t: float, a: float, a_next: float, prediction: str) -> Row:
-    """Pseudo Runge-Kutta warm-up, four calls a step from one saved x (PNDM, 2202.09778, equation 13).
+    """Pseudo Runge-Kutta warm-up, four calls per step from one saved x (PNDM, 2202.09778, equation 13).
 
-    The fourth combines (k1 + 2 k2 + 2 k3 + k4) / 6; of the four outputs only k1 stays in the history.
+    The fourth call combines (k1 + 2 k2 + 2 k3 + k4) / 6; of the four outputs, only k1 stays in the history.
     """
     original = vp_original(prediction, math.sqrt(a), math.sqrt(1 - a))
     x, out = _transfer(a, a_next, prediction)

@@ -17,7 +17,7 @@ __all__ = ["Terms", "dpm_solver"]
 
 
 class Terms(NamedTuple):
-    """x' = x_weight x + k1 D0 + (k2 or f1) D1 + f2 D2 + noise z over a step h in lambda, D_j the j-th differences."""
+    """x' = x_weight x + k1 D0 + (k2 or f1) D1 + f2 D2 + noise z for a step h in lambda, D_j the j-th differences."""
 
     x_weight: float
     k1: float
@@ -27,10 +27,10 @@ class Terms(NamedTuple):
 
 
 def _terms(algorithm: str, base: Level, to: Level) -> Terms:
-    """Exact integrals of the linear part over the step, for each of the four formulations.
+    """Integrate the linear part exactly over the step, for each of the four formulations.
 
-    DPM-Solver: 2206.00927 equation 3.4; DPM-Solver++: 2211.01095 equation 10 (appendix B for order 3), its SDE form
-    equation 18. A final sigma of 0 (h infinite) leaves x' = x0.
+    DPM-Solver: 2206.00927, equation 3.4; DPM-Solver++: 2211.01095, equation 10 (appendix B for order 3), its SDE form
+    equation 18. A final sigma of 0 (h infinite) gives x' = x0.
     """
     h = to.lam - base.lam
     if math.isinf(h):
@@ -52,18 +52,17 @@ def _terms(algorithm: str, base: Level, to: Level) -> Terms:
 
 
 def dpm_solver(grid: Grid, algorithm: str, heun: bool, orders: Sequence[int], *, single: bool) -> list[Row]:
-    """One step is x' = X x + sum_k w_k d_k + noise z; `orders` has one entry per step built.
+    """Build steps x' = X x + sum_k w_k d_k + noise z; `orders` has one entry per step.
 
-    A multistep method takes every step from the point it stands at (2211.01095, algorithm 2). A singlestep one
-    (`single`) runs through orders 1, 2, 3, each from the x that was saved at the last order 1 (2206.00927,
-    algorithms 1-2).
+    A multistep method takes every step from the current point (2211.01095, algorithm 2). A singlestep method
+    (`single`) runs through orders 1, 2, 3, each from the x saved at the last order 1 (2206.00927, algorithms 1-2).
     """
     levels, rows = grid.levels, []
     for i, order in zip(grid.steps, orders, strict=True):
         base, to = levels[i - order + 1 if single else i], levels[i + 1]
         model = grid.vp(i, noise=not algorithm.endswith("++"))
         model |= {"keep": (0, max(orders) - 1), "save": single and order == 1}
-        if to.lam == base.lam:  # a repeated sigma: nothing to do, and every share below would be 0/0
+        if to.lam == base.lam:  # repeated sigma: nothing to do, and the ratios below would be 0/0
             rows.append(Row(**model, noise=0.0 if algorithm.startswith("sde") else None))
             continue
         step = _terms(algorithm, base, to)
@@ -76,9 +75,9 @@ def dpm_solver(grid: Grid, algorithm: str, heun: bool, orders: Sequence[int], *,
 
 
 def _multistep_weights(step: Terms, points: Sequence[float], heun: bool) -> tuple[float, ...]:
-    """Weights of k1 D0 + f D1 + f2 D2, divided differences of outputs r0 and r1 apart, with D0 = d0.
+    """Return the weights of k1 D0 + f D1 + f2 D2, divided differences of outputs r0 and r1 apart, with D0 = d0.
 
-    Order 2: D1 = (d0 - d1)/r0 with f = k1/2 (midpoint) or f1 (heun). Order 3 always f1 and f2, with
+    Order 2: D1 = (d0 - d1)/r0 with f = k1/2 (midpoint) or f1 (heun). Order 3: always f1 and f2, with
     D1 = D10 + q (D10 - D11), D2 = (D10 - D11)/(r0 + r1), q = r0/(r0 + r1).
     """
     _, k1, f1, f2, _ = step
@@ -93,9 +92,9 @@ def _multistep_weights(step: Terms, points: Sequence[float], heun: bool) -> tupl
 
 
 def _singlestep_weights(step: Terms, points: Sequence[float], heun: bool) -> tuple[float, ...]:
-    """Weights of k1 D0 + f D1 + f2 D2 with D0 the output at the base and r1, r0 the points after it.
+    """Return the weights of k1 D0 + f D1 + f2 D2, with D0 the output at the base and r1, r0 the points after it.
 
-    Order 2: D1 = (d0 - d1)/r0, f as in multistep. Order 3: D10 = (d1 - d2)/r1, D11 = (d0 - d2)/r0; midpoint takes
+    Order 2: D1 = (d0 - d1)/r0, f as in multistep. Order 3: D10 = (d1 - d2)/r1, D11 = (d0 - d2)/r0; midpoint uses
     f1 D11, heun f1 (r0 D10 - r1 D11)/(r0 - r1) + f2 2 (D11 - D10)/(r0 - r1).
     """
     _, k1, f1, f2, _ = step

@@ -15,7 +15,7 @@ __all__ = ["Step", "unipc"]
 
 
 class Step(NamedTuple):
-    """Both halves of one step from a grid point: x' = X x + sum_k predict_k d_k; then, knowing d', x' = X x + …"""
+    """Weights of a step: predict x' = X x + sum_k predict_k d_k; once d' is known, x' again, with `correct`."""
 
     x: float
     predict: tuple[float, ...]
@@ -25,12 +25,12 @@ class Step(NamedTuple):
 def unipc(
     grid: Grid, orders: Sequence[int], solver_type: str, predict_x0: bool, disable_corrector: Collection[int] = ()
 ) -> list[Row]:
-    """Predict with the last p outputs; on the next call correct that step with p + 1, then predict on (algorithms 1-2).
+    """Predict with the last p outputs; the next call corrects that with p + 1, then predicts again (algorithms 1-2).
 
-    The corrector starts again from the x saved before the step, so an edit of x in between reaches the sample only
-    through the model, as in the ecosystem. Step i - 1 is left uncorrected where i - 1 is in `disable_corrector`.
-    Where the ecosystem returns NaN (a final sigma of 0 reached in noise form or with an order above 1), the step goes
-    to x0 exactly.
+    The corrector restarts from the x saved before the step, so a change to x in between affects the result only
+    through the model, as in the ecosystem. Step i - 1 is not corrected if i - 1 is in `disable_corrector`. Where the
+    ecosystem returns NaN (a final sigma of 0 reached in noise form or with an order above 1), the step goes exactly
+    to x0.
     """
     rows, last = [], None
     for i, order in zip(grid.steps, orders, strict=True):
@@ -45,7 +45,7 @@ def unipc(
 
 
 def _step(levels: Sequence[Level], predict_x0: bool, bh2: bool) -> Step:
-    """Weights of one step of order p from the last p grid points and the next one, oldest first (equations 5-9).
+    """Return the weights of a step of order p from the last p grid points and the next, oldest first (equations 5-9).
 
     With H = -h (x0) or h (noise): E = expm1(H), B = E (bh2) or H (bh1), r_k the past points' distances over h;
     b_k = k! g_k / B with g_1 = E/H - 1 and g_{k+1} = g_k/H - 1/(k+1)!. rho solves sum_j r_j^{k-1} rho_j = b_k.
@@ -67,7 +67,7 @@ def _step(levels: Sequence[Level], predict_x0: bool, bh2: bool) -> Step:
         targets.append(math.factorial(j) * g / b)
         g = g / big_h - 1 / math.factorial(j + 1)
     powers = np.vander(r, order, increasing=True).T
-    # Of order 2's predictor and order 1's corrector the paper takes the limit 1/2 in place of the solution.
+    # For the predictor of order 2 and the corrector of order 1, the paper uses the limit 1/2 instead of the solution.
     predictor = [0.5] if order == 2 else list(np.linalg.solve(powers[:-1, :-1], targets[:-1]))
     corrector = [0.5] if order == 1 else list(np.linalg.solve(powers, targets))
     past = tuple(float(-k * b * rho / r_k) for rho, r_k in zip(predictor, r, strict=False))

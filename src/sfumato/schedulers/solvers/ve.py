@@ -18,7 +18,7 @@ __all__ = ["Churn", "ancestral", "dpm2", "dpm_sde", "euler", "heun", "linear_mul
 
 
 class Churn(NamedTuple):
-    """EDM's stochasticity, algorithm 2: noise added before a step where s lies between tmin and tmax."""
+    """EDM's stochasticity, algorithm 2: noise added before a step if s lies between tmin and tmax."""
 
     churn: float = 0.0
     tmin: float = 0.0
@@ -27,16 +27,16 @@ class Churn(NamedTuple):
 
 
 def euler(grid: Grid, churn: Churn) -> list[Row]:
-    """Euler's method: x' = x + (s' - s) dx/ds (EDM, 2206.00364, algorithm 2 without its correction).
+    """Euler's method: x' = x + (s' - s) dx/ds (EDM, 2206.00364, algorithm 2 without the correction).
 
-    With churn, s_hat = (1 + gamma) s and x_hat = x + sqrt(s_hat^2 - s^2) S_noise z take the place of s and x, *after*
-    the model was called at s, as in the ecosystem; so a row is still one call.
+    With churn, s_hat = (1 + gamma) s and x_hat = x + sqrt(s_hat^2 - s^2) S_noise z replace s and x *after* the model
+    call at s, as in the ecosystem, so that a row is still a single call.
     """
     rows = []
     for _, s, s_next, model in grid.ve_steps():
         gamma = min(churn.churn / (len(grid.sigmas) - 1), math.sqrt(2) - 1) if churn.tmin <= s <= churn.tmax else 0.0
         s_hat = s * (1 + gamma)
-        # Outputs are read at s_hat; only a v-prediction, but for EDM's, stays with the s that the model was called at.
+        # Outputs are converted at s_hat, but a v-prediction (except EDM's) at the s of the model call.
         a, b = grid.original(s if grid.prediction == "v_prediction" and grid.data is None else s_hat)
         model |= {"original": (a, b), "convert": ((1 - a) / s_hat, -b / s_hat)}
         h = s_next - s_hat
@@ -46,14 +46,14 @@ def euler(grid: Grid, churn: Churn) -> list[Row]:
 
 
 def _split(s: float, s_next: float) -> tuple[float, float]:
-    """s'^2 = down^2 + up^2: how far an ancestral step goes down, and the noise that brings it up to s' again."""
+    """Return down and up, s'^2 = down^2 + up^2: the target of an ancestral step, and the noise that leads up to s'."""
     return s_next * s_next / s, s_next * math.sqrt(1 - (s_next / s) ** 2)
 
 
 def ancestral(grid: Grid) -> list[Row]:
     """Euler to s_down = s'^2 / s, then noise of s_up = s' sqrt(1 - (s'/s)^2): DDPM's step (2006.11239) in sigma.
 
-    The last step draws noise of weight 0, as the ecosystem's does.
+    The last step generates noise of weight 0, as in the ecosystem.
     """
     rows = []
     for _, s, s_next, model in grid.ve_steps():
@@ -75,7 +75,7 @@ def heun(grid: Grid) -> list[Row]:
 
 
 def dpm2(grid: Grid, mids: Sequence[float], ancestral: bool = False) -> list[Row]:
-    """DPM-Solver-2: the slope at the midpoint in log sigma carries x over the whole step (2206.00927, algorithm 1).
+    """DPM-Solver-2: the slope at the midpoint in log sigma is used for the whole step (2206.00927, algorithm 1).
 
     m = sqrt(s u); x_m = x + (m - s) dx/ds(s); x' = x + (u - s) dx/ds(m) with u = s', or with u = s_down and noise
     s_up in the ancestral form. `mids[i]` is the timestep of step i's midpoint. The last step is Euler.
@@ -95,10 +95,10 @@ def dpm2(grid: Grid, mids: Sequence[float], ancestral: bool = False) -> list[Row
 def dpm_sde(
     grid: Grid, mids: Sequence[float], spans: Sequence[tuple[float, float, float]], noise_scale: float
 ) -> list[Row]:
-    """DPM-Solver++ as an SDE, two calls a step (2211.01095, section 5, with the ancestral noise of k-diffusion).
+    """DPM-Solver++ as an SDE, two calls per step (2211.01095, section 5, with the ancestral noise of k-diffusion).
 
-    Both calls aim from the same x: the first at u = m, the midpoint in log sigma, the second at u = s'. With
-    r = (u/s)^2: x' = r x + (1 - r) x0 + u sqrt(1 - r) z(s, u). `spans[i]` are (s, m, s') as the path knows them.
+    Both calls start from the same x: the first goes to u = m, the midpoint in log sigma, the second to u = s'. With
+    r = (u/s)^2: x' = r x + (1 - r) x0 + u sqrt(1 - r) z(s, u). `spans[i]` are (s, m, s') on the Brownian path.
     """
     rows = []
     for i, s, s_next, model in grid.ve_steps():
@@ -119,8 +119,9 @@ def dpm_sde(
 def linear_multistep(grid: Grid, order: int) -> list[Row]:
     """Adams-Bashforth: x' = x + sum_k d_k times the integral over s..s' of the Lagrange basis on s_i, s_{i-1}, …
 
-    Parity note: as in the ecosystem the order counts from the start of the *grid*. A late start (image-to-image) takes
-    the newest weights alone of a high-order rule, whose sum is not s' - s, until the history is full.
+    Parity note: as in the ecosystem, the order counts from the start of the *grid*. After a late start
+    (image-to-image), only the newest weights of a high-order rule are used, whose sum is not s' - s, until the history
+    is full.
     """
     nodes, weights = np.polynomial.legendre.leggauss((order + 1) // 2)
     rows = []

@@ -1,4 +1,4 @@
-"""Chains of operations that are computed as one: group normalization, and attention in every customary form.
+"""Fuses chains of operations: group normalization, and attention in every common form.
 
 A chain is replaced only if nobody else reads a value within it. Its result is rounded once, at its end, where the
 single operations would each be rounded to fp16; and what would overflow within it does not.
@@ -21,9 +21,9 @@ FUSED: Mapping[str, Binder] = {**FUSED_ATTENTION, **GROUP_NORM}
 
 
 def fused(function: Function) -> Function:
-    """The same function with chains replaced by single operations of `FUSED`, which compute the same.
+    """Return the same function with chains replaced by equivalent single operations of `FUSED`.
 
-    One that is not well formed is left as it is: the planner names what is wrong with it.
+    A malformed function is returned unchanged: the planner reports what is wrong with it.
     """
     graph = Graph(function)
     try:

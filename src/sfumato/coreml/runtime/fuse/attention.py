@@ -1,4 +1,4 @@
-"""Attention, which ML Programs spell out in several forms, as one operation.
+"""Recognizes attention in its several ML Program forms and fuses it into one operation.
 
 The core is: a product of queries and keys, maybe times a number, maybe plus a mask, softmax over the keys, and a
 product with values ("Attention Is All You Need", arXiv 1706.03762, eq. 1). Which axis of an operand means what is
@@ -25,8 +25,8 @@ ATTENTION = "fused attention"
 class Core:
     """One attention: operands with the letters of their axes, the scale of the scores, and a mask to add to them.
 
-    heads: how many heads the axes c and d of all hold side by side. mask: of the axes `masked`, which are those of the
-        scores (or the last of them), each its side or one.
+    heads: the number of heads that the axes c and d of all operands hold side by side. mask: has the axes `masked`,
+        which are those of the scores (or the last ones), each of full size or 1.
     """
 
     q: Entry
@@ -39,7 +39,7 @@ class Core:
     heads: int = 1
 
     def operation(self, output: Output) -> Operation:
-        """As an operation that gives a certain output."""
+        """Return it as an operation with this output."""
         inputs: dict[str, tuple[Entry, ...]] = {"query": (self.q,), "key": (self.k,), "value": (self.v,)}
         if self.mask is not None:
             inputs["mask"] = (self.mask,)
@@ -53,7 +53,7 @@ class Core:
 
     @classmethod
     def of(cls, operation: Operation) -> Core:
-        """What such an operation computes."""
+        """Create a core from such an operation."""
         first, second, third, fourth = str(operation.attributes["letters"].read()).split(",")
         mask = operation.inputs.get("mask", (None,))[0]
         return cls(
@@ -70,7 +70,7 @@ class Core:
 
 @dataclass(frozen=True)
 class _Scores:
-    """The values that softmax is taken of: the product they come from, the letters of their axes, and what was done."""
+    """The input of softmax: the product it comes from, the letters of its axes, the scale and the mask."""
 
     operands: tuple[Entry, Entry]
     letters: tuple[str, str, str]
@@ -80,7 +80,7 @@ class _Scores:
 
 
 def fuse_cores(graph: Graph) -> None:
-    """Replace every attention whose inner values nobody else reads."""
+    """Replace every attention whose intermediate values are not used elsewhere."""
     for place, product in graph.each("matmul", "einsum"):
         core = _core(graph, product)
         if core is not None:
@@ -88,7 +88,7 @@ def fuse_cores(graph: Graph) -> None:
 
 
 def _core(graph: Graph, product: Operation) -> Core | None:
-    """The attention that ends in this product, if one does."""
+    """Return the attention that ends in this product, or None."""
     found = _product(graph, product)
     if found is None:
         return None
@@ -100,7 +100,7 @@ def _core(graph: Graph, product: Operation) -> Core | None:
             continue
         axis = graph.numbers(softmax, "axis")
         key = scores.letters[2][-1 if axis is None else int(axis[0])]
-        # The letters of the second product in those of the first, and d for what only it has.
+        # Map the letters of the second product to those of the first, and d for the axis that only it has.
         names = dict(zip(letters[weights], scores.letters[2], strict=True))
         renamed = ["".join(names.get(each, "d") for each in word) for word in (letters[values], letters[2])]
         core = _assembled(scores, operands[values], renamed[0], renamed[1], key)
@@ -110,7 +110,7 @@ def _core(graph: Graph, product: Operation) -> Core | None:
 
 
 def _product(graph: Graph, operation: Operation) -> tuple[tuple[Entry, Entry], tuple[str, str, str]] | None:
-    """The operands of a product of two, with the letters of their axes and of the result's."""
+    """Return the operands of a product of two, with the letters of their axes and of the result's, else None."""
     if operation.type == "einsum":
         equation, values = graph.text(operation, "equation"), operation.inputs["values"]
         words = [] if equation is None else equation.replace(" ", "").replace("->", ",").split(",")
@@ -129,7 +129,7 @@ def _product(graph: Graph, operation: Operation) -> tuple[tuple[Entry, Entry], t
 
 
 def _lettered(words: Sequence[str]) -> tuple[str, str, str]:
-    """An equation with letters that none of this module's own are among."""
+    """Rename the indices of an equation to capitals, which differ from this module's own letters."""
     names: dict[str, str] = {}
     for word in words:
         for letter in word:
@@ -139,7 +139,7 @@ def _lettered(words: Sequence[str]) -> tuple[str, str, str]:
 
 
 def _scores(graph: Graph, entry: Entry) -> _Scores | None:
-    """How scores come from a product, going back from them: a mask is added last, a scale is multiplied before it."""
+    """Trace scores back to a product: the mask is added last, the scale is multiplied before that."""
     moved: list[tuple[int, ...]] = []
     scale, mask, mask_depth = 1.0, None, 0
     while True:
@@ -175,19 +175,19 @@ def _scores(graph: Graph, entry: Entry) -> _Scores | None:
 
 
 def _scaled(graph: Graph, operation: Operation) -> tuple[Entry, float | None]:
-    """What is multiplied or divided by a constant number, and the factor; None if it is another value."""
+    """Return the value that is multiplied or divided by a constant scalar, and the factor, or None if not constant."""
     x, y = operation.inputs["x"][0], operation.inputs["y"][0]
     factor = graph.scalar(y)
     if operation.type == "real_div":
         factor = None if not factor else 1 / factor
     elif factor is None:
         x, factor = y, graph.scalar(x)
-    # A constant of more sides than the values would add sides to them.
+    # A constant with more axes than the values would add axes to them.
     return x, factor if graph.shape(x) == graph.shape(operation.outputs[0].name) else None
 
 
 def _masked(graph: Graph, operation: Operation) -> tuple[Entry, Entry | None]:
-    """The scores and the mask of a sum: the mask is the one that no product makes."""
+    """Return the scores and the mask of a sum: the mask is the constant summand."""
     x, y = operation.inputs["x"][0], operation.inputs["y"][0]
     shape = graph.shape(operation.outputs[0].name)
     for scores, mask in ((x, y), (y, x)):
@@ -198,7 +198,7 @@ def _masked(graph: Graph, operation: Operation) -> tuple[Entry, Entry | None]:
 
 
 def _assembled(scores: _Scores, values: Entry, of_values: str, of_output: str, key: str) -> Core | None:
-    """The operands with their letters, if each axis has the part that it has in attention."""
+    """Return the operands with their letters if each axis has its role in attention, else None."""
     first, second = scores.letters[0], scores.letters[1]
     if (key in first) == (key in second):
         return None
@@ -224,7 +224,7 @@ def _assembled(scores: _Scores, values: Entry, of_values: str, of_output: str, k
 
 
 def _sides_agree(graph: Graph, core: Core) -> bool:
-    """Whether every letter has one side, so that nothing is broadcast between operands."""
+    """Return whether every letter has a single size, so that nothing is broadcast between operands."""
     sides: dict[str, int] = {}
     for entry, word in zip((core.q, core.k, core.v), core.letters, strict=False):
         shape = graph.shape(entry)

@@ -1,4 +1,4 @@
-"""A function as a graph that can be asked who makes a value and who reads it, and whose operations can be replaced."""
+"""A function as a graph: who produces and who reads each value, with replaceable operations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Entry = str | Value
 
 
 class Graph:
-    """The operations of a function, while some are replaced by others that compute the same."""
+    """The operations of a function, some of which are being replaced by equivalent ones."""
 
     def __init__(self, function: Function) -> None:
         self._function = function
@@ -27,57 +27,57 @@ class Graph:
             self._enter(operation)
 
     def each(self, *types: str) -> Iterator[tuple[int, Operation]]:
-        """Operations of these types with their places, as they are when their turn comes."""
+        """Yield operations of these types with their indices, in their current state."""
         for place, group in enumerate(self._operations):
             if group[-1].type in types:
                 yield place, group[-1]
 
     def maker(self, entry: Entry, *types: str) -> Operation | None:
-        """The operation that computes a value, if it is one of these types."""
+        """Return the operation that computes a value if it has one of these types, else None."""
         made = self._makers.get(entry) if isinstance(entry, str) else None
         return made if made is not None and made.type in types else None
 
     def inner(self, entry: Entry, *types: str) -> Operation | None:
-        """The same, if nobody else reads the value than the one who asks."""
+        """Like `maker`, but only if the value has a single reader."""
         return self.maker(entry, *types) if isinstance(entry, str) and self._readers[entry] == 1 else None
 
     def readers(self, entry: Entry) -> int:
-        """How many times a value is read, or returned by the function."""
+        """Return how often a value is read, or returned by the function."""
         return self._readers[entry] if isinstance(entry, str) else 0
 
     def type(self, entry: Entry) -> TensorType:
-        """The type of a value."""
+        """Return the type of a value."""
         return entry.type if isinstance(entry, Value) else self.types[entry]
 
     def shape(self, entry: Entry) -> tuple[int, ...] | None:
-        """The sides of a value, if all are known."""
+        """Return the shape of a value if it is fully known, else None."""
         sides = self.type(entry).shape
         known = tuple(side for side in sides if side is not None)
         return known if len(known) == len(sides) else None
 
     def constant(self, entry: Entry) -> Value | None:
-        """The constant that a value is, if it is one."""
+        """Return a value's constant if it is one, else None."""
         if isinstance(entry, Value):
             return entry
         made = self.maker(entry, "const")
         return None if made is None else made.attributes.get("val")
 
     def numbers(self, operation: Operation, name: str) -> np.ndarray | None:
-        """The numbers of a parameter, flat, if it is given and constant and not text."""
+        """Return the elements of a parameter, flat, if it is a constant and not text, else None."""
         entries = operation.inputs.get(name, ())
         value = self.constant(entries[0]) if entries else None
         data = None if value is None else value.read()
         return np.ravel(data) if isinstance(data, np.ndarray) or np.isscalar(data) else None
 
     def text(self, operation: Operation, name: str) -> str | None:
-        """The word of a parameter, if it is given and constant."""
+        """Return the text of a parameter if it is constant, else None."""
         entries = operation.inputs.get(name, ())
         value = self.constant(entries[0]) if entries else None
         data = None if value is None or value.stored else value.read()
         return data if isinstance(data, str) else None
 
     def scalar(self, entry: Entry) -> float | None:
-        """The number that a value is, if it is a constant of a single one."""
+        """Return the number that a value is if it is a constant with one element, else None."""
         value = self.constant(entry)
         if value is None or value.stored or self.shape(value) is None or np.prod(self.shape(value) or (1,)) != 1:
             return None
@@ -85,7 +85,7 @@ class Graph:
         return None if isinstance(data, (str, tuple)) else float(np.ravel(data)[0])
 
     def replace(self, place: int, operations: Sequence[Operation]) -> None:
-        """Compute what the operation at a place does with others, the last of which has its outputs."""
+        """Replace the operation at an index by others, the last of which has its outputs."""
         old = self._operations[place]
         for operation in old:
             self._readers.subtract(operation.names)
@@ -94,7 +94,7 @@ class Graph:
             self._enter(operation)
 
     def function(self) -> Function:
-        """The function as it is now; what nobody reads any more is still in it."""
+        """Return the current function; operations that are no longer used remain in it."""
         operations = tuple(operation for group in self._operations for operation in group)
         return Function(self._function.inputs, self._function.outputs, operations, self._function.opset)
 

@@ -1,4 +1,4 @@
-"""Group normalization, which ML Programs spell out, as one operation.
+"""Recognizes group normalization spelled out in ML Programs and fuses it into one operation.
 
 The chain is: split the channels into groups, subtract the mean, divide by the square root of the variance, join the
 groups, then scale and shift each channel ("Group Normalization", arXiv 1803.08494, eq. 1).
@@ -19,13 +19,13 @@ from sfumato.coreml.runtime.fuse.graph import Entry, Graph
 
 __all__ = ["GROUP_NORM", "fuse_group_norms"]
 
-# Pixels from which on torch's group normalization of images with channels last is not precise.
+# From this many pixels on, torch's group normalization with channels last is imprecise.
 MANY = 2**14
 _NORM, _SCALE, _SHIFT = "fused group_norm", "fused scale", "fused shift"
 
 
 def fuse_group_norms(graph: Graph) -> None:
-    """Replace every chain whose inner values nobody else reads."""
+    """Replace every chain whose intermediate values are not used elsewhere."""
     for place, operation in graph.each("reshape"):
         found = _normalized(graph, operation)
         if found is not None:
@@ -39,7 +39,7 @@ def fuse_group_norms(graph: Graph) -> None:
 
 
 def _normalized(graph: Graph, joined: Operation) -> tuple[Entry, int, float] | None:
-    """What is normalized, in how many groups and with what epsilon, if the chain ends in this reshape."""
+    """Return the input, number of groups and epsilon if the chain ends in this reshape, else None."""
     found = _divided(graph, joined.inputs["x"][0]) or _divided_by_scaled(graph, joined.inputs["x"][0])
     if found is None:
         return None
@@ -68,7 +68,7 @@ def _normalized(graph: Graph, joined: Operation) -> tuple[Entry, int, float] | N
 
 
 class _Division(NamedTuple):
-    """Centred values over the root of the mean of squares: what is squared, and how often the centred ones are read."""
+    """Centred values over the root of the mean of squares: what is squared, and how often the former are read."""
 
     centred: str
     variance: Operation
@@ -78,7 +78,7 @@ class _Division(NamedTuple):
 
 
 def _divided(graph: Graph, entry: Entry) -> _Division | None:
-    """Centred values over their deviation, if that is what a value is."""
+    """Return the division of centred values by their deviation if a value is one, else None."""
     if (division := graph.inner(entry, "real_div")) is not None:
         centred, root = division.inputs["x"][0], graph.inner(division.inputs["y"][0], "sqrt")
         inverse = 0.0
@@ -103,10 +103,9 @@ def _divided(graph: Graph, entry: Entry) -> _Division | None:
 
 
 def _divided_by_scaled(graph: Graph, entry: Entry) -> _Division | None:
-    """The same where the deviation is that of values divided by a scale of each group, times that scale.
+    """Like `_divided`, if the deviation is that of values divided by a scale per group, times that scale.
 
-    So values are squared whose squares float16 could not say (converter/layers.py). Whatever the scale is, it cancels
-    out, as long as it is positive.
+    This scaling avoids squares that overflow float16 (converter/layers.py). It cancels out if the scale is positive.
     """
     division = graph.inner(entry, "real_div")
     times = None if division is None else graph.inner(division.inputs["y"][0], "mul")
@@ -133,16 +132,16 @@ def _divided_by_scaled(graph: Graph, entry: Entry) -> _Division | None:
 
 
 def _with_scalar(graph: Graph, operation: Operation) -> tuple[Entry, float | None]:
-    """The two sides of an operation, of which one is a single constant number."""
+    """Return the operand of an operation that is not a constant scalar, and the scalar, or None."""
     x, y = operation.inputs["x"][0], operation.inputs["y"][0]
     if graph.scalar(y) is None:
         x, y = y, x
-    # A constant of more sides than the values would add sides to them.
+    # A constant with more axes than the values would add axes to them.
     return x, graph.scalar(y) if graph.shape(x) == graph.shape(operation.outputs[0].name) else None
 
 
 def _axes(graph: Graph, operation: Operation, rank: int) -> tuple[int, ...] | None:
-    """The axes that are reduced and kept."""
+    """Return the axes that are reduced and kept, else None."""
     axes, kept = graph.numbers(operation, "axes"), graph.numbers(operation, "keep_dims")
     if axes is None or kept is None or not kept[0]:
         return None
@@ -157,13 +156,13 @@ def _group_norm(
 
 
 def _take_in_batch_norm(graph: Graph, place: int, operation: Operation) -> None:
-    """Let the normalization scale and shift, in the place of a batch normalization that only does that."""
+    """Merge a batch normalization that only scales and shifts into the group normalization."""
     norm = graph.inner(operation.inputs["x"][0], _NORM)
     given = {name: entries for name, entries in operation.inputs.items() if name != "x"}
     if norm is None or set(norm.inputs) != {"x"} or any(graph.constant(each[0]) is None for each in given.values()):
         return
     name, channels = operation.outputs[0].name, graph.type(operation.inputs["mean"][0]).shape
-    # Of type fp32, as what is computed inside one operation is not rounded.
+    # fp32, because values inside one operation are not rounded.
     scale = Output(f"{name}/scale", TensorType("fp32", channels))
     shift = Output(f"{name}/shift", TensorType("fp32", channels))
     affine: dict[str, tuple[Entry, ...]] = {"gamma": (scale.name,), "beta": (shift.name,)}
@@ -178,7 +177,7 @@ def _take_in_batch_norm(graph: Graph, place: int, operation: Operation) -> None:
 
 
 def _take_in_vector(graph: Graph, place: int, operation: Operation) -> None:
-    """Let the normalization scale, or shift, by a constant for each channel of shape (1, C, 1, …)."""
+    """Merge the scale or shift by a constant of shape (1, C, 1, …) into the group normalization."""
     wanted = "gamma" if operation.type == "mul" else "beta"
     for near, far in (("x", "y"), ("y", "x")):
         norm = graph.inner(operation.inputs[near][0], _NORM)
@@ -219,9 +218,10 @@ def _bind_norm(call: Call) -> Bound:
 
 
 def _by_moments(x: Tensor, groups: int, gamma: Tensor | None, beta: Tensor | None, epsilon: float) -> Tensor:
-    """Where channels are last in memory, torch's own adds up pixel by pixel in float32: 103 dB are left of 512² pixels.
+    """Normalize images with channels last.
 
-    The mean over pixels first, and over the channels of a group then, is precise and fast.
+    There torch's own sums up pixel by pixel in float32, which leaves 103 dB at 512² pixels. Averaging over pixels
+    first, and then over the channels of a group, is precise and fast.
     """
     grouped = x.unflatten(1, (groups, -1))
     mean = grouped.mean((3, 4), True).mean(2, True)

@@ -1,4 +1,4 @@
-"""Joins attentions that a program computes apart, head by head or some queries at a time, into one; and computes it."""
+"""Merges attention that a program computes separately, by head or by groups of queries, and runs it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["FUSED_ATTENTION", "join_attentions"]
 
 
 def join_attentions(graph: Graph) -> None:
-    """Replace every join of attentions over consecutive parts of the same values by one attention over all of them."""
+    """Merge attentions over consecutive parts of the same values into one attention over all of them."""
     for place, operation in graph.each("concat"):
         joined = _joined(graph, operation)
         if joined is not None:
@@ -57,7 +57,7 @@ def _sides(graph: Graph, core: Core) -> tuple[object, ...]:
 
 
 def _same(graph: Graph, one: Entry | None, other: Entry | None) -> bool:
-    """Whether two masks are one, or constants of the same few numbers."""
+    """Return whether two masks are the same value, or equal constants in the program."""
     if one is None or other is None or one == other:
         return one == other
     values = graph.constant(one), graph.constant(other)
@@ -69,7 +69,7 @@ def _same(graph: Graph, one: Entry | None, other: Entry | None) -> bool:
 
 
 def _whole(graph: Graph, parts: Sequence[Entry], axis: int, *, even: bool) -> Entry | None:
-    """The value that consecutive parts along an axis make up wholly; even: and all of one size."""
+    """Return the value that consecutive parts along an axis add up to, else None; even: all must have the same size."""
     found = [_part(graph, entry, axis) for entry in parts]
     parents = {each[0] for each in found if each is not None}
     ranges = [each[1:] for each in found if each is not None]
@@ -90,7 +90,7 @@ def _whole(graph: Graph, parts: Sequence[Entry], axis: int, *, even: bool) -> En
 
 
 def _part(graph: Graph, entry: Entry, axis: int) -> tuple[Entry, int, int] | None:
-    """The value that another is a part of along one axis, with its bounds there."""
+    """Return the value that another is a part of along one axis, with its bounds there, else None."""
     if (split := graph.maker(entry, "split")) is not None:
         along = graph.numbers(split, "axis")
         parent = split.inputs["x"][0]
@@ -111,7 +111,7 @@ def _part(graph: Graph, entry: Entry, axis: int) -> tuple[Entry, int, int] | Non
 
 
 def _cut(graph: Graph, cut: Operation, axis: int) -> tuple[Entry, int, int] | None:
-    """The same for a slice: it must take every axis but one wholly."""
+    """Like `_part` for a slice, which must include all other axes completely."""
     parent = cut.inputs["x"][0]
     shape, part = graph.shape(parent), graph.shape(cut.outputs[0].name)
     begin, end, step = (graph.numbers(cut, name) for name in ("begin", "end", "stride"))
@@ -134,7 +134,7 @@ def _bind(call: Call) -> Bound:
     of_q, of_k, of_v, of_output = call.text("letters", "").split(",")
     masked, scale, heads = call.text("masked", ""), call.number("scale"), call.integer("heads")
     batch = [letter for letter in of_q if letter not in "cq"]
-    # Torch's fast kernels want (batches, heads, queries, width): two axes before the last two.
+    # Torch's fast kernels need (batches, heads, queries, width): two axes before the last two.
     paired = heads == 1 and len(batch) == 2
     orders = [_arranged(word, batch, tail) for word, tail in ((of_q, "qc"), (of_k, "kc"), (of_v, "kd"))]
     splits = [of_q.index("c"), of_k.index("c"), of_v.index("d")]
@@ -165,20 +165,20 @@ def _bind(call: Call) -> Bound:
 
 
 def _arranged(word: str, batch: Sequence[str], tail: str) -> list[int]:
-    """The order of axes (batches, heads, tail), where c or d stands behind its heads."""
+    """Return the axis order (batches, heads, tail), where the heads come just before c or d."""
     split = next(letter for letter in tail if letter in "cd")
     expanded = word.replace(split, "\0" + split)
     return [expanded.index(letter) for letter in (*batch, "\0", *tail)]
 
 
 def _back(of_output: str, batch: Sequence[str]) -> list[int]:
-    """The order that makes the axes of the output of (batches, heads, q, d), d behind the heads."""
+    """Return the axis order from (batches, heads, q, d) to the output's, with the heads just before d."""
     axes = {letter: place for place, letter in enumerate((*batch, "\0", "q", "d"))}
     return [axes[letter] for letter in of_output.replace("d", "\0d")]
 
 
 def _mask(mask: Tensor, masked: str, batch: Sequence[str], sides: Sequence[int]) -> Tensor:
-    """A mask as (batches, 1, queries, keys), each side its own or one."""
+    """Return a mask as (batches, 1, queries, keys), each of full size or 1."""
     wanted = [*batch, "q", "k"]
     present = [letter for letter in wanted if letter in masked]
     mask = mask.permute([masked.index(letter) for letter in present])

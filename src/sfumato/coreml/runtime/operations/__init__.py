@@ -1,4 +1,4 @@
-"""What the operations of ML Programs compute, as documented by coremltools' definitions of MIL."""
+"""The operations of ML Programs, as documented in coremltools' MIL definitions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Convolutions, and the padding that they and pooling have in common."""
+"""Convolutions, and the padding rules they share with pooling."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_trans
 def padding(
     call: Call, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int], sides: Sequence[int]
 ) -> list[tuple[int, int]]:
-    """What `pad_type` and `pad` add before and after each spatial side, for the sides of the input."""
+    """Return the padding before and after each spatial axis from `pad_type` and `pad`, for an input of size `sides`."""
     kind = call.text("pad_type", "valid").lower()
     if kind == "custom":
         pad = call.ints("pad", (0,) * 2 * len(kernel))
@@ -36,15 +36,15 @@ def padding(
 
 
 def padded(x: Tensor, pairs: Sequence[tuple[int, int]], value: float = 0.0) -> Tensor:
-    """An image with this much of `value` around it, before and after each of its last sides."""
+    """Pad the last axes of an image with `value`, before and after."""
     return F.pad(x, [each for pair in reversed(pairs) for each in pair], value=value)
 
 
 def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """A convolution of 1 × 1, which is a product of matrices: in the layout that its kind of values comes in.
+    """A 1 × 1 convolution, computed as a matrix product in the layout that suits its input.
 
-    Values of transformers, (B, C, 1, S), come out with the channels together in memory, as normalization over them and
-    attention read them; images come out plane by plane, or with packed weights channels last.
+    Values of transformers, (B, C, 1, S), are returned with channels contiguous in memory, as normalization over them
+    and attention need; images are returned plane by plane, or with channels last if the weights are packed.
     """
     if weight.is_mkldnn:
         return multiply_pixels(x, weight, bias)
@@ -59,7 +59,7 @@ def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _conv(call: Call) -> Bound:
-    """Weights that are kept are put once into the order in which oneDNN multiplies (models/packed.py)."""
+    """Weights that are kept are reordered once for oneDNN (models/packed.py)."""
     spatial, groups = call.rank() - 2, call.integer("groups", 1)
     strides, dilations = call.ints("strides", (1,) * spatial), call.ints("dilations", (1,) * spatial)
     names = ("x", "weight", *call.given("bias"))
@@ -85,7 +85,7 @@ def _conv(call: Call) -> Bound:
 def _plain_conv(
     call: Call, strides: Sequence[int], dilations: Sequence[int], groups: int, pads: Sequence[int] | None
 ) -> Callable[..., Tensor]:
-    """Torch's own; where no padding is fixed (None), that follows from the sides."""
+    """Return torch's convolution; if no padding is fixed (None), it is computed from the input's size."""
     convolution = _CONV[call.rank() - 2]
     if pads is not None:
         return lambda x, weight, bias=None: convolution(x, weight, bias, strides, pads, dilations, groups)
@@ -98,7 +98,7 @@ def _plain_conv(
 
 
 def _fixed_padding(call: Call, spatial: int, strides: Sequence[int]) -> tuple[int, ...] | None:
-    """The padding of each side, where it is the same before and after and does not follow from sizes."""
+    """Return the padding per axis if it is symmetric and independent of the input's size, else None."""
     if call.text("pad_type", "valid").lower() not in ("valid", "custom"):
         return None
     pairs = padding(call, (0,) * spatial, strides, (1,) * spatial, ())
@@ -128,7 +128,7 @@ def _conv_transpose(call: Call) -> Bound:
             if kind.startswith("same"):
                 surplus = max(size - wanted, 0)
                 before = surplus - surplus // 2 if kind == "same_lower" else surplus // 2
-            if before + wanted > size:  # an output shape that reaches behind what the input can tell: nothing is there
+            if before + wanted > size:  # the output shape is larger than the result: pad with zeros
                 whole = padded(whole, [(0, before + wanted - size), *[(0, 0)] * (spatial - axis - 1)])
             whole = whole.narrow(2 + axis, before, wanted)
         return whole

@@ -1,4 +1,4 @@
-"""Operations that compute each number from the numbers at its place."""
+"""Elementwise operations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _plain(function: Callable[..., Tensor], *names: str) -> Binder:
 
 
 def _with_epsilon(function: Callable[[Tensor], Tensor], default: float) -> Binder:
-    """`function(x + epsilon)`, as Core ML defines log, rsqrt and inverse."""
+    """Bind `function(x + epsilon)`, as Core ML defines log, rsqrt and inverse."""
 
     def bind(call: Call) -> Bound:
         epsilon = call.number("epsilon", default)
@@ -30,7 +30,7 @@ def _with_epsilon(function: Callable[[Tensor], Tensor], default: float) -> Binde
 
 
 def _with_parameters(function: Callable[..., Tensor], *names: str) -> Binder:
-    """`function(x, alpha, …)` with numbers that the operation has to give."""
+    """Bind `function(x, alpha, …)` with required numeric parameters."""
 
     def bind(call: Call) -> Bound:
         numbers = [call.number(name) for name in names]
@@ -40,7 +40,7 @@ def _with_parameters(function: Callable[..., Tensor], *names: str) -> Binder:
 
 
 def _per_channel(function: Callable[..., Tensor], *names: str) -> Binder:
-    """`function(x, alpha, …)` with a number for each channel, the second side of x."""
+    """Bind `function(x, alpha, …)` with one parameter per channel, the second axis of x."""
 
     def bind(call: Call) -> Bound:
         shape = [1, -1] + [1] * (call.rank() - 2)
@@ -82,7 +82,7 @@ def _clip(call: Call) -> Bound:
 
 
 def _softmax(call: Call) -> Bound:
-    """Along the last axis in memory torch is several times faster, and products leave what is summed there."""
+    """Softmax, moved to the last axis: several times faster, and products put the axis to sum over last in memory."""
     axis = call.integer("axis", -1)
     return call.bind(lambda x: torch.softmax(x.movedim(axis, -1), -1).movedim(-1, axis), "x")
 
@@ -117,7 +117,7 @@ _UNARY: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu6": F.relu6,
     "round": torch.round,
     "sigmoid": torch.sigmoid,
-    "sign": lambda x: torch.where(x == x, torch.sign(x), x),  # torch's own is 0 for NaN
+    "sign": lambda x: torch.where(x == x, torch.sign(x), x),  # torch.sign is 0 for NaN
     "silu": F.silu,
     "sin": torch.sin,
     "sinh": torch.sinh,

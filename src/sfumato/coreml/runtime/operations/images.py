@@ -1,4 +1,4 @@
-"""Pooling and resizing of images."""
+"""Pooling and image resizing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _averages(x: Tensor, kernel: Sequence[int], strides: Sequence[int]) -> Tenso
 
 
 def _pool(windows: Callable[[Tensor, Sequence[int], Sequence[int]], Tensor], outside: float) -> Binder:
-    """Pooling of an image padded with `outside`: `windows` takes it, the sizes of windows and their steps."""
+    """Bind pooling of an image padded with `outside`: `windows` takes the image, the window sizes and the strides."""
 
     def bind(call: Call) -> Bound:
         kernel, strides, up = _sizes(call)
@@ -49,7 +49,7 @@ def _avg_pool(call: Call) -> Bound:
         means = _averages(padded(x, pairs), kernel, strides)
         if not excluded and pairs == own:
             return means
-        # What lies outside does not count; nor do places beyond the padding that only rounding up adds.
+        # Excluded padding does not count, nor do positions beyond the padding that only rounding up adds.
         counted = torch.ones(1, 1, *x.shape[2:], dtype=x.dtype)
         if excluded:
             counted = padded(counted, pairs)
@@ -69,7 +69,7 @@ def _sizes(call: Call) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
 def _rounded_up(
     sides: Sequence[int], pairs: Sequence[tuple[int, int]], kernel: Sequence[int], strides: Sequence[int]
 ) -> list[tuple[int, int]]:
-    """The padding that makes a window of every started step, unless it would lie in padding alone."""
+    """Return the padding that completes a window for every started step, unless it would contain only padding."""
     result = []
     for side, (before, after), size, stride in zip(sides, pairs, kernel, strides, strict=True):
         count = (side + before + after - size + stride - 1) // stride + 1
@@ -88,7 +88,7 @@ def _lengths(x: Tensor, kernel: Sequence[int], strides: Sequence[int]) -> Tensor
 
 
 def _as_images(resize: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Resize the last two sides, whatever stands before them."""
+    """Resize the last two axes, whatever the leading axes."""
     height, width = x.shape[-2:]
     resized = resize(x.reshape(1, -1, height, width))
     return resized.reshape(*x.shape[:-2], *resized.shape[-2:])
@@ -127,7 +127,7 @@ def _upsample_bilinear(call: Call) -> Bound:
 
 
 def _grid(mode: str, side: int, wanted: int) -> Tensor:
-    """Where along a side of the input the numbers of the output are taken, as MIL's `resize_bilinear` defines it."""
+    """Return the positions along an input axis where outputs are sampled, as defined by MIL's `resize_bilinear`."""
     steps = torch.arange(wanted, dtype=torch.float64)
     if mode == "UNALIGN_CORNERS":
         grid = (steps + 0.5) * side / wanted - 0.5
@@ -144,7 +144,7 @@ def _grid(mode: str, side: int, wanted: int) -> Tensor:
 
 
 def _resampled(x: Tensor, axis: int, grid: Tensor) -> Tensor:
-    """Linear interpolation along one axis."""
+    """Interpolate linearly along one axis."""
     low = grid.floor().long()
     high = (low + 1).clamp(max=x.shape[axis] - 1)
     share = (grid - low).to(x.dtype).reshape([-1] + [1] * (x.dim() - 1 - axis % x.dim()))
@@ -158,7 +158,7 @@ def _resize_bilinear(call: Call) -> Bound:
 
 
 def _bilinear(x: Tensor, size: tuple[int, int], mode: str) -> Tensor:
-    """The last two sides resized, one after the other."""
+    """Resize the last two axes, one after the other."""
     for axis, wanted in zip((-2, -1), size, strict=True):
         x = _resampled(x, axis, _grid(mode, x.shape[axis], wanted))
     return x

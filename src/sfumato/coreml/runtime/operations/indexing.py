@@ -1,4 +1,4 @@
-"""Operations that read or write at computed places, and that make tensors of shapes and counts."""
+"""Gather, scatter, and operations that create tensors from shapes and counts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["INDEXING"]
 
 
 def _wrapped(indices: Tensor, side: int) -> Tensor:
-    """Indices as torch wants them; negative ones count from the end, as iOS 16 defines it."""
+    """Return non-negative int64 indices; negative ones count from the end, as defined in iOS 16."""
     indices = indices.long()
     return torch.where(indices < 0, indices + side, indices)
 
@@ -41,7 +41,7 @@ def _gather(call: Call) -> Bound:
 
 
 def _gather_batched(x: Tensor, indices: Tensor, axis: int, batch: int) -> Tensor:
-    """Gather where the first `batch` sides of both are the same and are walked together."""
+    """Gather with the first `batch` axes shared by both tensors."""
     shared = x.shape[:batch]
     rows = [
         row.index_select(axis - batch, places.reshape(-1)).reshape(
@@ -74,7 +74,7 @@ def _gather_nd(call: Call) -> Bound:
 
 
 def _coordinates(indices: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-    """The last side of `indices`, apart: one tensor of places for each of the first sides of x."""
+    """Split the last axis of `indices` into one index tensor per leading axis of x."""
     return tuple(_wrapped(each, x.shape[axis]) for axis, each in enumerate(indices.unbind(-1)))
 
 
@@ -82,7 +82,7 @@ _MODES: Mapping[str, str] = {"add": "sum", "mul": "prod", "max": "amax", "min": 
 
 
 def _scattered(data: Tensor, flat: Tensor, updates: Tensor, mode: str) -> Tensor:
-    """`data` with `updates` brought in at flat places, in the way that `mode` says."""
+    """Combine `updates` into a copy of `data` at flat indices, according to `mode`."""
     result = data.reshape(-1).clone()
     flat, updates = flat.reshape(-1), updates.reshape(-1)
     if mode == "update":

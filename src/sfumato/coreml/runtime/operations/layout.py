@@ -1,4 +1,4 @@
-"""Operations that move numbers without computing: new shapes, new orders, parts and joins."""
+"""Operations that only rearrange values: reshaping, transposing, slicing and joining."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _reshape(call: Call) -> Bound:
         return call.bind(lambda x: x.reshape(shape), "x", moves=True)
 
     def run(x: Tensor) -> Tensor:
-        # A 0 is the side of x at the same place, counted from the last one; 1 where x has no such side.
+        # 0 is the size of x's axis at the same position from the end, or 1 if x has no such axis.
         surplus = len(shape) - x.dim()
         own = [1] * surplus + list(x.shape[max(-surplus, 0) :])
         return x.reshape([own[place] if side == 0 else side for place, side in enumerate(shape)])
@@ -87,7 +87,7 @@ def _split(call: Call) -> Bound:
 
 
 def _stepped(x: Tensor, axis: int, part: slice) -> Tensor:
-    """`x[..., part, ...]` at one axis, with any step; torch knows no negative ones."""
+    """Return `x[..., part, ...]` at one axis, with any step; torch has no negative steps."""
     start, stop, step = part.indices(x.shape[axis])
     count = len(range(start, stop, step))
     if count == 0:
@@ -170,7 +170,7 @@ def _pad(call: Call) -> Bound:
         return call.bind(lambda x: F.pad(x, amounts, value=value), "x", moves=True)
 
     def run(x: Tensor) -> Tensor:
-        # Side by side: torch pads at most the last three sides this way, and wants two sides before them.
+        # Axis by axis: torch pads at most the last three axes in these modes, and needs two axes before them.
         for axis, (before, after) in enumerate(pairs, x.dim() - len(pairs)):
             side = x.shape[axis]
             places = torch.arange(-before, side + after)
@@ -210,7 +210,7 @@ def _sliding_windows(call: Call) -> Bound:
 
 
 def _space_to_depth(x: Tensor, size: int) -> Tensor:
-    """Blocks become channels, the place in the block before the channel."""
+    """Move blocks into channels: position in the block first, then channel."""
     batch, channels, height, width = x.shape
     blocks = x.reshape(batch, channels, height // size, size, width // size, size)
     return blocks.permute(0, 3, 5, 1, 2, 4).reshape(batch, channels * size * size, height // size, width // size)

@@ -1,4 +1,4 @@
-"""Products of matrices, and attention."""
+"""Matrix products and attention."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ def _einsum(call: Call) -> Bound:
 
 
 def _agree(words: Sequence[str], shapes: Sequence[tuple[int | None, ...]]) -> bool:
-    """Whether each letter has one side, so that nothing is broadcast."""
+    """Return whether each letter has a single size, so that nothing is broadcast."""
     sides: dict[str, int | None] = {}
     pairs = [pair for word, shape in zip(words, shapes, strict=True) for pair in zip(word, shape, strict=False)]
     return all(side is not None and sides.setdefault(letter, side) == side for letter, side in pairs)
 
 
 def _batched(words: Sequence[str], result: str) -> Callable[[Tensor, Tensor], Tensor] | None:
-    """A sum of products as a batched product of matrices, if it is one.
+    """Return a function that computes a sum of products as a batched matrix product, or None if it is not one.
 
-    The letters that only the first value has come last in memory, where `einsum` has those of the second: of scores
-    they are the keys, which softmax sums over, and of what is mixed with them the channels, as projections read them.
+    Letters that only the first operand has come last in memory, where `einsum` puts those of the second: for scores
+    these are the keys, which softmax sums over, and for the attention output the channels, which projections read.
     """
     first, second = words
     batch = [letter for letter in first if letter in second and letter in result]

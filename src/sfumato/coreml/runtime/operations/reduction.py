@@ -1,4 +1,4 @@
-"""Operations that make one number of many."""
+"""Reductions."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def _log_sum_exp(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
 
 
 def _in_stages(function: Callable[..., Tensor]) -> Callable[[Tensor, tuple[int, ...], bool], Tensor]:
-    """Over the last two axes first, and over the others then.
+    """Reduce over the last two axes first, then over the others.
 
-    Groups of channels that lie together in memory, channels last, are reduced ten times faster so than at once.
+    For groups of channels that are contiguous in memory (channels last), this is ten times faster than all at once.
     """
 
     def run(x: Tensor, axes: tuple[int, ...], keep: bool) -> Tensor:
@@ -69,7 +69,7 @@ def _over_axes(function: Callable[[Tensor, tuple[int, ...], bool], Tensor]) -> B
 
 
 def _place(function: Callable[[Tensor, int, bool], Tensor]) -> Binder:
-    """Where along one axis something is."""
+    """Bind a function that returns an index along one axis."""
 
     def bind(call: Call) -> Bound:
         axis, keep = call.integer("axis", -1), call.flag("keep_dims")
@@ -101,7 +101,7 @@ def _cumsum(call: Call) -> Bound:
     def run(x: Tensor) -> Tensor:
         ordered = x.flip(axis) if reverse else x
         sums = ordered.cumsum(axis, dtype=x.dtype)
-        if exclusive:  # the sums before each number: shifted, not subtracted, which would round
+        if exclusive:  # the sums before each element: shifted, because subtracting would round
             sums = torch.cat([torch.zeros_like(sums.narrow(axis, 0, 1)), sums.narrow(axis, 0, x.shape[axis] - 1)], axis)
         return sums.flip(axis) if reverse else sums
 

@@ -90,9 +90,9 @@ def seen_by(
             f"there are {len(carried)} IP-Adapters and images for {len(given)}; pass images for each of them"
         )
     every = []
-    for i, (one, own) in enumerate(zip(carried, given, strict=True)):
+    for i, (one, value) in enumerate(zip(carried, given, strict=True)):
         adapter = one.adapter.to(device, unet.dtype)
-        own: Any = own
+        own: Any = value
         pair: Any = own.chunk(2) if embeds is not None and own.shape[0] == 2 else (own, own)
         if embeds is None:
             if encoder is None:

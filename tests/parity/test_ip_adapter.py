@@ -157,7 +157,7 @@ USES = {
     "without guidance": (["plus"], 1.0, {"ip_adapter_image": IMAGES["one"], "guidance_scale": 1.0}),
     "two, with scales": (["plain", "plus"], [0.5, 0.9], {"ip_adapter_image": [IMAGES["one"], IMAGES["other"]]}),
     "several images of one": (["plain"], 0.8, {"ip_adapter_image": [[IMAGES["one"], IMAGES["other"]]]}),
-    "by block": (["plain"], {"down": {"block_2": [0.0, 1.0]}, "up": {"block_1": [0.5, 1.0, 0.0]}}, {"ip_adapter_image": IMAGES["one"]}),
+    "by block": (["plain"], {"down": {"block_2": 1.0}, "up": {"block_1": [0.5, 1.0]}}, {"ip_adapter_image": IMAGES["one"]}),
     "a mask": (["plain"], 0.8, {"ip_adapter_image": IMAGES["one"], "cross_attention_kwargs": {"ip_adapter_masks": [HALF]}}),
     "a mask for each image": (["plus"], [[0.7, 0.4]], {"ip_adapter_image": [[IMAGES["one"], IMAGES["other"]]], "cross_attention_kwargs": {"ip_adapter_masks": [torch.cat([HALF, 1 - HALF], dim=1)]}}),
     "several of a prompt": (["plain"], 0.8, {"ip_adapter_image": IMAGES["one"], "num_images_per_prompt": 2}),

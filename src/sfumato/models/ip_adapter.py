@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sfumato.models.image_encoder import CLIPVisionModelWithProjection
     from sfumato.models.unet import UNet2DConditionModel
 
-__all__ = ["IPAdapter", "ImageProjection", "ImageTokens", "PerceiverAttention", "Resampler"]
+__all__ = ["FullProjection", "IPAdapter", "ImageProjection", "ImageTokens", "PerceiverAttention", "Resampler"]
 
 HEAD = 64  # channels per attention head of the resampler
 

@@ -65,7 +65,7 @@ class ImageAdapters:
         carried = []
         for source, folder, name in zip(sources, folders, names, strict=True):
             where = {"subfolder": folder, "weight_name": name, **keywords}
-            stored = stored_from(source, ("ip-adapter_sd15",), use_safetensors, where, "load_ip_adapter")
+            stored = stored_from(source, (), use_safetensors, where, "load_ip_adapter")
             adapter = IPAdapter(stored.tensors, stored.where)
             adapter.matrices(self.parts.unet)
             carried.append(Carried(adapter))

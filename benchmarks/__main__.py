@@ -84,7 +84,7 @@ def main() -> None:
     groups = [one for name in arguments.groups or GROUPS for one in (CPU if name == "cpu" else [name])]
     machine = Machine.of(read_facts("cpu"), arguments.size)
     for group in groups:
-        folder = arguments.model or checkpoint("sdxl" if group in XL else "sd15")
+        folder = arguments.model or (Path() if group == "bulk" else checkpoint("sdxl" if group in XL else "sd15"))
         results = run(group, folder, machine, arguments.runs)
         if arguments.model is None:
             keep(group, results)

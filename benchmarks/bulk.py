@@ -1,4 +1,4 @@
-"""A bulk job of a million rows without drawing: how long planning, opening the ledger and asking how far it is take."""
+"""Bulk jobs: a million rows without drawing (planning, opening the ledger, status), and the rate beside `generate`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,10 +22,13 @@ if TYPE_CHECKING:
 __all__ = ["bulk"]
 
 ROWS = 1_000_000
+# Images of a run whose rate is measured, and the share of the rate of `sfumato generate --count` that is wanted.
+IMAGES, LEAST = 48, 0.9
+COMMAND = [sys.executable, "-c", "from sfumato.cli.main import main; main()"]
 LOAD = "from sfumato.bulk.painter import Work; work = Work(sys.argv[2], 'built-in', 'built-in'); "
 # Each in a process of its own, as a command would be; the last line is what it took and its largest memory.
 TIMED = "import resource, sys, time; from pathlib import Path; {before}; began = time.perf_counter(); {work}; \
-print(time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+print(time.process_time(), time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
 PLAN = (
     "from sfumato.bulk.job import open_job; " + LOAD + "pipeline = work.load()",
     "open_job(Path(sys.argv[2]), Path(sys.argv[1]), pipeline, on_bad=print)",
@@ -58,14 +62,35 @@ def bulk(rows: int = ROWS) -> list[Result]:
                 what = f"{what}: peak memory (limit)"
                 results.append(Result(what, f"{memory / 1e9:.2f} GB", "1.00 GB", memory / 1e9, 1, most=1))
             print(what, f"{took:.2f} s, {memory / 1e9:.2f} GB", file=sys.stderr, flush=True)
-        return results
+    return [*results, rate()]
+
+
+def rate(runs: int = 2, images: int = IMAGES) -> Result:
+    """Seconds of a bulk job and of `sfumato generate --count` for the same images, start included."""
+    ours, theirs = list[float](), list[float]()
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.jsonl"
+        row = {"prompt": "a red apple, 3d", "steps": 4, "seed": 1, "count": images}
+        rows.write_text(json.dumps(row) + "\n")
+        words = ["generate", row["prompt"], "--steps", "4", "--seed", "1", "--count", str(images), "--quiet"]
+        for number in range(runs):
+            for times, command in (
+                (theirs, [*words, "--output", f"{folder}/alone{number}/"]),
+                (ours, ["bulk", "run", str(rows), "--output", f"{folder}/job{number}", "--quiet"]),
+            ):
+                began = time.perf_counter()
+                subprocess.run([*COMMAND, *command], cwd=folder, check=True, capture_output=True)
+                times.append(time.perf_counter() - began)
+    what = f"{images} images beside `generate --count` (limit: {LEAST:.0%} of its rate)"
+    return Result.of_times(what, ours, theirs, most=round(1 / LEAST, 2))
 
 
 def _timed(code: tuple[str, str], source: Path, job: Path) -> tuple[float, float]:
     command = [sys.executable, "-c", TIMED.format(before=code[0], work=code[1]), str(source), str(job)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    took, memory = done.stdout.split()[-2:]
-    return float(took), float(memory)
+    processor, took, memory = map(float, done.stdout.split()[-3:])
+    print(f"{processor:.2f} s of processor time, start included", file=sys.stderr)
+    return took, memory
 
 
 def nobody(queue: Queue, ledger: Ledger, ending: Ending) -> Iterator[Drawn]:

@@ -89,6 +89,7 @@ def chaos(server: Server, kills: int, chance: random.Random) -> tuple[dict[str, 
             counts["server"] += 1
             server.kill()
             server.start()
+        print(f"\r{sum(counts.values())} of {kills} kills, {len(accepted)} jobs", end="", file=sys.stderr, flush=True)
     jobs = {id: wait(lambda id=id: ended(server, id), server) for id in accepted}
     server.stop()
     return jobs, counts
@@ -122,7 +123,7 @@ def ended(server: Server, id: str) -> Any:
     return job if job is not None and job["state"] in ENDED else None
 
 
-def wait(look: Any, server: Server, seconds: float = 120) -> Any:
+def wait(look: Any, server: Server, seconds: float = 600) -> Any:
     """What `look` finds, once it finds something."""
     end = time.monotonic() + seconds
     while not (found := look()):

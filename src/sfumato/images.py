@@ -183,7 +183,7 @@ def size_notes(size: tuple[int, int], own: tuple[int, int], *, only: bool, sourc
     """
     this, best = f"{size[0]} × {size[1]}", f"{own[0]} × {own[1]}"
     if only and size != own:
-        return [f"this model was made for {best} images, and {this} will look bad; ask for {best}"]
+        return [f"this model was made for {best} images, and {this} will look bad; use {best}"]
     if source and size[0] * size[1] > FAR_ABOVE * own[0] * own[1]:
         return [
             f"the image is {this}, far above the {best} that this model was trained for; a smaller width and height "

@@ -60,7 +60,7 @@ def requested_canvas(image: Image.Image, mask: Mask, size: Size | None, own: Siz
     if any(mask.extend):
         image, painted = _extended(image, painted, mask.extend, mask.chosen_edge)
     if painted.getbbox() is None:
-        raise UsageError(f"nothing in the mask {mask.file} is white, so nothing would be painted; use another one")
+        raise UsageError(f"nothing in the mask {mask.file} is white, so nothing would change; use another one")
     box = (0, 0, *image.size)
     if mask.crop is not None:
         box = crop_region(painted, size or own, mask.crop)
@@ -207,7 +207,7 @@ def _extended(image: Image.Image, mask: Image.Image, extend: Box, edge: int) -> 
 
 
 def _soft(mask: Image.Image, edge: int) -> Image.Image:
-    """Return an alpha mask: opaque where the mask is not black, fading over `edge` pixels, except at image borders."""
+    """Return an alpha mask: opaque where the mask is not black, fading over `edge` pixels to its rim in the image."""
     shrunk = mask.point(lambda level: 255 if level else 0)
     total = np.asarray(shrunk, dtype=np.float32)
     for _ in range(edge):

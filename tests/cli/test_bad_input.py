@@ -38,7 +38,7 @@ MISUSE = [
     (["--mask-edge", "4"], "--mask-edge and --mask-crop need a mask"),
     (
         ["--image", "i.png", "--extend", "up=4"],
-        "--extend takes sides and pixels such as left=256,top=64, and 'up=4' is",
+        "--extend takes sides and pixels such as left=256,top=64, not 'up=4'",
     ),
     (["--image", "i.png", "--extend", "left=0"], "a mask needs a file, or pixels by which to extend"),
     (["--image", "i.png", "--extend", "left=99999"], "extend must be"),

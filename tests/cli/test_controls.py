@@ -46,12 +46,12 @@ def test_a_picture_steers_is_kept_and_replayed(sfumato_each, files, model, tmp_p
 
 
 BAD = {
-    "is no kind (did you mean 'canny'?)": ["--control", "cany:{photo}", "--controlnet", "{net}"],
+    "there is no kind 'cany' (did you mean 'canny'?)": ["--control", "cany:{photo}", "--controlnet", "{net}"],
     "KIND:IMAGE[:SCALE[:START[:END]]]": ["--control", "{photo}", "--controlnet", "{net}"],
     "and 'strong' is not a number": ["--control", "canny:{photo}:strong", "--controlnet", "{net}"],
     "start, 0.9, must be below its end, 0.5": ["--control", "canny:{photo}:1:0.9:0.5", "--controlnet", "{net}"],
-    "there are 3 of --control and 2 of --controlnet": ["--control", "canny:{photo}"] * 3 + ["--controlnet", "{net}"] * 2,
-    "there are 0 of --control and 1 of --controlnet": ["--controlnet", "{net}"],
+    "got 3 --control and 2 --controlnet": ["--control", "canny:{photo}"] * 3 + ["--controlnet", "{net}"] * 2,
+    "got 0 --control and 1 --controlnet": ["--controlnet", "{net}"],
     "there is no image nowhere.png": ["--control", "canny:nowhere.png:0.5", "--controlnet", "{net}"],
     "fit must be crop, pad or stretch": ["--control", "canny:{photo}", "--controlnet", "{net}", "--control-fit", "squeeze"],
     "was made for Stable Diffusion XL": ["--control", "canny:{photo}", "--controlnet", "{xl}"],

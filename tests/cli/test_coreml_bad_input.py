@@ -225,7 +225,7 @@ def test_weights_that_packages_cannot_hold(sfumato_each, model, tmp_path):
             "of the UNet2DConditionModel has NaN or infinite values; download the checkpoint again",
         ),
         ("vae", float("inf"), "of the AutoencoderKL has NaN or infinite values"),
-        ("text_encoder", 1e6, "of the CLIPTextModel has numbers up to 1e+06"),
+        ("text_encoder", 1e6, "of the CLIPTextModel has values up to 1e+06"),
     ]
     commands = []
     for network, number, _ in cases:

@@ -175,7 +175,7 @@ def test_replay(sfumato_each, models, tmp_path):
     drawn.succeeded()
     assert again.succeeded().out == "fox-replay.png\nidentical to the original\n"
     assert read_recipe(tmp_path / "fox-replay.png") == read_recipe(tmp_path / "fox.png")
-    refused.failed(2, "fox.png was generated with Core ML models, which take no --device or --dtype")
+    refused.failed(2, "fox.png was generated with Core ML models, which do not support --device and --dtype")
     folder.rename(tmp_path / "elsewhere")
     gone, named = sfumato_each([["replay", "fox.png"], ["replay", "fox.png", "--model", "elsewhere"]], cwd=tmp_path)
     gone.failed(1, "which was not found; give its new path with --model")
@@ -196,7 +196,7 @@ def test_misuse_is_one_sentence(sfumato_each, models, model, tmp_path):
         (["x", "--prompt", "y", "-i", models], 2, "the prompt is given twice"),
         (["x", "-i", "empty"], 1, "there are no Core ML models"),
         (["x", "-i", "gone"], 1, "there is no folder gone"),
-        (["x", "-i", model], 1, "is a checkpoint and no Core ML model; convert it first"),
+        (["x", "-i", model], 1, "is a checkpoint, not a Core ML model; convert it first"),
         (["x", "-i", "no-unet"], 1, "no-unet has no U-Net"),
         (["x", "-i", "no-encoder", "--image", "start.png"], 2, "image-to-image needs a VAE encoder"),
         (["x", "-i", models, "--compute-unit", "CPU_AND_NE"], 2, "CPU_ONLY, the portable runtime runs"),

@@ -129,7 +129,7 @@ def test_what_cannot_be_replayed(sfumato_each, drawn, checkpoints, model, tmp_pa
         (
             ["fox.png", "--model", checkpoints("sd21")],
             2,
-            "has other weights than fox.png was generated with",
+            "are not those that fox.png was generated with",
             "--model",
         ),
         (["moved.png"], 1, "moved.png was generated with", "give its new path with --model"),
@@ -215,7 +215,7 @@ def test_a_picture_of_another_size_is_drawn_and_not_compared(sfumato_each, model
     Image.new("RGB", (32, 32)).save(tmp_path / "other.png", pnginfo=info)
     replay = ["replay", "other.png", "--model", model, "--output"]
     outcomes = sfumato_each([[*replay, "a.webp"], [*replay, "b.jpg", "--json"], ["replay", "a.webp"]], cwd=tmp_path)
-    assert outcomes[0].succeeded().out == "a.webp\nthe original is of another size, so the two cannot be compared\n"
+    assert outcomes[0].succeeded().out == "a.webp\nthe original has a different size, so the two cannot be compared\n"
     assert outcomes[1].succeeded().json["psnr_db"] is None
     assert outcomes[2].succeeded().out == "a-replay.png\nidentical to the original\n"
 
@@ -235,7 +235,7 @@ def test_a_refiner_is_told_found_and_repeated(sfumato_each, checkpoints, tmp_pat
     drawn.succeeded()
     assert "identical to the original" in same.succeeded().out
     assert read_recipe(tmp_path / "fox.png")["request"]["refiner"] == refiner
-    other.failed(2, "has other weights", "give the right checkpoint (--refiner)")
+    other.failed(2, "are not those that", "give the right checkpoint (--refiner)")
     wrong[0].failed(2, "give one with --refiner")
     wrong[1].failed(2, "between the first and the last step")
     wrong[2].failed(1, "there is no folder")

@@ -77,7 +77,7 @@ def test_numbers_are_the_models_own(sfumato_each, model, tmp_path):
         "PNDMScheduler",
         "float32",
         "16 × 16",
-        "predicts epsilon, reads 20 tokens",
+        "predicts epsilon, 20 prompt tokens",
         str(model),
     ):
         assert word in text.succeeded().out

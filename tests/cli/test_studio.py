@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -70,6 +71,21 @@ def test_a_server_draws_reaches_nobody_and_ends_in_peace(environment, tmp_path):
     assert len(list((tmp_path / "out").glob("*.png"))) == 1
 
 
+@pytest.mark.skipif(os.name == "nt", reason="the browser cannot be chosen there")
+def test_the_studio_opens_its_page(environment, tmp_path):
+    opened, browser = tmp_path / "opened", tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\nprintf %s "$1" > {opened}.part && mv {opened}.part {opened}\n')
+    browser.chmod(0o755)
+    words = ("studio", "--port", 0, "--output", tmp_path / "out", "--token", "known")
+    with started({**environment, "BROWSER": str(browser)}, *words) as (_, line):
+        port = re.search(r":(\d+)/\?token=known;", line)[1]
+        end = time.monotonic() + 30
+        while not opened.exists():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        assert opened.read_text() == f"http://127.0.0.1:{port}/?token=known"
+
+
 def test_off_the_loopback_address_a_token_is_made_and_printed(environment, tmp_path):
     words = ("studio", "--host", "0.0.0.0", "--port", 0, "--output", tmp_path, "--no-browser")
     with started(environment, *words) as (_, line):
@@ -93,7 +109,7 @@ def test_a_port_that_is_taken_is_said(environment, tmp_path):
 
 
 def test_without_the_extra_it_is_said_what_to_install(environment, tmp_path):
-    (tmp_path / "fastapi.py").write_text("raise ModuleNotFoundError('No module named fastapi', name='fastapi')")
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['fastapi'] = None\n")
     path = os.pathsep.join([str(tmp_path), *filter(None, [environment.get("PYTHONPATH")])])
     done = subprocess.run(
         [sys.executable, "-c", MAIN, "serve"],

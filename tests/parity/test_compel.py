@@ -74,10 +74,10 @@ def test_spans(prompt, spans):
 @pytest.mark.parametrize(
     ("prompt", "note"),
     [
-        ("a (horse", "a bracket is never closed"),
+        ("a (horse", "an unclosed bracket"),
         ("a cat.swap(dog)", ".swap(dog) in the prompt is ignored"),
         ("a cat withLora(style, 0.5)", "withLora(style, 0.5) in the prompt is ignored"),
-        ('("a", "b").blend(1)', "(1) are no weights for 2 prompts"),
+        ('("a", "b").blend(1)', "(1) does not give 2 weights for 2 prompts"),
     ],
 )
 def test_what_is_not_done_is_said(prompt, note):

@@ -83,11 +83,11 @@ def test_one_picture_for_several_prompts_and_their_sizes():
 
 def test_pooled_prompts_and_sizes_that_are_missing_or_do_not_fit_are_refused():
     model, x, states = sfumato.UNet2DConditionModel(**XL), randn(1, 4, 8, 8), randn(1, 7, XL["cross_attention_dim"])
-    with pytest.raises(ValueError, match="asks for text_embeds"):
+    with pytest.raises(ValueError, match="requires text_embeds"):
         model(x, 1, states)
-    with pytest.raises(ValueError, match="asks for time_ids"):
+    with pytest.raises(ValueError, match="requires time_ids"):
         model(x, 1, states, added_cond_kwargs={"text_embeds": randn(1, 40)})
-    with pytest.raises(ValueError, match=r"text_embeds of 40 numbers and 5 time_ids make 80, and this U-Net reads 88"):
+    with pytest.raises(ValueError, match=r"text_embeds of 40 numbers and 5 time_ids make 80, but this U-Net takes 88"):
         model(x, 1, states, added_cond_kwargs={"text_embeds": randn(1, 40), "time_ids": randn(1, 5)})
 
 

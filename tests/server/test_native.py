@@ -24,7 +24,7 @@ def test_a_job_is_drawn_and_told_step_by_step(server):
     assert states == ["queued", "running", "done"]
     steps = [(one["data"]["place"], one["data"]["step"]) for one in told if "step" in one["data"]]
     assert steps == [(0, 1), (0, 2), (1, 1), (1, 2)]
-    assert any(one["data"].get("preview", "").startswith("data:image/webp;base64,") for one in told)
+    assert any(one["data"].get("preview", "").startswith("data:image/jpeg;base64,") for one in told)
     images = [one["data"]["key"] for one in told if one["event"] == "image"]
     assert images == server.ended(job["id"])["images"]
     assert len(images) == 2
@@ -123,9 +123,9 @@ def test_what_there_is(server):
 
 
 def test_images_are_found_shown_deleted_and_restored(server):
-    job = server.ended(server.submit({**RED, "seed": 77, "negative_prompt": "blue"})["id"])
+    job = server.ended(server.submit({**RED, "seed": 770077, "negative_prompt": "blue"})["id"])
     (key,) = job["images"]
-    found = server.get("/api/images?q=77%20apple")
+    found = server.get("/api/images?q=770077%20apple")
     assert [one["key"] for one in found["images"]] == [key]
     image = server.get(f"/api/images/{key}")
     again = server.ended(server.submit(image["request"])["id"])
@@ -136,7 +136,7 @@ def test_images_are_found_shown_deleted_and_restored(server):
     assert (recipe["program"], recipe["request"]) == ("Sfumato", image["request"])
     assert server("GET", f"/api/images/{key}/thumb")[2]["content-type"] == "image/webp"
     assert server("DELETE", f"/api/images/{key}")[0] == 200
-    assert server.get("/api/images?q=77")["total"] == 0
+    assert server.get("/api/images?q=770077")["total"] == 0
     assert server("POST", f"/api/images/{key}/restore")[1]["key"] == key
     assert server("GET", f"/api/images/{key}/file")[1] == data
 

@@ -30,8 +30,8 @@ PLURALS = {
 
 
 def zipped(paths: Iterable[Path]) -> int:
-    """Bytes of all files together, compressed."""
-    return len(gzip.compress(b"".join(path.read_bytes() for path in paths), 9))
+    """Bytes of all files, each compressed alone."""
+    return sum(len(gzip.compress(path.read_bytes(), 9)) for path in paths)
 
 
 def source(*kinds: str) -> list[Path]:
@@ -138,6 +138,8 @@ def test_every_file_of_the_page_is_there():
     mapped = json.loads(re.search(r'type="importmap">(.*?)</script>', text, re.DOTALL)[1])["imports"]
     for name in [*page.files, *mapped.values()]:
         assert (STATIC / name).is_file(), name
+    scripts = {path.relative_to(STATIC).as_posix() for path in STATIC.rglob("*.js")}
+    assert {name.removeprefix("./") for name in page.files if name.endswith(".js")} == scripts  # loaded all at once
     for path in SCRIPTS:
         for name in re.findall(r"from '([^']+)'", path.read_text(encoding="utf-8")):
             assert name in mapped or (path.parent / name).is_file(), (path, name)

@@ -31,6 +31,14 @@ def test_text_to_image(api):
     assert (recipe["scheduler"], recipe["rng"], recipe["prompt_syntax"]) == ("euler_a", "cuda", "a1111")
 
 
+def test_a_second_pass(api):
+    second = {"hr_scale": 1.5, "hr_upscaler": "Latent (bicubic)", "hr_second_pass_steps": 3}
+    found = api.txt2img(prompt=APPLE, seed=7, width=128, height=128, enable_hr=True, denoising_strength=0.6, **second)
+    assert found.image.size == (192, 192)
+    hires = json.loads(found.image.text["sfumato"])["request"]["hires"]
+    assert (hires["scale"], hires["upscaler"], hires["steps"], hires["strength"]) == (1.5, "latent-bicubic", 3, 0.6)
+
+
 def test_image_to_image(api):
     navy = Image.new("RGB", (128, 128), "navy")
     found = api.img2img(images=[navy], prompt=APPLE, seed=7, width=128, height=128, steps=4, denoising_strength=0.5)
@@ -62,8 +70,9 @@ def test_lists_and_settings(api, server):
     assert api.get_options() == options | {"CLIP_stop_at_last_layers": 2}
     api.set_options(options)
     assert server("POST", "/sdapi/v1/options", {"sd_model_checkpoint": "nothing"})[0] == 404
-    assert api.get_upscalers()[0]["name"] == "None"
-    assert [api.get_sd_vae(), api.get_loras(), api.get_latent_upscale_modes(), api.get_prompt_styles()] == [[]] * 4
+    assert [one["name"] for one in api.get_upscalers()] == ["None", "Lanczos"]
+    assert {"name": "Latent (bicubic)"} in api.get_latent_upscale_modes()
+    assert [api.get_sd_vae(), api.get_loras(), api.get_prompt_styles()] == [[]] * 3
     assert api.get_memory()["ram"]["total"] > 0
     api.refresh_checkpoints()
 
@@ -133,7 +142,7 @@ def test_payloads_of_other_clients(server, payload):
     [
         ({"alwayson_scripts": {"ControlNet": {"args": [{"enabled": True}]}}}, "scripts"),
         ({"script_name": "X/Y/Z plot"}, "scripts"),
-        ({"enable_hr": True}, "second pass"),
+        ({"enable_hr": True, "hr_scale": 17}, "hr_scale"),
         ({"prompt": "<lora:nothing:1>"}, "no model"),
         ({"steps": 0}, "steps"),
     ],

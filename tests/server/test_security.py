@@ -31,11 +31,8 @@ def server(tmp_path_factory):
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory):
     """A server as it is off the loopback address, though reached by it."""
-    with serving(tmp_path_factory.mktemp("guarded"), worker=False, host="0.0.0.0", token="the token") as (
-        client,
-        queue,
-    ):
-        client.app = queue.app
+    options = {"worker": False, "host": "0.0.0.0", "token": "the token"}
+    with serving(tmp_path_factory.mktemp("guarded"), **options) as (client, _):
         yield client
 
 
@@ -106,7 +103,8 @@ def test_off_the_loopback_address_there_is_a_token(server):
 
 def test_no_route_answers_without_the_token(guarded):
     asked = 0
-    for route, methods in guarded.app.openapi()["paths"].items():
+    described = guarded("GET", "/openapi.json", Authorization="Bearer the token")[1]
+    for route, methods in described["paths"].items():
         for method in methods:
             path = route.replace("{key}", "0" * 32).replace("{id}", "0" * 16)
             assert guarded(method.upper(), path, JOB if method == "post" else None)[0] == 401, (method, path)
@@ -166,7 +164,8 @@ def test_no_path_and_no_address_of_a_request_is_opened(server, text):
         {"refiner": text},
         {"depth": text},
         {"lora_dir": text},
-        {"image_prompts": [{"model": text, "image": text, "encoder": text}]},
+        {"image_prompts": [{"model": text, "image": IMAGE, "encoder": text}]},
+        *([] if not text or ":" in text else [{"prompt": f"x <lora:{text}:1>", "prompt_syntax": "a1111"}]),
         *more(text),
     ):
         status, body, _ = server("POST", "/api/jobs", {"request": {"prompt": "x", **request}})
@@ -204,6 +203,7 @@ def test_every_text_of_a_request_is_a_text_a_word_or_a_name():
     from typing import get_args
 
     from sfumato.request import GenerateRequest
+    from sfumato.server.intake import FILES
     from sfumato.values import kinds_of
 
     def holds_text(kind):
@@ -212,11 +212,12 @@ def test_every_text_of_a_request_is_a_text_a_word_or_a_name():
     texts = {name for name, kind in kinds_of(GenerateRequest).items() if holds_text(kind)}
     read = {"prompt", "negative_prompt", "prompt_2", "negative_prompt_2"}
     words = {"prompt_syntax", "rng", "scheduler", "spacing", "seamless"}
-    resolved, refused = {"image", "refiner"}, {"depth", "lora_dir"}
-    assert texts - read - words - resolved - refused == set()
+    assert texts - read - words - FILES.keys() - {"lora_dir"} == set()
     nested = {name: set(kinds_of(kind)) for name, kind in GenerateRequest.nested.items()}
-    files = {name for name, fields in nested.items() if {"file", "image", "model"} & fields}
-    assert files == {"adapters", "embeddings", "mask", "controls", "image_prompts"}
+    paths = {name: fields & {"file", "image", "model", "encoder", "mask"} for name, fields in nested.items()}
+    assert {name: fields for name, fields in paths.items() if fields} == {
+        name: set(fields) for name, fields in FILES.items() if isinstance(fields, dict)
+    }
     looked = {
         "image_prompts",
         "adapters",

@@ -7,8 +7,11 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image, PngImagePlugin
 from playwright.sync_api import expect
+from safetensors.numpy import save_file
 
 from support.browser import Visit, browsing, chromium
 from support.studio import serving
@@ -26,7 +29,13 @@ def browser():
 
 @pytest.fixture(scope="module")
 def studio(browser, tmp_path_factory):
-    with serving(tmp_path_factory.mktemp("studio"), page=True) as (client, _):
+    models = tmp_path_factory.mktemp("models")
+    save_file({"lora_unet_x.lora_down.weight": np.zeros((1, 1), np.float32)}, models / "style.safetensors")
+    save_file({"emb_params": np.zeros((1, 8), np.float32)}, models / "word.safetensors")
+    (models / "edges").mkdir()
+    (models / "edges" / "config.json").write_text('{"_class_name": "ControlNetModel"}')
+    with serving(tmp_path_factory.mktemp("studio"), page=True, models=models) as (client, queue):
+        queue.models.all(look=True)
         client.until(lambda: client.get("/api/health"), lambda told: told["worker"]["state"] == "ready")
         for prompt in (APPLE, PENGUIN):
             client.ended(client.submit({"prompt": prompt, "steps": 2, "seed": 7})["id"])
@@ -256,8 +265,6 @@ def drop(page, path: Path, kind: str = "image/png") -> None:
 
 
 def test_dropped_pictures(studio, visit, tmp_path):
-    from PIL import Image
-
     page = visit.page
     visit.expected.append("400 (Bad Request)")  # browsers log what is refused
     # Of another program: its settings.
@@ -291,9 +298,48 @@ def test_dropped_pictures(studio, visit, tmp_path):
     page.get_by_text("notes.txt is not an image that can be read").wait_for()
 
 
-def test_recipes_are_text_and_nothing_else(studio, visit, tmp_path):
-    from PIL import Image, PngImagePlugin
+def test_a_picture_is_extended(studio, visit, tmp_path):
+    page = visit.page
+    visit.expected.append("400 (Bad Request)")  # browsers log what is refused, here to say that it has no recipe
+    page.get_by_text("Advanced").click()
+    Image.new("RGB", (96, 64), "teal").save(tmp_path / "plain.png")
+    drop(page, tmp_path / "plain.png")
+    page.get_by_label("Right", exact=True).fill("96")
+    page.keyboard.press("Tab")
+    job = studio.ended(visit.generate(APPLE, Steps=2)["id"])
+    assert (job["state"], job["request"]["mask"]) == ("done", {"extend": [0, 0, 96, 0]})
+    key = job["images"][0]
+    visit.shows(key)
+    image = studio.get(f"/api/images/{key}")
+    assert abs(image["width"] / image["height"] - 192 / 64) < 0.1  # as wide as both, at the model's number of pixels
 
+
+def test_models_that_change_and_steer_it(studio, visit, tmp_path):
+    page = visit.page
+    page.get_by_text("Advanced").click()
+    page.get_by_label("Add a LoRA").select_option("style")
+    page.get_by_label("Add an embedding").select_option("word")
+    page.get_by_label("Add a ControlNet").select_option("edges")
+    page.get_by_label("Preprocessor").select_option("canny")
+    Image.new("RGB", (96, 64), "teal").save(tmp_path / "edges.png")
+    page.locator(".worn input[type=file]").set_input_files(tmp_path / "edges.png")
+    page.get_by_alt_text("edges.png").wait_for()
+    page.fill("#prompt", APPLE)
+    with page.expect_request("**/api/jobs") as sent:
+        page.click(".generate")
+    request = sent.value.post_data_json["request"]
+    assert (request["adapters"], request["embeddings"]) == ([{"file": "style", "weight": 1}], [{"file": "word"}])
+    (control,) = request["controls"]
+    assert control.pop("image").startswith("data:image/png;base64,")
+    assert control == {"model": "edges", "scale": 1, "preprocessor": "canny"}
+    visit.open()
+    page.get_by_alt_text("edges.png").wait_for()
+    assert violations(page) == []
+    page.get_by_role("button", name="Remove word").click()
+    expect(page.get_by_label("Add an embedding")).to_be_visible()
+
+
+def test_recipes_are_text_and_nothing_else(studio, visit, tmp_path):
     info = PngImagePlugin.PngInfo()
     evil = "<img src=x onerror=alert(1)>{{constructor}}"
     info.add_text("parameters", f"{evil}\nSteps: 2, Sampler: Euler, CFG scale: 7, Seed: 5, Size: 64x64")

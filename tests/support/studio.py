@@ -108,8 +108,9 @@ def serving(
     queue = JobQueue(folder, Models(models, cached=False), device="cpu", dtype="float32")
     if not worker:
         queue._begin = lambda: None
-    app = queue.app = create_app(queue, page=page, **options)
-    config = uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=1)
+    queue.start()
+    app = create_app(queue, page=page, **options)
+    config = uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=1, lifespan="off")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: server.run(sockets=[sock]), daemon=True)
     thread.start()
@@ -121,6 +122,7 @@ def serving(
     finally:
         server.should_exit = True
         thread.join(20)
+        queue.stop()
         sock.close()
 
 

@@ -17,14 +17,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfumato.bulk import extras
-from sfumato.bulk.job import Job, Picture, Shard, held, open_job
+from sfumato.bulk.job import Job, Picture, Shard, WrongCheckpoint, held, open_job
 from sfumato.bulk.ledger import Entry, Ledger, conflicts, read_ledger, standing
-from sfumato.bulk.painter import Shards, draw_requests, settings_of
+from sfumato.bulk.painter import Painter, Work, draw_requests, settings_of
 from sfumato.bulk.report import status
 from sfumato.bulk.rows import digest_of, read_rows
 from sfumato.bulk.run import Queue, TooManyErrors, run
+from sfumato.bulk.shards import image_at, write_shard
 from sfumato.errors import MissingExtra, OutputError, SfumatoError, UsageError
-from sfumato.images import psnr
+from sfumato.images import open_image, psnr
+from sfumato.metadata.carriers import read_recipe
 from sfumato.request import GenerateRequest
 
 
@@ -328,16 +330,14 @@ def test_pictures_are_drawn_together_where_only_words_and_seeds_differ():
     assert settings_of(Picture("", 0, 0, json.dumps({"seed": 9, "steps": 3, "prompt": "z"}))) == settings[0]
 
 
-def test_webdataset_shards_are_whole_or_absent(tmp_path):
-    shards = Shards(tmp_path, "w", 2)
-    for number in range(3):
-        shards.add(Picture(f"k{number}", 1, 1, "{}"), b"png")
-        if shards.is_full:
-            shards.close()
-    assert [path.name for path in tmp_path.glob("*.tar")] == ["w-00000.tar"]
-    shards.close()
-    with tarfile.open(tmp_path / "w-00001.tar") as tar:
-        assert tar.getnames() == ["k2.png", "k2.json"]
+def test_images_are_read_from_shards_by_where_they_begin(tmp_path):
+    files = [(f"k{number}", json.dumps({"prompt": "x" * number}), b"png" * (number + 200)) for number in range(3)]
+    offsets = write_shard(tmp_path / "s" / "a.tar", files)
+    for key, _, data in files:
+        assert image_at(tmp_path, f"s/a.tar#{key}.png", offsets[key], len(data)) == data
+    with tarfile.open(tmp_path / "s" / "a.tar") as tar:
+        assert tar.getnames()[:2] == ["k0.png", "k0.json"]
+    assert image_at(tmp_path, "s/gone.tar#k0.png", 512, 3) is None
 
 
 def test_missing_packages_say_what_to_type(monkeypatch):
@@ -432,9 +432,73 @@ def test_a_job_stays_what_it_is(pipeline, tmp_path):
         Job.read(tmp_path)
 
 
+def painted(pipeline, job: Job, pictures: list[Picture]) -> list[Path]:
+    """The files of pictures drawn together by a worker."""
+    work = Work(str(job.folder), "m", "m")
+    return [job.folder / one.path for one in Painter(work, pipeline).draw(pictures)]
+
+
+def test_rows_with_a_second_pass_and_a_refiner_are_the_images_of_generate(checkpoints, tmp_path):
+    import torch
+
+    import sfumato
+
+    names = {name: str(checkpoints(name)) for name in ("sdxl", "refiner")}
+    base = sfumato.load(names["sdxl"], device="cpu", dtype=torch.float32)
+    both = [{"refiner": names["refiner"]}, {"hires": {"scale": 2.0, "steps": 2, "prompt": "a closer fox"}}]
+    rows = [{"prompt": word, "steps": 5, **one} for one in both for word in ("a fox", "a hen")]
+    source = written(tmp_path / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    job = open_job(tmp_path / "job", source, base, on_bad=print)
+    assert Job.read(job.folder) == job
+    assert job.refiners.keys() == {names["refiner"]}
+    pictures = list(job.pictures_in_order())
+    drawn = [*painted(base, job, pictures[:2]), *painted(base, job, pictures[2:])]
+    for picture, file in zip(pictures, drawn, strict=True):
+        request = GenerateRequest.from_dict(json.loads(picture.request))
+        assert psnr(open_image(file), base.generate(request).images[0]) > 50
+    told = read_recipe(drawn[0])
+    assert told["request"]["denoising_end"] == 0.8
+    assert told["refiner"]["weights"]
+    assert open_image(drawn[2]).size == tuple(2 * side for side in base.size_of(GenerateRequest()))
+    # Another refiner under the old name is refused, by whoever loads it.
+    replace(job, refiners={names["refiner"]: "another"}).write()
+    base.refiner = None
+    drawn[0].unlink()
+    with pytest.raises(WrongCheckpoint, match="refiner"):
+        painted(base, job, pictures[:1])
+
+
+def test_refiners_that_are_none_are_named(pipeline, tmp_path):
+    rows = [{"prompt": "a", "refiner": str(tmp_path / "none")}, {"prompt": "a", "hires": {"scale": 900}}]
+    _, wrong, _ = planned(pipeline, tmp_path, [{"prompt": "b"}, *rows], skip_bad=True)
+    assert "none" in wrong[2]
+    assert "scale" in wrong[3]
+
+
+def test_another_image_of_a_control_is_another_key(pipeline, tmp_path):
+    from PIL import Image
+
+    keys = []
+    for color in ("red", "blue"):
+        Image.new("RGB", (16, 16), color).save(tmp_path / "pose.png")
+        control = {"model": "m", "image": str(tmp_path / "pose.png")}
+        keys += [planned(pipeline, tmp_path, [{"prompt": "a", "controls": [control]}])[0][0].key]
+    assert keys[0] != keys[1]
+
+
+def test_what_is_there_is_not_drawn_again_with_the_others_of_its_batch(pipeline, tmp_path, monkeypatch):
+    source = written(tmp_path / "rows.jsonl", "".join(json.dumps({"prompt": p, "steps": 1}) + "\n" for p in "abc"))
+    job = open_job(tmp_path / "job", source, pipeline, on_bad=print)
+    pictures = list(job.pictures_in_order())
+    first = painted(pipeline, job, pictures[1:2])[0].stat().st_mtime_ns
+    entries = Painter(Work(str(job.folder), "m", "m"), pipeline).draw(pictures)
+    assert {one.key for one in entries} == {one.key for one in pictures}
+    assert [one.row for one in entries if not one.seconds] == [2]
+    assert job.path_of(pictures[1].key).stat().st_mtime_ns == first
+
+
 def test_a_ray_worker_that_cannot_begin_ends_the_run(tmp_path, monkeypatch):
     from sfumato.bulk.cluster import Pool
-    from sfumato.bulk.painter import Work
 
     class RayActorError(Exception):
         actor_init_failed = True

@@ -615,7 +615,7 @@ def test_files_larger_than_such_files_are(tmp_path):
     for name in ("coremldata.bin", "model.mil"):
         with (tmp_path / "a.mlmodelc" / name).open("r+b") as file:
             file.truncate(2**30 + 1)  # a hole, which takes no room
-    with pytest.raises(CheckpointError, match=r"coremldata.bin has 1,074 MB, which is more than such files have"):
+    with pytest.raises(CheckpointError, match=r"coremldata.bin has 1,074 MB, which is too large for such a file"):
         read_model(tmp_path / "a.mlmodelc")
     (tmp_path / "a.mlmodelc" / "coremldata.bin").unlink()
     write_package(example(), tmp_path / "a.mlpackage")

@@ -151,7 +151,7 @@ def test_a_wrong_checkpoint_does_not_fit(converted, checkpoints, tmp_path):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"cross_attention_dim": 32}))
     parts = open_parts(converted(described=False), ENGINE, str(version))
     with pytest.raises(
-        CheckpointError, match=r"has 24 numbers a token, but its checkpoint.s config says 32; .*--model-version"
+        CheckpointError, match=r"has 24 values per token, but its checkpoint.s config says 32; .*--model-version"
     ):
         parts.unet  # noqa: B018
     config = version / "vae" / "config.json"

@@ -104,7 +104,7 @@ def test_an_overflow_of_half_precision_is_named(source):
     loud = changed(model, str(weight), lambda values: np.full_like(values, 6e4))
     probe = probes("vae_decoder", model.interface, source)[0]
     said = departure(Predictor(loud, fuse=False), Predictor(loud, precision="float32"), probe)
-    assert said.startswith("the first result that is not finite is that of operation")
+    assert said.startswith("the first non-finite result is that of operation")
     assert first.outputs[0].name in said
 
 
@@ -130,7 +130,7 @@ def test_nan_that_later_operations_hide_is_no_proof(source):
     assert graph.passed
     assert shipped.verdict == "WRONG"
     assert shipped.db == -math.inf
-    assert "'sqrt' (lost) gives NaN, which later ones hide" in shipped.hint
+    assert "'sqrt' (lost) returns NaN, which later operations hide" in shipped.hint
 
 
 def test_two_runs_that_agree_have_no_operation_at_fault(source):

@@ -106,4 +106,4 @@ def test_memory_counts_every_joined_prompt():
 
 def test_in_a_negative_prompt_it_is_a_word(ours):
     notes = ours().generate(REQUEST.replace(negative_prompt="red AND blue")).notes
-    assert "AND in the negative prompt is drawn as a word, and does not join prompts" in notes
+    assert "AND in the negative prompt is read as a word and does not join prompts" in notes

@@ -163,8 +163,8 @@ def test_a_border_and_a_mask_are_painted_together(draw):
 
 BAD = {
     "a mask of another size": (lambda: spot((41, 24)), {}, r"the mask is 41 × 24 and its image 40 × 24; give a mask of the image's size"),
-    "an empty mask": (lambda: spot(level=0), {}, r"nothing in the mask .*mask\.png is white, so nothing would be painted"),
-    "an empty mask to crop to": (lambda: spot(level=0), {"crop": 4}, "is white, so nothing would be painted"),
+    "an empty mask": (lambda: spot(level=0), {}, r"nothing in the mask .*mask\.png is white, so nothing would change"),
+    "an empty mask to crop to": (lambda: spot(level=0), {"crop": 4}, "is white, so nothing would change"),
     "too large a border": (lambda: None, {"extend": (16000, 0, 0, 16000)}, "extended image would be 16040 × 16024"),
     "strength without a step": (spot, {"strength": 0.1}, r"strength 0\.1 leaves none of the 3 steps"),
 }  # fmt: skip

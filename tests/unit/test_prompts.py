@@ -102,7 +102,7 @@ def test_long_prompts_are_read_to_the_end(encode):
 
 
 def test_prompts_that_cannot_be_as_long(encode):
-    with pytest.raises(UsageError, match="draw them one by one"):
+    with pytest.raises(UsageError, match="generate them one by one"):
         encode(*("a cat " * (9 * count) for count in (5, 7, 8)), syntax="a1111")
 
 

@@ -118,7 +118,7 @@ def test_merges_that_were_cut_are_seen(tmp_path, kept):
     folder = write_tokenizer(tmp_path / "t")
     lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / "merges.txt").write_text("".join(lines[:kept]), encoding="utf-8")
-    with pytest.raises(CheckpointError, match="cannot be made by any merge, so it is incomplete") as caught:
+    with pytest.raises(CheckpointError, match="are the result of no merge, so it is incomplete") as caught:
         sfumato.CLIPTokenizer.from_pretrained(folder)
     assert str(folder / "merges.txt") in str(caught.value)
 
@@ -210,7 +210,7 @@ def test_a_text_that_is_not_unicode(tokenizer):
 
 def test_a_broken_tokenizer_json_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not a tokenizer file"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not a byte-pair tokenizer"):
         sfumato.CLIPTokenizer.from_pretrained(tmp_path)
 
 

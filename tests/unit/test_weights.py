@@ -405,6 +405,6 @@ def test_a_folder_of_variants_only_says_which(tmp_path):
     from sfumato.checkpoints.weights import find_weights
 
     (tmp_path / "model.fp16.safetensors").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"has no model\.safetensors, but its variant 'fp16'; .*--variant fp16"):
+    with pytest.raises(CheckpointError, match=r"has no model\.safetensors, but the variant 'fp16'; .*--variant fp16"):
         find_weights(tmp_path, "model")
     assert find_weights(tmp_path, "model", variant="fp16") == [tmp_path / "model.fp16.safetensors"]

@@ -101,4 +101,4 @@ def test_sizes():
     assert size_notes((128, 128), (128, 128), **options) == []
     assert size_notes((2048, 2048), (512, 512), **options) == []  # asked for, and not from an image
     (note,) = size_notes((64, 64), (128, 128), **options | {"only": True})
-    assert note == "this model was made for 128 × 128 images, and 64 × 64 will look bad; ask for 128 × 128"
+    assert note == "this model was made for 128 × 128 images, and 64 × 64 will look bad; use 128 × 128"

@@ -26,7 +26,7 @@ QUICK_STEPS = 4
 class Setting:
     """What to measure: a checkpoint folder on a machine, with `steps` in the first rows, each `runs` times.
 
-    Raises `UsageError` for fewer than one step or run, and like `check_peers`.
+    Raises `UsageError` for fewer than one step or run, and the errors of `check_peers`.
     """
 
     folder: str

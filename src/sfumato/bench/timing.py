@@ -102,7 +102,7 @@ def peak_memory(device: str = "cpu") -> int:
 
         return torch.cuda.max_memory_allocated()
     try:
-        # getrusage() includes the parent's peak before exec; this counts this program only.
+        # getrusage() starts from the parent's memory; this counts this program only.
         with open("/proc/self/status", encoding="ascii") as stream:
             line = next(line for line in stream if line.startswith("VmHWM:"))
         return 1024 * int(line.split()[1])

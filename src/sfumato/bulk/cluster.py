@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from sfumato.bulk import extras
-from sfumato.bulk.painter import Painter
+from sfumato.bulk.painter import FATAL, Painter
 from sfumato.errors import SfumatoError, UsageError
 from sfumato.values import reason
 
@@ -80,93 +80,62 @@ class Pool:
     cpus: float = 1
     gpus: float = 0
     patience: float = 600.0
-    _actors: dict[str, Any] = field(default_factory=dict, init=False)
-    _asked: dict[Any, tuple[str, Batch]] = field(default_factory=dict, init=False)
-    _open: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
-    _began: int = field(default=0, init=False)
-    _ready: set[str] = field(default_factory=set, init=False)
+    _asked: dict[Any, dict[Any, Batch]] = field(default_factory=dict, init=False)  # of each actor, in order
+    _ready: set[Any] = field(default_factory=set, init=False)
+    _begun: int = field(default=0, init=False)
 
     def __call__(self, queue: Queue, ledger: Ledger, ending: Ending) -> Iterator[Drawn]:
         """The executor. Raises `SfumatoError` where too few actors begin, or too many die."""
         ray, since = extras.ray(), time.monotonic()
         for _ in range(self.most):
-            self._begin(ledger)
+            self._begin(ray)
         while True:
-            if not ending:
-                self._feed(queue)
-            if not any(batch for _, batch in self._asked.values()) and (ending or self._ready):
-                break
-            done, _ = ray.wait(list(self._asked), num_returns=1, timeout=LOOK)
-            for one in done:
-                yield from self._settled(ray, one, queue, ledger)
+            for actor in () if ending else self._ready:
+                while len(self._asked[actor]) < AHEAD and (batch := queue.take()) is not None:
+                    self._asked[actor][actor.draw.remote(batch)] = batch
+            waiting = {one: actor for actor, asked in self._asked.items() for one in asked}
+            if not any(self._asked[waiting[one]][one] for one in waiting) and (ending or self._ready):
+                return
+            for one in ray.wait(list(waiting), num_returns=1, timeout=LOOK)[0]:
+                yield self._settled(ray, waiting[one], one, queue)
             if len(self._ready) < self.least and time.monotonic() - since > self.patience:
                 raise SfumatoError(
                     f"after {self.patience:.0f} s, only {len(self._ready)} of {self.least} workers have started; "
                     "lower --workers, or add machines"
                 )
-        yield from self._finished(ray, queue)
 
-    def _begin(self, ledger: Ledger) -> None:
-        ray, name = extras.ray(), f"{ledger.worker}-{self._began:05d}"
-        self._began += 1
-        if self._began > self.most + self.restarts:
+    def _begin(self, ray: Any) -> None:
+        self._begun += 1
+        if self._begun > self.most + self.restarts:
             raise SfumatoError(
                 f"{self.restarts} workers have died; check Ray's logs for the cause, or raise --max-restarts"
             )
-        actor = ray.remote(Painter).options(num_cpus=self.cpus, num_gpus=self.gpus, max_restarts=0)
-        work = replace(self.work, threads=max(1, int(self.cpus)))
-        self._actors[name], self._open[name] = actor.remote(work, name), {}
-        self._asked[self._actors[name].draw.remote([])] = (name, [])  # answered when its pipeline is warm
+        options = {"num_cpus": self.cpus, "num_gpus": self.gpus, "max_restarts": 0}
+        actor = ray.remote(Painter).options(**options).remote(replace(self.work, threads=max(1, int(self.cpus))))
+        self._asked[actor] = {actor.draw.remote([]): []}  # answered when its pipeline is warm
 
-    def _feed(self, queue: Queue) -> None:
-        for name in self._ready:
-            while sum(name == one for one, _ in self._asked.values()) < AHEAD and (batch := queue.take()) is not None:
-                self._open[name] |= {one.key: one for one in batch}
-                self._asked[self._actors[name].draw.remote(batch)] = (name, batch)
-
-    def _settled(self, ray: Any, one: Any, queue: Queue, ledger: Ledger) -> Iterator[Drawn]:
-        name, batch = self._asked.pop(one)
+    def _settled(self, ray: Any, actor: Any, one: Any, queue: Queue) -> Drawn:
         try:
             entries = ray.get(one)
         except ray.exceptions.RayActorError as error:
-            if name in self._actors:  # all that it had is to be drawn again, also what it had drawn and not settled
-                yield from self._died(name, error, queue, ledger)
-            return
+            return self._died(ray, actor, error, queue)
         except ray.exceptions.RayTaskError as error:
-            cause = error.cause if isinstance(error.cause, Exception) else error
-            if isinstance(cause, OSError) and isinstance(cause, SfumatoError):  # a full disk is no picture's fault
-                raise cause from None
-            for picture in batch:
-                self._open[name].pop(picture.key, None)
-            yield batch, cause
-            return
-        self._ready.add(name)
-        for entry in entries:
-            self._open[name].pop(entry.key, None)
-        yield batch, entries
+            if isinstance(error.cause, FATAL):
+                raise error.cause from None
+            entries = error.cause if isinstance(error.cause, Exception) else error
+        self._ready.add(actor)
+        return self._asked[actor].pop(one), entries
 
-    def _died(self, name: str, error: Exception, queue: Queue, ledger: Ledger) -> Iterator[Drawn]:
+    def _died(self, ray: Any, actor: Any, error: Exception, queue: Queue) -> Drawn:
+        """Replace an actor. It died of the batch that it was drawing, if of any."""
         if getattr(error, "actor_init_failed", False):  # which another one would, too
             raise SfumatoError(f"a worker could not start: {_last_line(error)}") from error
-        del self._actors[name]
-        self._ready.discard(name)
-        mine = [(one, batch) for one, (whose, batch) in self._asked.items() if whose == name]
-        for one, _ in mine:
-            del self._asked[one]
-        lost = list(self._open.pop(name).values())
-        alone = len(lost) == 1
-        if not alone:
-            queue.again(lost)
-        self._begin(ledger)
-        if alone:
-            yield lost, SfumatoError("the worker died while generating this image")
-
-    def _finished(self, ray: Any, queue: Queue) -> Iterator[Drawn]:
-        for name in sorted(self._ready):
-            try:
-                yield [], ray.get(self._actors[name].finish.remote())
-            except ray.exceptions.RayError:  # what was not settled is drawn by the next run
-                queue.again(list(self._open[name].values()))
+        first, *others = self._asked.pop(actor).values()
+        self._ready.discard(actor)
+        for batch in others:
+            queue.back(batch)
+        self._begin(ray)
+        return first, SfumatoError("the worker died while generating this image")
 
 
 def _last_line(error: Exception) -> str:

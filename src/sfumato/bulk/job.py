@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sfumato.adapters.named import with_named_adapters
 from sfumato.bulk.extras import arrow
 from sfumato.bulk.rows import digest_of, read_rows
-from sfumato.errors import ConfigError, MemoryPlanError, SfumatoError, UsageError
+from sfumato.errors import SfumatoError, UsageError
 from sfumato.files import expanded, file_hash, output_folder, read_json, replacing, write_json
 from sfumato.jobs.keys import NUMERICS, canonical, image_key, salt_of
-from sfumato.jobs.locks import is_locked, locked
+from sfumato.locks import is_locked, locked
 from sfumato.pipelines.components import choose_scheduler
+from sfumato.pipelines.loading import load
+from sfumato.pipelines.parts import check_latents
 from sfumato.pipelines.recipe import model_digest
 from sfumato.request import GenerateRequest
 from sfumato.runtime.choices import check_sides
@@ -28,12 +30,16 @@ if TYPE_CHECKING:
 
     from sfumato.pipelines.pipeline import DiffusionPipeline
 
-__all__ = ["Job", "Picture", "Shard", "Sieve", "held", "is_running", "open_job"]
+__all__ = ["Job", "Picture", "Shard", "Sieve", "WrongCheckpoint", "held", "is_running", "open_job", "with_refiner"]
 
 log = logging.getLogger("sfumato")
 
 CHUNK = 20_000
 FILE = "job.json"
+
+
+class WrongCheckpoint(UsageError):
+    """A checkpoint is not the one that the job was started with."""
 
 
 class Picture(NamedTuple):
@@ -83,6 +89,7 @@ class Job:
     source: str
     model: str
     numerics: dict[str, Any]
+    refiners: dict[str, str] = dataclasses.field(default_factory=dict)
     rows: int = 0
     bad: int = 0
     pictures: int = 0
@@ -104,9 +111,19 @@ class Job:
         """All pictures, in the order of their rows."""
         return self.folder / "rows.parquet"
 
+    def pictures_in_order(self) -> Iterator[Picture]:
+        """All pictures, in the order of their rows."""
+        with arrow("pyarrow.parquet").ParquetFile(self.table) as file:
+            for batch in file.iter_batches(batch_size=4096):
+                yield from (Picture(**one) for one in batch.to_pylist())
+
     def path_of(self, key: str) -> Path:
         """Where the picture of a key stands."""
         return self.folder / key[:2] / key[2:4] / f"{key}.png"
+
+    def pending(self, key: str) -> Path:
+        """Where the image of a key waits to be moved into a WebDataset shard."""
+        return self.folder / "pending" / f"{key}.png"
 
     def write(self) -> None:
         """Say what the job is. Raises `OutputError`."""
@@ -114,67 +131,96 @@ class Job:
 
 
 class Sieve:
-    """What turns a row into pictures, or says why it cannot be drawn."""
+    """Turns a row into images, or says why it cannot be generated."""
 
     def __init__(self, pipeline: DiffusionPipeline, job: Job) -> None:
-        self._parts, self._place, self._job = pipeline.parts, pipeline.place, job
+        self._pipeline, self._parts, self._job = pipeline, pipeline.parts, job
         self._salt = salt_of(job.model, job.numerics)
         self._left_open = GenerateRequest().settled(self._parts.settings).to_dict()
         self._size = dict(zip(("width", "height"), self._parts.size_of(GenerateRequest()), strict=True))
         self._known: dict[tuple[Any, ...], Any] = {}
 
     def pictures(self, row: int, values: dict[str, Any]) -> Iterator[Picture]:
-        """The pictures of a row. Raises a `SfumatoError` that says what is wrong with it."""
+        """The images of a row. Raises a `SfumatoError` that says what is wrong with it."""
         own = hashlib.sha256(f"{self._job.id}:{row}".encode()).digest()
         sized = {} if "image" in values else self._size
         seeded = {"seed": int.from_bytes(own[:4], "big")}
         request = GenerateRequest.from_dict({**self._left_open, **sized, **seeded, **values})
         if not any(request.prompts):
             raise UsageError("the prompt is missing; add one")
-        for name in ("refiner", "hires"):
-            if getattr(request, name) is not None:
-                raise UsageError(f"bulk jobs do not support {name}; omit it")
+        if request.refiner is not None:  # which is told where it takes over
+            request = request.settled(self._parts.settings)
         request = self._with_hashes(with_named_adapters(request))
-        image = self._checked(request)
+        files = self._checked(request)
         for index, seed in enumerate(request.seeds):
             alone = request if request.batch_size == 1 else request.alone(index // request.count).replace(seed=seed)
             text = canonical(alone)
-            yield Picture(image_key(self._salt, image, text), row, seed, text)
+            yield Picture(image_key(self._salt, files, text), row, seed, text)
 
     def _with_hashes(self, request: GenerateRequest) -> GenerateRequest:
-        """The request with the hash of each file that it adds, so that other files make other pictures."""
+        """The request with the hash of each file that it adds, so that other files make other images."""
         added = {"adapters": request.adapters, "embeddings": request.embeddings}
         for name, files in added.items():
-            told = [
-                one.sha256 or self._once(lambda one=one: file_hash(expanded(one.file), None), one.file, name)
-                for one in files
-            ]
-            added[name] = tuple(one.replace(sha256=sha256) for one, sha256 in zip(files, told, strict=True))
+            added[name] = tuple(one.replace(sha256=one.sha256 or self._hash(one.file)) for one in files)
         return request.replace(**added)
 
     def _checked(self, request: GenerateRequest) -> str:
-        """The hashes of the pictures that a request reads, "" without any; what was looked at is not again."""
-        check_sides(self._parts.vae_scale_factor, width=request.width, height=request.height)
-        self._once(lambda: choose_scheduler(request.scheduler, self._parts.scheduler), request.scheduler)
+        """The hashes of what else a request reads, "" without any; nothing is looked at twice."""
+        unit, (width, height) = self._parts.vae_scale_factor, (request.width, request.height)
+        check_sides(unit, width=width, height=height)
+        hires = request.hires
+        for name in (request.scheduler, hires and hires.scheduler):
+            self._once(lambda name=name: choose_scheduler(name, self._parts.scheduler), "scheduler", name)
         if request.image is None:
-            width, height = request.width, request.height
-            self._once(lambda: self._fits(width, height), width, height)
-            return ""
-        files = request.pictures.values()
-        return "".join(self._once(lambda file=file: file_hash(expanded(file)), file, "") for file in files)
+            largest = hires.sizes(width, height, unit)[0] if hires and width and height else (width, height)
+            self._once(lambda: self._fits(*largest), "size", *largest)
+        seen = [file for one in request.image_prompts for file in (one.image, one.mask) if file]
+        files = [*request.pictures.values(), *(one.image for one in request.controls), *seen]
+        read = "".join(self._hash(file) for file in files)
+        return read + (
+            ""
+            if request.refiner is None
+            else self._once(lambda: self._refiner(str(request.refiner)), "refiner", request.refiner)
+        )
+
+    def _refiner(self, name: str) -> str:
+        with_refiner(self._pipeline, name, self._job.refiners)
+        return self._job.refiners[name]
 
     def _fits(self, width: int | None, height: int | None) -> None:
-        self._place.plan(self._parts, GenerateRequest(width=width, height=height))
+        self._pipeline.place.plan(self._parts, GenerateRequest(width=width, height=height))
+
+    def _hash(self, file: str) -> str:
+        return self._once(lambda: file_hash(expanded(file), None), "file", file)
 
     def _once(self, find: Callable[[], Any], *what: Any) -> Any:
         if what not in self._known:
             try:
                 self._known[what] = find()
-            except (ConfigError, UsageError, MemoryPlanError, OSError) as error:
+            except (SfumatoError, OSError) as error:
                 self._known[what] = error
         if isinstance(found := self._known[what], Exception):
             raise found
         return found
+
+
+def with_refiner(pipeline: DiffusionPipeline, name: str | None, known: dict[str, str]) -> DiffusionPipeline | None:
+    """The refiner that a request names, loaded unless the last one was the same. known: digests by name, added to.
+
+    Raises `WrongCheckpoint` if it is not the known one, `UsageError` if it needs other latents.
+    """
+    if name is None or (pipeline.refiner is not None and pipeline.refiner.name == name):
+        return None if name is None else pipeline.refiner
+    pipeline.refiner = None  # so that two are never in memory
+    place = expanded(name)
+    where = str(place.absolute()) if place.exists() else name
+    refiner = load(where, device=pipeline.device.type, dtype=pipeline.dtype, local_files_only=True)
+    check_latents(pipeline.parts, refiner.parts)
+    if known.setdefault(name, digest := model_digest(refiner.parts)) != digest:
+        raise WrongCheckpoint(f"the refiner {name} is not the one this job was started with; restore it")
+    refiner.name = name
+    pipeline.refiner = refiner
+    return refiner
 
 
 def open_job(

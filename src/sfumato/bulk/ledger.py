@@ -10,13 +10,13 @@ import json
 import re
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sfumato.bulk.extras import arrow
 from sfumato.errors import OutputError
-from sfumato.files import output_folder, replacing
+from sfumato.files import naming, output_folder, replacing
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from sfumato.bulk.job import Job, Shard
 
-__all__ = ["Entry", "Ledger", "Standing", "conflicts", "read_ledger", "standing"]
+__all__ = ["Entry", "Ledger", "Standing", "conflicts", "is_state", "read_ledger", "standing"]
 
 # Attempts after which a picture is set aside.
 ATTEMPTS = 3
@@ -36,9 +36,9 @@ PERIOD, MOST_FILES = 10.0, 64
 class Entry:
     """What became of one picture.
 
-    path: below the job's folder, of a shard with "#" and the name in it; sha256: of the PNG's bytes; seconds: it took;
-    device, attempt (from 1), state ("done" or "failed") and error; notes: what the run said; worker: who drew it, and
-    elapsed: how many seconds that run was old, by a clock that never jumps.
+    path: below the job's folder, of a shard with "#" and the name in it; offset: where the PNG begins in that; sha256:
+    of its bytes; seconds: it took; device, attempt (from 1), state ("done" or "failed") and error; notes: what the run
+    said; worker: the run that drew it, and elapsed: how many seconds that was old, by a clock that never jumps.
     """
 
     key: str
@@ -48,6 +48,7 @@ class Entry:
     sha256: str = ""
     bytes: int = 0
     seconds: float = 0.0
+    offset: int = 0
     device: str = ""
     attempt: int = 1
     state: str = "done"
@@ -81,14 +82,14 @@ class Ledger:
     def add(self, entries: Iterable[Entry]) -> None:
         """Take entries down; every few seconds they are on the disk."""
         elapsed = time.monotonic() - self._began
-        self._open += [Entry(**asdict(one) | {"worker": self.worker, "elapsed": elapsed}) for one in entries]
+        self._open += [replace(one, worker=self.worker, elapsed=elapsed) for one in entries]
         if time.monotonic() - self._last > PERIOD:
             self.flush()
 
     def flush(self) -> None:
         """Have all entries on the disk. Raises `OutputError`."""
         if self._open:
-            self._write(self._table(self._open))
+            self._write(arrow().Table.from_pylist([asdict(one) for one in self._open], schema=_schema()))
             self._open = []
         self._last = time.monotonic()
         if len(self._written) >= MOST_FILES:
@@ -102,28 +103,21 @@ class Ledger:
 
     def forget(self, keys: Iterable[str]) -> None:
         """Have these keys drawn again by the next run."""
-        compute, paths = arrow("pyarrow.compute"), sorted(self.folder.glob("part-*.parquet"))
-        table = _first(_concat(paths))
-        keys = arrow().array(list(keys), arrow().string())
-        self._write(table.filter(compute.invert(compute.is_in(table["key"], keys))))
-        for path in paths:
-            path.unlink(missing_ok=True)
+        self._merge(sorted(self.folder.glob("part-*.parquet")), arrow().array(list(keys), arrow().string()))
 
     def in_flight(self, keys: Sequence[str]) -> None:
         """Say what is being drawn, so that who comes after a sudden death knows; nothing if it is empty."""
-        if keys:
-            self._flight.write_text(json.dumps(list(keys)))
-        else:
-            self._flight.unlink(missing_ok=True)
+        with naming(self._flight):
+            if keys:
+                self._flight.write_text(json.dumps(list(keys)))
+            else:
+                self._flight.unlink(missing_ok=True)
 
     def died_on(self) -> list[str]:
         """The keys that the last run of this part was drawing when it died."""
         with suppress(OSError, ValueError):
             return [str(key) for key in json.loads(self._flight.read_text())]
         return []
-
-    def _table(self, entries: Sequence[Entry]) -> Any:
-        return arrow().Table.from_pylist([asdict(one) for one in entries], schema=_schema())
 
     def _write(self, table: Any) -> None:
         self._files += 1
@@ -132,10 +126,10 @@ class Ledger:
             arrow("pyarrow.parquet").write_table(table, temporary, compression="zstd")
         self._written.append(path)
 
-    def _merge(self, paths: list[Path]) -> None:
-        table = _first(_concat(paths))
+    def _merge(self, paths: list[Path], forgotten: Any = None) -> None:
+        table, compute = _first(_concat(paths)), arrow("pyarrow.compute")
         self._written = []
-        self._write(table)
+        self._write(table if forgotten is None else table.filter(~compute.field("key").isin(forgotten)))
         for path in paths:
             path.unlink(missing_ok=True)
 
@@ -166,11 +160,15 @@ def _concat(paths: Iterable[Path], columns: Sequence[str] | None = None) -> Any:
     return arrow().concat_tables(tables) if tables else empty.select(columns) if columns else empty
 
 
+def is_state(table: Any, state: str) -> Any:
+    """Which rows of a ledger's table have a state."""
+    return arrow("pyarrow.compute").equal(table["state"], state)
+
+
 def _first(table: Any) -> Any:
     """One row for each key that is done, the first; two where the pictures differ. Failures stay until it is done."""
     compute = arrow("pyarrow.compute")
-    done = table.filter(compute.equal(table["state"], "done"))
-    failed = table.filter(compute.equal(table["state"], "failed"))
+    done, failed = (table.filter(is_state(table, state)) for state in ("done", "failed"))
     failed = failed.filter(compute.invert(compute.is_in(failed["key"], done["key"].combine_chunks())))
     return arrow().concat_tables([_distinct(done, ["key", "sha256"]), _distinct(failed, ["key", "worker", "attempt"])])
 
@@ -182,11 +180,10 @@ def _distinct(table: Any, columns: list[str]) -> Any:
     return table if len(firsts) == table.num_rows else table.take(firsts)
 
 
-@dataclass(frozen=True)
-class Standing:
+class Standing(NamedTuple):
     """How far a job is: keys that are done, and attempts at those that are not."""
 
-    done: Any
+    done: set[str]
     attempts: dict[str, int]
 
     @property
@@ -197,21 +194,18 @@ class Standing:
 
 def standing(folder: Path) -> Standing:
     """What the ledger says of each key."""
-    compute, table = arrow("pyarrow.compute"), read_ledger(folder, ["key", "state", "worker", "attempt"])
-    is_done = compute.equal(table["state"], "done")
-    done = compute.unique(table["key"].filter(is_done))
-    rest = table.filter(compute.invert(is_done))
-    rest = rest.filter(compute.invert(compute.is_in(rest["key"], done)))
-    rest = _distinct(rest, ["key", "worker", "attempt"])
-    attempts: dict[str, int] = {}
-    for key, number in zip(rest["key"].to_pylist(), rest["attempt"].to_pylist(), strict=True):
-        attempts[key] = max(number, attempts.get(key, 0))
+    done, attempts, table = set[str](), dict[str, int](), read_ledger(folder, ["key", "state", "attempt"])
+    done.update(table["key"].filter(is_done := is_state(table, "done")).to_pylist())
+    failed = table.filter(arrow("pyarrow.compute").invert(is_done))
+    for key, number in zip(failed["key"].to_pylist(), failed["attempt"].to_pylist(), strict=True):
+        if key not in done:
+            attempts[key] = max(number, attempts.get(key, 0))
     return Standing(done, attempts)
 
 
 def conflicts(table: Any) -> list[str]:
     """The keys with pictures that differ, which should be one: what drew them is not as exact as it claims."""
     compute = arrow("pyarrow.compute")
-    done = _distinct(table.filter(compute.equal(table["state"], "done")).select(["key", "sha256"]), ["key", "sha256"])
+    done = _distinct(table.filter(is_state(table, "done")).select(["key", "sha256"]), ["key", "sha256"])
     counts = compute.value_counts(done["key"])
     return [one["values"] for one in counts.filter(compute.greater(counts.field("counts"), 1)).to_pylist()]

@@ -8,26 +8,25 @@ import itertools
 import json
 import random
 import re
-import tarfile
 import time
-from contextlib import ExitStack, contextmanager
-from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato.bulk.extras import arrow
-from sfumato.bulk.job import Job, Picture, is_running
-from sfumato.bulk.ledger import conflicts, read_ledger, standing
-from sfumato.bulk.painter import Shards, batch_size, draw_requests
+from sfumato.bulk.job import Job, is_running
+from sfumato.bulk.ledger import conflicts, is_state, read_ledger, standing
+from sfumato.bulk.painter import batch_size, draw_requests
+from sfumato.bulk.shards import image_at, write_shard
 from sfumato.errors import UsageError
 from sfumato.files import replacing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
+    from sfumato.bulk.job import Picture
     from sfumato.pipelines.pipeline import DiffusionPipeline
 
-__all__ = ["Check", "contact_sheet", "estimate", "status", "thumbnails", "verify", "webdataset"]
+__all__ = ["Check", "contact_sheet", "estimate", "image_of", "status", "thumbnails", "verify", "webdataset"]
 
 
 def estimate(
@@ -63,7 +62,7 @@ def status(folder: Path, price: float = 0.0) -> dict[str, Any]:
     """
     compute, job = arrow("pyarrow.compute"), Job.read(folder)
     table = read_ledger(folder, ["key", "state", "seconds", "bytes", "error", "worker", "elapsed"])
-    is_done = compute.equal(table["state"], "done")
+    is_done = is_state(table, "done")
     done, failed = table.filter(is_done), table.filter(compute.invert(is_done))
     keys = compute.count_distinct(done["key"]).as_py()
     known = standing(folder).set_aside if failed.num_rows else set()
@@ -111,140 +110,99 @@ def verify(job: Job, pipeline: DiffusionPipeline | None = None, redraw: int = 0,
 
     redraw: how many, by chance (`seed` of it), with the pipeline.
     """
-    compute, parquet = arrow("pyarrow.compute"), arrow("pyarrow.parquet")
-    table = read_ledger(job.folder, ["key", "state", "path", "sha256"])
-    done = table.filter(compute.equal(table["state"], "done"))
-    known = dict(
-        zip(
-            done["key"].to_pylist(), zip(done["path"].to_pylist(), done["sha256"].to_pylist(), strict=True), strict=True
-        )
-    )
+    known, keys = _done(job), [one.key for one in job.pictures_in_order()]
     found = Check(images=job.pictures, checked=len(known), missing=[], changed=[], differ=[], decibels={})
-    for key, data in _files(job, {key: path for key, (path, _) in known.items()}):
-        if data is None:
-            found["missing"].append(key)
-        elif hashlib.sha256(data).hexdigest() != known[key][1]:
-            found["changed"].append(key)
-    keys = parquet.read_table(job.table, columns=["key"])["key"]
-    found["not_drawn"] = keys.filter(compute.invert(compute.is_in(keys, done["key"].combine_chunks()))).to_pylist()
-    paths = {path.partition("#")[0] for path, _ in known.values()}
+    for entry in known.values():
+        if (data := image_of(job, entry)) is None:
+            found["missing"].append(entry["key"])
+        elif hashlib.sha256(data).hexdigest() != entry["sha256"]:
+            found["changed"].append(entry["key"])
+    found["not_drawn"] = [key for key in keys if key not in known]
+    paths = {entry["path"].partition("#")[0] for entry in known.values()}
     there = (path.relative_to(job.folder).as_posix() for path in job.folder.glob("*/**/*"))
     found["orphans"] = [
         path for path in there if re.fullmatch(r"(../../\w+\.png|shards/.*\.tar)", path) and path not in paths
     ]
-    found["alarms"] = conflicts(table)
+    found["alarms"] = conflicts(read_ledger(job.folder, ["key", "state", "sha256"]))
     if pipeline is not None and redraw:
         whole = sorted(known.keys() - {*found["missing"], *found["changed"]})
-        _redraw(job, pipeline, random.Random(seed).sample(whole, min(redraw, len(whole))), known, found)
+        chosen = random.Random(seed).sample(whole, min(redraw, len(whole)))
+        _redraw(job, pipeline, [known[key] for key in chosen], found)
     return found
 
 
-def _redraw(job: Job, pipeline: DiffusionPipeline, keys: list[str], known: dict[str, Any], found: Check) -> None:
+def _redraw(job: Job, pipeline: DiffusionPipeline, entries: list[dict[str, Any]], found: Check) -> None:
     from PIL import Image
 
     from sfumato.images import psnr
 
-    requests = {one.key: one.request for one in _pictures(job) if one.key in set(keys)}
-    for key, data in _files(job, {key: known[key][0] for key in keys}):
-        image = draw_requests(pipeline, [json.loads(requests[key])])[0][0]
-        found["decibels"][key] = likeness = psnr(Image.open(io.BytesIO(data or b"")), image)
+    chosen = {entry["key"] for entry in entries}
+    requests = {one.key: one.request for one in job.pictures_in_order() if one.key in chosen}
+    for entry in entries:
+        request = json.loads(requests[entry["key"]])
+        image = draw_requests(pipeline, [request], refiners=job.refiners)[0][0]
+        likeness = psnr(Image.open(io.BytesIO(image_of(job, entry) or b"")), image)
+        found["decibels"][entry["key"]] = likeness
         if likeness < float("inf"):
-            found["differ"].append(key)
+            found["differ"].append(entry["key"])
 
 
-def _pictures(job: Job) -> Iterator[Picture]:
-    with arrow("pyarrow.parquet").ParquetFile(job.table) as file:
-        for batch in file.iter_batches(batch_size=4096):
-            yield from (Picture(**one) for one in batch.to_pylist())
+def image_of(job: Job, entry: dict[str, Any]) -> bytes | None:
+    """The PNG of a row of the ledger; None if it is missing."""
+    return image_at(job.folder, entry["path"], entry["offset"], entry["bytes"])
 
 
-@contextmanager
-def _reading(job: Job) -> Iterator[Callable[[str], bytes | None]]:
-    """How to read the picture of a path in the ledger, None if it is missing; each shard is opened and listed once."""
-    with ExitStack() as stack:
-
-        @cache
-        def members(file: Path) -> tuple[tarfile.TarFile, dict[str, tarfile.TarInfo]]:
-            tar = stack.enter_context(tarfile.open(file))
-            return tar, {one.name: one for one in tar.getmembers()}
-
-        def read(path: str) -> bytes | None:
-            name, _, inner = path.partition("#")
-            file = job.folder / name
-            if not file.is_file():
-                return None
-            if file.suffix == ".png":
-                return file.read_bytes()
-            tar, known = members(file)
-            stream = tar.extractfile(known[inner]) if inner in known else None
-            return None if stream is None else stream.read()
-
-        yield read
+def _done(job: Job) -> dict[str, dict[str, Any]]:
+    """What the ledger says of each image that is done, in the order in which the files have them."""
+    table = read_ledger(job.folder, ["key", "state", "path", "offset", "bytes", "sha256"])
+    rows = table.filter(is_state(table, "done")).sort_by([("path", "ascending"), ("offset", "ascending")])
+    return {one["key"]: one for one in rows.to_pylist()}
 
 
-def _files(job: Job, paths: dict[str, str]) -> Iterator[tuple[str, bytes | None]]:
-    """The bytes of pictures by their key, None for one that is missing, in the order in which they stand."""
-    with _reading(job) as read:
-        for key, path in sorted(paths.items(), key=lambda item: item[1]):
-            yield key, read(path)
-
-
-def _done(job: Job) -> dict[str, str]:
-    compute, table = arrow("pyarrow.compute"), read_ledger(job.folder, ["key", "state", "path"])
-    done = table.filter(compute.equal(table["state"], "done"))
-    if not done.num_rows:
+def _drawn(job: Job) -> Iterator[tuple[Picture, dict[str, Any]]]:
+    """All images that are there, in the order of their rows, and what the ledger says of them."""
+    if not (known := _done(job)):
         raise UsageError(f"{job.folder} has no images yet; generate some with 'sfumato bulk run'")
-    return dict(zip(done["key"].to_pylist(), done["path"].to_pylist(), strict=True))
+    return ((one, known[one.key]) for one in job.pictures_in_order() if one.key in known)
 
 
 def contact_sheet(job: Job, file: Path, count: int, size: int) -> Path:
-    """Write pictures, evenly from all of the job, into one PNG. size: pixels of a side of each."""
+    """Write images, evenly from all of the job, into one PNG. size: pixels of a side of each."""
     from PIL import Image
 
     from sfumato.images import auto_grid, fitted
     from sfumato.metadata.carriers import save_picture
 
-    paths = _done(job)
-    keys = [one.key for one in _pictures(job) if one.key in paths]
-    chosen = keys[:: max(1, len(keys) // count)][:count]
-    data = dict(_files(job, {key: paths[key] for key in chosen}))
-    images = [Image.open(io.BytesIO(data[key] or b"")).convert("RGB") for key in chosen if data[key]]
+    entries = [entry for _, entry in _drawn(job)]
+    chosen = [entries[n * len(entries) // count] for n in range(count)] if len(entries) > count else entries
+    images = [Image.open(io.BytesIO(data)).convert("RGB") for one in chosen if (data := image_of(job, one))]
     return save_picture(auto_grid([fitted(image, (size, size)) for image in images]), file)
 
 
 def webdataset(job: Job, folder: Path, most: int) -> list[Path]:
-    """Write all pictures into WebDataset shards of `most` each, in the order of their keys."""
-    paths, requests = _done(job), {one.key: one for one in _pictures(job)}
-    shards = Shards(folder, "shard", most)
+    """Write all images into WebDataset shards of `most` each, in the order of their keys."""
+    drawn = sorted(_drawn(job), key=lambda one: one[0].key)
+    found = ((one, data) for one, entry in drawn if (data := image_of(job, entry)) is not None)
     written = []
-    with _reading(job) as read:
-        for key in sorted(paths):
-            data = read(paths[key])
-            if data is not None:
-                written.append(shards.add(requests[key], data))
-            if shards.is_full:
-                shards.close()
-    shards.close()
-    return [folder / name for name in dict.fromkeys(written)]
+    while part := [(one.key, one.request, data) for one, data in itertools.islice(found, most)]:
+        written.append(folder / f"shard-{len(written):05d}.tar")
+        write_shard(written[-1], part)
+    return written
 
 
 def thumbnails(job: Job, file: Path, size: int) -> Path:
-    """Write a Parquet file of all pictures: key, row, seed, request, path, and a JPEG of at most `size` pixels."""
-    arrow_, parquet, paths = arrow(), arrow("pyarrow.parquet"), _done(job)
-    kinds = {
-        "key": "string",
-        "row": "int64",
-        "seed": "int64",
-        "request": "string",
-        "path": "string",
-        "thumbnail": "binary",
-    }
-    schema = arrow_.schema([(name, getattr(arrow_, kind)()) for name, kind in kinds.items()])
-    drawn = (one for one in _pictures(job) if one.key in paths)
+    """Write a Parquet file of all images: key, row, seed, request, path, and a JPEG of at most `size` pixels."""
+    arrow_, parquet, drawn = arrow(), arrow("pyarrow.parquet"), _drawn(job)
+    kinds = {"key": "string", "row": "int64", "seed": "int64", "request": "string", "path": "string"}
+    schema = arrow_.schema(
+        [(name, getattr(arrow_, kind)()) for name, kind in (kinds | {"thumbnail": "binary"}).items()]
+    )
     with replacing(file) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
         while part := list(itertools.islice(drawn, 1024)):
-            data = dict(_files(job, {one.key: paths[one.key] for one in part}))
-            rows = [one._asdict() | {"path": paths[one.key], "thumbnail": _small(data[one.key], size)} for one in part]
+            rows = [
+                one._asdict() | {"path": entry["path"], "thumbnail": _small(image_of(job, entry), size)}
+                for one, entry in part
+            ]
             writer.write_table(arrow_.Table.from_pylist(rows, schema))
     return file
 

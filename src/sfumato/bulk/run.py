@@ -8,14 +8,15 @@ import threading
 import time
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from sfumato.bulk.extras import arrow
 from sfumato.bulk.job import Picture, Shard, held
 from sfumato.bulk.ledger import ATTEMPTS, Entry, Ledger, read_ledger, standing
-from sfumato.bulk.painter import Stopped, settings_of
-from sfumato.errors import OutputError, SfumatoError
+from sfumato.bulk.painter import FATAL, Stopped, settings_of
+from sfumato.bulk.shards import MOST_BYTES, SHARD, write_shard
+from sfumato.errors import SfumatoError
 from sfumato.values import reason
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from sfumato.bulk.job import Job
     from sfumato.bulk.painter import Painter
 
-__all__ = ["Batch", "Drawn", "Ending", "Executor", "Outcome", "Queue", "TooManyErrors", "here", "run"]
+__all__ = ["Batch", "Drawn", "Ending", "Executor", "Outcome", "Packer", "Queue", "TooManyErrors", "here", "run"]
 
 log = logging.getLogger("sfumato")
 
@@ -96,19 +97,19 @@ class Outcome:
 
 
 class Queue:
-    """What is left to draw, in batches of equal settings; what failed comes last, each picture alone."""
+    """What is left to draw, in batches of equal settings; what failed comes last, in ever smaller ones."""
 
     def __init__(self, pictures: Iterator[Picture], attempts: dict[str, int], size: Callable[[Picture], int]) -> None:
         self._pictures, self._size, self.attempts = pictures, size, attempts
         self._waiting: dict[str, Batch] = {}
-        self._again: deque[Picture] = deque()
+        self._again: deque[Batch] = deque()
         self._count = 0
 
     def take(self) -> Batch | None:
         """The next batch; None if nothing is left, as far as is known now."""
         for picture in self._pictures:
             if picture.key in self.attempts:
-                self._again.append(picture)
+                self._again.append([picture])
                 continue
             settings = settings_of(picture)
             batch = self._waiting.setdefault(settings, [])
@@ -118,7 +119,7 @@ class Queue:
                 return self._leave(settings)
         if self._waiting:
             return self._leave(next(iter(self._waiting)))
-        return [self._again.popleft()] if self._again else None
+        return self._again.popleft() if self._again else None
 
     def _leave(self, settings: str) -> Batch:
         batch = self._waiting.pop(settings)
@@ -126,8 +127,13 @@ class Queue:
         return batch
 
     def again(self, batch: Batch) -> None:
-        """Draw these once more, later, each alone."""
-        self._again.extend(batch)
+        """Draw these once more, later, in two halves: what fails again is alone in the end."""
+        half = (len(batch) + 1) // 2
+        self._again += [part for part in (batch[:half], batch[half:]) if part]
+
+    def back(self, batch: Batch) -> None:
+        """Draw these later, as nobody has begun them."""
+        self._again.append(batch)
 
 
 def here(painter: Painter, queue: Queue, ledger: Ledger, ending: Ending) -> Iterator[Drawn]:
@@ -138,35 +144,67 @@ def here(painter: Painter, queue: Queue, ledger: Ledger, ending: Ending) -> Iter
             yield batch, painter.draw(batch, ending.check)
         except Stopped:
             break
-        except OutputError:  # a full disk is no picture's fault
+        except FATAL:
             raise
         except Exception as error:
             yield batch, error
-    yield [], painter.finish()
     ledger.in_flight([])
+
+
+class Packer:
+    """Moves finished images into WebDataset shards.
+
+    The ledger knows an image when it is in a shard; until then its file waits, and another run would find it there.
+    """
+
+    def __init__(self, job: Job, ledger: Ledger) -> None:
+        self._job, self._ledger, self._number = job, ledger, 0
+        self._waiting: list[tuple[Entry, str]] = []
+
+    def add(self, batch: Batch, entries: list[Entry]) -> None:
+        """Take the images of a batch. Raises `OutputError`."""
+        requests = {one.key: one.request for one in batch}
+        self._waiting += [(one, requests[one.key]) for one in entries]
+        if len(self._waiting) >= SHARD or sum(one.bytes for one, _ in self._waiting) >= MOST_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write a shard of what waits. Raises `OutputError`."""
+        if not self._waiting:
+            return
+        job, name = self._job, f"shards/{self._ledger.worker}-{self._number:05d}.tar"
+        files = ((one.key, request, job.pending(one.key).read_bytes()) for one, request in self._waiting)
+        offsets = write_shard(job.folder / name, files)
+        placed = [replace(one, path=f"{name}#{one.key}.png", offset=offsets[one.key]) for one, _ in self._waiting]
+        self._ledger.add(placed)
+        self._ledger.flush()
+        for one in placed:
+            job.pending(one.key).unlink(missing_ok=True)
+        self._waiting, self._number = [], self._number + 1
 
 
 def run(
     job: Job,
     shard: Shard,
-    executor: Callable[[Queue, Ledger, Ending], Iterator[Drawn]],
+    executor: Executor,
     size: Callable[[Picture], int],
     *,
     retry: bool = False,
     most_errors: int = 100,
+    webdataset: bool = False,
     on_progress: Callable[[Outcome], None] = lambda _: None,
 ) -> Outcome:
     """Draw what is left of a job, or of a part of it. Raises `OutputError` for a full disk and `TooManyErrors`.
 
-    size: pictures of a batch; retry: try again what was set aside; most_errors: pictures set aside before it stops.
+    size: pictures of a batch; retry: try again what was set aside; most_errors: pictures set aside before it stops;
+    webdataset: move the pictures into WebDataset shards.
     """
     with held(job, shard), Ending().heard() as ending:
         ledger = Ledger(job, shard)
-        _take_down_deaths(job, ledger)
-        _sweep_shards(job, shard)
-        begun = time.monotonic()
-        outcome, queue = _left(job, shard, size, retry=retry)
-        new = 0
+        suspects = _take_down_deaths(job, ledger)
+        _sweep(job, shard)
+        began, new, packer = time.monotonic(), 0, Packer(job, ledger)
+        outcome, queue = _left(job, shard, suspects, size, retry=retry)
         try:
             for batch, drawn in executor(queue, ledger, ending):
                 if isinstance(drawn, Exception):
@@ -177,10 +215,11 @@ def run(
                             "the command again, or raise --max-errors"
                         ) from drawn
                 else:
-                    ledger.add(drawn)
+                    packer.add(batch, drawn) if webdataset else ledger.add(drawn)
                     outcome.done += len(drawn)
-                outcome.seconds = time.monotonic() - begun
+                outcome.seconds = time.monotonic() - began
                 on_progress(outcome)
+            packer.flush()
         finally:
             ledger.flush()
         ledger.compact()
@@ -188,33 +227,22 @@ def run(
         return outcome
 
 
-def _left(job: Job, shard: Shard, size: Callable[[Picture], int], *, retry: bool) -> tuple[Outcome, Queue]:
-    """The anti-join of all pictures with those of the ledger."""
-    compute, parquet = arrow("pyarrow.compute"), arrow("pyarrow.parquet")
-    known = standing(job.folder)
-    attempts = {} if retry else known.attempts
-    aside = set() if retry else {key for key in known.set_aside if shard.has(key)}
-    outcome = Outcome(set_aside=sorted(aside))
-    left = []
-    with parquet.ParquetFile(job.table) as file:
-        for batch in file.iter_batches(batch_size=65_536, columns=["key"]):
-            keys = batch["key"]
-            is_done = compute.is_in(keys, known.done).to_pylist()
-            mine = [shard.has(key) for key in keys.to_pylist()]
-            outcome.pictures += sum(mine)
-            outcome.before += sum(one and done for one, done in zip(mine, is_done, strict=True))
-            left.append(
-                [m and not d and k not in aside for m, d, k in zip(mine, is_done, keys.to_pylist(), strict=True)]
-            )
+def _left(
+    job: Job, shard: Shard, suspects: dict[str, int], size: Callable[[Picture], int], *, retry: bool
+) -> tuple[Outcome, Queue]:
+    """All images without those that the ledger knows. suspects: keys to be drawn alone."""
+    parquet, known = arrow("pyarrow.parquet"), standing(job.folder)
+    keys = [key for key in parquet.read_table(job.table, columns=["key"])["key"].to_pylist() if shard.has(key)]
+    aside = set() if retry else known.set_aside.intersection(keys)
+    outcome = Outcome(len(keys), sum(key in known.done for key in keys), set_aside=sorted(aside))
+    settled = known.done | aside
 
     def pictures() -> Iterator[Picture]:
-        with parquet.ParquetFile(job.table) as file:
-            for batch, wanted in zip(file.iter_batches(batch_size=65_536), left, strict=True):
-                if any(wanted):
-                    for part in arrow().Table.from_batches([batch]).filter(arrow().array(wanted)).to_batches(1024):
-                        yield from (Picture(**one) for one in part.to_pylist())
+        for picture in job.pictures_in_order():
+            if shard.has(picture.key) and picture.key not in settled:
+                yield picture
 
-    return outcome, Queue(pictures(), attempts, size)
+    return outcome, Queue(pictures(), suspects | ({} if retry else known.attempts), size)
 
 
 def _failed(queue: Queue, ledger: Ledger, outcome: Outcome, batch: Batch, error: Exception) -> int:
@@ -222,23 +250,22 @@ def _failed(queue: Queue, ledger: Ledger, outcome: Outcome, batch: Batch, error:
 
     Only a picture that failed alone has failed: of several, it may have been any.
     """
-    if len(batch) > 1:
+    if len(batch) != 1:
         queue.again(batch)
         return 0
-    for picture in batch:
-        attempt = queue.attempts[picture.key] = queue.attempts.get(picture.key, 0) + 1
-        text = f"{type(error).__name__}: {reason(error)}"
-        entry = Entry(picture.key, picture.row, picture.seed, attempt=attempt, state="failed", error=text)
-        ledger.add([entry])
-        if attempt < ATTEMPTS:
-            queue.again(batch)
-            return 0
-        outcome.set_aside.append(picture.key)
-    return len(batch)
+    [picture] = batch
+    attempt = queue.attempts[picture.key] = queue.attempts.get(picture.key, 0) + 1
+    text = f"{type(error).__name__}: {reason(error)}"
+    ledger.add([Entry(picture.key, picture.row, picture.seed, attempt=attempt, state="failed", error=text)])
+    if attempt < ATTEMPTS:
+        queue.back(batch)
+        return 0
+    outcome.set_aside.append(picture.key)
+    return 1
 
 
-def _take_down_deaths(job: Job, ledger: Ledger) -> None:
-    """Of a run that died while it drew one picture alone, that picture may be why."""
+def _take_down_deaths(job: Job, ledger: Ledger) -> dict[str, int]:
+    """Of a run that died while it drew one picture, that picture may be why; of several, any: they are returned."""
     keys = ledger.died_on()
     if len(keys) == 1:
         attempt = standing(job.folder).attempts.get(keys[0], 0) + 1
@@ -246,13 +273,14 @@ def _take_down_deaths(job: Job, ledger: Ledger) -> None:
         ledger.add([Entry(keys[0], 0, 0, attempt=attempt, state="failed", error=error)])
         ledger.flush()
     ledger.in_flight([])
+    return dict.fromkeys(keys, 0)
 
 
-def _sweep_shards(job: Job, shard: Shard) -> None:
-    """Remove what earlier runs left of WebDataset shards that the ledger never came to know: they are drawn again."""
-    places = [*(job.folder / "shards").glob(f"{shard.label}.*.tar"), *(job.folder / "shards").glob(f".{shard.label}.*")]
+def _sweep(job: Job, shard: Shard) -> None:
+    """Remove shards that the ledger never came to know, as their images still wait, and waiting ones that it knows."""
+    places = [*job.folder.glob(f"shards/{shard.label}.*.tar"), *job.folder.glob("pending/*.png")]
     if places:
-        known = {path.partition("#")[0] for path in read_ledger(job.folder, ["path"])["path"].to_pylist()}
+        known = {part for path in read_ledger(job.folder, ["path"])["path"].to_pylist() for part in path.split("#")}
         for place in places:
-            if place.relative_to(job.folder).as_posix() not in known:
+            if (place.name in known) if place.suffix == ".png" else (f"shards/{place.name}" not in known):
                 place.unlink(missing_ok=True)

@@ -104,7 +104,7 @@ def _controlnet(header: Header, prefix: str, naming: str) -> Detected:
     own = {name.removeprefix(prefix): one for name, one in header.tensors.items() if name.startswith(prefix)}
     if "difference" in header.tensors:
         raise CheckpointError(
-            f"{header.path} is the difference of a ControlNet to its U-Net; get the ControlNet itself"
+            f"{header.path} is the difference between a ControlNet and its U-Net; get the ControlNet itself"
         )
     try:
         config = control_config(own)
@@ -113,7 +113,7 @@ def _controlnet(header: Header, prefix: str, naming: str) -> Detected:
     family = next(iter(find(config)), None)
     if family is None:
         raise CheckpointError(
-            f"{header.path}: its ControlNet reads {config['in_channels']} channels, as no known family"
+            f"{header.path}: its ControlNet has {config['in_channels']} input channels, unlike any known family"
         )
     heads, widths = family.unet.get("attention_head_dim", 8), config["block_out_channels"]
     if not isinstance(heads, int) and widths != family.unet["block_out_channels"]:

@@ -68,7 +68,7 @@ def original_name(key: str, names: Sequence[Names]) -> tuple[str, str, int]:
 _RESPELLED = (
     (re.compile(r"^time_embed\."), "time_embedding.", None),
     (re.compile(r"^text_projection$"), "text_projection.weight", "same"),
-    (re.compile(r"^text_model\."), "", None),  # from merges made in 2022
+    (re.compile(r"^text_model\."), "", None),  # from merges of the first year
     # Autoencoders of the first years, saved by diffusers.
     (re.compile(r"(mid_block\.attentions\.\d+)\.to_q\."), r"\1.query.", "matrix"),
     (re.compile(r"(mid_block\.attentions\.\d+)\.to_k\."), r"\1.key.", "matrix"),

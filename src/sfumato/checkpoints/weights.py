@@ -111,7 +111,7 @@ def find_weights(
             )
         if others := _variants(names, weights_name):
             raise CheckpointError(
-                f"{folder} has no {wanted}, but its variant {others[0]!r}; ask for that (--variant {others[0]}, in "
+                f"{folder} has no {wanted}, but the variant {others[0]!r}; request it (--variant {others[0]}, in "
                 f"Python variant={others[0]!r})"
             )
         raise CheckpointError(f"{folder} has no {wanted}; the download or copy is incomplete")
@@ -128,7 +128,7 @@ def _shards(index: Path, *, pickled: bool) -> list[Path]:
     for file in files:
         if not (pickled or file.suffix == ".safetensors"):
             raise CheckpointError(
-                f"{index} names {file.name}, which is not a safetensors file; get a safetensors version, or say "
+                f"{index} names {file.name}, which is not a safetensors file; get a safetensors version, or pass "
                 "use_safetensors=False if you trust its source"
             )
         if not os.path.isfile(file):
@@ -198,7 +198,7 @@ def _assembled(
                 continue
             if not tensor.is_floating_point():
                 raise CheckpointError(
-                    f"{file}: {stored!r} is stored as {tensor.dtype}, and a weight is a floating-point number; get the "
+                    f"{file}: {stored!r} is stored as {tensor.dtype}, but weights are floating-point numbers; get the "
                     "weights in float32, float16 or bfloat16"
                 )
             if tensor.shape != expected[key].shape:

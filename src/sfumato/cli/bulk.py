@@ -151,7 +151,8 @@ def run(
                 folder, _readable(rows), pipeline, device=kind, name=name, skip_bad=skip_bad, on_bad=_say_bad(rows)
             )
         executor = _pool(work, job, workers, resources, cpus, gpus, max_restarts) if ray else _here(work, pipeline)
-        outcome = _run(terminal, job, part, executor, _sizes(pipeline, micro_batch), retry, max_errors)
+        choices = {"retry": retry, "most_errors": max_errors, "webdataset": webdataset}
+        outcome = _run(terminal, job, part, executor, _sizes(pipeline, micro_batch), choices)
     if as_json:
         print_json({"folder": str(folder), "left": outcome.left, **outcome.__dict__})
     else:
@@ -176,7 +177,7 @@ def status(
 
     place = expanded(folder)
     told = find(place, price)
-    with Terminal(quiet=not watch).steps("drawing") as bar:
+    with Terminal(quiet=not watch).steps("generating") as bar:
         while watch and told["running"] and told["left"]:
             bar.show(SimpleNamespace(number=told["done"], total=told["images"]))  # pyright: ignore[reportArgumentType]
             time.sleep(5)
@@ -315,7 +316,7 @@ def _here(work: Work, pipeline: DiffusionPipeline) -> Any:
     from sfumato.bulk.painter import Painter
     from sfumato.bulk.run import here
 
-    return lambda queue, ledger, ending: here(Painter(work, ledger.worker, pipeline), queue, ledger, ending)
+    return lambda queue, ledger, ending: here(Painter(work, pipeline), queue, ledger, ending)
 
 
 def _bounds(workers: str) -> tuple[int, int]:
@@ -350,7 +351,7 @@ def _pool(
     return Pool(work, least, most, restarts=restarts, cpus=cpus, gpus=gpus)
 
 
-def _run(terminal: Any, job: Job, part: Any, executor: Any, size: Any, retry: bool, max_errors: int) -> Outcome:
+def _run(terminal: Any, job: Job, part: Any, executor: Any, size: Any, choices: dict[str, Any]) -> Outcome:
     import logging
     from types import SimpleNamespace
 
@@ -365,7 +366,7 @@ def _run(terminal: Any, job: Job, part: Any, executor: Any, size: Any, retry: bo
         log = logging.getLogger("sfumato")
         log.addFilter(_only_of_the_job)  # notes on single images are in the ledger
         try:
-            return draw(job, part, executor, size, retry=retry, most_errors=max_errors, on_progress=show)
+            return draw(job, part, executor, size, **choices, on_progress=show)
         finally:
             log.removeFilter(_only_of_the_job)
 

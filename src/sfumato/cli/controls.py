@@ -45,8 +45,8 @@ def _pairs(pictures: Sequence[str], networks: Sequence[str], names: tuple[str, s
         networks = [*networks] * len(pictures)
     if len(pictures) != len(networks):
         raise UsageError(
-            f"there are {len(pictures)} of {names[0]} and {len(networks)} of {names[1]}; give one network for each "
-            "picture, or one for all"
+            f"got {len(pictures)} {names[0]} and {len(networks)} {names[1]}; give one network for each image, "
+            "or one for all"
         )
     return list(zip(pictures, networks, strict=True))
 
@@ -55,7 +55,7 @@ def _control(text: str, network: str, fit: str) -> Control:
     kind, colon, rest = text.partition(":")
     kinds = tuple(dict.fromkeys((*PREPROCESSORS, *MODES)))
     if not colon or kind not in kinds:
-        raise UsageError(f"{FORM}, and {kind!r} is no kind{suggest(kind, kinds)}; kinds are {', '.join(kinds)}")
+        raise UsageError(f"{FORM}, and there is no kind {kind!r}{suggest(kind, kinds)}; kinds are {', '.join(kinds)}")
     made, mode = (kind, None) if kind in PREPROCESSORS else ("none", kind)
     image, numbers = _split(rest, 3, FORM)
     named = dict(zip(("scale", "start", "end"), numbers, strict=False))

@@ -65,7 +65,7 @@ def convert(
     ] = None,
     quantize_to_db: Annotated[
         float | None,
-        typer.Option(help="Alternatively: per layer, the fewest bits that keep this accuracy of the weights, in dB."),
+        typer.Option(help="Alternatively: for each layer, the fewest bits that keep its weights this accurate, in dB."),
     ] = None,
     quantize_recipe: Annotated[
         Path | None, typer.Option(help="Alternatively: a JSON file with the number of bits for each weight.")
@@ -102,7 +102,7 @@ def convert(
     ] = "macOS13",
     unet_batch_one: Annotated[
         bool,
-        typer.Option("--unet-batch-one", help="Make a U-Net that reads one prompt at a time: half the memory."),
+        typer.Option("--unet-batch-one", help="Give the U-Net a batch size of 1, which halves its memory."),
     ] = False,
     compute_unit: Annotated[
         str | None,

@@ -25,7 +25,7 @@ def download(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="DIR", help="Where to put it. Default: the hub's cache."),
+        typer.Option("--output", "-o", metavar="DIR", help="Where to put it. Default: the hub cache."),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="A branch, tag or commit.")] = None,
 ) -> None:

@@ -85,7 +85,7 @@ def generate(
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option("--seed", "-s", help="Image i uses seed + i. Default: a random seed (Apple's runner: 93)."),
+        typer.Option("--seed", "-s", help="The seed; image i uses seed + i. Default: random (Apple's runner: 93)."),
     ] = None,
     rng: Annotated[
         str, typer.Option(help="Random number generator: torch, numpy as in Apple's runners, or cuda (nvidia).")

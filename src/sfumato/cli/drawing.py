@@ -58,7 +58,7 @@ def mask_of(file: Path | None, extend: str | None, edge: int | None, crop: int |
     for part in () if extend is None else extend.split(","):
         found = re.fullmatch(r"\s*(left|top|right|bottom)=(\d{1,8})\s*", part)
         if found is None:
-            raise UsageError(f"--extend takes sides and pixels such as left=256,top=64, and {part!r} is none")
+            raise UsageError(f"--extend takes sides and pixels such as left=256,top=64, not {part!r}")
         sides[found[1]] = int(found[2])
     pixels: Any = tuple(sides.values())
     return Mask(file=None if file is None else str(file), extend=pixels, edge=edge, crop=crop)

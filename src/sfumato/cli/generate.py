@@ -54,17 +54,19 @@ def generate(
     guidance_rescale: Annotated[float, typer.Option(help="Reduces overexposure, 0 to 1.")] = 0.0,
     guidance_interval: Annotated[
         str | None,
-        typer.Option(metavar="START,STOP", help="Guide only these shares of the steps, such as 0.2,0.8. Default: all."),
+        typer.Option(
+            metavar="START,STOP", help="Apply guidance only in this part of the run, such as 0.2,0.8. Default: all."
+        ),
     ] = None,
     guidance_sigmas: Annotated[
-        str | None, typer.Option(metavar="MIN,MAX", help="Guide only at these noise levels, such as 0.3,5.4.")
+        str | None, typer.Option(metavar="MIN,MAX", help="Apply guidance only at these noise levels, such as 0.3,5.4.")
     ] = None,
     freeu: Annotated[
         str | None,
         typer.Option(metavar="B1,B2,S1,S2", help="Reweight skip connections (FreeU), such as 1.5,1.6,0.9,0.2."),
     ] = None,
     seamless: Annotated[
-        str | None, typer.Option(help="x, y or xy: make the image continue at its opposite side.")
+        str | None, typer.Option(help="x, y or xy: make the image tile seamlessly along these axes.")
     ] = None,
     seed: options.Seed = None,
     rng: Annotated[
@@ -74,7 +76,7 @@ def generate(
     scheduler: options.SchedulerName = None,
     eta: Annotated[float, typer.Option(help="Noise added by the ddim and tcd schedulers, 0 to 1.")] = 0.0,
     spacing: Annotated[
-        str | None, typer.Option(help="A noise schedule of A1111, such as karras. Default: the scheduler's own.")
+        str | None, typer.Option(help="One of A1111's noise schedules, such as karras. Default: the scheduler's own.")
     ] = None,
     clip_skip: Annotated[int | None, typer.Option(help="How many of the text encoder's last layers to skip.")] = None,
     negative_clip_skip: Annotated[int | None, typer.Option(help="The same for the negative prompt.")] = None,
@@ -126,7 +128,7 @@ def generate(
     hires: Annotated[
         str | None,
         typer.Option(
-            metavar="SCALE|WIDTHxHEIGHT", help="Enlarge the image so much and refine it in a second pass (hires fix)."
+            metavar="SCALE|WIDTHxHEIGHT", help="Enlarge the image and refine it in a second pass (hires fix)."
         ),
     ] = None,
     hires_upscaler: Annotated[
@@ -136,8 +138,10 @@ def generate(
     hires_strength: Annotated[
         float | None, typer.Option(help="How much the second pass changes, 0 to 1. Default: 0.7.")
     ] = None,
-    hires_steps: Annotated[int | None, typer.Option(help="Steps of the second pass. Default: as the first.")] = None,
-    hires_prompt: Annotated[str | None, typer.Option(help="The prompt of the second pass, if another.")] = None,
+    hires_steps: Annotated[
+        int | None, typer.Option(help="Steps of the second pass. Default: as many as the first.")
+    ] = None,
+    hires_prompt: Annotated[str | None, typer.Option(help="A different prompt for the second pass.")] = None,
     lora: Annotated[
         list[str] | None,
         typer.Option(
@@ -170,7 +174,7 @@ def generate(
         ),
     ] = None,
     refiner_start: Annotated[
-        float | None, typer.Option(help="The share of the noise removed before it takes over. Default: 0.8.")
+        float | None, typer.Option(help="The fraction of the denoising done before it takes over. Default: 0.8.")
     ] = None,
     output: options.OutputImage = None,
     overwrite: options.Overwrite = False,

@@ -112,8 +112,8 @@ def _root(
 def main() -> None:
     """Run the command line. Never shows a traceback.
 
-    Exits with 0, with 2 for misuse, 1 for failure, and 130, 129 or 143 if ended by Ctrl-C, SIGHUP or SIGTERM. Set
-    SFUMATO_TRACEBACK=1 to see where an unexpected error came from.
+    Exits with 0 on success, 1 on failure, 2 on misuse, and 130, 129 or 143 if ended by Ctrl-C, SIGHUP or SIGTERM.
+    Set SFUMATO_TRACEBACK=1 to see where an unexpected error came from.
     """
     prepare_streams()
     _end_as_interrupted()

@@ -32,7 +32,7 @@ def remove(
     ],
     as_json: options.AsJson = False,
 ) -> None:
-    """Delete a downloaded model from the hub's cache."""
+    """Delete a downloaded model from the hub cache."""
     from sfumato.checkpoints.cached import remove_cached
     from sfumato.cli.terminal import print_json
     from sfumato.runtime.reasons import gigabytes

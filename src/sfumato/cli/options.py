@@ -86,15 +86,15 @@ GuidanceScale = Annotated[
         "own value, usually 7.5."
     ),
 ]
-Seed = Annotated[int | None, typer.Option("--seed", "-s", help="Image i uses seed + i. Default: a random seed.")]
+Seed = Annotated[int | None, typer.Option("--seed", "-s", help="The seed; image i uses seed + i. Default: random.")]
 Count = Annotated[int, typer.Option("--count", "-n", help="Number of images.")]
 Width = Annotated[int | None, typer.Option("--width", "-W", help="Width in pixels. Default: the model's own size.")]
 Height = Annotated[int | None, typer.Option("--height", "-H", help="Height in pixels. Default: the model's own size.")]
 SchedulerName = Annotated[
     str | None,
     typer.Option(
-        help="A name from 'sfumato schedulers', or what other programs call it, such as \"DPM++ 2M Karras\". Default: "
-        "the model's own.",
+        help="A name from 'sfumato schedulers', or another program's name for it, such as \"DPM++ 2M Karras\". "
+        "Default: the model's own.",
         autocompletion=_complete_schedulers,
     ),
 ]
@@ -113,14 +113,14 @@ LoraFolder = Annotated[
     Path | None,
     typer.Option(
         envvar="SFUMATO_LORA_DIR",
-        help="The folder of adapters: for <lora:name:weight> in a prompt, and for files that have moved.",
+        help="A folder of adapters, for <lora:name:weight> in prompts and for files that have moved.",
     ),
 ]
 MaskFile = Annotated[
     Path | None,
     typer.Option(
         "--mask",
-        help="Change only the white area of this image, which has the size of the input image; gray changes less.",
+        help="Change the image only where this mask, an image of the same size, is white; gray changes less.",
     ),
 ]
 Extend = Annotated[
@@ -139,16 +139,16 @@ MaskCrop = Annotated[
 ]
 DepthFile = Annotated[
     Path | None,
-    typer.Option("--depth", help="A depth map of the input image, white where it is near, for depth-to-image models."),
+    typer.Option("--depth", help="A depth map of the input image, with near areas white, for depth-to-image models."),
 ]
 ImageGuidance = Annotated[
     float | None,
-    typer.Option(help="How closely a model that edits by instructions keeps to the image, at least 1. Default: 1.5."),
+    typer.Option(help="How closely instruction-based editing models follow the input image, at least 1. Default: 1.5."),
 ]
 NoiseLevel = Annotated[
     int | None,
     typer.Option(
-        help="Noise on the image that upscalers and models of similar images read, of 1000. Default: 20, or 0."
+        help="Noise added to the input of upscalers (default: 20) and of image variations (default: 0), out of 1000."
     ),
 ]
 ControlPicture = Annotated[
@@ -161,7 +161,7 @@ ControlPicture = Annotated[
 ]
 ControlNets = Annotated[
     list[str] | None,
-    typer.Option("--controlnet", help="The ControlNet for it: folder, file or hub id. Repeatable."),
+    typer.Option("--controlnet", help="The ControlNet for the control image: folder, file or hub id. Repeatable."),
 ]
 ControlFit = Annotated[
     str, typer.Option(help="How to fit control images of another aspect ratio: crop, pad or stretch.")
@@ -169,14 +169,15 @@ ControlFit = Annotated[
 ImagePrompts = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="IMAGE[:SCALE]", help="An image that is read like a prompt, with one --ip-adapter for each. Repeatable."
+        metavar="IMAGE[:SCALE]", help="An image to use like a prompt, with one --ip-adapter for each. Repeatable."
     ),
 ]
 IPAdapters = Annotated[
-    list[str] | None, typer.Option("--ip-adapter", help="The IP-Adapter that reads it (safetensors). Repeatable.")
+    list[str] | None,
+    typer.Option("--ip-adapter", help="The IP-Adapter for the image prompt (safetensors). Repeatable."),
 ]
 ImageEncoder = Annotated[
-    str | None, typer.Option(help="The folder of CLIP's image encoder that the IP-Adapters were trained with.")
+    str | None, typer.Option(help="The folder of the CLIP image encoder that the IP-Adapters were trained with.")
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace existing files. Default: use the next free name.")
@@ -185,11 +186,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON."
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Hide progress and notes.")]
 Family = Annotated[
     str | None,
-    typer.Option(help="The family of a checkpoint file, if it is detected wrongly; a name from 'sfumato plan --help'."),
+    typer.Option(
+        help="The family of a checkpoint file, if detection is wrong; see the names in 'sfumato plan --help'."
+    ),
 ]
 PredictionType = Annotated[
     str | None,
-    typer.Option(help="What the file's U-Net predicts, if detected wrongly: epsilon, v_prediction or sample."),
+    typer.Option(help="What the file's U-Net predicts, if detection is wrong: epsilon, v_prediction or sample."),
 ]
 Config = Annotated[
     str | None,

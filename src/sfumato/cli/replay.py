@@ -33,7 +33,7 @@ Examples:
 
 def replay(
     picture: Annotated[
-        Path, typer.Argument(metavar="IMAGE", help="An image written by Sfumato or another program, unchanged since.")
+        Path, typer.Argument(metavar="IMAGE", help="An unmodified image from Sfumato or another program.")
     ],
     model: Annotated[
         str | None,
@@ -48,7 +48,7 @@ def replay(
         str | None, typer.Option(help="The refiner, if it has moved.", autocompletion=options.complete_models)
     ] = None,
     image: Annotated[
-        Path | None, typer.Option(help="The input image of an image from another program, if it had one.")
+        Path | None, typer.Option(help="The input image, for an image from another program that used one.")
     ] = None,
     rng: Annotated[
         str | None,
@@ -120,7 +120,7 @@ def _report(written: Path, likeness: float | None, lost: list[str] | None, *, as
 
 def _said(likeness: float | None) -> str:
     if likeness is None:
-        return "the original is of another size, so the two cannot be compared"
+        return "the original has a different size, so the two cannot be compared"
     return "identical to the original" if likeness == inf else f"PSNR against the original: {likeness:.1f} dB"
 
 
@@ -221,7 +221,7 @@ def _load(
 
     name, converted = model or recipe["model"]["name"], recipe.get("coreml")
     if converted is not None and (device, dtype) != (None, None):
-        raise UsageError(f"{picture} was generated with Core ML models, which take no --device or --dtype")
+        raise UsageError(f"{picture} was generated with Core ML models, which do not support --device and --dtype")
     try:
         if converted is not None:
             pipeline = replay_models(terminal, name, converted)
@@ -238,6 +238,7 @@ def _load(
         ) from error
     if weights_hash(pipeline.parts) != recipe["model"]["weights"]:
         raise UsageError(
-            f"{name} has other weights than {picture} was generated with; give the right checkpoint ({option})"
+            f"the weights of {name} are not those that {picture} was generated with; give the right checkpoint "
+            f"({option})"
         )
     return pipeline

@@ -76,7 +76,7 @@ def show(
     table.add_row("total", "", _count(facts["parameters"]), _bytes(facts["bytes"]), "")
     console.print(table)
     if "prediction_type" in facts:
-        console.print(f"predicts {facts['prediction_type']}, reads {facts['prompt_tokens']} tokens", highlight=False)
+        console.print(f"predicts {facts['prediction_type']}, {facts['prompt_tokens']} prompt tokens", highlight=False)
     for line in [*_abilities(facts), *_reasons(facts)]:
         console.print(escape(line), highlight=False, soft_wrap=True)
 
@@ -108,7 +108,7 @@ def _show_adapter(path: str, *, as_json: bool) -> None:
         lines.append(", ".join(f"{kind} × {number}" for kind, number in facts["kinds"].items()) + f", rank {ranks}")
         lines.append(", ".join(f"{part}: {number} modules" for part, number in facts["modules"].items()))
         lines += [f"unknown keys: {facts['unknown']}"] if facts["unknown"] else []
-        lines += [f"brings the words {', '.join(facts['embeddings'])}"] if facts["embeddings"] else []
+        lines += [f"adds the words {', '.join(facts['embeddings'])}"] if facts["embeddings"] else []
         lines += [f"trained as {facts['trained_as']}"] if facts["trained_as"] else []
         lines += [f"trigger words: {', '.join(facts['trigger_words'])}"] if facts["trigger_words"] else []
         lines += [f"{said}: {value}" for said, value in facts["training"].items()]

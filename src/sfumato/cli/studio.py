@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -83,13 +84,10 @@ def _run(
     from sfumato.files import expanded
 
     check_choices(device, dtype=dtype)
-    try:
-        from sfumato.server.run import run
-    except ModuleNotFoundError as error:
-        if error.name not in ("fastapi", "uvicorn", "pydantic", "starlette"):
-            raise
-        what = "the studio needs FastAPI and uvicorn; install them with: pip install 'sfumato[studio]'"
-        raise MissingExtra(what) from error
+    if any(find_spec(name) is None for name in ("fastapi", "uvicorn", "python_multipart")):
+        raise MissingExtra("the studio needs FastAPI and uvicorn; install them with: pip install 'sfumato[studio]'")
+    from sfumato.server.run import run
+
     run(
         expanded(output) if output else Path.home() / "Pictures" / "sfumato",
         host=host, port=port, models=None if models is None else expanded(models), default=chosen_model(model),

@@ -61,17 +61,17 @@ def departure(suspect: Predictor, reference: Predictor, probe: Mapping[str, Tens
             continue
         if [value.shape for value in ours.values] != [value.shape for value in other.values]:
             shapes = " and ".join(str(tuple(one.values[0].shape)) for one in (ours, other))
-            unfit = f"{ours} gives another shape than the source's ({shapes}), so it is of another kind of checkpoint"
+            unfit = f"{ours} differs in shape from the source's ({shapes}), so its checkpoint is of another kind"
             continue
         pairs = list(zip(ours.values, other.values, strict=True))
         # Infinities that the reference has too, such as in masks, are intended.
         if any(bool((~torch.isfinite(a) & torch.isfinite(b)).any()) for a, b in pairs):
-            unfit = f"the first result that is not finite is that of {ours}"
+            unfit = f"the first non-finite result is that of {ours}"
             continue
         agreement = min(_agreement(a, b) for a, b in pairs)
         lost = min(before, CEILING) - min(agreement, CEILING)
         if lost > steepest[0]:
-            steepest = (lost, f"most is lost in {ours}: {_db(before)} before it, {_db(agreement)} after")
+            steepest = (lost, f"the largest loss is in {ours}: {_db(before)} before it, {_db(agreement)} after")
         before = min(before, agreement)
     for _ in theirs:
         pass

@@ -236,7 +236,7 @@ def _models_below(folder: Path, depth: int) -> Iterator[Path]:
 
 def _nothing(folder: Path, kind: str | None) -> str:
     if (folder / "model_index.json").is_file():
-        return f"{folder} is a checkpoint and no Core ML model; convert it first: sfumato coreml convert {folder}"
+        return f"{folder} is a checkpoint, not a Core ML model; convert it first: sfumato coreml convert {folder}"
     wanted = f"{kind} ({KINDS[kind]} folders)" if kind else "Core ML models (.mlpackage or .mlmodelc folders)"
     return f"there are no {wanted} in {folder}, nor in folders up to three levels below it"
 

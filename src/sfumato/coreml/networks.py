@@ -74,7 +74,7 @@ class ConvertedNetwork(Model):
 
     remedy = (
         "a converted model computes in half precision, whose range ends at 65504; use --compute-unit CPU_ONLY, "
-        "or with the checkpoint itself (sfumato generate)"
+        "or the checkpoint itself (sfumato generate)"
     )
 
     @property

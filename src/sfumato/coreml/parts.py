@@ -79,7 +79,7 @@ def small_files(name: str) -> Select:
         missing = [file for file in SMALL_FILES if file not in names]
         if missing:
             raise CheckpointError(
-                f"{name} has no {missing[0]}, so it is not a Stable Diffusion checkpoint; give another"
+                f"{name} has no {missing[0]}, so it is not a Stable Diffusion checkpoint; use another"
             )
         return [*SMALL_FILES, *select_tokenizer_files(names, "tokenizer")]
 
@@ -121,7 +121,7 @@ class ConvertedParts:
             )
         self._check_fit(paths[0], "latent channels", sides(network.chain, "sample")[1], config.in_channels)
         read = config.per_block("cross_attention_dim")[0]
-        self._check_fit(paths[0], "numbers a token", sides(network.chain, "encoder_hidden_states")[1], read)
+        self._check_fit(paths[0], "values per token", sides(network.chain, "encoder_hidden_states")[1], read)
         network.config = config.replace(sample_size=network.latent_size)
         network.fingerprint = self._fingerprint("unet", paths)
         return network

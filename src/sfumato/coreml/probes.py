@@ -95,7 +95,7 @@ def _probes(part: str, interface: Interface, source: Source) -> list[Probe]:
     wanted = INPUTS[part]
     if sides.keys() != wanted or any(side is None for shape in sides.values() for side in shape):
         raise CheckpointError(
-            f"the {part} asks for {', '.join(sorted(sides))}; what can be verified asks for {', '.join(sorted(wanted))}"
+            f"the {part} has inputs {', '.join(sorted(sides))}; only {', '.join(sorted(wanted))} can be verified"
         )
     shapes: Any = sides
     generator = torch.Generator().manual_seed(SEED)

@@ -145,8 +145,8 @@ def _check_together(folder: Path, parts: dict[str, tuple[Candidate, ...]]) -> No
                 number, wanted = _side(one, feature, axis), _side(unet, other, other_axis)
                 if number != wanted and None not in (number, wanted):
                     raise CheckpointError(
-                        f"{folder}: {one.path.name} has {what} {number} and {unet.path.name} {wanted}, so they are not "
-                        "of one model; keep the models of one checkpoint in a folder of their own"
+                        f"{folder}: {one.path.name} has {what} {number} and {unet.path.name} {wanted}, so they do not "
+                        "belong together; keep the models of one checkpoint in a folder of their own"
                     )
 
 

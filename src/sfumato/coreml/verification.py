@@ -223,7 +223,7 @@ def _weights(part: str, matches: Matches, *, ours: bool) -> Iterator[Check]:
         yield Check(part, "weights", worst.db, math.inf, hint)
     worst = matches.worst(compressed=True)
     if worst is not None:
-        hint = f"of the checkpoint's weights {worst.key} is nearest to {worst.name!r}, and not near enough"
+        hint = f"the checkpoint's closest weight to {worst.name!r} is {worst.key}, which is not close enough"
         yield Check(part, "compressed weights", worst.db, worst.needed, "" if worst.near else hint)
 
 
@@ -259,8 +259,8 @@ def _check_outputs(part: str, outputs: Mapping[str, Tensor], wanted: Mapping[str
             raise CheckpointError(f"the {part} has no output {name!r}; it has {', '.join(outputs)}")
         if outputs[name].numel() != wanted[name].numel():
             raise CheckpointError(
-                f"the {part} gives {name!r} in the shape {tuple(outputs[name].shape)} and the checkpoint in "
-                f"{tuple(wanted[name].shape)}; give the one that it was made from: --against <folder or id>"
+                f"the {part} returns {name!r} with shape {tuple(outputs[name].shape)}, but the checkpoint with "
+                f"{tuple(wanted[name].shape)}; give the one it was made from: --against <folder or id>"
             )
 
 
@@ -276,7 +276,7 @@ class _Lost:
             # The sum is a cheap test for no NaN; infinities of both signs give a false alarm, hence the second test.
             if value.is_floating_point() and bool(value.sum().isnan()) and bool(value.isnan().any()):
                 name = operation.outputs[0].name
-                self.where = f"operation {place} {operation.type!r} ({name}) gives NaN, which later ones hide"
+                self.where = f"operation {place} {operation.type!r} ({name}) returns NaN, which later operations hide"
 
 
 def _judged(

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sfumato.coreml.pipeline import load_pipeline
 from sfumato.errors import SfumatoError
 from sfumato.files import file_hash, replacing
 from sfumato.jobs.keys import NUMERICS, canonical, image_key, salt_of
@@ -79,7 +78,7 @@ class Shown:
         wanted = self.message["options"].get("preview", True) and step.number < step.total
         if wanted and colors is not None and now - self._last > PREVIEW_SECONDS:
             self._last = now
-            told["preview"] = encoded(enlarged(colors.image(step.original())), "WEBP")
+            told["preview"] = encoded(enlarged(colors.image(step.original())), "JPEG")
         return told
 
     def partial(self, step: Step) -> int | None:
@@ -95,6 +94,8 @@ def load_model(
     """Load a model; "lean": in the way that needs the least memory. request: one that needs a refiner, too."""
     options, lean = message["options"], message["options"].get("lean", False)
     if message["kind"] == "core-ml":
+        from sfumato.coreml.pipeline import load_pipeline
+
         unit = options.get("compute_unit")
         pipeline = load_pipeline(message["model"], compute_unit=unit, reduce_memory=lean, local_files_only=True)
         torch.set_num_threads(read_facts("cpu").free_cores)

@@ -20,7 +20,13 @@ __all__ = ["Model", "Models"]
 
 # Folders below the one of the models in which others are looked for.
 DEPTH = 3
-CONTROLS = ("ControlNetModel", "ControlNetUnionModel", "T2IAdapter", "MultiAdapter")
+# Of folders by the class in their config.json, and of files by what their header tells.
+FOLDERS = dict.fromkeys(("ControlNetModel", "ControlNetUnionModel", "T2IAdapter", "MultiAdapter"), "controlnet")
+FOLDERS |= {"CLIPVisionModelWithProjection": "image-encoder"}
+FILES = {
+    "a LoRA": "lora", "a textual inversion": "embedding", "an IP-Adapter": "ip-adapter", "a ControlNet": "controlnet",
+    "a T2I-Adapter": "controlnet",
+}  # fmt: skip
 UNITS = ("CPU_AND_GPU", "CPU_AND_NE", "ALL")
 
 
@@ -28,9 +34,9 @@ UNITS = ("CPU_AND_GPU", "CPU_AND_NE", "ALL")
 class Model:
     """What can draw, or change what draws.
 
-    kind: "checkpoint", "core-ml", "lora", "embedding" or "controlnet"; family: what it is, as far as its header tells;
-    suggested: settings that suit it; words: what a small model knows, for the page to suggest; compute_units: of
-    Core ML models, what may run them here, if there is a choice.
+    kind: "checkpoint", "core-ml", "lora", "embedding", "controlnet", "ip-adapter" or "image-encoder"; family: what it
+    is, as far as its header tells; suggested: settings that suit it; words: what a small model knows, for the page to
+    suggest; compute_units: of Core ML models, what may run them here, if there is a choice.
     """
 
     name: str
@@ -122,8 +128,8 @@ def _below(folder: Path, root: Path, depth: int) -> Iterator[Model]:
         if one.is_dir():
             if (path / "model_index.json").is_file():
                 yield Model(name, "checkpoint", str(path.absolute()), bytes=_bytes(path))
-            elif (path / "config.json").is_file() and _class_of(path) in CONTROLS:
-                yield Model(name, "controlnet", str(path.absolute()), bytes=_bytes(path))
+            elif (kind := FOLDERS.get(_class_of(path))) is not None:
+                yield Model(name, kind, str(path.absolute()), bytes=_bytes(path))
             elif any(inner.endswith((".mlmodelc", ".mlpackage")) for inner in os.listdir(path)):
                 units = UNITS if sys.platform == "darwin" else ()
                 yield Model(name, "core-ml", str(path.absolute()), bytes=_bytes(path), compute_units=units)
@@ -140,8 +146,7 @@ def _of_file(path: Path, name: str) -> Iterator[Model]:
         told = about_file(path, local_files_only=True)
     except (CheckpointError, SfumatoError):
         return
-    kinds = {"a LoRA": "lora", "a textual inversion": "embedding", "a ControlNet": "controlnet"}
-    kind = "checkpoint" if "width" in told else kinds.get(told["family"])
+    kind = "checkpoint" if "width" in told else FILES.get(told["family"])
     if kind is not None:
         yield Model(
             name, kind, str(path.absolute()), told["family"], told.get("width"), told.get("height"), told["bytes"],
@@ -151,9 +156,10 @@ def _of_file(path: Path, name: str) -> Iterator[Model]:
 
 def _class_of(folder: Path) -> str:
     try:
-        return str(read_json(folder / "config.json").get("_class_name"))
+        told = read_json(folder / "config.json")
     except CheckpointError:
         return ""
+    return str(told.get("_class_name") or (told.get("architectures") or [""])[0])
 
 
 def _bytes(folder: Path) -> int:

@@ -14,9 +14,9 @@ from sfumato.errors import SfumatoError, UsageError
 from sfumato.files import output_folder
 from sfumato.jobs.events import Hub
 from sfumato.jobs.gallery import HIDDEN, Gallery
-from sfumato.jobs.locks import locked
 from sfumato.jobs.process import Process
 from sfumato.jobs.store import Event, Job, Store
+from sfumato.locks import locked
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -23,13 +23,13 @@ from sfumato.jobs.keys import file_name
 from sfumato.values import reason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from sfumato.jobs.drawing import Loaded, Shown
     from sfumato.pipelines.result import Step
     from sfumato.request import GenerateRequest
 
-__all__ = ["Cancelled", "Worker", "chosen", "failure", "main"]
+__all__ = ["Cancelled", "Worker", "failure", "main"]
 
 
 class Cancelled(Exception):
@@ -203,17 +203,12 @@ def failure(error: Exception) -> dict[str, Any]:
     return {"kind": kind, "message": text}
 
 
-def chosen(arguments: list[str]) -> Iterator[str | None]:
-    """Device and precision, "-" for either if it is left to the plan."""
-    yield from (None if word == "-" else word for word in arguments)
-
-
 def main() -> None:
     """Answers go to what was standard output; whatever else is printed goes to standard error."""
     logging.getLogger("sfumato").setLevel(logging.ERROR)  # what is worth noting is among a job's notes
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    device, dtype = chosen(sys.argv[1:3])
+    device, dtype = (None if word == "-" else word for word in sys.argv[1:3])  # "-": the plan decides
     Worker(output, device, dtype).run()
 
 

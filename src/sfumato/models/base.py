@@ -224,7 +224,7 @@ class Model(Configured, ModelSurface):
         return {"_class_name": type(self).__name__, "_diffusers_version": files.LAYOUT_VERSION} | self.config.to_dict()
 
     def load_state_dict(self, *arguments: Any, **options: Any) -> Any:
-        """Load a state dict like torch. Unpacks a packed model (models/packed.py) and removes adapters first."""
+        """Load a state dict like torch, after unpacking the model (models/packed.py) and restoring its own weights."""
         self._plain()
         return super().load_state_dict(*arguments, **options)
 

@@ -42,7 +42,7 @@ class FreeUSwitch:
         Raises `UsageError` for factors that are not numbers, and for a U-Net without a skip connection per layer.
         """
         if self.config.is_k:
-            raise UsageError("FreeU was not made for a U-Net of K-blocks, as this one is; leave it off")
+            raise UsageError("FreeU does not support U-Nets of k-diffusion blocks; leave it off")
         if not all(isinstance(one, (int, float)) for one in (s1, s2, b1, b2)):
             raise UsageError(f"FreeU takes four numbers, not s1={s1!r}, s2={s2!r}, b1={b1!r}, b2={b2!r}")
         self.freeu = (b1, s1), (b2, s2)

@@ -109,8 +109,8 @@ class IPAdapter(nn.Module):
         self.whole = "latents" in own or "proj.3.weight" in own
         if not self.whole and {"proj.weight", "norm.weight"} - own.keys():
             raise CheckpointError(
-                f"{where} is no plain, plus or full-face IP-Adapter; FaceID needs a face recognizer, which Sfumato has "
-                "not, so give another one"
+                f"{where} is not a plain, plus or full-face IP-Adapter; FaceID, which needs a face recognizer, is not "
+                "supported"
             )
         if self.whole:
             self.image_proj: nn.Module = (Resampler if "latents" in own else FullProjection)(own)
@@ -174,8 +174,8 @@ class IPAdapter(nn.Module):
         )
         if not fits:
             raise CheckpointError(
-                f"{self.where} is for another family: it changes {len(pairs)} layers, and this U-Net has {len(layers)} "
-                f"of a first width of {width}"
+                f"{self.where} is for another family: it has weights for {len(pairs)} layers, but this U-Net has "
+                f"{len(layers)}, with a first width of {width}"
             )
         return dict(zip(layers, pairs, strict=True))  # pyright: ignore[reportReturnType]
 

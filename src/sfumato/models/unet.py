@@ -310,14 +310,14 @@ class UNetEncoder(Model):
         """Concatenate the pooled prompts and the embedded sizes: (B, P + N × size)."""
         for name in ("text_embeds", "time_ids"):
             if name not in given:
-                raise ValueError(f"this U-Net's config asks for {name}, so added_cond_kwargs must have it")
+                raise ValueError(f"this U-Net's config requires {name} in added_cond_kwargs")
         text, ids = given["text_embeds"], given["time_ids"]
         waves = self._sinusoid(ids.flatten(), self.unet_config.addition_time_embed_dim or 0).view(ids.shape[0], -1)
         added = torch.cat([text, waves.to(text.dtype)], dim=-1)
         if added.shape[-1] != _projected(self.unet_config):
             raise ValueError(
                 f"text_embeds of {text.shape[-1]} numbers and {ids.shape[-1]} time_ids make {added.shape[-1]}, "
-                f"and this U-Net reads {_projected(self.unet_config)}; it was made for other ones"
+                f"but this U-Net takes {_projected(self.unet_config)}; pass those of its own family"
             )
         return added
 

@@ -19,7 +19,7 @@ from sfumato.request import Hires
 from sfumato.runtime.generators import generator_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from sfumato.pipelines.parts import Parts
     from sfumato.pipelines.place import Place
@@ -29,24 +29,30 @@ __all__ = ["draw"]
 
 
 def draw(
-    parts: Parts, place: Place, request: GenerateRequest, refiner: tuple[Parts, Place] | None = None
+    parts: Parts,
+    place: Place,
+    request: GenerateRequest,
+    refiner: tuple[Parts, Place] | None = None,
+    seeds: Sequence[int] = (),
 ) -> Generator[Step, None, Result]:
     """Draw a request step by step: yields each finished `Step`, and returns the `Result`.
 
     Image i is generated with seed + i, whatever the batch, so each can be generated again alone. refiner: what goes on
-    from the request's `denoising_end`, in the rest of the same schedule, and decodes.
+    from the request's `denoising_end`, in the rest of the same schedule, and decodes. seeds: one for each image, if not
+    those of the request.
     """
     request = with_named_adapters(request.settled(parts.settings))
     request = request.replace(seed=secrets.randbits(32) if request.seed is None else request.seed)
     width, height = parts.size_of(request)
     if request.image is None:
         request = request.replace(width=width, height=height)
-    generators = [generator_for(request.rng, seed, request.noise) for seed in request.seeds]
+    seeds = seeds or request.seeds
+    generators = [generator_for(request.rng, seed, request.noise) for seed in seeds]
     run = Run(parts, place, request, Given(generators=generators), choose_scheduler(request.scheduler, parts.scheduler))
     runs = [run]
     latents = yield from _watched(run, after=lambda: run.later if refiner is None else run.left)
     if request.hires is not None:
-        run = _second_pass(run, latents)
+        run = _second_pass(run, latents, seeds)
         latents = yield from _watched(run, before=runs[0].steering.num_timesteps)
         runs.append(run)
     if refiner is not None:
@@ -59,15 +65,15 @@ def draw(
     told = runs[0].added.request.replace(image=request.image)
     other = None if refiner is None else refiner[0]
     recipes = recipe.describe(parts, runs[0].scheduler, run.device, told, notes, other, runs[0].added.hashes)
-    return Result(images, request, request.seeds, recipes, notes, seconds, runs[0].plan, tuple(runs[0].controls))
+    return Result(images, request, tuple(seeds), recipes, notes, seconds, runs[0].plan, tuple(runs[0].controls))
 
 
-def _second_pass(first: Run, latents: Tensor) -> Run:
+def _second_pass(first: Run, latents: Tensor, seeds: Sequence[int]) -> Run:
     """What goes over the enlarged image of a run, with noise of the same seeds that begins anew."""
     request, unit = first.request, first.parts.vae_scale_factor
     second = request.second_pass((latents.shape[3] * unit, latents.shape[2] * unit), unit)
     image = enlarged(latents, request.hires or Hires(), unit, first.pictures)
-    generators = [generator_for(request.rng, seed, request.noise) for seed in request.seeds]
+    generators = [generator_for(request.rng, seed, request.noise) for seed in seeds]
     scheduler = choose_scheduler(second.scheduler, first.parts.scheduler)
     given = Given(generators=generators, image=image, pixels=image if isinstance(image, Tensor) else None)
     return Run(first.bare, first.place, second, given, scheduler)

@@ -86,7 +86,7 @@ def _hardware(facts: Facts) -> Iterator[Check]:
             "instructions",
             "poor",
             sets or "none that Sfumato uses",
-            "nothing can be done; without AVX2, images take long",
+            "nothing can be done; without AVX2, generation is slow",
         )
     else:
         yield Check("instructions", "good", sets or "none that Sfumato uses")

@@ -178,7 +178,7 @@ def check_sides(factor: int, **sides: int | None) -> None:
         if value is not None and value % factor:
             near = sorted({max(factor, value - value % factor), value + factor - value % factor})
             raise UsageError(
-                f"{name} must be divisible by {factor}, and {value} is not; try {' or '.join(map(str, near))}"
+                f"{name} must be divisible by {factor}, but {value} is not; try {' or '.join(map(str, near))}"
             )
 
 
@@ -338,7 +338,7 @@ def published_sizes(name: str) -> Sizes:
     """Return the sizes of a family's published float32 checkpoint. Raises `UsageError` if it reads no prompt."""
     row = FAMILIES[name]
     if not row.encoders:
-        raise UsageError(f"{row.title} reads no prompt; give a family that does")
+        raise UsageError(f"{row.title} takes no prompt; give a family that does")
     texts = [parse(CLIPTextConfig, encoder.config)[0] for encoder in row.encoders]
     layers = [text_layers(text, 1, projected=one.projected) for text, one in zip(texts, row.encoders, strict=True)]
     unet, vae = parse(UNet2DConditionConfig, row.unet)[0], parse(AutoencoderKLConfig, row.vae)[0]

@@ -48,7 +48,7 @@ _FLOAT32 = Policy("float32", "float32", FOUR_BYTES, None)
 _FLOAT64 = Policy("float64", "float64", ("float64",), None)
 
 # float16 ends at 65504. Attention scores of Stable Diffusion 2.x exceed that on any device, and so do activations of
-# some autoencoders, notably SDXL's; bfloat16 has the range of float32. On Metal, scores overflow in both, at least
+# some autoencoders, notably SDXL's; bfloat16 has the range of float32. On Metal, scores fail in both, at least
 # since macOS 14.5 (ComfyUI#3521, ComfyUI#4799, ComfyUI#15819). CPUs have no float16 instructions (CompVis#307).
 POLICIES: dict[tuple[str, str], Policy] = {
     ("cpu", "float64"): _FLOAT64,

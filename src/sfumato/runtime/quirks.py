@@ -36,7 +36,7 @@ QUIRKS = (
     ),
     Quirk(
         "mps-batches",
-        "batches give noise or crash",
+        "batches produce noise or crash",
         "Sfumato generates one image at a time, with the same result",
         "diffusers#1519, diffusers#363, diffusers#941",
         accelerators=("mps",),
@@ -75,7 +75,7 @@ QUIRKS = (
     ),
     Quirk(
         "mps-priming",
-        "the first pass gives other results than later ones",
+        "the first pass gives different results from later ones",
         "update torch to 2.0 or newer",
         "the guide to Metal Performance Shaders",
         accelerators=("mps",),

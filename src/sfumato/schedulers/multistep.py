@@ -87,7 +87,7 @@ class VPScheduler(SigmaScheduler):
         self.init_noise_sigma = type(self).init_noise_sigma
         respaced = config.respaced or ("use_lu_lambdas" if config.own("use_lu_lambdas") else None)
         if timesteps is not None and (respaced or flow):
-            raise UsageError(f"{config.owner}: custom timesteps exclude {respaced or 'use_flow_sigmas'}")
+            raise UsageError(f"{config.owner}: custom timesteps cannot be used with {respaced or 'use_flow_sigmas'}")
         points = self._spaced(n) if timesteps is None else np.array(timesteps, dtype=np.int64)
         if respaced == "use_lu_lambdas":
             values = np.exp(np.linspace(self._log_sigmas[-1].item(), self._log_sigmas[0].item(), n))

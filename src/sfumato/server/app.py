@@ -1,57 +1,63 @@
-"""The application: all routers over one queue."""
+"""The ASGI application: serves the page at once, and the API once it has been imported."""
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI
-from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+from starlette.staticfiles import StaticFiles
 
-from sfumato import __version__
 from sfumato.errors import UsageError
-from sfumato.server import native, openai, sdapi
-from sfumato.server.errors import add_handlers
-from sfumato.server.intake import Intake
 from sfumato.server.security import Guard, content_policy, is_loopback
-from sfumato.server.waiting import Waiting
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from fastapi import FastAPI
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
     from sfumato.jobs.queue import JobQueue
 
 __all__ = ["STATIC", "create_app"]
 
 STATIC = Path(__file__).parent / "static"
+# What the paths of the APIs begin with.
+APIS = ("/api/", "/v1/", "/sdapi/")
 
 
-def create_app(queue: JobQueue, *, page: bool = True, host: str = "127.0.0.1", token: str | None = None) -> FastAPI:
-    """The server of a queue, which it starts and stops; with the studio's page, or without.
+def create_app(queue: JobQueue, *, page: bool = True, host: str = "127.0.0.1", token: str | None = None) -> ASGIApp:
+    """The server of a queue, which is the caller's to start and stop; with the studio's page, or without.
 
     host: the address that is listened at; token: what clients must know, which off the loopback address is not left
     to choice. Raises `UsageError`.
     """
     if token is None and not is_loopback(host):
         raise UsageError(f"whoever can reach {host} could use this server; set a token, or listen at 127.0.0.1")
+    policy = content_policy(STATIC / "index.html")
+    return Guard(_Door(queue, page and STATIC.is_dir()), host=host, token=token, policy=policy)
 
-    @asynccontextmanager
-    async def life(_: FastAPI) -> AsyncIterator[None]:
-        queue.start()
-        yield
-        queue.stop()
 
-    app = FastAPI(
-        title="Sfumato", version=__version__, lifespan=life, docs_url=None, redoc_url=None, redirect_slashes=False,
-        summary="Stable Diffusion that fits the machine it runs on.",
-    )  # fmt: skip
-    app.state.queue, app.state.intake = queue, Intake(queue)
-    add_handlers(app)
-    app.state.waiting = Waiting(queue)
-    for router in (native.router, openai.router, sdapi.router):
-        app.include_router(router)
-    app.add_middleware(Guard, host=host, token=token, policy=content_policy(STATIC / "index.html"))
-    if page and STATIC.is_dir():
-        app.mount("/", StaticFiles(directory=STATIC, html=True), name="page")
-    return app
+class _Door:
+    """The page's files; and whatever is none of these is the API's, which is imported meanwhile."""
+
+    def __init__(self, queue: JobQueue, page: bool) -> None:
+        self._page = StaticFiles(directory=STATIC, html=True) if page else None
+        importing = ThreadPoolExecutor(1, "sfumato-import")
+        self._api = importing.submit(_api, queue)
+        importing.shutdown(wait=False)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._page is not None and not scope["path"].startswith(APIS):
+            try:
+                await self._page(scope, receive, send)
+                return
+            except HTTPException:  # nothing has been sent yet
+                pass
+        await (await asyncio.wrap_future(self._api))(scope, receive, send)
+
+
+def _api(queue: JobQueue) -> FastAPI:
+    from sfumato.server.api import create_api
+
+    return create_api(queue)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastapi import Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 
 from sfumato.errors import SfumatoError, UsageError
 from sfumato.jobs.queue import Full
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from fastapi import FastAPI, Request
 
 __all__ = ["ApiError", "add_handlers", "answer", "not_found"]
 
@@ -45,6 +43,7 @@ def answer(error: ApiError) -> JSONResponse:
 
 def add_handlers(app: FastAPI) -> None:
     """Have every error answered in this form."""
+    from fastapi.exceptions import RequestValidationError  # imports all of FastAPI, which the guard does without
 
     @app.exception_handler(ApiError)
     async def _api(_: Request, error: ApiError) -> JSONResponse:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import dataclasses
 import hashlib
 import re
 import tempfile
@@ -16,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 from sfumato.errors import UsageError
 from sfumato.files import output_folder, replacing
 from sfumato.jobs.gallery import HIDDEN
-from sfumato.request import GenerateRequest
+from sfumato.request import AdapterFile, GenerateRequest
 from sfumato.server.errors import ApiError, not_found
+from sfumato.text.grammars import named_adapters
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from sfumato.jobs.queue import JobQueue
 
@@ -29,6 +29,13 @@ __all__ = ["MOST_BYTES", "MOST_PIXELS", "Intake", "checked", "decoded"]
 # Of one image: bytes of its file, and pixels, which are counted before any of them is decoded.
 MOST_BYTES, MOST_PIXELS = 50 * 10**6, 50 * 10**6
 FORMATS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}
+# What of a request stands for a file: images, which a client sends or names by key, and models of a kind by name.
+FILES: dict[str, Any] = {
+    "image": "image", "depth": "image", "refiner": "checkpoint", "mask": {"file": "image"},
+    "adapters": {"file": "lora"}, "embeddings": {"file": "embedding"},
+    "controls": {"model": "controlnet", "image": "image"},
+    "image_prompts": {"model": "ip-adapter", "encoder": "image-encoder", "image": "image", "mask": "image"},
+}  # fmt: skip
 KEY = re.compile(r"[0-9a-f]{32}")
 KEPT = re.compile(rf"{re.escape(HIDDEN)}/inputs/[0-9a-f]{{64}}\.(png|jpg|webp)")
 
@@ -96,35 +103,26 @@ class Intake:
 
     def request(self, values: dict[str, Any]) -> GenerateRequest:
         """The request that JSON stands for. Raises `UsageError` or `ApiError` naming what is wrong."""
-        values = {name: value for name, value in values.items() if value is not None}
-        for name, kind in (("adapters", "lora"), ("embeddings", "embedding")):
-            if isinstance(values.get(name), list):
-                values[name] = [self._file(one, kind) for one in values[name]]
-        if "lora_dir" in values:
+        if values.get("lora_dir") is not None:
             raise ApiError(400, "lora_dir names a folder of the server; list adapters by name in adapters instead")
-        if named := {"depth", "image_prompts"} & values.keys():
-            raise ApiError(400, f"{min(named)} names files, and is not available over HTTP; use the command line")
-        if "refiner" in values:
-            values["refiner"] = self._queue.models.path(str(values["refiner"]))
-        if isinstance(values.get("image"), str):
-            values["image"] = self.image(values["image"])
-        values |= {"mask": self._read(values["mask"], "file")} if "mask" in values else {}
-        if isinstance(values.get("controls"), list):
-            values["controls"] = [self._file(self._read(one, "image"), "controlnet") for one in values["controls"]]
-        return GenerateRequest.from_dict(values)
+        given = {name: value for name, value in values.items() if value is not None}
+        request = GenerateRequest.from_dict(_placed(given, FILES, self._file))
+        if request.prompt_syntax != "a1111" or not isinstance(request.prompt, str):
+            return request
+        prompt, named = named_adapters(request.prompt)
+        files = tuple(
+            AdapterFile(file=self._lora(name), weight=weight, text_weight=None if text == weight else text)
+            for name, weight, text in named
+        )
+        return request.replace(prompt=prompt, adapters=(*request.adapters, *files))
 
-    def _file(self, one: Any, kind: str) -> Any:
-        """An adapter, embedding or control, a path in the place of the name of its file or model."""
-        name = "model" if kind == "controlnet" else "file"
-        if not (isinstance(one, dict) and isinstance(one.get(name), str)):
-            return one
-        return one | {name: self._queue.models.get(one[name], kind).path}
+    def _file(self, text: str, kind: str) -> str:
+        return self.image(text) if kind == "image" else self._queue.models.get(text, kind).path
 
-    def _read(self, one: Any, name: str) -> Any:
-        """A mask or a control, with the image that it brings as a file of ours."""
-        if not (isinstance(one, dict) and isinstance(one.get(name), str)):
-            return one
-        return one | {name: self.image(one[name])}
+    def _lora(self, name: str) -> str:
+        """The one that A1111 calls so, without its folder and whatever its capitals."""
+        found = {one.name.rpartition("/")[2].lower(): one for one in self._queue.models.all() if one.kind == "lora"}
+        return found[name.lower()].path if name.lower() in found else self._file(name, "lora")
 
     def image(self, text: str) -> str:
         """An image that a request brings or names, as the path of a file of ours, from the folder."""
@@ -148,32 +146,30 @@ class Intake:
         return path.relative_to(self._queue.folder).as_posix()
 
     def remembered(self, path: Path) -> dict[str, Any]:
-        """What an image says of how it was drawn."""
+        """What an image says of how it was drawn, with names of models in the place of paths, which are our business.
+
+        Whatever was made from images that are not here is left out, and said.
+        """
         from sfumato.metadata.remember import remember
 
         try:
             found = remember(path)
         except UsageError as error:
             return {"request": None, "notes": [str(error)], "fields": {}}
-        request, notes = self._named(found.request), list(found.notes)
-        if any(not KEPT.fullmatch(file) for file in request.pictures.values()):
-            request = request.replace(image=None, mask=None)
-            notes.append("it was made from another image, which is not here; send that with it")
-        return {"program": found.program, "request": request.to_dict(), "notes": notes, "fields": found.fields}
+        names, notes = {one.path: one.name for one in self._queue.models.all()}, list(found.notes)
+        request, lost = found.request.to_dict(), set[str]()
+        for field in [one for one in FILES if one in request]:
 
-    def _named(self, request: GenerateRequest) -> GenerateRequest:
-        """The request with names of models in the place of paths, which are nobody's business."""
-        names = {one.path: one.name for one in self._queue.models.all()}
-        ours = tuple(one for one in request.controls if KEPT.fullmatch(one.image))
-        changed: dict[str, Any] = {"controls": tuple(
-            one.replace(model=names.get(one.model, Path(one.model).stem)) for one in ours
-        )}  # fmt: skip
-        for field in ("adapters", "embeddings"):
-            found = getattr(request, field)
-            changed[field] = tuple(
-                dataclasses.replace(one, file=names.get(one.file, Path(one.file).stem)) for one in found
-            )
-        return request.replace(**changed)
+            def name(file: str, kind: str, field: str = field) -> str:
+                lost.update({field} if kind == "image" and not KEPT.fullmatch(file) else ())
+                return file if kind == "image" else names.get(file, Path(file).stem)
+
+            request[field] = _placed(request[field], FILES[field], name)
+        if lost:
+            lost |= {"mask"} if "image" in lost else set()
+            notes.append("it was made from another image, which is not here; send that with it")
+        told = {field: value for field, value in request.items() if field not in lost}
+        return {"program": found.program, "request": told, "notes": notes, "fields": found.fields}
 
     def texts(self, data: bytes) -> dict[str, str]:
         """The texts that an image file carries, by keyword."""
@@ -192,3 +188,14 @@ class Intake:
         if told["request"] is None:
             raise ApiError(400, "the image says nothing of how it was drawn that is known here", code="no_recipe")
         return {"width": size[0], "height": size[1], **told}
+
+
+def _placed(value: Any, kinds: Any, put: Callable[[str, str], str]) -> Any:
+    """JSON with `put(text, kind)` in the place of each text that stands for a file."""
+    if isinstance(kinds, str):
+        return put(value, kinds) if isinstance(value, str) else value
+    if isinstance(value, list):
+        return [_placed(one, kinds, put) for one in value]
+    if not isinstance(value, dict):
+        return value
+    return value | {name: _placed(value[name], kind, put) for name, kind in kinds.items() if name in value}

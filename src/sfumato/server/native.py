@@ -5,7 +5,8 @@ type "invalid_request_error"), 401, 403, 404, 413, 415, 429 (with Retry-After) o
 
     GET    /api/health              {"status": "ok", "version": "0.3.0", "worker": WORKER, "queued": 0, "mask": true}
     GET    /api/models?look=true    {"default": "built-in", "models": [MODEL…]}; look: search the folders again
-    GET    /api/samplers            {"samplers": [{"name": "euler", "about": "first order, …"}…], "spacings": […]}
+    GET    /api/samplers            {"samplers": [{"name": "euler", "about": "first order, …"}…], "spacings": […],
+                                    "preprocessors": […]}
     POST   /api/plan                {"model"?, "request"} -> PLAN: what it would take; 503 while the worker starts
     POST   /api/jobs                {"model"?, "request", "client"?, "id"?, "preview"?, "compute_unit"?} ->
                                     202 JOB: it is accepted, and on the disk
@@ -26,7 +27,8 @@ REQUEST is a `GenerateRequest` as JSON, which says what fields mean; those that 
 model's: {"prompt": "a red apple", "negative_prompt": "…", "steps": 20, "guidance_scale": 7.5, "seed": 7, "count": 4,
 "width": 512, "height": 512, "scheduler": "euler", "spacing": "karras", "image": IMG, "strength": 0.8,
 "mask": {"file": IMG, "edge": 8}, "adapters": [{"file": "NAME of a lora", "weight": 0.8}], "embeddings": [{"file":
-"NAME"}], "controls": [{"model": "NAME of a controlnet", "image": IMG, "preprocessor": "canny"}]}. IMG is a data URL
+"NAME"}], "controls": [{"model": "NAME of a controlnet", "image": IMG, "preprocessor": "canny"}], "image_prompts":
+[{"model": "NAME of an ip-adapter", "encoder": "NAME of an image-encoder", "image": IMG}]}. IMG is a data URL
 ("data:image/png;base64,…") or the key of an image here. Recipes have the same form, so one can be sent again.
 
 JOB: {"id": "9f…", "state": "queued" | "running" | "done" | "failed" | "cancelled", "model": "built-in", "request":
@@ -39,9 +41,9 @@ IMAGE: {"key": "32 hex digits", "name": "a-red-apple-0123456789ab.png", "folder"
 "height": 128, "created": 1.0, "prompt": "…", "negative_prompt": "…", "model": "…", "seed": "7", "scheduler": "…",
 "program": "Sfumato"}; texts are "" where the file does not say.
 
-MODEL: {"name", "kind": "checkpoint" | "core-ml" | "lora" | "embedding" | "controlnet", "family", "width", "height",
-"bytes", "suggested": {"steps": 20, "guidance_scale": 3.0}, "words": ["…"] (what a small model knows),
-"compute_units": ["CPU_AND_GPU", …] (of Core ML models, where there is a choice)}.
+MODEL: {"name", "kind": "checkpoint" | "core-ml" | "lora" | "embedding" | "controlnet" | "ip-adapter" | "image-encoder",
+"family", "width", "height", "bytes", "suggested": {"steps": 20, "guidance_scale": 3.0}, "words": ["…"] (what a small
+model knows), "compute_units": ["CPU_AND_GPU", …] (of Core ML models, where there is a choice)}.
 
 PLAN: {"fits": true, "seconds": 2.1, "peak_bytes": 1, "free_bytes": 1, "device": "cpu", "dtype": "float32", "width",
 "height", "steps", "guidance_scale", "reasons": ["…"], "tokens": {"prompt": 5, "negative_prompt": 0, "limit": 75} or
@@ -58,7 +60,7 @@ Events, `GET /api/events` (text/event-stream). Those with an id are kept: a clie
     event: removed    id; {"key"}
     event: reset      id or none; {}
     event: progress   {"job", "stage": "loading" | "drawing", "place": 0 (which image of the job), "step": 3, "total":
-                      20, "at": 1764140000.1, "seconds_left": 4.2, "preview": "data:image/webp;base64,…"}; all but job
+                      20, "at": 1764140000.1, "seconds_left": 4.2, "preview": "data:image/jpeg;base64,…"}; all but job
                       and stage may be absent
     event: worker     WORKER
 
@@ -138,11 +140,12 @@ def models(http: Request, look: bool = False) -> dict[str, Any]:
 
 @router.get("/samplers")
 def samplers() -> dict[str, Any]:
-    """Schedulers, and the ways their steps may be spaced."""
-    from sfumato.request import SPACINGS
+    """Schedulers, the ways their steps may be spaced, and what can be made of an image for a control."""
+    from sfumato.request import PREPROCESSORS, SPACINGS
     from sfumato.schedulers.names import NAMES
 
-    return {"samplers": [{"name": n, "about": alias.about} for n, alias in NAMES.items()], "spacings": SPACINGS}
+    named = [{"name": name, "about": alias.about} for name, alias in NAMES.items()]
+    return {"samplers": named, "spacings": SPACINGS, "preprocessors": PREPROCESSORS}
 
 
 @router.post("/plan")

@@ -41,8 +41,7 @@ router = APIRouter(prefix="/v1", tags=["openai"])
 ALIASES = re.compile(r"dall-e-[23]|gpt-image-[\w.-]+|chatgpt-image-latest")
 # Of the model's own number of steps.
 QUALITIES = {"low": 0.5, "medium": 1.0, "high": 2.0, "hd": 2.0}
-NAMES = {"num_inference_steps": "steps"}
-NATIVE = ("negative_prompt", "num_inference_steps", "guidance_scale", "seed", "scheduler", "strength")
+NATIVE = ("negative_prompt", "guidance_scale", "seed", "scheduler")
 MOST_FILES, MOST_PART = 17, 2**20
 # Seconds for which a job that is done is given to who asks for it again.
 REMEMBERED = 3600.0
@@ -200,10 +199,8 @@ def _job(http: Request, asked: Generation, more: dict[str, Any]) -> Job:
             and known.created > time.time() - REMEMBERED
         ):
             return known
-    model = _named(queue, asked.model)
-    request = http.app.state.intake.request(
-        _request(asked, model) | more | _strength(asked) | _size(asked, model, more, queue)
-    )
+    model, strength = _named(queue, asked.model), {} if asked.strength is None else {"strength": asked.strength}
+    request = http.app.state.intake.request(_request(asked, model) | more | strength | _size(asked, model, more, queue))
     partials = (asked.partial_images or 0) if asked.stream else 0
     return queue.submit(request, model.name, client=client, body=body, partials=partials, preview=False)
 
@@ -211,15 +208,11 @@ def _job(http: Request, asked: Generation, more: dict[str, Any]) -> Job:
 def _request(asked: Generation, model: Model) -> dict[str, Any]:
     if asked.background == "transparent":
         raise ApiError(400, "images have no transparent background here; ask for opaque", param="background")
-    values = {NAMES.get(name, name): getattr(asked, name) for name in NATIVE if name != "strength"}
+    values = {"steps": asked.num_inference_steps} | {name: getattr(asked, name) for name in NATIVE}
     quality = QUALITIES.get(asked.quality or "auto")
     if quality is not None and values["steps"] is None:
         values["steps"] = max(1, round(quality * model.suggested.get("steps", 25)))
     return values | {"prompt": asked.prompt, "count": asked.n or 1}
-
-
-def _strength(asked: Generation) -> dict[str, Any]:
-    return {} if asked.strength is None else {"strength": asked.strength}
 
 
 def _size(asked: Generation, model: Model, more: dict[str, Any], queue: JobQueue) -> dict[str, Any]:

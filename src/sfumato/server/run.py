@@ -1,8 +1,10 @@
-"""Starts the server: first the socket, then the queue, then the page."""
+"""Starts the server: first the socket, then the queue and its worker, then the page; the API comes last."""
 
 from __future__ import annotations
 
 import socket
+import webbrowser
+from threading import Thread
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -47,17 +49,24 @@ def run(
     browser: bool,
 ) -> None:
     """Serve until somebody ends it."""
-    given = token is not None
-    token = token or (None if is_loopback(host) else new_token())
+    given, token = token is not None, token or (None if is_loopback(host) else new_token())
     sock = listening(host, port)
     queue = JobQueue(output_folder(folder).absolute(), Models(models, default), device=device, dtype=dtype)
-    app = create_app(queue, page=page, host=host, token=token)
-    place = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
-    link = place if token is None or not page else f"{place}/?token={token}"
-    print(f"Sfumato is at {link if page else place}; Ctrl-C ends it", flush=True)
-    if not page and token is not None and not given:
-        print(f"Clients need this token: {token}", flush=True)
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2
-    )
-    uvicorn.Server(config).run(sockets=[sock])
+    queue.start()  # its worker takes seconds to import torch, beside all that follows
+    try:
+        app = create_app(queue, page=page, host=host, token=token)
+        place = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
+        link = place if token is None or not page else f"{place}/?token={token}"
+        print(f"Sfumato is at {link}; Ctrl-C ends it", flush=True)
+        if not page and token is not None and not given:
+            print(f"Clients need this token: {token}", flush=True)
+        if browser:
+            here = link.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+            Thread(target=webbrowser.open, args=(here,), daemon=True).start()
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2, lifespan="off"
+        )
+        uvicorn.Server(config).run(sockets=[sock])
+        raise KeyboardInterrupt  # asyncio takes Ctrl-C for a wish to cancel what is at its end already
+    finally:
+        queue.stop()

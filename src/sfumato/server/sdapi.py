@@ -16,22 +16,25 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from sfumato.errors import UsageError
+from sfumato.metadata.names import names
 from sfumato.metadata.samplers import SAMPLERS, SPACINGS
 from sfumato.metadata.told import Told, request_of
-from sfumato.request import AdapterFile, GenerateRequest, Mask
+from sfumato.request import GenerateRequest
 from sfumato.server.errors import ApiError
 from sfumato.server.images import inverted
 from sfumato.server.intake import decoded
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sfumato.jobs.models import Model
     from sfumato.jobs.queue import JobQueue
     from sfumato.jobs.store import Job
+    from sfumato.server.intake import Intake
 
 __all__ = [
-    "ImageToImage", "PngInfo", "TextToImage", "embeddings", "img2img", "interrupt", "loras", "memory", "nothing",
-    "options", "png_info", "progress", "refresh", "router", "samplers", "schedulers", "scripts", "sd_models",
-    "set_options", "txt2img", "upscalers",
+    "ImageToImage", "PngInfo", "TextToImage", "img2img", "interrupt", "loras", "memory", "options", "png_info",
+    "progress", "refresh", "router", "sd_models", "set_options", "txt2img",
 ]  # fmt: skip
 
 router = APIRouter(prefix="/sdapi/v1", tags=["sdapi"])
@@ -39,15 +42,12 @@ router = APIRouter(prefix="/sdapi/v1", tags=["sdapi"])
 CLIENT = "sdapi"
 # Fields that are only about what A1111 does with files, or that do nothing unless others are set.
 HARMLESS = {
-    "sampler_index", "send_images", "save_images", "do_not_save_samples", "do_not_save_grid", "script_args", "eta",
-    "s_churn", "s_tmax", "s_tmin", "s_noise", "s_min_uncond", "seed_resize_from_h", "seed_resize_from_w", "hr_scale",
-    "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y", "hr_checkpoint_name", "hr_sampler_name",
-    "hr_scheduler", "hr_prompt", "hr_negative_prompt", "firstphase_width", "firstphase_height", "comments", "infotext",
-    "override_settings_restore_afterwards", "mask_blur_x", "mask_blur_y", "inpainting_fill",
-    "include_init_images", "resize_mode", "mask_blur", "inpaint_full_res", "inpaint_full_res_padding",
-    "inpainting_mask_invert",
-    "initial_noise_multiplier", "image_cfg_scale", "refiner_switch_at", "force_task_id", "disable_extra_networks",
-    "mask_round", "latent_mask", "denoising_strength",
+    "save_images", "do_not_save_samples", "do_not_save_grid", "script_args", "eta", "s_churn", "s_tmax", "s_tmin",
+    "s_noise", "s_min_uncond", "seed_resize_from_h", "seed_resize_from_w", "hr_checkpoint_name", "firstphase_width",
+    "firstphase_height", "comments", "infotext", "override_settings_restore_afterwards", "mask_blur_x", "mask_blur_y",
+    "inpainting_fill", "include_init_images", "resize_mode", "mask_blur", "inpaint_full_res",
+    "inpaint_full_res_padding", "inpainting_mask_invert", "initial_noise_multiplier", "image_cfg_scale",
+    "refiner_switch_at", "force_task_id", "disable_extra_networks", "mask_round", "latent_mask",
 }  # fmt: skip
 OPTIONS = {"samples_format": "png", "sd_vae": "Automatic", "CLIP_stop_at_last_layers": 1, "eta_noise_seed_delta": 0}
 
@@ -74,7 +74,17 @@ class TextToImage(BaseModel):
     override_settings: dict[str, Any] | None = None
     alwayson_scripts: dict[str, Any] | None = None
     script_name: str | None = None
+    denoising_strength: Annotated[float, Field(ge=0, le=1)] | None = 0.75
     enable_hr: bool | None = False
+    hr_scale: Annotated[float, Field(ge=1, le=16)] = 2.0
+    hr_upscaler: str | None = None
+    hr_second_pass_steps: Annotated[int, Field(ge=0, le=1000)] = 0
+    hr_resize_x: Annotated[int, Field(ge=0, le=16384)] = 0
+    hr_resize_y: Annotated[int, Field(ge=0, le=16384)] = 0
+    hr_sampler_name: str | None = None
+    hr_scheduler: str | None = None
+    hr_prompt: str | None = None
+    hr_negative_prompt: str | None = None
     styles: list[str] | None = None
     tiling: bool | None = False
     restore_faces: bool | None = False
@@ -85,7 +95,6 @@ class ImageToImage(TextToImage):
     """The same from an image."""
 
     init_images: Annotated[list[str], Field(min_length=1, max_length=1)]
-    denoising_strength: Annotated[float, Field(ge=0, le=1)] = 0.75
     mask: str | None = None
     mask_blur: Annotated[int, Field(ge=0, le=255)] = 4
     inpainting_mask_invert: bool = False
@@ -125,29 +134,21 @@ async def _answer(http: Request, asked: TextToImage) -> dict[str, Any]:
 def _submitted(http: Request, asked: TextToImage) -> tuple[Job, list[str]]:
     _refuse(asked)
     queue: JobQueue = http.app.state.queue
+    intake: Intake = http.app.state.intake
     settings = {**_options(http), **(asked.override_settings or {})}
     model = _named(queue, str(settings["sd_model_checkpoint"]))
     request, notes = request_of(_as_told(asked, settings))
     warnings = [note for note in notes if "made from another image" not in note]
     extra = {name for name in asked.model_extra or {} if name not in HARMLESS}
     warnings += [f"{name} has no effect" for name in sorted(extra | ({"styles"} if asked.styles else set()))]
-    request = _with_adapters(request, queue).replace(count=asked.batch_size * asked.n_iter)
+    values: dict[str, Any] = request.to_dict() | {"count": asked.batch_size * asked.n_iter}
     if isinstance(asked, ImageToImage):
-        request = request.replace(image=http.app.state.intake.keep(decoded(asked.init_images[0])))
+        values["image"] = asked.init_images[0]
         if asked.mask:
-            request = request.replace(mask=_mask(asked, http.app.state.intake.keep(_whitened(asked))))
-    return queue.submit(request, model.name, client=CLIENT, preview=True), warnings
-
-
-def _mask(asked: ImageToImage, file: str) -> Mask:
-    crop = asked.inpaint_full_res_padding if asked.inpaint_full_res else None
-    return Mask(file=file, edge=asked.mask_blur, crop=crop)
-
-
-def _whitened(asked: ImageToImage) -> bytes:
-    """The mask, white where it is to be painted."""
-    data = decoded(asked.mask or "")
-    return inverted(data) if asked.inpainting_mask_invert else data
+            crop = asked.inpaint_full_res_padding if asked.inpaint_full_res else None
+            file = intake.keep(inverted(decoded(asked.mask))) if asked.inpainting_mask_invert else asked.mask
+            values["mask"] = {"file": file, "edge": asked.mask_blur, "crop": crop}
+    return queue.submit(intake.request(values), model.name, client=CLIENT, preview=True), warnings
 
 
 def _refuse(asked: TextToImage) -> None:
@@ -156,8 +157,8 @@ def _refuse(asked: TextToImage) -> None:
     if used or asked.script_name:
         told = ", ".join([*used, *([asked.script_name] if asked.script_name else [])])[:200]
         raise ApiError(422, f"scripts of A1111 are not run here: {told}", param="alwayson_scripts")
-    if asked.enable_hr:
-        raise ApiError(422, "there is no second pass in a larger size yet; send enable_hr false", param="enable_hr")
+    if asked.enable_hr and isinstance(asked, ImageToImage):
+        raise ApiError(422, "a second pass is for txt2img; send enable_hr false", param="enable_hr")
 
 
 def _as_told(asked: TextToImage, settings: dict[str, Any]) -> Told:
@@ -175,29 +176,20 @@ def _as_told(asked: TextToImage, settings: dict[str, Any]) -> Told:
         fields |= {"Variation seed": max(0, asked.subseed), "Variation seed strength": asked.subseed_strength}
     if asked.tiling or asked.restore_faces:
         fields |= {"Tiling": bool(asked.tiling), "Face restoration": bool(asked.restore_faces)}
-    if isinstance(asked, ImageToImage):
+    if isinstance(asked, ImageToImage) or asked.enable_hr:
         fields["Denoising strength"] = asked.denoising_strength
+    if asked.enable_hr:
+        sides = f"{asked.hr_resize_x}x{asked.hr_resize_y}"
+        fields |= {
+            "Hires upscale": asked.hr_scale, "Hires upscaler": asked.hr_upscaler or "Latent",
+            "Hires steps": asked.hr_second_pass_steps or None, "Hires resize": None if sides == "0x0" else sides,
+            "Hires sampler": asked.hr_sampler_name, "Hires schedule type": asked.hr_scheduler,
+            "Hires prompt": asked.hr_prompt or None, "Hires negative prompt": asked.hr_negative_prompt or None,
+        }  # fmt: skip
     if settings.get("eta_noise_seed_delta"):
         fields["ENSD"] = settings["eta_noise_seed_delta"]
     texts = {key: str(value) for key, value in fields.items() if value is not None}
     return Told("AUTOMATIC1111", asked.prompt, asked.negative_prompt or None, texts)
-
-
-def _with_adapters(request: GenerateRequest, queue: JobQueue) -> GenerateRequest:
-    """The request with what its prompt calls by `<lora:name:weight>`."""
-    from sfumato.text.grammars import named_adapters
-
-    prompt, named = named_adapters(str(request.prompt))
-    files = tuple(
-        AdapterFile(file=_lora(queue, name), weight=weight, text_weight=None if told == weight else told)
-        for name, weight, told in named
-    )
-    return request.replace(prompt=prompt, adapters=files)
-
-
-def _lora(queue: JobQueue, name: str) -> str:
-    found = {one.name.rpartition("/")[2].lower(): one for one in queue.models.all() if one.kind == "lora"}
-    return found[name.lower()].path if name.lower() in found else queue.models.get(name, "lora").path
 
 
 def _named(queue: JobQueue, title: str) -> Model:
@@ -291,20 +283,6 @@ def set_options(http: Request, asked: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-@router.get("/samplers")
-def samplers() -> list[dict[str, Any]]:
-    """Samplers by A1111's names."""
-    return [{"name": one.a1111, "aliases": [one.name, one.comfyui or one.name], "options": {}} for one in SAMPLERS]
-
-
-@router.get("/schedulers")
-def schedulers() -> list[dict[str, Any]]:
-    """Ways to space the steps, by A1111's names."""
-    names = ["Automatic", *(name for name in SPACINGS if name[0].isupper() and name != "Normal")]
-    words = {"default_rho": -1.0, "need_inner_model": False}
-    return [{"name": one.lower().replace(" ", "_"), "label": one, "aliases": None, **words} for one in names]
-
-
 @router.get("/sd-models")
 def sd_models(http: Request) -> list[dict[str, Any]]:
     """What can draw."""
@@ -328,36 +306,6 @@ def loras(http: Request) -> list[dict[str, Any]]:
     return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in found]
 
 
-@router.get("/embeddings")
-def embeddings(http: Request) -> dict[str, Any]:
-    """None are loaded by themselves."""
-    return {"loaded": {}, "skipped": {}}
-
-
-@router.get("/upscalers")
-def upscalers() -> list[dict[str, Any]]:
-    """None but the one that does nothing."""
-    return [{"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 1.0}]
-
-
-@router.get("/sd-vae")
-@router.get("/sd-modules")
-@router.get("/latent-upscale-modes")
-@router.get("/hypernetworks")
-@router.get("/face-restorers")
-@router.get("/realesrgan-models")
-@router.get("/prompt-styles")
-def nothing() -> list[dict[str, Any]]:
-    """There are none of these here."""
-    return []
-
-
-@router.get("/scripts")
-def scripts() -> dict[str, Any]:
-    """None of A1111's."""
-    return {"txt2img": [], "img2img": []}
-
-
 @router.get("/memory")
 def memory() -> dict[str, Any]:
     """Memory of this machine."""
@@ -375,3 +323,28 @@ def png_info(http: Request, asked: PngInfo) -> dict[str, Any]:
     """What an image says of how it was drawn."""
     told = http.app.state.intake.texts(decoded(asked.image))
     return {"info": told.get("parameters", ""), "items": told, "parameters": told}
+
+
+# Lists that never change, in A1111's words; embeddings are loaded by none, and there are no scripts of A1111's.
+FIXED: dict[str, Any] = {
+    "samplers": [{"name": one.a1111, "aliases": [one.name], "options": {}} for one in SAMPLERS],
+    "schedulers": [
+        {"name": name.lower().replace(" ", "_"), "label": name, "aliases": None, "default_rho": -1}
+        for name in ("Automatic", *SPACINGS) if name[0].isupper() and name != "Normal"
+    ],
+    "upscalers": [
+        {"name": name, "model_name": None, "model_path": None, "model_url": None, "scale": 1}
+        for name in ("None", "Lanczos")
+    ],
+    "latent-upscale-modes": [{"name": name} for name in names()["upscalers"] if name.startswith("Latent")],
+    "embeddings": {"loaded": {}, "skipped": {}}, "scripts": {"txt2img": [], "img2img": []}, "sd-vae": [],
+    "sd-modules": [], "hypernetworks": [], "face-restorers": [], "realesrgan-models": [], "prompt-styles": [],
+}  # fmt: skip
+
+
+def _always(answer: Any) -> Callable[[], Any]:
+    return lambda: answer
+
+
+for _path, _list in FIXED.items():
+    router.add_api_route(f"/{_path}", _always(_list), name=_path)

@@ -48,7 +48,7 @@ def _weights(text: str, count: int, notes: list[str]) -> tuple[list[float], bool
     normalized = "no_normalize" not in said
     said = [one for one in said if one != "no_normalize"]
     if len(said) not in (0, count) or not all(re.fullmatch(NUMBER, one) for one in said):
-        notes.append(f"({text}) are no weights for {count} prompts; each has the weight 1")
+        notes.append(f"({text}) does not give {count} weights for {count} prompts; each has the weight 1")
         said = []
     return [float(one) for one in said] or [1.0] * count, normalized
 
@@ -105,7 +105,7 @@ def _spans(text: str, weight: float, notes: list[str], depth: int) -> list[Span]
             found.append((re.sub(r"\\(.)", r"\1", word[0]), weight * factor))
         else:
             if char == "(":
-                notes.append(f"a bracket is never closed and is drawn as plain text: {text[:80]!r}")
+                notes.append(f"an unclosed bracket is read as plain text: {text[:80]!r}")
             # A space between two words of the same weight does not start a new span.
             found.append((char, found[-1][1] if found and char.isspace() else weight))
             place += 1
@@ -117,7 +117,7 @@ def _operator(text: str, place: int, signs: re.Pattern[str], notes: list[str]) -
     if swap := SWAP.match(text, place):
         close = _closing(text, swap.end() - 1)
         if close is not None:
-            notes.append(f"{text[swap.start() : close + 1]} in the prompt is ignored; the words before it are drawn")
+            notes.append(f"{text[swap.start() : close + 1]} in the prompt is ignored; the words before it are used")
             return 1.0, close + 1
     found = ATTEND.match(text, place) or signs.match(text, place)
     if found is None:

@@ -83,10 +83,13 @@ def a1111(text: str) -> Read:
         else:
             texts.append(part[1:] if len(part) == 2 and part[0] == "\\" else part)
             weights.append(1.0)
-    notes = [f"a bracket is never closed and is drawn as plain text: {text[:80]!r}"] if round_ or square else []
-    notes += [f"{extra} in the prompt is ignored; load adapters with --lora, or name a --lora-dir" for extra in extras]
+    notes = [f"an unclosed bracket is read as plain text: {text[:80]!r}"] if round_ or square else []
+    notes += [
+        f"{extra} in the prompt is ignored; load adapters with --lora, or give their folder with --lora-dir"
+        for extra in extras
+    ]
     if AND.search(text):
-        notes.append("AND in the negative prompt is drawn as a word, and does not join prompts")
+        notes.append("AND in the negative prompt is read as a word and does not join prompts")
     return Read(joined(_broken(list(zip(texts, weights, strict=True)))), tuple(notes))
 
 

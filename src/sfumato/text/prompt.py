@@ -204,6 +204,6 @@ def alike(states: Sequence[Tensor], length: int) -> list[Tensor]:
     if whole > MOST_CHUNKS * length:
         raise UsageError(
             f"prompts of {', '.join(str(one.shape[1] // length) for one in states)} chunks are too different in length "
-            "to be drawn together; draw them one by one, or make them shorter"
+            "to be generated together; generate them one by one, or make them shorter"
         )
     return [one.repeat(1, whole // one.shape[1], 1) for one in states]

@@ -145,7 +145,7 @@ def _from_json(told: dict[str, Any], where: Path) -> tuple[dict[str, Any], list[
     model, added = told.get("model"), told.get("added_tokens") or []
     model = model if isinstance(model, dict) and model.get("type", "BPE") == "BPE" else {}
     if not (isinstance(model.get("merges"), list) and isinstance(model.get("vocab"), dict)):
-        raise CheckpointError(f"{where} is not a tokenizer file of byte pairs, as CLIP's is; copy or download it again")
+        raise CheckpointError(f"{where} is not a byte-pair tokenizer like CLIP's; copy or download it again")
     check_value(str(where), "added_tokens", added, tuple[dict[str, Any], ...])
     merges = [tuple(one.split(" ")) if isinstance(one, str) else one for one in model["merges"]]
     return model["vocab"], merges, [_special(where, "added_tokens", one) for one in added]
@@ -173,8 +173,8 @@ def _check_merges(vocab: dict[str, int], merges: list[Any], where: Path, special
     words = [token for token in lost if RUN.fullmatch(token.removesuffix("</w>"))]
     if words:
         raise CheckpointError(
-            f"{where} does not fit the vocabulary: {len(words)} of its words, such as {shown(min(words))}, cannot be "
-            "made by any merge, so it is incomplete; copy or download it again"
+            f"{where} does not fit the vocabulary: {len(words)} of its words, such as {shown(min(words))}, are the "
+            "result of no merge, so it is incomplete; copy or download it again"
         )
 
 
@@ -212,14 +212,14 @@ def _byte_pairs(vocab: dict[str, int], merges: list[Any], where: Path) -> Tokeni
 def _id(tokenizer: Tokenizer, token: str) -> int:
     found = tokenizer.token_to_id(token)
     if found is None:
-        raise CheckpointError(f"the tokenizer has no token {token!r}; its files are not those of a CLIP tokenizer")
+        raise CheckpointError(f"the tokenizer has no token {token!r}; its files are not a CLIP tokenizer's")
     return found
 
 
 def _token_of(tokenizer: Tokenizer, id_: int) -> str:
     found = tokenizer.id_to_token(id_)
     if found is None:
-        raise CheckpointError(f"the tokenizer has no token {id_} to pad with; its files are of another checkpoint")
+        raise CheckpointError(f"the tokenizer has no token {id_} to pad with; its files belong to another checkpoint")
     return found
 
 

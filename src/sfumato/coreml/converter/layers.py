@@ -207,8 +207,8 @@ def _read(name: str, tensor: Tensor, dtype: str, shape: tuple[int, ...]) -> np.n
     if not bool(numbers.isfinite().all()):
         if bool(source.isfinite().all()):
             raise CheckpointError(
-                f"the weight {name} has numbers up to {source.abs().max():.3g}, and float16, in which Core ML packages "
-                "hold them, ends at 65504; use another checkpoint"
+                f"the weight {name} has values up to {source.abs().max():.3g}, but Core ML packages store weights in "
+                "float16, whose maximum is 65504; use another checkpoint"
             )
         raise CheckpointError(f"the weight {name} has NaN or infinite values; download the checkpoint again")
     return numbers.numpy()

@@ -44,7 +44,7 @@ def unet(
     b = Builder(target_named(target), dtype)
     layers = Layers(b, model, attention_named(attention))
     sample = b.input("sample", dtype, (batch, config.in_channels, height, width), "The noisy latents")
-    step = b.input("timestep", dtype, (batch,), "How noisy they are, on the scale of the training timesteps")
+    step = b.input("timestep", dtype, (batch,), "The noise level, as a training timestep")
     shape = (batch, _context_channels(model), 1, tokens)
     context = b.input("encoder_hidden_states", dtype, shape, "The encoded prompts")
     if config.center_input_sample:
@@ -61,7 +61,7 @@ def unet(
     if model.conv_norm_out is not None:
         with b.scope("conv_act"):
             x = layers.activation(model.conv_act, layers.group_norm(model.conv_norm_out, x))
-    b.result(layers.conv(model.conv_out, x), "noise_pred", "What the scheduler asks for: noise, velocity or the sample")
+    b.result(layers.conv(model.conv_out, x), "noise_pred", "The model's prediction: noise, velocity or sample")
     return b.model("Stable Diffusion: predicts the noise in latents, guided by a prompt")
 
 

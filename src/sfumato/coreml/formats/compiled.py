@@ -56,7 +56,7 @@ def read_compiled(path: Path) -> Model:
             raise ConfigError(f"{path} is a compiled pipeline, which cannot be read; use its package")
     where = path / INTERFACE
     data = read_bytes(where, SMALL_FILE)
-    broken = CheckpointError(f"{where} is not what compiled ML Programs have, or damaged; copy or download it again")
+    broken = CheckpointError(f"{where} is not that of a compiled ML Program, or is damaged; copy or download it again")
     if len(data) < _HEAD.size + _TAIL.size:
         raise broken
     mark, _, kind_size, kind, spec_version, size = _HEAD.unpack_from(data)

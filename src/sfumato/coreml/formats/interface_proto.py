@@ -157,7 +157,7 @@ def _fill_features(messages: Any, features: Iterable[Feature]) -> None:
         made = messages.add(name=feature.name, shortDescription=feature.description)
         made.type.isOptional = feature.optional
         if feature.flexibility is None and None in feature.type.shape:
-            raise UsageError(f"{feature.name!r} is {feature.type}: say in `flexibility` how its sides may vary")
+            raise UsageError(f"{feature.name!r} is {feature.type}: set `flexibility` to the shapes it may have")
         if feature.image is None:
             _fill_array(made.type.multiArrayType, feature)
         else:

@@ -30,7 +30,7 @@ def read_package(path: Path) -> Model:
     model = inside(path / "Data", _root(path))
     if not model.exists():
         raise CheckpointError(
-            f"{model} is missing, to which {path / MANIFEST} points; copy or download the package again"
+            f"{model} is missing, but {path / MANIFEST} points to it; copy or download the package again"
         )
     return read_mlmodel(model)
 

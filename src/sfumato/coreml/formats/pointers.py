@@ -37,7 +37,7 @@ def check_regular(path: Path, most: int | None = None) -> None:
         raise CheckpointError(f"{path} is not a regular file; copy or download the model again")
     if most is not None and found.st_size > most:
         raise CheckpointError(
-            f"{path} has {found.st_size / 1e6:,.0f} MB, which is more than such files have; copy or download it again"
+            f"{path} has {found.st_size / 1e6:,.0f} MB, which is too large for such a file; copy or download it again"
         )
 
 

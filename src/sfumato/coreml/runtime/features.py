@@ -63,7 +63,7 @@ def tensor_from(feature: Feature, value: Any) -> torch.Tensor:
         limits = np.iinfo(wanted)
         whole = array == np.floor(array)
         if not np.all(whole & (array >= limits.min) & (array <= limits.max)):
-            raise UsageError(f"the input {feature.name!r} must be {_described(feature)}; it has other numbers")
+            raise UsageError(f"the input {feature.name!r} must be {_described(feature)}; some values do not fit it")
     with np.errstate(over="ignore"):  # as in Core ML, values too large for float16 become infinite
         return torch.from_numpy(np.array(array, dtype=wanted)).to(HELD[feature.type.dtype])
 

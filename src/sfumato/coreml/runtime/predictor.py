@@ -137,7 +137,7 @@ class Predictor:
         for stage in self._stages:
             missing = [each.name for each in stage.function.inputs if each.name not in features]
             if missing:
-                raise CheckpointError(f"function {stage.name!r} reads {missing[0]!r}, which the model does not give it")
+                raise CheckpointError(f"function {stage.name!r} reads {missing[0]!r}, which the model does not provide")
             executable = stage.executable
             if visit is not None and self.fuse:
                 executable = self._executable(stage.function, stage.name, 0)

@@ -105,7 +105,7 @@ def vp_original(prediction: str, alpha: float, sigma: float, s: float = 0.0) -> 
         case "epsilon":
             if not alpha:
                 raise UsageError(
-                    "noise predicted from pure noise (rescale_betas_zero_snr) says nothing of the image; set "
+                    "noise predicted from pure noise (rescale_betas_zero_snr) says nothing about the image; set "
                     "prediction_type to 'v_prediction', or rescale_betas_zero_snr to false"
                 )
             return (1 / alpha, -sigma / alpha)

@@ -1,10 +1,9 @@
 // What buttons and keys do.
-import { fileOf, post, recipeOf, remove } from './api.js';
 import { t } from './i18n.js';
-import { accept, lastSeed, onStage, frames, picked, running } from './jobs.js';
-import { asked, model, painters } from './plan.js';
-import { close, open, say, view } from './screen.js';
-import { change, replace, settings, sized, startFrom } from './settings.js';
+import {
+  accept, asked, fileOf, frames, lastSeed, model, onStage, painters, picked, post, recipeOf, remove, running,
+} from './server.js';
+import { change, close, EMPTY, open, replace, say, settings, sized, startFrom, steerBy, view } from './state.js';
 
 const LARGEST_START = 2048;
 
@@ -70,7 +69,7 @@ export function showNext(way) {
 export const again = () => change({ seed: lastSeed.peek() });
 
 const CONTROLS = ['negative_prompt', 'steps', 'guidance_scale', 'scheduler', 'seed', 'width', 'height', 'strength',
-  'adapters', 'prompt_syntax', 'spacing'];
+  'adapters', 'embeddings', 'prompt_syntax', 'spacing'];
 const first = (value) => (Array.isArray(value) ? value[0] : value);
 
 /** Takes a request's settings over. `name`: the model that it says it was made with. */
@@ -81,7 +80,7 @@ export function useSettings(request, name) {
   const before = settings.peek();
   for (const [field, value] of Object.entries(rest)) {
     if (value == null) continue;
-    if (CONTROLS.includes(field)) fields[field] = first(field === 'adapters' ? [value] : value);
+    if (CONTROLS.includes(field)) fields[field] = Array.isArray(EMPTY[field]) ? value : first(value);
     else extra[field] = value;
   }
   if (painters.peek().some((one) => one.name === name)) fields.model = name;
@@ -116,19 +115,23 @@ const dataUrl = (file) =>
 function begin(picture) {
   startFrom(picture);
   const own = { width: model.peek()?.width ?? 512, height: model.peek()?.height ?? 512 };
-  change(sized([picture.width, picture.height], own));
+  change({ ...sized([picture.width, picture.height], own), extend: null });
   view.value = 'create';
   close();
   say(t('start_set'));
 }
 
-export async function beginWithFile(file) {
+async function withPicture(file, use) {
   try {
-    begin({ ...(await measured(await dataUrl(file))), name: file.name });
+    use({ ...(await measured(await dataUrl(file))), name: file.name });
   } catch {
     say(t('no_picture', { name: file.name }), { kind: 'error' });
   }
 }
+
+export const beginWithFile = (file) => withPicture(file, begin);
+
+export const steerWithFile = (model, file) => withPicture(file, (picture) => steerBy(model, picture));
 
 export const beginWithImage = (key, name) => attempt(async () => {
   begin({ ...(await measured(fileOf(key))), key, name });

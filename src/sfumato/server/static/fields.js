@@ -1,7 +1,16 @@
-// Icons and labelled controls. Whatever can be dragged can also be typed.
-import { useId, useState } from 'preact/hooks';
-import { html, names } from './html.js';
+// Templates instead of JSX: no build step, and nothing that a strict Content-Security-Policy forbids.
+import htm from 'htm';
+import { h } from 'preact';
+import { useId, useLayoutEffect, useRef, useState } from 'preact/hooks';
 import { t } from './i18n.js';
+import { close } from './state.js';
+
+export const html = htm.bind(h);
+
+/** Class names from those that apply. */
+export const names = (...list) => list.filter(Boolean).join(' ');
+
+// Icons and labelled controls. Whatever can be dragged can also be typed.
 
 // Lines on a grid of 24, drawn in the colour of the text.
 const PATHS = {
@@ -109,4 +118,21 @@ export function Section({ title, open, onToggle, children }) {
   return html`<details class="section" open=${open} onToggle=${(event) => onToggle(event.target.open)}>
     <summary>${title}</summary>${open && html`<div class="stack">${children}</div>`}
   </details>`;
+}
+
+/** A modal dialog: the browser keeps the focus inside, closes it on Escape, and gives the focus back. */
+export function Dialog({ title, wide, children, onClose = close, ...rest }) {
+  const ref = useRef();
+  // At once, not after the next frame: a key pressed meanwhile is meant for the dialog.
+  useLayoutEffect(() => {
+    const before = document.activeElement;
+    ref.current.showModal();
+    return () => before?.isConnected && before.focus();
+  }, []);
+  return html`<dialog ref=${ref} class=${names(wide && 'wide')} aria-label=${title} closedby="any"
+    onClose=${onClose} ...${rest}>
+    <header class="dialog-head"><h2>${title}</h2>
+      <${IconButton} icon="close" label=${t('close')} onClick=${() => ref.current.close()} /></header>
+    ${children}
+  </dialog>`;
 }

@@ -1,6 +1,6 @@
 // Texts in the reader's language: one JSON file a language, plurals by Intl.PluralRules.
 import { computed, signal } from '@preact/signals';
-import { saved, save } from './storage.js';
+import { save, saved } from './state.js';
 
 export const LANGUAGES = { en: 'English', zh: '中文', ko: '한국어', ar: 'العربية', es: 'Español' };
 const RIGHT_TO_LEFT = ['ar'];

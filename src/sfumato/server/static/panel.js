@@ -1,16 +1,15 @@
 // The settings: few of them in sight, the rest one click away and left as they were.
 import { useRef, useState } from 'preact/hooks';
-import { again, copy, receive } from './actions.js';
-import { Choice, Icon, IconButton, NumberInput, Section, Slider, TextInput } from './fields.js';
-import { html } from './html.js';
+import { again, copy, receive, steerWithFile } from './actions.js';
+import { Choice, html, Icon, IconButton, NumberInput, Section, Slider, TextInput } from './fields.js';
 import { t } from './i18n.js';
-import { lastSeed } from './jobs.js';
-import { abilities, loadModels, loras, model, painters, plan, samplers, spacings } from './plan.js';
-import { open, prefer, preferences } from './screen.js';
 import {
-  RATIOS, applyPreset, canRedo, canUndo, change, chosen, link, mask, paintOver, presets, ratioOf, redo, removePreset,
-  replace, savePreset, settings, sized, start, startFrom, undo, usualStrength,
-} from './settings.js';
+  abilities, lastSeed, loadModels, model, models, painters, plan, preprocessors, samplers, spacings,
+} from './server.js';
+import {
+  applyPreset, canRedo, canUndo, change, chosen, link, mask, open, paintOver, prefer, preferences, presets, ratioOf,
+  RATIOS, redo, removePreset, replace, savePreset, settings, sized, start, startFrom, steering, undo, usualStrength,
+} from './state.js';
 
 const LARGEST_SEED = 2 ** 32 - 1;
 const SYNTAXES = ['plain', 'a1111', 'comfyui'];
@@ -61,21 +60,43 @@ const Seed = () => html`<div class="field">
       placeholder=${t('random')} onChange=${(seed) => change({ seed: seed && Math.round(seed) })} /></div>
 </div>`;
 
-function Start() {
+/** A button that asks for a picture. */
+function Chooser({ label, onFile, children, ...rest }) {
   const input = useRef();
-  const picture = start.value;
   const take = (event) => {
-    receive(event.target.files[0]);
+    onFile(event.target.files[0]);
     event.target.value = '';
   };
+  return html`<input type="file" ref=${input} accept="image/png,image/jpeg,image/webp" aria-label=${label} hidden
+      onChange=${take} />
+    <button type="button" ...${rest} onClick=${() => input.current.click()}>${children}</button>`;
+}
+
+/** How far the start image is continued beyond its sides, at about as many pixels as the model draws. */
+function Extend() {
+  const sides = settings.value.extend ?? [0, 0, 0, 0];
+  const set = (place, value) => {
+    const extend = sides.with(place, Math.round(value));
+    const { width, height } = start.value;
+    const whole = [width + extend[0] + extend[2], height + extend[1] + extend[3]];
+    change({ ...sized(whole, own()), extend: extend.some(Boolean) ? extend : null });
+  };
+  return html`<fieldset class="row">
+    <legend>${t('extend')}</legend>
+    ${['left', 'top', 'right', 'bottom'].map((name, place) => html`<label key=${name}>${t(name)}
+      <${NumberInput} value=${sides[place]} min=${0} max=${4096} step=${8}
+        onChange=${(value) => set(place, value)} /></label>`)}
+  </fieldset>`;
+}
+
+function Start() {
+  const picture = start.value;
   return html`<div class="field" role="group" aria-label=${t('start_image')}>
     <div class="field-head"><span class="label">${t('start_image')}</span>
       ${picture && html`<${IconButton} icon="close" class="tiny" label=${t('remove_start')}
         onClick=${() => startFrom(null)} />`}</div>
-    <input type="file" ref=${input} accept="image/png,image/jpeg,image/webp" aria-label=${t('choose_picture')} hidden
-      onChange=${take} />
-    ${!picture && html`<button type="button" class="drop-zone" onClick=${() => input.current.click()}>
-      <${Icon} name="image" />${t('drop_or_choose')}</button>`}
+    ${!picture && html`<${Chooser} class="drop-zone" label=${t('choose_picture')} onFile=${receive}>
+      <${Icon} name="image" />${t('drop_or_choose')}</${Chooser}>`}
     ${picture && html`
       <div class="start"><img src=${picture.url} alt=${picture.name || t('start_image')} />
         ${mask.value && html`<img src=${mask.value.url} alt="" class="veil" />`}</div>
@@ -85,24 +106,44 @@ function Start() {
         <button type="button" onClick=${() => open('mask')}><${Icon} name="brush" />
           ${t(mask.value ? 'edit_mask' : 'paint_mask')}</button>
         ${mask.value && html`<button type="button" onClick=${() => paintOver(null)}>${t('remove_mask')}</button>`}
-      </div>`}`}
+      </div>
+      <${Extend} />`}`}
   </div>`;
 }
 
-function Adapters() {
-  const worn = settings.value.adapters;
-  const free = loras.value.filter(({ name }) => !worn.some(({ file }) => file === name));
-  if (!loras.value.length && !worn.length) return null;
-  const set = (list) => change({ adapters: list });
-  return html`<div class="field" role="group" aria-label=${t('loras')}>
-    ${worn.map((one) => html`<div class="row worn" key=${one.file}>
-      <${Slider} label=${one.file} value=${one.weight} min=${-1} max=${2} step=${0.05}
-        onChange=${(weight) => set(worn.map((other) => (other === one ? { ...one, weight } : other)))} />
-      <${IconButton} icon="close" class="tiny" label=${t('remove_lora', { name: one.file })}
+/** Models that change or steer the one that draws: a row for each, and a choice of those that are left. */
+function Worn({ field, kind, label, fresh, by = 'file', Row }) {
+  const worn = settings.value[field];
+  const free = models.value.filter((one) => one.kind === kind && !worn.some((other) => other[by] === one.name));
+  const set = (list) => change({ [field]: list });
+  return (free.length > 0 || worn.length > 0) && html`<div class="field">
+    ${worn.map((one, place) => html`<div class="row worn" key=${one[by]}>
+      <${Row} one=${one} update=${(fields) => set(worn.with(place, { ...one, ...fields }))} />
+      <${IconButton} icon="close" class="tiny" label=${t('remove_named', { name: one[by] })}
         onClick=${() => set(worn.filter((other) => other !== one))} /></div>`)}
-    ${free.length > 0 && html`<${Choice} label=${t('add_lora')} value=""
+    ${free.length > 0 && html`<${Choice} label=${label} value=""
       options=${[['', t('choose')], ...free.map(({ name }) => [name, name, true])]}
-      onChange=${(file) => file && set([...worn, { file, weight: 1 }])} />`}
+      onChange=${(name) => name && set([...worn, { [by]: name, ...fresh }])} />`}
+  </div>`;
+}
+
+const Adapter = ({ one, update }) => html`<${Slider} label=${one.file} value=${one.weight} min=${-1} max=${2}
+  step=${0.05} onChange=${(weight) => update({ weight })} />`;
+
+const Embedding = ({ one }) => html`<span class="grow ellipsis" translate=${false}>${one.file}</span>`;
+
+function Control({ one, update }) {
+  const picture = steering.value[one.model];
+  return html`<div class="field">
+    <${Slider} label=${one.model} value=${one.scale} min=${0} max=${2} step=${0.05}
+      onChange=${(scale) => update({ scale })} />
+    <${Chooser} class="drop-zone" label=${t('control_picture', { name: one.model })}
+      onFile=${(file) => file && steerWithFile(one.model, file)}>
+      ${picture ? html`<img src=${picture.url} alt=${picture.name} />`
+        : html`<${Icon} name="image" />${t('control_picture', { name: one.model })}`}</${Chooser}>
+    <${Choice} label=${t('preprocessor')} value=${one.preprocessor} options=${preprocessors.value.map((name) =>
+      (name === 'none' ? ['', t('nothing')] : [name, name, true]))}
+      onChange=${(name) => update({ preprocessor: name ?? undefined })} />
   </div>`;
 }
 
@@ -114,7 +155,7 @@ function Extra() {
   return html`<div class="field"><span class="label">${t('from_recipe')}</span>
     <ul class="extra">${extra.map(([name, value]) => html`<li key=${name}>
       <code dir="auto">${name}: ${JSON.stringify(value).slice(0, 60)}</code>
-      <${IconButton} icon="close" class="tiny" label=${t('remove_extra', { name })}
+      <${IconButton} icon="close" class="tiny" label=${t('remove_named', { name })}
         onClick=${() => change({ extra: without(name) })} /></li>`)}</ul></div>`;
 }
 
@@ -139,7 +180,11 @@ function Advanced() {
     <${Choice} label=${t('syntax')} value=${now.prompt_syntax ?? 'plain'}
       options=${SYNTAXES.map((name) => [name, t(`syntax_${name}`)])}
       onChange=${(name) => change({ prompt_syntax: name === 'plain' ? null : name })} />
-    <${Adapters} /><${Extra} />
+    <${Worn} field="adapters" kind="lora" label=${t('add_lora')} fresh=${{ weight: 1 }} Row=${Adapter} />
+    <${Worn} field="embeddings" kind="embedding" label=${t('add_embedding')} Row=${Embedding} />
+    <${Worn} field="controls" kind="controlnet" label=${t('add_control')} by="model" fresh=${{ scale: 1 }}
+      Row=${Control} />
+    <${Extra} />
   </${Section}>`;
 }
 

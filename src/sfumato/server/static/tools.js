@@ -1,11 +1,11 @@
-// Painting what a picture's mask repaints: with a pointer, with the keyboard, or as a rectangle in numbers.
+// The larger tools. What a mask repaints, painted with a pointer, with the keyboard, or as a rectangle in numbers.
 import { useEffect, useRef, useState } from 'preact/hooks';
-import { Dialog } from './dialogs.js';
-import { Icon, NumberInput, Slider } from './fields.js';
-import { html } from './html.js';
+import { attempt, submit } from './actions.js';
+import { Choice, Dialog, html, Icon, NumberInput, Slider, TextInput } from './fields.js';
 import { number, t } from './i18n.js';
-import { close } from './screen.js';
-import { mask, paintOver, start } from './settings.js';
+import { accept, asked, jobs, live, thumbOf } from './server.js';
+import { close, mask, open, paintOver, save, saved, say, settings, start } from './state.js';
+import { altOf } from './work.js';
 
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 const MOST_UNDONE = 20;
@@ -186,5 +186,99 @@ export function MaskDialog() {
       <output>${t('mask_share', { share: number(paint.painted, { style: 'percent' }) })}</output>
       <button type="button" class="primary" onClick=${done}><${Icon} name="check" />${t('use_mask')}</button>
     </footer>
+  </${Dialog}>`;
+}
+
+// The same settings with one or two of them varied: a table of images.
+
+const MOST = 100;
+const SEEDS = 2 ** 31;
+// What may be varied, and how its values are read; prompts: the first value is looked for and becomes each of them.
+const AXES = { steps: Number, guidance_scale: Number, seed: Number, strength: Number, scheduler: String, model: String,
+  prompt: String };
+const NAMES = { guidance_scale: 'guidance' };
+
+const valuesOf = ({ name, text }) => {
+  if (!name) return [null];
+  const values = text.split(',').map((one) => one.trim()).filter(Boolean).map(AXES[name]);
+  return values.every((value) => typeof value === 'string' || Number.isFinite(value)) ? values : [];
+};
+
+const varied = (now, { name, values }, value) => {
+  if (!name) return now;
+  return { ...now, [name]: name === 'prompt' ? now.prompt.replaceAll(values[0], value) : value };
+};
+
+function Axis({ label, axis, onChange }) {
+  const names = Object.keys(AXES).filter((name) => name !== 'strength' || start.value);
+  const shown = names.map((name) => [name, t(NAMES[name] ?? name)]);
+  return html`<div class="row axis">
+    <${Choice} label=${label} value=${axis.name} options=${[['', t('nothing')], ...shown]}
+      onChange=${(name) => onChange({ ...axis, name })} />
+    <${TextInput} label=${t('values')} value=${axis.text} disabled=${!axis.name}
+      placeholder=${t(axis.name === 'prompt' ? 'values_prompt' : 'values_hint')}
+      onInput=${(text) => onChange({ ...axis, text })} />
+  </div>`;
+}
+
+function Cell({ id, keys }) {
+  const job = jobs.value.get(id);
+  if (!job) return html`<td></td>`;
+  const now = live.value.get(id);
+  const [key] = job.images;
+  if (key) {
+    return html`<td><button type="button" class="frame" aria-label=${altOf(job)}
+      onClick=${() => open('viewer', { keys, key })}><img src=${thumbOf(key)} alt="" /></button></td>`;
+  }
+  const share = now?.total ? number(now.step / now.total, { style: 'percent' }) : '';
+  return html`<td><span class="frame ${job.state}">${share || t(`state_${job.state}`)}</span></td>`;
+}
+
+function Table({ x, y, ids }) {
+  const keys = ids.flat().map((id) => jobs.value.get(id)?.images[0]).filter(Boolean);
+  return html`<div class="scroll" tabindex="0" role="region" aria-label=${t('grid')}><table class="cells">
+    ${x.name && html`<thead><tr>${y.name && html`<td></td>`}
+      ${x.values.map((value) => html`<th scope="col" key=${value} dir="auto">${value}</th>`)}</tr></thead>`}
+    <tbody>${ids.map((row, at) => html`<tr key=${row[0]}>
+      ${y.name && html`<th scope="row" dir="auto">${y.values[at]}</th>`}
+      ${row.map((id) => html`<${Cell} key=${id} id=${id} keys=${keys} />`)}</tr>`)}</tbody>
+  </table></div>`;
+}
+
+export function Grid() {
+  const [grid, setGrid] = useState(saved('grid'));
+  const [x, setX] = useState(grid?.x ?? { name: 'steps', text: '5, 10, 20' });
+  const [y, setY] = useState(grid?.y ?? { name: null, text: '' });
+  const size = valuesOf(x).length * valuesOf(y).length;
+  const make = async () => {
+    const across = { ...x, values: valuesOf(x) };
+    const down = { ...y, values: valuesOf(y) };
+    const name = `grid-${Date.now().toString(36)}`;
+    // All cells share a seed, so that what differs is what was varied.
+    const base = { ...settings.peek(), count: 1, seed: settings.peek().seed ?? Math.floor(Math.random() * SEEDS) };
+    const ids = down.values.map((_, at) => across.values.map((__, of) => `${name}-${at}-${of}`));
+    const next = { x: across, y: down, ids };
+    for (const [at, below] of down.values.entries()) {
+      for (const [of, beside] of across.values.entries()) {
+        const cell = varied(varied(base, across, beside), down, below);
+        const { model, ...rest } = asked(cell);
+        const job = await attempt(() => submit({ ...rest, model: cell.model ?? model }, ids[at][of]));
+        if (!job) return;
+        accept(job);
+      }
+    }
+    setGrid(next);
+    save('grid', next);
+    say(t('grid_queued', { n: size }));
+  };
+  return html`<${Dialog} title=${t('grid')} wide>
+    <form onSubmit=${(event) => (event.preventDefault(), make())}>
+      <${Axis} label=${t('axis_x')} axis=${x} onChange=${setX} />
+      <${Axis} label=${t('axis_y')} axis=${y} onChange=${setY} />
+      <footer class="dialog-foot"><span class="hint">${size > MOST && t('grid_limit', { n: MOST })}</span>
+        <button type="submit" class="primary" disabled=${size < 1 || size > MOST || !(x.name || y.name)}>
+          ${t('make_images', { n: size })}</button></footer>
+    </form>
+    ${grid && html`<${Table} ...${grid} />`}
   </${Dialog}>`;
 }

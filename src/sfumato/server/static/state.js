@@ -1,12 +1,90 @@
-// What to generate: one immutable value, its history, and its memory across reloads.
+// The page's state. What survives a reload: small values in localStorage, which may be full or forbidden, and
+// pictures in IndexedDB.
 import { computed, signal } from '@preact/signals';
-import { saved, savedDraft, save, saveDraft } from './storage.js';
+
+const PREFIX = 'sfumato.';
+
+export function saved(name, fallback = null) {
+  try {
+    return JSON.parse(localStorage.getItem(PREFIX + name)) ?? fallback;
+  } catch {
+    return fallback;
+  }
+}
+
+export function save(name, value) {
+  try {
+    localStorage.setItem(PREFIX + name, JSON.stringify(value));
+  } catch {
+    // Without storage the page works as well, until it is closed.
+  }
+}
+
+const database = () =>
+  new Promise((resolve, reject) => {
+    const request = indexedDB.open('sfumato', 1);
+    request.onupgradeneeded = () => request.result.createObjectStore('drafts');
+    request.onsuccess = () => resolve(request.result);
+    request.onerror = () => reject(request.error);
+  });
+
+async function transact(mode, act) {
+  try {
+    const opened = await database();
+    return await new Promise((resolve, reject) => {
+      const request = act(opened.transaction('drafts', mode).objectStore('drafts'));
+      request.onsuccess = () => resolve(request.result);
+      request.onerror = () => reject(request.error);
+    });
+  } catch {
+    return undefined;
+  }
+}
+
+export const savedDraft = (name) => transact('readonly', (store) => store.get(name));
+export const saveDraft = (name, value) =>
+  transact('readwrite', (store) => (value == null ? store.delete(name) : store.put(value, name)));
+
+// What is on the screen, beside what the server knows: view, dialog, messages, and preferences that are remembered.
+
+export const view = signal('create');
+/** The dialog that is open, {name, ...}, or null. */
+export const dialog = signal(null);
+export const open = (name, rest = {}) => (dialog.value = { name, ...rest });
+export const close = () => (dialog.value = null);
+
+const DEFAULTS = { theme: 'system', advanced: false, negative: false, panel: true, letters: true };
+export const preferences = signal({ ...DEFAULTS, ...saved('preferences') });
+export function prefer(fields) {
+  preferences.value = { ...preferences.peek(), ...fields };
+  save('preferences', preferences.peek());
+}
+
+/** Messages at the edge of the screen: {id, text, kind, action: {label, run}}. */
+export const messages = signal([]);
+let count = 0;
+
+/** Shows a message for some seconds; one with an action stays longer, an error until it is closed. */
+export function say(text, { kind = 'info', action } = {}) {
+  const message = { id: (count += 1), text, kind, action };
+  messages.value = [...messages.peek().slice(-2), message];
+  if (kind !== 'error') setTimeout(() => dismiss(message.id), action ? 12000 : 5000);
+  return message.id;
+}
+export const dismiss = (id) => (messages.value = messages.peek().filter((one) => one.id !== id));
+
+/** What a screen reader says next. */
+export const announcement = signal('');
+
+// What to generate: one immutable value, its history, and its memory across reloads.
 
 // The names are those of GenerateRequest; null is the model's own choice.
 export const EMPTY = Object.freeze({
   model: null, prompt: '', negative_prompt: '', steps: null, guidance_scale: null, scheduler: null, seed: null,
-  count: 1, width: null, height: null, strength: null, adapters: [], prompt_syntax: null, spacing: null,
-  compute_unit: null,
+  count: 1, width: null, height: null, strength: null, adapters: [], embeddings: [], controls: [], prompt_syntax: null,
+  spacing: null, compute_unit: null,
+  // Pixels to add on the left, top, right and bottom of the start image.
+  extend: null,
   // Fields of a recipe that the page has no control for; they are sent as they came.
   extra: {},
 });
@@ -15,7 +93,7 @@ const TOGETHER = 800;
 const MOST_UNDONE = 100;
 
 /** How much a start image is changed where nobody said. */
-export const usualStrength = () => (mask.value ? 1 : 0.6);
+export const usualStrength = () => (mask.value || settings.value.extend ? 1 : 0.6);
 
 const known = (value) => Object.fromEntries(Object.entries(value ?? {}).filter(([name]) => name in EMPTY));
 
@@ -23,6 +101,8 @@ export const settings = signal({ ...EMPTY, ...known(saved('settings')) });
 /** The picture to start from, {url, key?, name, width, height}; what of it to repaint, {url, edge}, white on black. */
 export const start = signal(null);
 export const mask = signal(null);
+/** The pictures that controls read, {url, name} by the control's model. */
+export const steering = signal({});
 
 const past = signal([]);
 const future = signal([]);
@@ -79,10 +159,16 @@ export function paintOver(painted) {
   saveDraft('mask', painted);
 }
 
+export function steerBy(model, picture) {
+  steering.value = { ...steering.peek(), [model]: picture };
+  saveDraft('steering', steering.peek());
+}
+
 /** Brings back the pictures of the last visit. */
 export async function restoreDrafts() {
   start.value ??= (await savedDraft('start')) ?? null;
   mask.value ??= (await savedDraft('mask')) ?? null;
+  steering.value = (await savedDraft('steering')) ?? {};
 }
 
 // Sizes by ratio: about as many pixels as the model was trained on, both sides multiples of 8.
@@ -135,15 +221,22 @@ export function fromLink(hash) {
   const found = {};
   for (const [name, text] of new URLSearchParams(hash.replace(/^#/, ''))) {
     if (TEXTS.includes(name)) found[name] = text;
-    else if (name === 'adapters') found.adapters = adaptersOf(text);
+    else if (name in LISTS) found[name] = listOf(text, LISTS[name]);
     else if (name in EMPTY && name !== 'extra' && Number.isFinite(Number(text))) found[name] = Number(text);
   }
   return Object.keys(found).length ? found : null;
 }
 
-function adaptersOf(text) {
+const LISTS = {
+  adapters: ({ file, weight }) => typeof file === 'string' && Number.isFinite(weight),
+  embeddings: ({ file }) => typeof file === 'string',
+  controls: ({ model, scale }) => typeof model === 'string' && Number.isFinite(scale),
+  extend: Number.isFinite,
+};
+
+function listOf(text, fits) {
   try {
-    return JSON.parse(text).filter(({ file, weight }) => typeof file === 'string' && Number.isFinite(weight));
+    return JSON.parse(text).filter(fits);
   } catch {
     return [];
   }

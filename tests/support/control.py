@@ -43,5 +43,5 @@ def t2i_adapter(library: Any, shape: str = "sd15", seed: int = 0, **more: Any) -
     """A random T2I-Adapter for a small checkpoint, of either library."""
     own = {"adapter_type": "full_adapter", "channels": [16, 16, 32, 32]}
     if shape == "sdxl":
-        own = {"adapter_type": "full_adapter_xl", "channels": [16, 32, 64, 64]}
-    return randomize(library.T2IAdapter(**own | {"downscale_factor": 2} | more), seed + 20)
+        own = {"adapter_type": "full_adapter_xl", "channels": [16, 32], "downscale_factor": 4}
+    return randomize(library.T2IAdapter(**{"downscale_factor": 2} | own | more), seed + 20)

@@ -54,7 +54,7 @@ class Adapter(nn.Module):
     def __init__(self, config: T2IAdapterConfig) -> None:
         super().__init__()
         light = config.adapter_type == "light_adapter"
-        channels = config.in_channels * config.factor**2
+        channels = config.in_channels * config.downscale_factor**2
         self.conv_in = None if light else nn.Conv2d(channels, config.channels[0], 3, padding=1)
         count = config.num_res_blocks
         self.body = nn.ModuleList(AdapterBlock(a, b, count, down=down, light=light) for a, b, down in config.blocks)
@@ -82,7 +82,7 @@ class T2IAdapter(Model):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Control images (B, 3, H, W) in [0, 1] -> a feature map (B, C, h, w) for each down block of the U-Net."""
-        x = F.pixel_unshuffle(x, self.config.factor)
+        x = F.pixel_unshuffle(x, self.config.downscale_factor)
         x = x if self.adapter.conv_in is None else self.adapter.conv_in(x)
         features = []
         for block in self.adapter.body:

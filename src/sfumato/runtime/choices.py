@@ -385,7 +385,7 @@ def _adapter_parameters(config: T2IAdapterConfig) -> int:
     """Count a T2I-Adapter's parameters. Its compute is ignored: it runs once per image."""
     light, total = config.adapter_type == "light_adapter", 0
     if not light:
-        total += (9 * config.in_channels * config.factor**2 + 1) * config.channels[0]
+        total += (9 * config.in_channels * config.downscale_factor**2 + 1) * config.channels[0]
     for channels, out, _ in config.blocks:
         width = out // 4 if light else out
         total += (channels + 1) * width if light or channels != width else 0

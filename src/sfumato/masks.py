@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from sfumato.request import Mask
 
-__all__ = ["Canvas", "called_canvas", "crop_region", "overlay", "requested_canvas"]
+__all__ = ["Canvas", "called_canvas", "crop_region", "cropped", "overlay", "requested_canvas"]
 
 Size = tuple[int, int]
 Box = tuple[int, int, int, int]
@@ -100,8 +100,7 @@ def called_canvas(image: Any, mask: Any, size: Size, factor: int, margin: int | 
             raise UsageError(f"the mask is {_by(mask.size)} and its image {_by(image.size)}; resize one of them")
         original, levels = image.convert("RGB"), mask.convert("L")
         box = crop_region(levels, size, margin)
-        image, mask = _filled(original.crop(box), size), _filled(mask.crop(box), size)
-
+        image, mask = cropped(original, mask, size, margin), cropped(mask, mask, size, margin)
         finish = partial(overlay, levels, original, box=box)
     pixels = to_pixels(image, 1, size)
     if pixels.shape[1] == 3 and pixels.shape[2:] != size[::-1]:
@@ -151,6 +150,11 @@ def crop_region(mask: Image.Image, size: Size, margin: int = 0) -> Box:
     else:
         left, right = _grown(left, right, int(high * (size[0] / size[1]) - wide), mask.width)
     return left, top, right, bottom
+
+
+def cropped(image: Image.Image, mask: Image.Image, size: Size, margin: int) -> Image.Image:
+    """What of an image surrounds a mask, filling `size`. Raises `UsageError` for an empty mask."""
+    return _filled(image.crop(crop_region(mask, size, margin)), size)
 
 
 def _grown(low: int, high: int, more: int, end: int) -> tuple[int, int]:

@@ -40,7 +40,7 @@ def test_a_picture_steers_is_kept_and_replayed(sfumato_each, files, model, tmp_p
     (control,) = padded.succeeded().json["request"]["controls"]
     assert control == {"model": str(net), "image": str(photo), "preprocessor": "invert", "fit": "pad"}
     assert len(padded.json["controls"]) == 1
-    # One network reads several pictures.
+    # One network reads several pictures, which the plan counts as well.
     assert [one.get("scale", 1) for one in several.succeeded().json["request"]["controls"]] == [0.5, 1]
     assert len(several.json["controls"]) == 2
 
@@ -84,3 +84,18 @@ def test_image_prompts_on_the_command_line(sfumato_each, files, model, tmp_path)
     nowhere.failed(1, "ip.safetensors")
     number.failed(2, "--image-prompt takes IMAGE[:SCALE], and 'much' is not a number")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_plans_count_controls_and_masks(sfumato_each, files, model, tmp_path):
+    photo = files / "photo.png"
+    plain, steered, from_image = sfumato_each(
+        [
+            ["plan", "cat", "--model", model, "--json"],
+            ["plan", "cat", "--model", model, "--json", "--control", f"canny:{photo}", "--controlnet", files / "net"],
+            ["plan", "cat", "--model", model, "--json", "--image", photo, "--strength", "0.5", "--extend", "left=32"],
+        ],
+        cwd=tmp_path,
+    )
+    counts = [one.succeeded().json["model"]["unet"]["parameters"] for one in (plain, steered, from_image)]
+    assert counts[0] == counts[2] < counts[1]
+    assert plain.json["plan"]["seconds"] < steered.json["plan"]["seconds"]

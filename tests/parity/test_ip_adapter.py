@@ -15,7 +15,9 @@ from sfumato.models import CLIPVisionModelWithProjection
 from sfumato.pipelines.recipe import checked
 from sfumato.request import GenerateRequest, ImagePrompt
 from support.checkpoints import UNET, randomize
+from support.compare import FLOAT32, distance
 from support.control import control_picture
+from support.pictures import compare
 
 VISION = {"hidden_size": 32, "intermediate_size": 48, "projection_dim": 20, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28, "patch_size": 7}  # fmt: skip
 # The reference knows plain adapters of four tokens and plus ones of four layers.
@@ -31,6 +33,8 @@ def adapter(kind="plain", seed=0):
 
     if kind == "plain":
         proj = {"proj.weight": draw(TOKENS * WIDTH, 20), "proj.bias": draw(TOKENS * WIDTH), "norm.weight": draw(WIDTH) + 1, "norm.bias": draw(WIDTH)}  # fmt: skip
+    elif kind == "full":
+        proj = {"proj.0.weight": draw(32, 32), "proj.0.bias": draw(32), "proj.2.weight": draw(WIDTH, 32), "proj.2.bias": draw(WIDTH), "proj.3.weight": draw(WIDTH) + 1, "proj.3.bias": draw(WIDTH)}  # fmt: skip
     else:
         dim, inner = 40, 128
         proj = {"latents": draw(1, TOKENS, dim), "proj_in.weight": draw(dim, 32), "proj_in.bias": draw(dim), "proj_out.weight": draw(WIDTH, dim), "proj_out.bias": draw(WIDTH), "norm_out.weight": draw(WIDTH) + 1, "norm_out.bias": draw(WIDTH)}  # fmt: skip
@@ -49,7 +53,7 @@ def adapter(kind="plain", seed=0):
 def files(tmp_path_factory):
     root = tmp_path_factory.mktemp("ip")
     randomize(CLIPVisionModelWithProjection(**VISION)).save_pretrained(root / "encoder")
-    for kind in ("plain", "plus"):
+    for kind in ("plain", "plus", "full"):
         flat = {f"{group}.{key}": value for group, part in adapter(kind).items() for key, value in part.items()}
         save_file(flat, root / f"{kind}.safetensors")
     control_picture(40, 30).save(root / "image.png")
@@ -81,6 +85,7 @@ def drawn(pipeline, *prompts, **fields):
 CALLS = {
     "plain": [("plain", "image.png", 1.0, None)],
     "plus": [("plus", "image.png", 0.7, None)],
+    "full-face": [("full", "image.png", 0.7, None)],
     "a mask": [("plain", "image.png", 1.0, "mask.png")],
     "two": [("plain", "image.png", 0.5, None), ("plus", "other.png", 0.8, None)],
 }
@@ -138,12 +143,109 @@ def test_recipes_repeat_image_prompts_and_staged_networks_read_them(files, pipel
 
 def test_files_that_do_not_fit(files, pipeline, tmp_path):
     randomize(CLIPVisionModelWithProjection(**VISION | {"projection_dim": 24})).save_pretrained(tmp_path / "encoder")
-    with pytest.raises(CheckpointError, match=r"reads 20 numbers of an image, and the encoder .* gives 24"):
+    with pytest.raises(CheckpointError, match=r"reads 20 numbers of an image, and this image encoder gives 24"):
         drawn(pipeline, prompt(files).replace(encoder=str(tmp_path / "encoder")))
-    save_file({"image_proj.proj.0.weight": torch.zeros(1)}, tmp_path / "face.safetensors")
-    with pytest.raises(CheckpointError, match="is not a plain or plus IP-Adapter"):
+    save_file({"image_proj.proj.0.weight": torch.zeros(1), "image_proj.norm.weight": torch.zeros(1)}, tmp_path / "face.safetensors")  # fmt: skip
+    with pytest.raises(CheckpointError, match="is not a plain, plus or full-face IP-Adapter; FaceID"):
         drawn(pipeline, prompt(files).replace(model=str(tmp_path / "face.safetensors")))
     short = {f"{group}.{key}": value for group, part in adapter().items() for key, value in part.items() if not key.startswith("1.")}  # fmt: skip
     save_file(short, tmp_path / "short.safetensors")
     with pytest.raises(CheckpointError, match="is for another family"):
         drawn(pipeline, prompt(files).replace(model=str(tmp_path / "short.safetensors")))
+
+
+# What the ecosystem's code says to a pipeline: adapters, their scales, and the arguments of a call.
+IMAGES = {"one": control_picture(40, 30), "other": control_picture(30, 40, seed=1)}
+HALF = torch.zeros(1, 1, 16, 16)
+HALF[..., :8] = 1
+USES = {
+    "plain": (["plain"], 0.6, {"ip_adapter_image": IMAGES["one"]}),
+    "full-face": (["full"], 1.0, {"ip_adapter_image": IMAGES["one"]}),
+    "without guidance": (["plus"], 1.0, {"ip_adapter_image": IMAGES["one"], "guidance_scale": 1.0}),
+    "two, with scales": (["plain", "plus"], [0.5, 0.9], {"ip_adapter_image": [IMAGES["one"], IMAGES["other"]]}),
+    "several images of one": (["plain"], 0.8, {"ip_adapter_image": [[IMAGES["one"], IMAGES["other"]]]}),
+    "by block": (["plain"], {"down": {"block_2": 1.0}, "up": {"block_1": [0.5, 1.0]}}, {"ip_adapter_image": IMAGES["one"]}),
+    "a mask": (["plain"], 0.8, {"ip_adapter_image": IMAGES["one"], "cross_attention_kwargs": {"ip_adapter_masks": [HALF]}}),
+    "a mask for each image": (["plus"], [[0.7, 0.4]], {"ip_adapter_image": [[IMAGES["one"], IMAGES["other"]]], "cross_attention_kwargs": {"ip_adapter_masks": [torch.cat([HALF, 1 - HALF], dim=1)]}}),
+    "several of a prompt": (["plain"], 0.8, {"ip_adapter_image": IMAGES["one"], "num_images_per_prompt": 2}),
+}  # fmt: skip
+
+
+@pytest.fixture
+def pair(files, _loaded):
+    """`pair(["plain"])`: pipelines of both libraries that have loaded these adapters from their files."""
+    import transformers
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    def get(kinds, shape="sd15", kind="StableDiffusionPipeline", **more):
+        pipes = []
+        for name, library in (("ours", sfumato), ("theirs", diffusers)):
+            parts = {key: value for key, value in _loaded(shape, name).items() if key != "image_encoder"}
+            parts["scheduler"] = type(parts["scheduler"]).from_config(parts["scheduler"].config)
+            given = {key: value(library) for key, value in more.items()}
+            pipe = getattr(library, kind)(**parts, **given, requires_safety_checker=False)
+            pipe.set_progress_bar_config(disable=True)
+            pipes.append(pipe)
+        mine, other = pipes
+        mine.load_ip_adapter(str(files), weight_name=[f"{one}.safetensors" for one in kinds], image_encoder_folder=str(files / "encoder"))  # fmt: skip
+        encoder = transformers.CLIPVisionModelWithProjection.from_pretrained(files / "encoder").eval()
+        reader = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+        other.register_modules(image_encoder=encoder, feature_extractor=reader)
+        other.load_ip_adapter(str(files), subfolder="", weight_name=[f"{one}.safetensors" for one in kinds], image_encoder_folder=None)  # fmt: skip
+        yield_to.append(other)
+        return mine, other
+
+    yield_to = []
+    yield get
+    for other in yield_to:  # its U-Net is shared by other tests
+        other.unload_ip_adapter()
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_pipelines_load_adapters_as_the_references_do(use, pair):
+    kinds, scale, call = use
+    pipes = pair(kinds)
+    for pipe in pipes:
+        pipe.set_ip_adapter_scale(scale)
+    compare(*pipes, prompt="a photo", num_inference_steps=3, **call)
+
+
+def test_embeddings_of_images_are_made_once_and_used_again(pair):
+    mine, other = pair(["plus"])
+    told = [pipe.prepare_ip_adapter_image_embeds(IMAGES["one"], None, "cpu", 1, True) for pipe in (mine, other)]
+    assert distance(told[0][0], told[1][0]) < FLOAT32
+    compare(mine, other, prompt="a photo", ip_adapter_image_embeds=told[1])
+
+
+def test_an_adapter_beside_a_controlnet(pair):
+    from support.control import control_net
+
+    pipes = pair(["plain"], kind="StableDiffusionControlNetPipeline", controlnet=control_net)
+    compare(*pipes, prompt="a photo", image=control_picture(), ip_adapter_image=IMAGES["one"])
+
+
+def test_unloaded_adapters_leave_no_trace(pair):
+    mine, _ = pair(["plain"])
+    call = {"num_inference_steps": 2, "output_type": "latent"}
+    plain, _, after = (
+        mine("a", generator=torch.Generator().manual_seed(1), **call, **more).images
+        for more in ({}, {"ip_adapter_image": IMAGES["one"]}, {})
+    )
+    assert torch.equal(plain, after)
+    mine.unload_ip_adapter()
+    assert mine.image_encoder is None
+    with pytest.raises(UsageError, match="there are 0 IP-Adapters and images for 1"):
+        mine("a", ip_adapter_image=IMAGES["one"], **call)
+
+
+def test_what_cannot_be_loaded(pair, files, ours):
+    mine = ours()
+    with pytest.raises(UsageError, match="got 2 of subfolder for 3 IP-Adapters"):
+        mine.load_ip_adapter(str(files), subfolder=["", ""], weight_name=["plain.safetensors"] * 3)
+    with pytest.raises(UsageError, match="there is no folder image_encoder with the image encoder"):
+        mine.load_ip_adapter(str(files / "plain.safetensors"))
+    mine.load_ip_adapter(adapter("plain"), image_encoder_folder=None)
+    with pytest.raises(UsageError, match="there is no image encoder for ip_adapter_image"):
+        mine("a", ip_adapter_image=IMAGES["one"], num_inference_steps=1)
+    with pytest.raises(UsageError, match="got 2 of scales for 1 IP-Adapters"):
+        mine.set_ip_adapter_scale([0.1, 0.2])

@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 import sfumato
+from sfumato.checkpoints.control_file import adapter_names
+from sfumato.checkpoints.rules import original_name
 from sfumato.errors import CheckpointError, UsageError
 from sfumato.models import T2IAdapter
 from sfumato.request import Control, GenerateRequest
@@ -106,3 +108,28 @@ def test_adapters_of_another_family_or_in_another_file(files, checkpoints, tmp_p
     save_file({"emb_params": torch.zeros(1)}, tmp_path / "word.safetensors")
     with pytest.raises(CheckpointError, match="is a textual inversion, not a ControlNet"):
         pipeline.generate(GenerateRequest(prompt="a", controls=(control.replace(model=str(tmp_path / "word.safetensors")),)))  # fmt: skip
+
+
+def in_original_layout(net):
+    return {original_name(key, adapter_names(net.config))[0]: value for key, value in net.state_dict().items()}
+
+
+@pytest.mark.parametrize("layout", ["original", "ours"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_single_files_tell_their_config(kind, layout, tmp_path):
+    own = KINDS[kind][1] | ({"num_res_blocks": 2} if kind != "light" else {})
+    net = randomize(T2IAdapter(**own, downscale_factor=16 if kind == "xl" else 2), 20)
+    tensors = in_original_layout(net) if layout == "original" else net.state_dict()
+    save_file({key: value.contiguous() for key, value in tensors.items()}, tmp_path / "net.safetensors")
+    found = T2IAdapter.from_single_file(tmp_path / "net.safetensors")
+    assert found.config == net.config
+    assert all(torch.equal(value, net.state_dict()[key]) for key, value in found.state_dict().items())
+    with pytest.raises(CheckpointError, match=r"open it with T2IAdapter\.from_single_file"):
+        sfumato.ControlNetModel.from_single_file(tmp_path / "net.safetensors")
+
+
+def test_original_names_are_those_of_published_files():
+    """As `TencentARC/T2I-Adapter` has them: all residual blocks numbered through, but for light ones."""
+    full, light = (in_original_layout(T2IAdapter(**KINDS[kind][1], downscale_factor=2)) for kind in ("full", "light"))
+    assert {"conv_in.weight", "body.0.block1.weight", "body.1.block2.bias", "body.4.in_conv.weight", "body.7.block2.weight"} <= full.keys()  # fmt: skip
+    assert {"body.0.in_conv.weight", "body.0.body.2.block1.weight", "body.3.out_conv.bias"} <= light.keys()

@@ -29,3 +29,19 @@ def control_picture(width: int = 16, height: int = 16, seed: int = 0) -> Image.I
     """A picture of random pixels."""
     random = np.random.default_rng(seed)
     return Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def union_net(library: Any, shape: str = "sdxl", seed: int = 0, **more: Any) -> Any:
+    """A random ControlNet Union, of either library."""
+    config = control_config(shape)
+    width = config["block_out_channels"][0]
+    config |= {"num_trans_channel": width, "num_proj_channel": width, "num_trans_layer": 2, "num_trans_head": 2}
+    return randomize(library.ControlNetUnionModel(**config | more), seed + 30)
+
+
+def t2i_adapter(library: Any, shape: str = "sd15", seed: int = 0, **more: Any) -> Any:
+    """A random T2I-Adapter for a small checkpoint, of either library."""
+    own = {"adapter_type": "full_adapter", "channels": [16, 16, 32, 32]}
+    if shape == "sdxl":
+        own = {"adapter_type": "full_adapter_xl", "channels": [16, 32], "downscale_factor": 4}
+    return randomize(library.T2IAdapter(**{"downscale_factor": 2} | own | more), seed + 20)

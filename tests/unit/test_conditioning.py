@@ -14,7 +14,7 @@ import sfumato
 from sfumato.errors import UsageError
 from sfumato.pipelines.conditioning import Conditioning
 from sfumato.pipelines.public.call import FRAMING, GIVEN, REQUEST
-from sfumato.pipelines.public.controlnet import CONTROL
+from sfumato.pipelines.public.steered import CONTROL
 from sfumato.pipelines.stages import Given
 from sfumato.request import Framing
 
@@ -61,7 +61,7 @@ def test_every_argument_of_a_call_goes_somewhere(cls):
     arguments = inspect.signature(cls.__call__).parameters.keys() - {"self", "unknown"}
     how = {"output_type", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs"}
     how.add("cross_attention_kwargs")  # its "scale" is the request's adapter_scale
-    if "controlnet" in cls.index.parts:  # these become what `steered` holds
+    if {"controlnet", "adapter"} & {*cls.index.parts}:  # these become what `steered` holds
         arguments -= {*CONTROL, "control_image"}
     how |= {"callback", "callback_steps"}  # in older signatures, in place of those on a step's end
     left = arguments - REQUEST.keys() - FRAMING.keys() - GIVEN.keys()

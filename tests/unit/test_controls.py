@@ -14,8 +14,11 @@ import sfumato
 from sfumato.configs import ControlNetConfig, UNet2DConditionConfig
 from sfumato.errors import CheckpointError, MissingExtra, UsageError
 from sfumato.models.packed import is_packed
+from sfumato.pipelines.conditioning import Conditioning
 from sfumato.pipelines.controlling import open_control, with_sizes
+from sfumato.pipelines.guidance import Guidance
 from sfumato.pipelines.recipe import checked
+from sfumato.pipelines.residuals import Steered
 from sfumato.pipelines.sizes import read_sizes
 from sfumato.preprocess import control_image, prepare
 from sfumato.request import PREPROCESSORS, Control, GenerateRequest
@@ -23,7 +26,7 @@ from sfumato.runtime.choices import count_parameters, task_of
 from sfumato.runtime.facts import facts_named
 from sfumato.runtime.plan import plan
 from support.checkpoints import FULL_SIZE_UNET, SHAPES
-from support.control import control_config, control_net, control_picture
+from support.control import control_config, control_net, control_picture, union_net
 
 
 @pytest.fixture(scope="module")
@@ -230,6 +233,11 @@ def test_parameters_are_counted_from_the_config(shape):
     assert count_parameters(net.config) == sum(one.numel() for one in net.parameters())
 
 
+def test_parameters_of_a_union_are_counted_too():
+    net = union_net(sfumato)
+    assert count_parameters(net.config) == sum(one.numel() for one in net.parameters())
+
+
 def test_plans_count_the_networks(files, checkpoints):
     """At its full size a ControlNet is 0.36 thousand million parameters, and costs two fifths of a step."""
     shared = {key: value for key, value in FULL_SIZE_UNET.items() if key in ControlNetConfig()}
@@ -255,3 +263,57 @@ def test_a_request_that_does_not_fit_is_refused_with_its_networks(files, checkpo
     )
     sfumato.load(checkpoints(), device="cpu", request=request(files, {}))
     assert len(seen[0].control_configs) == 1
+
+
+def test_a_union_sees_all_pictures_of_a_request_in_one_call(files, checkpoints, monkeypatch):
+    union_net(sfumato).save_pretrained(files / "union")
+    pipeline = sfumato.load(checkpoints("sdxl"), device="cpu", dtype=torch.float32)
+    calls = []
+    steer = sfumato.ControlNetUnionModel.steer
+    monkeypatch.setattr(sfumato.ControlNetUnionModel, "steer", lambda *a: calls.append(1) or steer(*a))
+    one, two = (
+        {"model": str(files / "union"), "mode": "depth"},
+        {"model": str(files / "union"), "preprocessor": "canny"},
+    )
+    made = {}
+    for name, controls in {"one": [one], "two": [one, two], "in turns": [one | {"end": 0.5}, two]}.items():
+        calls.clear()
+        result = pipeline.generate(request(files, *controls, steps=2, guidance_scale=1.0))
+        made[name] = (arrays(result)[0], len(calls))
+    assert [count for _, count in made.values()] == [2, 2, 3]
+    assert abs(made["one"][0] - made["two"][0]).max() > 1
+    told, _ = checked(result.recipes[0], "here")
+    assert told.controls[0].mode == "depth"
+    with pytest.raises(UsageError, match=r"has to be told which of them .* is; give the control's mode"):
+        pipeline.generate(request(files, one | {"mode": None}))
+    with pytest.raises(UsageError, match="mode must be openpose, depth"):
+        Control(model="net", image="picture.png", mode="depht")
+
+
+def test_tiles_have_residuals_of_what_they_show(pipeline):
+    """As many pixels of the picture as the tile has, and what it makes of these once for all steps."""
+    net, seen = control_net(sfumato), []
+    embed = net.embed
+    net.embed = lambda picture: seen.append(tuple(picture.shape[2:])) or embed(picture)
+    picture = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(2))
+    told = Conditioning((torch.randn(1, 5, 24, generator=torch.Generator().manual_seed(3)),), steered=(Steered(net, picture),))  # fmt: skip
+    with torch.no_grad():
+        tiled = Guidance(unet=pipeline.unet, conditioning=told, scale=1.0, tile=8)
+        made = tiled(x, 1.0)
+        count = len(seen)
+        assert set(seen) == {(16, 16)}
+        tiled(x, 2.0)
+        assert len(seen) == count
+        corner = Conditioning(told.embeds, steered=(Steered(net, picture[:, :, :16, :16]),))
+        alone = Guidance(unet=pipeline.unet, conditioning=corner, scale=1.0)(x[:, :, :8, :8], 1.0)
+    # Only one tile covers the first two rows and columns.
+    assert torch.allclose(made[:, :, :2, :2], alone[:, :, :2, :2], atol=1e-5)
+
+
+def test_a_controlnet_is_no_checkpoint(files, tmp_path):
+    with pytest.raises(CheckpointError, match=r"there is no model_index\.json, so this is not a pipeline"):
+        sfumato.load(files / "net")
+    save_file({key: one.contiguous() for key, one in control_net(sfumato).state_dict().items()}, tmp_path / "net.safetensors")  # fmt: skip
+    with pytest.raises(CheckpointError, match="is a ControlNet, not a checkpoint"):
+        sfumato.load(tmp_path / "net.safetensors")

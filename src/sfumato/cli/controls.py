@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sfumato.errors import UsageError, suggest
 from sfumato.files import expanded
-from sfumato.request import PREPROCESSORS, Control, ImagePrompt
+from sfumato.request import MODES, PREPROCESSORS, Control, ImagePrompt
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,13 +53,13 @@ def _pairs(pictures: Sequence[str], networks: Sequence[str], names: tuple[str, s
 
 def _control(text: str, network: str, fit: str) -> Control:
     kind, colon, rest = text.partition(":")
-    if not colon or kind not in PREPROCESSORS:
-        raise UsageError(
-            f"{FORM}, and there is no kind {kind!r}{suggest(kind, PREPROCESSORS)}; kinds are {', '.join(PREPROCESSORS)}"
-        )
+    kinds = tuple(dict.fromkeys((*PREPROCESSORS, *MODES)))
+    if not colon or kind not in kinds:
+        raise UsageError(f"{FORM}, and there is no kind {kind!r}{suggest(kind, kinds)}; kinds are {', '.join(kinds)}")
+    made, mode = (kind, None) if kind in PREPROCESSORS else ("none", kind)
     image, numbers = _split(rest, 3, FORM)
     named = dict(zip(("scale", "start", "end"), numbers, strict=False))
-    return Control(model=network, image=image, preprocessor=kind, fit=fit, **named)
+    return Control(model=network, image=image, preprocessor=made, mode=mode, fit=fit, **named)
 
 
 def _split(text: str, most: int, form: str) -> tuple[str, list[float]]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sfumato.pipelines.result import Step
     from sfumato.request import AdapterFile, Framing, GenerateRequest, Mask
 
-__all__ = ["adapter_file", "base_path", "check_early", "draw", "framing", "mask_of"]
+__all__ = ["adapter_file", "base_path", "check_early", "draw", "framing", "mask_of", "sized"]
 
 
 def framing(
@@ -62,6 +62,21 @@ def mask_of(file: Path | None, extend: str | None, edge: int | None, crop: int |
         sides[found[1]] = int(found[2])
     pixels: Any = tuple(sides.values())
     return Mask(file=None if file is None else str(file), extend=pixels, edge=edge, crop=crop)
+
+
+def sized(request: GenerateRequest) -> GenerateRequest:
+    """The request with the size of the image it starts from, so that the plan is made for that size."""
+    from sfumato.images import open_image
+
+    if request.image is None:
+        return request
+    width, height = open_image(request.image).size  # also if the size is known: a damaged file is refused here
+    cropped = request.mask is not None and request.mask.crop is not None
+    if request.width is not None or cropped:
+        return request
+    left, top, right, bottom = (0, 0, 0, 0) if request.mask is None else request.mask.extend
+    width, height = width + left + right, height + top + bottom
+    return request.replace(width=max(64, width // 64 * 64), height=max(64, height // 64 * 64))
 
 
 def adapter_file(text: str, *, partial: bool) -> AdapterFile:

@@ -9,7 +9,7 @@ import typer
 
 from sfumato.cli import details, options
 from sfumato.cli.controls import controls, fetch_controls, image_prompts
-from sfumato.cli.drawing import adapter_file, base_path, check_early, draw, framing, mask_of
+from sfumato.cli.drawing import adapter_file, base_path, check_early, draw, framing, mask_of, sized
 from sfumato.errors import UsageError
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def generate(
         device=device,
         dtype=dtype,
         variant=variant,
-        request=_sized(request),
+        request=sized(request),
         wishes=wishes,
         options={"family": family, "prediction_type": prediction_type, "config": config},
     )
@@ -274,18 +274,3 @@ def load_model(
     if pipeline.place.facts is not None and on_cpu:
         torch.set_num_threads(pipeline.place.facts.free_cores)
     return pipeline
-
-
-def _sized(request: GenerateRequest) -> GenerateRequest:
-    """Set the request's size to that of its input image, so that the plan is made for that size."""
-    from sfumato.images import open_image
-
-    if request.image is None:
-        return request
-    width, height = open_image(request.image).size  # even if the size is known, to reject a damaged file
-    cropped = request.mask is not None and request.mask.crop is not None
-    if request.width is not None or cropped:
-        return request
-    left, top, right, bottom = (0, 0, 0, 0) if request.mask is None else request.mask.extend
-    width, height = width + left + right, height + top + bottom
-    return request.replace(width=max(64, width // 64 * 64), height=max(64, height // 64 * 64))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sfumato.cli import details, options
+from sfumato.cli.controls import controls, image_prompts
+from sfumato.cli.drawing import mask_of, sized
 from sfumato.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -23,6 +26,7 @@ Examples:
   sfumato plan "fog" -m sd15 --hires 2 --hires-steps 15
   sfumato plan "a fox" --model ./my-checkpoint --count 64 --json
   sfumato plan "a fox" --model sdxl --refiner sdxl-refiner
+  sfumato plan "a fox" --model sd15 --control canny:photo.jpg --controlnet ./control_v11p_sd15_canny
   sfumato plan "a fox" --model sd15 --facts rtx-4090 --largest"""
 
 
@@ -45,6 +49,16 @@ def plan(
     hires: options.Hires = None,
     hires_upscaler: options.HiresUpscaler = None,
     hires_steps: options.HiresSteps = None,
+    image: Annotated[Path | None, typer.Option(help="The image to start from; its size is that of the result.")] = None,
+    strength: Annotated[float | None, typer.Option(help="How much to change it, 0 to 1. Default: 0.8, or 1.")] = None,
+    mask: options.MaskFile = None,
+    extend: options.Extend = None,
+    mask_crop: options.MaskCrop = None,
+    control: options.ControlPicture = None,
+    controlnet: options.ControlNets = None,
+    image_prompt: options.ImagePrompts = None,
+    ip_adapter: options.IPAdapters = None,
+    image_encoder: options.ImageEncoder = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     variant: options.Variant = None,
@@ -78,7 +92,11 @@ def plan(
     request = GenerateRequest(
         prompt=prompt, width=width, height=height, count=count, steps=steps, guidance_scale=guidance_scale,
         refiner=refiner, hires=details.hires(hires, upscaler=hires_upscaler, steps=hires_steps),
+        image=None if image is None else str(image), strength=strength,
+        mask=mask_of(mask, extend, None, mask_crop), controls=controls(control or (), controlnet or (), "crop"),
+        image_prompts=image_prompts(image_prompt or (), ip_adapter or (), image_encoder),
     )  # fmt: skip
+    request = sized(request)
     check_choices(device, dtype=dtype)
     wishes = Wishes(device=device, dtype=dtype, once=True)
     other = facts_named(facts) if facts else None
@@ -114,12 +132,17 @@ def _this_machine(device: str | None, sizes: Sizes) -> Facts:
 def _settled(model: str, request: GenerateRequest, variant: str | None) -> tuple[Sizes, GenerateRequest]:
     """Return a model's sizes, and the request with the model's default settings filled in."""
     from sfumato.cli.early import check_model
+    from sfumato.runtime.choices import enlarged
 
     published = _published(model)
     if not published:
         check_model(model, request, downloads=False)
     sizes, settings = published or _sizes(model, variant)
-    return sizes, request.settled(settings)
+    if request.controls or request.image_prompts:
+        from sfumato.pipelines.controlling import with_sizes
+
+        sizes = with_sizes(sizes, request)
+    return sizes, enlarged(sizes, request.settled(settings))
 
 
 def _published(model: str) -> tuple[Sizes, dict[str, Any]] | None:

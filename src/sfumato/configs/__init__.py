@@ -3,7 +3,7 @@
 from sfumato.configs.autoencoders import AutoencoderKLConfig, AutoencoderTinyConfig
 from sfumato.configs.config import Config, one_of, parse
 from sfumato.configs.configured import Configured
-from sfumato.configs.controlnet import ControlNetConfig
+from sfumato.configs.controlnet import ControlNetConfig, ControlNetUnionConfig
 from sfumato.configs.image_encoder import CLIPVisionConfig, ImageNormalizerConfig
 from sfumato.configs.t2i_adapter import T2IAdapterConfig
 from sfumato.configs.text_encoder import CLIPTextConfig
@@ -18,6 +18,7 @@ __all__ = [
     "Config",
     "Configured",
     "ControlNetConfig",
+    "ControlNetUnionConfig",
     "ImageNormalizerConfig",
     "T2IAdapterConfig",
     "UNet2DConditionConfig",

@@ -6,11 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 
+from sfumato.configs.checks import MOST_LAYERS, check_count
 from sfumato.configs.config import Config, one_of
 from sfumato.configs.unet import UNet2DConditionConfig
 from sfumato.errors import ConfigError
 
-__all__ = ["ControlNetConfig"]
+__all__ = ["ControlNetConfig", "ControlNetUnionConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,3 +75,25 @@ class ControlNetConfig(Config):
     def factor(self) -> int:
         """Control image pixels per latent pixel, along each side."""
         return 2 ** (len(self.conditioning_embedding_out_channels) - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlNetUnionConfig(ControlNetConfig):
+    """`config.json` of a `ControlNetUnionModel`: also how many kinds of pictures it reads, and how it tells them apart.
+
+    Its heads (`num_trans_head`) are of no account, as nothing attends to anything but itself.
+    """
+
+    conditioning_embedding_out_channels: tuple[int, ...] = (48, 96, 192, 384)
+    num_control_type: int = 6
+    num_trans_channel: int = 320
+    num_trans_head: int = 8
+    num_trans_layer: int = 1
+    num_proj_channel: int = 320
+
+    def _check(self) -> None:
+        super()._check()
+        check_count(self.where, "num_control_type", self.num_control_type, MOST_LAYERS)
+        check_count(self.where, "num_trans_layer", self.num_trans_layer, MOST_LAYERS)
+        for key in ("num_trans_channel", "num_proj_channel"):
+            one_of(self.where, key, getattr(self, key), (self.block_out_channels[0],))

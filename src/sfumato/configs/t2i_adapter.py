@@ -33,7 +33,7 @@ class T2IAdapterConfig(Config):
         """Input and output channels of each block, and whether it downsamples first."""
         widths = self.channels
         if self.adapter_type == "light_adapter":
-            pairs = [(self.in_channels * self.factor**2, widths[0]), *pairwise(widths)]
+            pairs = [(self.in_channels * self.downscale_factor**2, widths[0]), *pairwise(widths)]
             return tuple((a, b, i > 0) for i, (a, b) in enumerate([*pairs, (widths[-1], widths[-1])]))
         if self.adapter_type == "full_adapter_xl":
             before = [widths[i - 1] if i in (1, 2) else width for i, width in enumerate(widths)]
@@ -42,8 +42,8 @@ class T2IAdapterConfig(Config):
 
     @property
     def factor(self) -> int:
-        """Control image pixels per pixel of the first feature map, along each side."""
-        return self.downscale_factor
+        """Pixels of a picture to one latent, along each side; adapters for XL begin behind the first halving."""
+        return self.downscale_factor // (2 if self.adapter_type == "full_adapter_xl" else 1)
 
     @property
     def conditioning_channels(self) -> int:

@@ -4,6 +4,7 @@ from typing import Any
 
 from sfumato.ecosystem import absent
 from sfumato.models.controlnet import ControlNetModel
+from sfumato.models.controlnet_union import ControlNetUnionModel
 from sfumato.models.image_encoder import CLIPVisionModelWithProjection, StableUnCLIPImageNormalizer
 from sfumato.models.t2i_adapter import T2IAdapter
 from sfumato.models.text_encoder import CLIPTextModel, CLIPTextModelWithProjection
@@ -18,6 +19,7 @@ __all__ = [
     "CLIPTextModelWithProjection",
     "CLIPVisionModelWithProjection",
     "ControlNetModel",
+    "ControlNetUnionModel",
     "StableUnCLIPImageNormalizer",
     "T2IAdapter",
     "UNet2DConditionModel",

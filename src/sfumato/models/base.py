@@ -156,7 +156,11 @@ class Model(Configured, ModelSurface):
         (checkpoints/single_file.py). Raises `CheckpointError` if the file is something else or incomplete.
         """
         precision = asked_dtype(torch_dtype, dtype)
-        return cls.from_file(open_single_file(name, vae=cls.role == "vae", **options), dtype=precision)
+        return cls.from_file(cls._open_file(name, **options), dtype=precision)
+
+    @classmethod
+    def _open_file(cls, name: Any, **options: Any) -> SingleFile:
+        return open_single_file(name, vae=cls.role == "vae", **options)
 
     @classmethod
     def from_file(

@@ -6,26 +6,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.checkpoints.control_file import open_control_file
+from sfumato.checkpoints.control_file import control_class, open_control_file
 from sfumato.configs import ControlNetConfig, UNet2DConditionConfig
+from sfumato.errors import CheckpointError
 from sfumato.models.attention import Context
 from sfumato.models.blocks import Moment
 from sfumato.models.unet import UNetEncoder
 from sfumato.outputs import Output
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from os import PathLike
+    from collections.abc import Mapping, Sequence
 
+    from sfumato.checkpoints.single_file import SingleFile
     from sfumato.models.unet import UNet2DConditionModel
 
-__all__ = ["ControlNetConditioningEmbedding", "ControlNetModel", "ControlNetOutput", "layer_scales"]
+__all__ = ["ControlNetConditioningEmbedding", "ControlNetModel", "ControlNetOutput", "layer_scales", "zeroed"]
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +54,7 @@ class ControlNetConditioningEmbedding(nn.Module):
         for width, wider in pairwise(widths):
             self.blocks.append(nn.Conv2d(width, width, 3, padding=1))
             self.blocks.append(nn.Conv2d(width, wider, 3, padding=1, stride=2))
-        self.conv_out = _zero(nn.Conv2d(widths[-1], out_channels, 3, padding=1))
+        self.conv_out = zeroed(nn.Conv2d(widths[-1], out_channels, 3, padding=1))
 
     def forward(self, picture: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C, h, w)."""
@@ -80,25 +83,18 @@ class ControlNetModel(UNetEncoder):
         self.down_blocks, self.controlnet_down_blocks = nn.ModuleList(), nn.ModuleList()
         levels = self._levels()
         for width in self._build_down(levels):
-            self.controlnet_down_blocks.append(_zero(nn.Conv2d(width, width, 1)))
+            self.controlnet_down_blocks.append(zeroed(nn.Conv2d(width, width, 1)))
         width = config.block_out_channels[-1]
-        self.controlnet_mid_block = _zero(nn.Conv2d(width, width, 1))
+        self.controlnet_mid_block = zeroed(nn.Conv2d(width, width, 1))
         self._build_middle(levels[-1])
 
     @classmethod
-    def from_single_file(
-        cls,
-        name: str | PathLike[str] | Mapping[str, Tensor],
-        *,
-        torch_dtype: torch.dtype | None = None,
-        dtype: torch.dtype | None = None,
-        **options: Any,
-    ) -> Self:
-        """Load a single-file ControlNet of either layout, with a config derived from its shapes.
-
-        Arguments are those of `open_control_file` (checkpoints/control_file.py). Raises `CheckpointError`.
-        """
-        return cls.from_file(open_control_file(name, **options), dtype=torch_dtype or dtype)
+    def _open_file(cls, name: Any, **options: Any) -> SingleFile:
+        file = open_control_file(name, **options)
+        wanted = control_class(file)
+        if wanted != cls.__name__:
+            raise CheckpointError(f"{file.path} is no {cls.__name__}; open it with {wanted}.from_single_file")
+        return file
 
     @property
     def unet_config(self) -> UNet2DConditionConfig:
@@ -172,14 +168,19 @@ class ControlNetModel(UNetEncoder):
         if not isinstance(time, Moment):
             time = self.moment(sample, time, class_labels, timestep_cond, added_cond_kwargs)
         context = self._context(encoder_hidden_states, sample, attention_mask, None)
-        *down, middle = self.steer(sample, time, context, self.embed(controlnet_cond))
-        guess = guess_mode and not self.config.global_pool_conditions
-        *scales, last = (conditioning_scale * scale for scale in layer_scales(len(down) + 1, guess=guess))
-        scaled = tuple(one * scale for one, scale in zip(down, scales, strict=True))
-        return ControlNetOutput(scaled, middle * last) if return_dict else (scaled, middle * last)
+        added = self.steer(sample, time, context, self.embed(controlnet_cond))
+        output = self.scaled(added, conditioning_scale, guess=guess_mode)
+        return output if return_dict else (output.down_block_res_samples, output.mid_block_res_sample)
+
+    def scaled(self, added: Sequence[Tensor], scale: float, *, guess: bool) -> ControlNetOutput:
+        """What `steer` gives, times a scale and, in guess mode, one for each layer."""
+        scales = layer_scales(len(added), guess=guess and not self.config.global_pool_conditions)
+        *down, middle = (one * (scale * layer) for one, layer in zip(added, scales, strict=True))
+        return ControlNetOutput(tuple(down), middle)
 
 
-def _zero(layer: nn.Conv2d) -> nn.Conv2d:
+def zeroed(layer: Layer) -> Layer:
+    """A layer that begins with zeros."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer

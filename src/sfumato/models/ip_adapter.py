@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +15,10 @@ from sfumato.errors import CheckpointError
 from sfumato.models.attention import SelfOrCrossAttention, sdpa
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from sfumato.models.image_encoder import CLIPVisionModelWithProjection
     from sfumato.models.unet import UNet2DConditionModel
 
-__all__ = ["IPAdapter", "ImageProjection", "ImageTokens", "PerceiverAttention", "Resampler"]
+__all__ = ["FullProjection", "IPAdapter", "ImageProjection", "ImageTokens", "PerceiverAttention", "Resampler"]
 
 HEAD = 64  # channels per attention head of the resampler
 
@@ -84,19 +83,37 @@ class Resampler(nn.Module):
         return self.norm_out(self.proj_out(queries))
 
 
+class FullProjection(nn.Module):
+    """All tokens of an image, each to one of the prompt's (full-face adapters)."""
+
+    def __init__(self, shapes: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        inner, channels = shapes["proj.0.weight"].shape
+        width = shapes["proj.2.weight"].shape[0]
+        layers = [nn.Linear(channels, inner), nn.GELU(), nn.Linear(inner, width), nn.LayerNorm(width)]
+        self.proj = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, S, C) -> (B, S, C')."""
+        return self.proj(x)
+
+
 class IPAdapter(nn.Module):
-    """A plain or plus IP-Adapter: the projection to image tokens, and key and value matrices for the U-Net's layers."""
+    """A plain, plus or full-face IP-Adapter: the projection to image tokens, and key and value matrices for layers."""
 
     def __init__(self, tensors: Mapping[str, Tensor], where: object) -> None:
         """Build from a file's tensors by name. Raises `CheckpointError` if they are something else."""
         super().__init__()
         self.where = where
         own = {key.removeprefix("image_proj."): one for key, one in tensors.items() if key.startswith("image_proj.")}
-        self.plus = "latents" in own
-        if not self.plus and {"proj.weight", "norm.weight"} - own.keys():
-            raise CheckpointError(f"{where} is not a plain or plus IP-Adapter; those for faces are not supported")
-        if self.plus:
-            self.image_proj: nn.Module = Resampler(own)
+        self.whole = "latents" in own or "proj.3.weight" in own
+        if not self.whole and {"proj.weight", "norm.weight"} - own.keys():
+            raise CheckpointError(
+                f"{where} is not a plain, plus or full-face IP-Adapter; FaceID, which needs a face recognizer, is not "
+                "supported"
+            )
+        if self.whole:
+            self.image_proj: nn.Module = (Resampler if "latents" in own else FullProjection)(own)
         else:
             width, (out, channels) = own["norm.weight"].shape[0], own["proj.weight"].shape
             self.image_proj = ImageProjection(channels, out // width, width)
@@ -109,25 +126,39 @@ class IPAdapter(nn.Module):
 
     @property
     def reads(self) -> int:
-        """The expected width of the image encoder's output: of its embedding or, for plus, of its tokens."""
-        made: Any = self.image_proj
-        return (made.proj_in if self.plus else made.proj).in_features
+        """Numbers of what it reads of an image: its embedding's or, of plus, each token's."""
+        return next(layer for layer in self.image_proj.modules() if isinstance(layer, nn.Linear)).in_features
 
-    def tokens(self, encoder: CLIPVisionModelWithProjection, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the tokens (N, T, C) of the unconditional image, and of images (N, 3, S, S)."""
-        if self.plus:
+    def check_reads(self, encoder: CLIPVisionModelWithProjection | None) -> None:
+        """Raise `CheckpointError` unless it was trained with what such an encoder gives."""
+        if encoder is None:
+            return
+        gives = encoder.config.hidden_size if self.whole else encoder.config.projection_dim
+        if gives != self.reads:
+            raise CheckpointError(
+                f"{self.where} reads {self.reads} numbers of an image, and this image encoder gives {gives}; give the "
+                "encoder that the adapter was trained with"
+            )
+
+    @staticmethod
+    def seen(encoder: CLIPVisionModelWithProjection, pixels: Tensor, *, whole: bool) -> tuple[Tensor, Tensor]:
+        """What an encoder makes of no image and of images (N, 3, S, S): embeddings or, whole, the last states but one.
+
+        No image is one that is all zeros there, and embeddings that are all zeros here, as in training.
+        """
+        pixels = pixels.to(encoder.device, encoder.dtype)
+        if whole:
             both = torch.cat([torch.zeros_like(pixels), pixels])
-            seen = encoder(both, output_hidden_states=True, return_dict=False)[2][-2]
-        else:
-            embeds = encoder(pixels, return_dict=False)[0]
-            seen = torch.cat([torch.zeros_like(embeds), embeds])
-        nothing, something = self.image_proj(seen.to(self.dtype)).chunk(2)
-        return nothing, something
+            nothing, something = encoder(both, output_hidden_states=True, return_dict=False)[2][-2].chunk(2)
+            return nothing, something
+        embeds = encoder(pixels, return_dict=False)[0]
+        return torch.zeros_like(embeds), embeds
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        return next(self.parameters()).dtype
+    def tokens(self, nothing: Tensor, something: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (N, T, C) of what `seen` gives, or of what a caller has."""
+        like = next(self.parameters())
+        tokens = self.image_proj(torch.cat([nothing, something]).to(like)).split([len(nothing), len(something)])
+        return tokens[0], tokens[1]
 
     def matrices(self, unet: UNet2DConditionModel) -> dict[nn.Module, tuple[Tensor, Tensor]]:
         """Return the key and value matrices for each layer of a U-Net that attends to the prompt.
@@ -153,26 +184,27 @@ class IPAdapter(nn.Module):
 class ImageTokens:
     """An IP-Adapter's input to the layers that attend to the prompt.
 
-    tokens: (1 or B, T, C), for a context of B prompts. matrices: keys and values by layer. mask: None, or (H, W) in
-    [0, 1], where the image prompt applies.
+    tokens: (1 or B, T, C), for a context of B prompts. matrices: keys and values by layer. scale: of all layers, or by
+    layer. mask: None, or (H, W) in [0, 1], where the image prompt applies.
     """
 
     tokens: Tensor
     matrices: Mapping[nn.Module, tuple[Tensor, Tensor]]
-    scale: float = 1.0
+    scale: float | Mapping[nn.Module, float] = 1.0
     mask: Tensor | None = None
     _read: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def added(self, layer: SelfOrCrossAttention, q: Tensor) -> Tensor | None:
         """Attend from q (B, heads, L, d) to the image tokens, times scale and mask; None for other layers."""
-        if layer not in self.matrices or self.scale == 0:
+        scale = self.scale.get(layer, 0.0) if isinstance(self.scale, Mapping) else self.scale
+        if layer not in self.matrices or scale == 0:
             return None
         if layer not in self._read:
             k, v = (F.linear(self.tokens, matrix.to(self.tokens)) for matrix in self.matrices[layer])
             heads = (layer.heads, -1)
             self._read[layer] = k.unflatten(2, heads).transpose(1, 2), v.unflatten(2, heads).transpose(1, 2)
         k, v = self._read[layer]
-        out = self.scale * layer.attention(q, k.to(q.dtype), v.to(q.dtype), None)
+        out = scale * layer.attention(q, k.to(q.dtype), v.to(q.dtype), None)
         return out if self.mask is None else out * _shrunk(self.mask, q.shape[2])[:, None].to(out)
 
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfumato.checkpoints.control_file import control_class, open_control_file
 from sfumato.configs import T2IAdapterConfig
+from sfumato.errors import CheckpointError
 from sfumato.models.base import Model
+
+if TYPE_CHECKING:
+    from sfumato.checkpoints.single_file import SingleFile
 
 __all__ = ["Adapter", "AdapterBlock", "AdapterResnetBlock", "T2IAdapter"]
 
@@ -47,7 +54,7 @@ class Adapter(nn.Module):
     def __init__(self, config: T2IAdapterConfig) -> None:
         super().__init__()
         light = config.adapter_type == "light_adapter"
-        channels = config.in_channels * config.factor**2
+        channels = config.in_channels * config.downscale_factor**2
         self.conv_in = None if light else nn.Conv2d(channels, config.channels[0], 3, padding=1)
         count = config.num_res_blocks
         self.body = nn.ModuleList(AdapterBlock(a, b, count, down=down, light=light) for a, b, down in config.blocks)
@@ -66,9 +73,16 @@ class T2IAdapter(Model):
         super().__init__(config, **values)
         self.adapter = Adapter(self.config)
 
+    @classmethod
+    def _open_file(cls, name: Any, **options: Any) -> SingleFile:
+        file = open_control_file(name, **options)
+        if control_class(file) != cls.__name__:
+            raise CheckpointError(f"{file.path} is no T2I-Adapter; open it with {control_class(file)}.from_single_file")
+        return file
+
     def forward(self, x: Tensor) -> list[Tensor]:
         """Control images (B, 3, H, W) in [0, 1] -> a feature map (B, C, h, w) for each down block of the U-Net."""
-        x = F.pixel_unshuffle(x, self.config.factor)
+        x = F.pixel_unshuffle(x, self.config.downscale_factor)
         x = x if self.adapter.conv_in is None else self.adapter.conv_in(x)
         features = []
         for block in self.adapter.body:

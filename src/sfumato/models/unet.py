@@ -298,10 +298,13 @@ class UNetEncoder(Model):
             )
         if self.add_embedding is not None:
             time = time + self.add_embedding(self._added(added_cond_kwargs or {}).to(sample.dtype))
-        return Moment(
-            time if self.unet_config.is_k else activation(self.unet_config.act_fn)(time),
-            keep=not self.is_gradient_checkpointing,
-        )
+        time = self._further(time, added_cond_kwargs or {})
+        time = time if self.unet_config.is_k else activation(self.unet_config.act_fn)(time)
+        return Moment(time, keep=not self.is_gradient_checkpointing)
+
+    def _further(self, time: Tensor, given: Mapping[str, Tensor]) -> Tensor:
+        """The embedding (B, T) with what else goes with time: nothing, but in some networks beside the U-Net."""
+        return time
 
     def _added(self, given: Mapping[str, Tensor]) -> Tensor:
         """Concatenate the pooled prompts and the embedded sizes: (B, P + N × size)."""

@@ -4,7 +4,7 @@ from typing import Any
 
 from sfumato.ecosystem import absent
 from sfumato.pipelines.loading import load
-from sfumato.pipelines.multi_control import MultiControlNetModel
+from sfumato.pipelines.multi_control import MultiAdapter, MultiControlNetModel, MultiControlNetUnionModel
 from sfumato.pipelines.pipeline import DiffusionPipeline
 from sfumato.pipelines.public.auto import (
     AutoPipelineForImage2Image,
@@ -12,10 +12,17 @@ from sfumato.pipelines.public.auto import (
     AutoPipelineForText2Image,
 )
 from sfumato.pipelines.public.controlnet import (
+    StableDiffusionAdapterPipeline,
     StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionControlNetInpaintPipeline,
     StableDiffusionControlNetPipeline,
+    StableDiffusionXLAdapterPipeline,
     StableDiffusionXLControlNetImg2ImgPipeline,
+    StableDiffusionXLControlNetInpaintPipeline,
     StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLControlNetUnionImg2ImgPipeline,
+    StableDiffusionXLControlNetUnionInpaintPipeline,
+    StableDiffusionXLControlNetUnionPipeline,
 )
 from sfumato.pipelines.public.editing import (
     StableDiffusionDepth2ImgPipeline,
@@ -40,9 +47,13 @@ __all__ = [
     "DiffusionPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
     "LatentConsistencyModelPipeline",
+    "MultiAdapter",
     "MultiControlNetModel",
+    "MultiControlNetUnionModel",
     "Result",
+    "StableDiffusionAdapterPipeline",
     "StableDiffusionControlNetImg2ImgPipeline",
+    "StableDiffusionControlNetInpaintPipeline",
     "StableDiffusionControlNetPipeline",
     "StableDiffusionDepth2ImgPipeline",
     "StableDiffusionImageVariationPipeline",
@@ -52,8 +63,13 @@ __all__ = [
     "StableDiffusionLatentUpscalePipeline",
     "StableDiffusionPipeline",
     "StableDiffusionUpscalePipeline",
+    "StableDiffusionXLAdapterPipeline",
     "StableDiffusionXLControlNetImg2ImgPipeline",
+    "StableDiffusionXLControlNetInpaintPipeline",
     "StableDiffusionXLControlNetPipeline",
+    "StableDiffusionXLControlNetUnionImg2ImgPipeline",
+    "StableDiffusionXLControlNetUnionInpaintPipeline",
+    "StableDiffusionXLControlNetUnionPipeline",
     "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusionXLInpaintPipeline",
     "StableDiffusionXLInstructPix2PixPipeline",

@@ -12,7 +12,7 @@ import torch
 
 from sfumato.adapters.adapter import read_adapter
 from sfumato.adapters.embeddings import check_fits, read_embeddings
-from sfumato.adapters.files import Stored, given, read_stored
+from sfumato.adapters.files import Stored, flattened, given, read_stored
 from sfumato.adapters.find import ADAPTERS, EMBEDDINGS, find_file
 from sfumato.adapters.outfit import EmbeddedFile, Worn
 from sfumato.checkpoints import weights
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from sfumato.pipelines.parts import Parts
     from sfumato.pipelines.place import Place
 
-__all__ = ["Adapting"]
+__all__ = ["Adapting", "stored_from"]
 
 log = logging.getLogger("sfumato")
 
@@ -86,7 +86,7 @@ class Adapting:
         name = adapter_name or f"default_{len(self._outfit.adapters)}"
         if name in self._outfit.adapters and not hotswap:
             raise UsageError(f"there is already an adapter {name!r}; choose another adapter_name, or pass hotswap=True")
-        stored = _stored(
+        stored = stored_from(
             pretrained_model_name_or_path_or_dict, ADAPTERS, use_safetensors, keywords, "load_lora_weights"
         )
         worn = Worn(read_adapter(stored, self.parts.adaptable, partial=partial))
@@ -262,7 +262,7 @@ class Adapting:
         files, found = [], []
         for source, name in zip(every, names, strict=True):
             tensors = {"emb_params": source} if isinstance(source, torch.Tensor) else source
-            stored = _stored(tensors, EMBEDDINGS, use_safetensors, dict(keywords), "load_textual_inversion")
+            stored = stored_from(tensors, EMBEDDINGS, use_safetensors, dict(keywords), "load_textual_inversion")
             embeddings = read_embeddings(stored, name)
             check_fits(embeddings, widths, stored.where)
             found += embeddings
@@ -286,14 +286,16 @@ class Adapting:
         self._outfit = replace(outfit, embeddings=left, files=files)
 
 
-def _stored(
+def stored_from(
     source: Any, usual: Sequence[str], use_safetensors: bool | None, keywords: dict[str, Any], function: str
 ) -> Stored:
+    """The tensors of a source in any of the ecosystem's forms. Raises `UnknownArgument` and `CheckpointError`."""
     for keyword in keywords:
         if keyword not in (*FIND, *HARMLESS):
             raise UnknownArgument(f"{function} has no argument {keyword!r}{suggest(keyword, FIND)}")
     pickled = use_safetensors is False
     if isinstance(source, Mapping):
-        return given(dict(source))
+        nested = any(isinstance(one, Mapping) for one in source.values())
+        return given(flattened(dict(source), "the adapter") if nested else dict(source))
     where = {key: value for key, value in keywords.items() if key in FIND and value is not None}
     return read_stored(find_file(source, usual, pickled=pickled, **where), pickled=pickled)

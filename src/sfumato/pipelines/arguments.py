@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,5 +90,5 @@ def refuse(unknown: dict[str, Any], function: Callable[..., Any]) -> None:
         if value is not None and name not in OLDER:
             if found("argument", name):
                 raise not_here(name)
-            known = function.__code__.co_varnames[1 : function.__code__.co_argcount]
+            known = [*inspect.signature(function).parameters][1:-1]
             raise UnknownArgument(f"the pipeline has no argument {name!r}{suggest(name, known)}")

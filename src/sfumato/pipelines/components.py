@@ -19,11 +19,13 @@ from sfumato.models import (
     CLIPTextModelWithProjection,
     CLIPVisionModelWithProjection,
     ControlNetModel,
+    ControlNetUnionModel,
     StableUnCLIPImageNormalizer,
+    T2IAdapter,
     UNet2DConditionModel,
 )
 from sfumato.models.base import Model, select_model_files
-from sfumato.pipelines.multi_control import MultiControlNetModel
+from sfumato.pipelines.multi_control import MultiAdapter, MultiControlNetModel, MultiControlNetUnionModel, Several
 from sfumato.schedulers.base import Scheduler
 from sfumato.schedulers.names import NAMES, resolve
 from sfumato.text.tokenizer import CLIPTokenizer, select_tokenizer_files
@@ -61,19 +63,20 @@ log = logging.getLogger("sfumato")
 INDEX = "model_index.json"
 USUAL = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "controlnet", "scheduler")
 # What some families have beside them.
-COMPONENTS = (*USUAL, "image_encoder", "image_normalizer", "image_noising_scheduler", "low_res_scheduler")
+COMPONENTS = (*USUAL, "image_encoder", "image_normalizer", "image_noising_scheduler", "low_res_scheduler", "adapter")
 # Every checkpoint has these; which text encoders it has, and with each its tokenizer, depends on its family. It has a
 # ControlNet where a pipeline was saved with one.
 REQUIRED = ("vae", "unet", "scheduler")
-# The folders of further ControlNets.
-MORE_CONTROLS = tuple(f"controlnet_{i}" for i in range(1, 16))
+# The folders of further ControlNets and T2I-Adapters.
+MORE_CONTROLS = tuple(f"{part}_{i}" for part in ("controlnet", "adapter") for i in range(1, 16))
 # Parts of the ecosystem's pipelines that say whether an image is shown, not how it is drawn; never loaded here.
 ABSENT = ("safety_checker", "feature_extractor", "image_encoder")
 OPTIONAL = ("safety_checker", "feature_extractor", "depth_estimator", "watermarker")
 # What an index says of a family beside its parts.
 FLAGS = ("force_zeros_for_empty_prompt", "requires_aesthetics_score", "max_noise_level")
 
-WITH_WEIGHTS = (Model, MultiControlNetModel)
+WITH_WEIGHTS = (Model, Several)
+_CONTROLS = (ControlNetModel, MultiControlNetModel, ControlNetUnionModel, MultiControlNetUnionModel)
 _ENCODERS: dict[str, Any] = {cls.__name__: cls for cls in (CLIPTextModel, CLIPTextModelWithProjection)}
 _TOKENIZERS: dict[str, Any] = {"CLIPTokenizer": CLIPTokenizer, "CLIPTokenizerFast": CLIPTokenizer}
 _CLASSES: dict[str, dict[str, Any]] = {
@@ -85,7 +88,8 @@ _CLASSES: dict[str, dict[str, Any]] = {
     "unet": {"UNet2DConditionModel": UNet2DConditionModel},
     "image_encoder": {"CLIPVisionModelWithProjection": CLIPVisionModelWithProjection},
     "image_normalizer": {"StableUnCLIPImageNormalizer": StableUnCLIPImageNormalizer},
-    "controlnet": {cls.__name__: cls for cls in (ControlNetModel, MultiControlNetModel)},
+    "controlnet": {cls.__name__: cls for cls in _CONTROLS},
+    "adapter": {cls.__name__: cls for cls in (T2IAdapter, MultiAdapter)},
     "scheduler": {name: getattr(schedulers, name) for name in sorted({alias.class_name for alias in NAMES.values()})},
 }
 _CLASSES |= dict.fromkeys(("image_noising_scheduler", "low_res_scheduler"), _CLASSES["scheduler"])
@@ -98,7 +102,8 @@ _TYPES: dict[str, tuple[Any, ...]] = {
     "unet": (UNet2DConditionModel,),
     "image_encoder": (CLIPVisionModelWithProjection,),
     "image_normalizer": (StableUnCLIPImageNormalizer,),
-    "controlnet": (ControlNetModel, MultiControlNetModel),
+    "controlnet": (ControlNetModel, MultiControlNetModel, MultiControlNetUnionModel),
+    "adapter": (T2IAdapter, MultiAdapter),
     "scheduler": (Scheduler,),
     "image_noising_scheduler": (Scheduler,),
     "low_res_scheduler": (Scheduler,),

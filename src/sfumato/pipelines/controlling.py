@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sfumato.checkpoints.control_file import open_control_file
+from sfumato.checkpoints.control_file import control_class, open_control_file
 from sfumato.checkpoints.locate import locate_folder
 from sfumato.checkpoints.locate_file import is_single_file
 from sfumato.checkpoints.weights import find_weights, read_headers
-from sfumato.configs import ControlNetConfig, T2IAdapterConfig, parse
+from sfumato.configs import CLIPVisionConfig, ControlNetConfig, T2IAdapterConfig, parse
 from sfumato.errors import CheckpointError, UsageError
 from sfumato.files import expanded, file_hash, read_json
 from sfumato.images import open_image
-from sfumato.models import ControlNetModel, T2IAdapter
+from sfumato.models import ControlNetModel, ControlNetUnionModel, T2IAdapter
 from sfumato.models.base import select_model_files
 from sfumato.pipelines.fingerprint import fingerprint
 from sfumato.pipelines.parts import check_control
-from sfumato.pipelines.residuals import steered_by
+from sfumato.pipelines.residuals import steered_by, united
 from sfumato.preprocess import control_image, control_pixels
+from sfumato.request import MODE_OF, MODES
 from sfumato.runtime.choices import Part
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ControlSource", "open_control", "steering", "with_networks", "with_sizes"]
 
-CLASSES: dict[str, Any] = {cls.__name__: cls for cls in (ControlNetModel, T2IAdapter)}
+CLASSES: dict[str, Any] = {cls.__name__: cls for cls in (ControlNetModel, ControlNetUnionModel, T2IAdapter)}
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,7 @@ def open_control(name: str, *, local_files_only: bool = True, **hub: Any) -> Con
     hub = {"local_files_only": local_files_only, **hub}
     if is_single_file(name):
         file = open_control_file(name, **hub)
-        adapter = "t2i_adapter" in file.detected.parts
-        return ControlSource(file.path, T2IAdapter if adapter else ControlNetModel, file)
+        return ControlSource(file.path, CLASSES[control_class(file)], file)
 
     def select(names: Sequence[str], strict: bool) -> list[str]:
         return select_model_files(names, "", ControlNetModel.weights_name, strict=strict)
@@ -98,11 +98,17 @@ def open_control(name: str, *, local_files_only: bool = True, **hub: Any) -> Con
 
 
 def with_sizes(sizes: Sizes, request: GenerateRequest) -> Sizes:
-    """A checkpoint's sizes with those of the networks that a request runs beside its U-Net."""
+    """A checkpoint's sizes with those of the networks that a request runs beside its U-Net, and its image encoders."""
     sources = [open_control(name) for name in dict.fromkeys(control.model for control in request.controls)]
     unet = sum((source.size for source in sources), sizes.unet)
     configs = tuple(source.config for source in sources)
-    return dataclasses.replace(sizes, unet=unet, control_configs=configs) if sources else sizes
+    sizes = dataclasses.replace(sizes, unet=unet, control_configs=configs) if sources else sizes
+    folders = [expanded(prompt.encoder) for prompt in request.image_prompts]
+    seen = tuple(parse(CLIPVisionConfig, read_json(one / "config.json"), one)[0] for one in folders)
+    weights = [read_headers(find_weights(one, "model")).values() for one in dict.fromkeys(folders)]
+    parts = [Part(sum(one.count for one in every), sum(one.bytes for one in every)) for every in weights]
+    text = sum(parts, sizes.text_encoder)
+    return dataclasses.replace(sizes, text_encoder=text, vision_configs=(*sizes.vision_configs, *seen))
 
 
 def with_networks(parts: Parts, place: Place, controls: Sequence[Control]) -> Parts:
@@ -129,7 +135,7 @@ def with_networks(parts: Parts, place: Place, controls: Sequence[Control]) -> Pa
             raise UsageError(f"{control.model} has other weights than the recipe was made with; give the right ones")
     place.kept = kept
     networks = {key[0]: network for key, network in kept.items()}
-    return dataclasses.replace(parts, controlnet=None, controls=tuple(networks[one] for one in every))
+    return dataclasses.replace(parts, controlnet=None, adapter=None, controls=tuple(networks[one] for one in every))
 
 
 def steering(
@@ -149,14 +155,25 @@ def steering(
         notes += [f"the control picture {control.image} of {note}"] if note else []
         pictures.append(picture)
         told.append(control.replace(sha256=sha256, weights=fingerprint(network)))
-        how = {"scale": control.scale, "start": control.start, "end": control.end, "layers": control.layers or ()}
+        how: dict[str, Any] = {name: getattr(control, name) for name in ("scale", "start", "end")}
+        how["layers"] = control.layers or ()
         how["guess"] = control.guess or getattr(network.config, "global_pool_conditions", False)
-        pixels = control_pixels(picture)
-        if network.config.conditioning_channels == 1:
-            pixels = pixels.mean(dim=1, keepdim=True)
-        one = steered_by(network, pixels, **how)
+        if isinstance(network, ControlNetUnionModel):
+            how["modes"] = (_mode(control, network.config.num_control_type),)
+        one = steered_by(network, control_pixels(picture), **how)
         if control.layers is not None and len(control.layers) != one.count:
             scales = f"{len(control.layers)} scales for them"
             raise UsageError(f"this network has {one.count} layers, and there are {scales}; give one for each")
         steered.append(one)
-    return tuple(steered), tuple(told), pictures, notes
+    return united(steered), tuple(told), pictures, notes
+
+
+def _mode(control: Control, count: int) -> int:
+    """The number of a picture's kind, of those that a ControlNet Union has."""
+    kind = control.mode or MODE_OF.get(control.preprocessor)
+    if kind is None or MODES.index(kind) >= count:
+        raise UsageError(
+            f"{control.model} reads {', '.join(MODES[:count])}, and has to be told which of them {control.image} is; "
+            "give the control's mode"
+        )
+    return MODES.index(kind)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -71,6 +71,15 @@ class _Part:
     told: Conditioning
     read: Read
     extra: Tensor | None
+    _tiles: dict[tuple[int, int], _Part] = field(default_factory=dict)
+
+    def within(self, row: slice, column: slice) -> _Part:
+        """The same of one tile of the latents; kept, as networks beside the U-Net read their pictures once a run."""
+        if (row.start, column.start) not in self._tiles:
+            told = replace(self.told, steered=tuple(one.within(row, column) for one in self.told.steered))
+            extra = None if self.extra is None else self.extra[:, :, row, column]
+            self._tiles[row.start, column.start] = _Part(told, self.read, extra)
+        return self._tiles[row.start, column.start]
 
 
 @dataclass(kw_only=True)
@@ -102,15 +111,10 @@ class Guidance:
         moments: dict[int, Moment] = {}  # one where nothing but time is in it, else as many as are different
         predicted = []
         for part, own in zip(narrow.split(size), self._read, strict=True):
-            read, told = own.read, own.told
-            shared = id(read) if read.with_time else 0
+            shared = id(own.read) if own.read.with_time else 0
             if shared not in moments:
-                moments[shared] = self._moment(part, t, dict(read.with_time))
-            beside = (self._added(one, part, t, read) for one in told.steered if one.active(*self.step))
-            residuals = together(beside, read.context)
-            if own.extra is not None:
-                part = torch.cat([part.repeat(own.extra.shape[0] // part.shape[0], 1, 1, 1), own.extra], dim=1)
-            predicted.append(self._in_tiles(part, moments[shared], read.context, residuals, told.weights).to(x.dtype))
+                moments[shared] = self._moment(part, t, dict(own.read.with_time))
+            predicted.append(self._in_tiles(part, t, moments[shared], own).to(x.dtype))
         return torch.cat(predicted)
 
     def _moment(self, x: Tensor, t: float, with_time: dict[str, Tensor]) -> Moment:
@@ -118,18 +122,16 @@ class Guidance:
         condition = self._scale_condition(x[:1]) if condition is None else condition
         return self.unet.moment(x, t, labels, condition, with_time or None)
 
-    def _in_tiles(
-        self, x: Tensor, moment: Moment, context: Context, residuals: dict[str, Any], weights: Branches
-    ) -> Tensor:
+    def _in_tiles(self, x: Tensor, t: float, moment: Moment, own: _Part) -> Tensor:
         """The prediction tile by tile, blended where tiles overlap (MultiDiffusion, arXiv 2302.08113, eq. 5)."""
         size = max(x.shape[2:]) if self.tile is None else self.tile
         if max(x.shape[2:]) <= size:
-            return self._predict(x, moment, context, residuals, weights)
+            return self._predict(x, t, moment, own)
         rows, columns = ([slice(start, start + size) for start in tile_starts(side, size)] for side in x.shape[2:])
         total, shares = torch.zeros((), device=x.device), torch.zeros(x.shape[2:], device=x.device)
         for row in rows:
             for column in columns:
-                tile = self._predict(x[:, :, row, column], moment, context, {}, weights)
+                tile = self._predict(x[:, :, row, column], t, moment, own.within(row, column))
                 down, across = (_ramp(side, tile) for side in tile.shape[2:])
                 window = down[:, None] * across
                 total = total if total.ndim else tile.new_zeros(*tile.shape[:2], *x.shape[2:])
@@ -144,10 +146,12 @@ class Guidance:
         with computed_in_float32(steered.network) if repaired else nullcontext():
             return {where: [one.to(x.dtype) for one in own] for where, own in steered.added(x, t, read).items()}
 
-    def _predict(
-        self, x: Tensor, moment: Moment, context: Context, residuals: dict[str, Any], weights: Branches
-    ) -> Tensor:
-        output = self.unet(x, moment, context, return_dict=False, **residuals)[0]
+    def _predict(self, x: Tensor, t: float, moment: Moment, own: _Part) -> Tensor:
+        beside = (self._added(one, x, t, own.read) for one in own.told.steered if one.active(*self.step))
+        residuals, weights = together(beside, own.read.context), own.told.weights
+        if own.extra is not None:
+            x = torch.cat([x.repeat(own.extra.shape[0] // x.shape[0], 1, 1, 1), own.extra], dim=1)
+        output = self.unet(x, moment, own.read.context, return_dict=False, **residuals)[0]
         if self.unet.config.is_k:  # k-diffusion's velocity has the other sign, and a variance that nobody reads
             output = -output[:, :-1]
         if self._told.branches == 1:
@@ -211,6 +215,11 @@ class Guidance:
         """Read other prompts from here on."""
         self._read = []
         self.conditioning = self.conditioning.prompted(prompts)
+
+    def show(self, steered: tuple[Steered, ...]) -> None:
+        """Have networks beside the U-Net steer otherwise from here on."""
+        self._read = []
+        self.conditioning = replace(self.conditioning, steered=steered)
 
     def tell(self, **joined: Tensor) -> None:
         """Read other embeddings, pooled prompts or sizes: (B, …), which ends guidance, or (2B, …), negative first."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sfumato.adapters.files import read_stored
-from sfumato.errors import CheckpointError, UsageError
+from sfumato.errors import UsageError
 from sfumato.files import expanded, file_hash
 from sfumato.images import open_image
 from sfumato.models import CLIPVisionModelWithProjection
@@ -25,24 +25,93 @@ if TYPE_CHECKING:
     from sfumato.models import UNet2DConditionModel
     from sfumato.request import ImagePrompt
 
-__all__ = ["Seen", "see"]
+__all__ = ["Carried", "Seen", "see", "seen_by"]
+
+Scale = float | dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Carried:
+    """An adapter that a pipeline was given, and how strongly it is read; of images with masks also a scale for each."""
+
+    adapter: IPAdapter
+    scale: Scale | tuple[Scale, ...] = 1.0
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """An adapter, what it makes of no image and of an image, (1, T, C) each, and how strongly and where it is read."""
+    """An adapter, what it makes of no image and of images, (1, T, C) each, and how strongly and where it is read.
+
+    scale: of all layers, or by the beginning of their names, with 0 for others.
+    """
 
     adapter: IPAdapter
     nothing: Tensor
     something: Tensor
-    scale: float = 1.0
+    scale: Scale = 1.0
     mask: Tensor | None = None
 
     def told(self, unet: UNet2DConditionModel, branches: tuple[int, int], pictures: int, states: Tensor) -> ImageTokens:
         """For a context of so many branches of so many images, first those that do not see the image; as states are."""
         rows = [self.nothing] * branches[0] + [self.something] * branches[1]
         tokens = torch.cat([row.expand(pictures, -1, -1) for row in rows]).to(states)
-        return ImageTokens(tokens, self.adapter.matrices(unet), self.scale, self.mask)
+        matrices, scale = self.adapter.matrices(unet), self.scale
+        if isinstance(scale, dict):
+            every = {module: _begins(f"unet.{name}", scale) for name, module in unet.named_modules()}
+            scale = {module: scale[max(found, key=len)] for module, found in every.items() if found}
+        return ImageTokens(tokens, matrices, scale, self.mask)
+
+
+def _begins(name: str, scales: dict[str, float]) -> list[str]:
+    return [one for one in scales if f"{name}.".startswith(f"{one}.")]
+
+
+@torch.no_grad()
+def seen_by(
+    carried: Sequence[Carried],
+    unet: UNet2DConditionModel,
+    encoder: CLIPVisionModelWithProjection | None,
+    images: Any,
+    embeds: Any,
+    masks: Any,
+    device: torch.device,
+) -> tuple[Seen, ...]:
+    """What the adapters of a pipeline make of a call's images, or of what was made of them (2 or 1, n, …) for each.
+
+    images: one for each adapter, or a list of them for each; masks: for each adapter (1, n, H, W), of its n images.
+    Raises `UsageError` for others.
+    """
+    if images is None and embeds is None:
+        return ()
+    given = embeds if embeds is not None else images
+    given = given if isinstance(given, (list, tuple)) else [given]
+    if len(given) != len(carried):
+        raise UsageError(
+            f"there are {len(carried)} IP-Adapters and images for {len(given)}; pass images for each of them"
+        )
+    every = []
+    for i, (one, value) in enumerate(zip(carried, given, strict=True)):
+        adapter = one.adapter.to(device, unet.dtype)
+        own: Any = value
+        pair: Any = own.chunk(2) if embeds is not None and own.shape[0] == 2 else (own, own)
+        if embeds is None:
+            if encoder is None:
+                raise UsageError("there is no image encoder for ip_adapter_image; load one with load_ip_adapter")
+            ready = isinstance(own, torch.Tensor) and own.ndim == 4
+            pixels: Any = own if ready else clip_pixels(own, encoder.config.image_size)
+            pair = tuple(row[None] for row in adapter.seen(encoder, pixels, whole=adapter.whole))
+        nothing, something = adapter.tokens(*(row.flatten(0, 1) for row in pair))
+        count = something.shape[0]
+        shown = [None] if masks is None else list(masks[i].reshape(-1, *masks[i].shape[-2:]).to(device))
+        scales = one.scale if isinstance(one.scale, tuple) else (one.scale,) * len(shown)
+        if len(shown) not in (1, count) or len(scales) != len(shown):
+            raise UsageError(
+                f"got {len(shown)} masks and {len(scales)} scales for {count} images; pass one for each image"
+            )
+        sizes = [count // len(shown)] * len(shown)
+        rows = zip(nothing.split(sizes), something.split(sizes), scales, shown, strict=True)
+        every += [Seen(adapter, a.flatten(0, 1)[None], b.flatten(0, 1)[None], s, mask) for a, b, s, mask in rows]
+    return tuple(every)
 
 
 @torch.no_grad()
@@ -64,18 +133,13 @@ def see(
                 prompt.encoder, local_files_only=True, torch_dtype=torch.float32
             )}  # fmt: skip
         encoder = encoders[prompt.encoder]
-        gives = encoder.config.hidden_size if adapter.plus else encoder.config.projection_dim
-        if gives != adapter.reads:
-            raise CheckpointError(
-                f"{stored.where} reads {adapter.reads} numbers of an image, and the encoder {prompt.encoder} gives "
-                f"{gives}; give the encoder that the adapter was trained with"
-            )
+        adapter.check_reads(encoder)
         hashes = [stored.sha256, file_hash(expanded(prompt.image), None), fingerprint(encoder)]
         hashes += [] if prompt.mask is None else [file_hash(expanded(prompt.mask), None)]
         if prompt.hashes not in (None, tuple(hashes)):
             raise UsageError(f"the files of the image prompt {prompt.image} are not those of the recipe; restore them")
         pixels = clip_pixels(open_image(prompt.image), encoder.config.image_size)
-        nothing, something = adapter.tokens(encoder, pixels)
+        nothing, something = adapter.tokens(*adapter.seen(encoder, pixels, whole=adapter.whole))
         adapter.matrices(unet)
         mask = None
         if prompt.mask is not None:

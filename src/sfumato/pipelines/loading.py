@@ -18,7 +18,7 @@ from sfumato.pipelines.sizes import read_sizes
 from sfumato.pipelines.source import FILE_OPTIONS, open_source
 from sfumato.request import GenerateRequest, as_request
 from sfumato.runtime.canaries import checked
-from sfumato.runtime.choices import NETWORKS, Wishes
+from sfumato.runtime.choices import NETWORKS, Wishes, enlarged
 from sfumato.runtime.device import default_dtype, dtype_name, parse_device
 from sfumato.runtime.facts import read_facts
 from sfumato.runtime.plan import fits_beside, plan
@@ -72,7 +72,7 @@ def load(
         facts = checked(facts, sizes)
         sizes = sizes if request is None else with_sizes(sizes, request)
         # Without a request, all that can be known is what does for the smallest image.
-        asked = request or GenerateRequest(prompt="", width=64, height=64)
+        asked = GenerateRequest(prompt="", width=64, height=64) if request is None else enlarged(sizes, request)
         planned = plan(facts, sizes, asked, wishes)
         if asked.refiner is not None and not wishes.asked("offload"):
             other = read_sizes(open_source(asked.refiner, ComponentFiles(variant, use_safetensors), hub))

@@ -1,39 +1,51 @@
-"""Several ControlNets as one component of a pipeline."""
+"""Several ControlNets or T2I-Adapters as one component of a pipeline."""
 
 from __future__ import annotations
 
 from itertools import count, takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from sfumato.models.controlnet import ControlNetModel, ControlNetOutput
+from sfumato.models.controlnet_union import ControlNetUnionModel
+from sfumato.models.t2i_adapter import T2IAdapter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from os import PathLike
 
-__all__ = ["MultiControlNetModel"]
+    from sfumato.models.base import Model
+
+__all__ = ["MultiAdapter", "MultiControlNetModel", "MultiControlNetUnionModel", "Several"]
 
 
-class MultiControlNetModel(nn.Module):
-    """Several ControlNets, whose residuals are added up; `nets` holds them."""
+class Several(nn.Module):
+    """Several networks of a kind, whose residuals are added up; `nets` holds them."""
 
-    def __init__(self, controlnets: Sequence[ControlNetModel]) -> None:
+    kind: ClassVar[type[Any]]
+
+    def __init__(self, networks: Sequence[Any]) -> None:
         super().__init__()
-        self.nets = nn.ModuleList(controlnets)
+        self.nets = nn.ModuleList(networks)
+
+    @staticmethod
+    def of(networks: Sequence[Any]) -> Several:
+        """Those of the kind of the first."""
+        kinds: dict[Any, Any] = {one.kind: one for one in Several.__subclasses__()}
+        return kinds.get(type(next(iter(networks), None)), MultiControlNetModel)(networks)
 
     @classmethod
     def from_pretrained(cls, name: str | PathLike[str], **keywords: Any) -> Self:
         """Load them from the folders `name`, `name_1`, `name_2`, …; keywords as of one. Raises `CheckpointError`."""
-        return cls([ControlNetModel.from_pretrained(folder, **keywords) for folder in cls._folders(Path(name))])
+        return cls([cls.kind.from_pretrained(folder, **keywords) for folder in cls._folders(Path(name))])
 
     @classmethod
     def from_folder(cls, folder: Path, **options: Any) -> Self:
         """The same of folders on this machine, with the options of `Model.from_folder`."""
-        return cls([ControlNetModel.from_folder(one, **options) for one in cls._folders(folder)])
+        return cls([cls.kind.from_folder(one, **options) for one in cls._folders(folder)])
 
     @staticmethod
     def _folders(first: Path) -> list[Path]:
@@ -44,9 +56,13 @@ class MultiControlNetModel(nn.Module):
         """Write them into the folders `folder`, `folder_1`, …; options as of one. Raises `OutputError`."""
         first = Path(folder)
         for i, net in enumerate(self.nets):
-            cast("ControlNetModel", net).save_pretrained(
-                first.with_name(f"{first.name}_{i}") if i else first, **options
-            )
+            cast("Model", net).save_pretrained(first.with_name(f"{first.name}_{i}") if i else first, **options)
+
+
+class MultiControlNetModel(Several):
+    """Several ControlNets."""
+
+    kind = ControlNetModel
 
     def forward(
         self,
@@ -67,3 +83,21 @@ class MultiControlNetModel(nn.Module):
             down = tuple(map(torch.add, down, own)) if down else own
             middle = middle + last
         return ControlNetOutput(down, middle) if return_dict else (down, middle)
+
+
+class MultiControlNetUnionModel(Several):
+    """Several ControlNets that are told the kind of their pictures."""
+
+    kind = ControlNetUnionModel
+
+
+class MultiAdapter(Several):
+    """Several T2I-Adapters."""
+
+    kind = T2IAdapter
+
+    def forward(self, pictures: Sequence[Tensor], adapter_weights: Sequence[float] | None = None) -> list[Tensor]:
+        """The sums of their features, each times its weight; all weights are the same where none are given."""
+        weights = [1 / len(self.nets)] * len(self.nets) if adapter_weights is None else adapter_weights
+        every = [[w * one for one in net(x)] for net, x, w in zip(self.nets, pictures, weights, strict=True)]
+        return [torch.stack(same).sum(0) for same in zip(*every, strict=True)]

@@ -17,7 +17,7 @@ from sfumato.families import find
 from sfumato.models.t2i_adapter import T2IAdapter
 from sfumato.models.text_encoder import CLIPTextModelWithProjection
 from sfumato.pipelines.components import COMPONENTS, FLAGS, check_component
-from sfumato.pipelines.multi_control import MultiControlNetModel
+from sfumato.pipelines.multi_control import Several
 from sfumato.runtime.choices import NETWORKS
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
         UNet2DConditionModel,
     )
     from sfumato.models.base import Model
+    from sfumato.pipelines.image_prompts import Carried
+    from sfumato.pipelines.multi_control import MultiAdapter
     from sfumato.pipelines.words import Words
     from sfumato.request import GenerateRequest
     from sfumato.schedulers.base import Scheduler
@@ -59,7 +61,8 @@ class Parts:
     family: what its parts want, found from their configs where it is not given; name: where it came from, as recipes
     say it; suggested: the settings it asks for, as keywords of a `GenerateRequest`; words: what a small model knows,
     None for others; options: what was said to open its file; outfit: adapters and embeddings that were added; controls:
-    the networks that run beside the U-Net, those of `controlnet` if it is there.
+    the networks that run beside the U-Net, those of `controlnet` or `adapter` if it is there; image_adapters: what
+    reads images like prompts.
     Raises `UsageError` for a component of the wrong kind.
     """
 
@@ -74,7 +77,8 @@ class Parts:
     image_normalizer: StableUnCLIPImageNormalizer | None = None
     image_noising_scheduler: Scheduler | None = None
     low_res_scheduler: Scheduler | None = None
-    controlnet: ControlNetModel | MultiControlNetModel | None = None
+    controlnet: ControlNetModel | Several | None = None
+    adapter: T2IAdapter | MultiAdapter | None = None
     family: Family = None  # pyright: ignore[reportAssignmentType]
     name: str = "unnamed"
     suggested: dict[str, Any] = field(default_factory=dict)
@@ -82,10 +86,12 @@ class Parts:
     options: dict[str, Any] = field(default_factory=dict)
     outfit: Outfit = field(default_factory=Outfit)
     controls: tuple[Model, ...] = ()
+    image_adapters: tuple[Carried, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.controlnet, (list, tuple)):
-            object.__setattr__(self, "controlnet", MultiControlNetModel(self.controlnet))
+        for name in ("controlnet", "adapter"):
+            if isinstance(networks := getattr(self, name), (list, tuple)):
+                object.__setattr__(self, name, Several.of(networks))
         for component in COMPONENTS:
             check_component(component, getattr(self, component))
         family = self.family or known_family(
@@ -95,12 +101,16 @@ class Parts:
             encoders=len(self.encoders) or (None if self.image_encoder is None else 0),
         )
         object.__setattr__(self, "family", self._fitting(family))
-        if self.controlnet is not None:
-            nets = self.controlnet.nets if isinstance(self.controlnet, MultiControlNetModel) else [self.controlnet]
-            object.__setattr__(self, "controls", tuple(nets))
+        if (beside := self.beside) is not None:
+            object.__setattr__(self, "controls", tuple(beside.nets) if isinstance(beside, Several) else (beside,))
         for network in self.controls:
             check_control(self.unet, network)
         self.vae.assume_scale(family.vae)
+
+    @property
+    def beside(self) -> Any:
+        """The network, or several as one, that a pipeline was made with to run beside its U-Net; None for others."""
+        return self.controlnet or self.adapter
 
     def _fitting(self, family: Family) -> Family:
         """The family with the sizes that the U-Net was made for, as far as the width of the pooled prompt is known."""

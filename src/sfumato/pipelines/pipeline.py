@@ -24,6 +24,7 @@ from sfumato.pipelines.components import (
     up_to_date,
 )
 from sfumato.pipelines.draw import draw
+from sfumato.pipelines.image_adapters import ImageAdapters
 from sfumato.pipelines.parts import Parts, check_latents
 from sfumato.pipelines.place import Place
 from sfumato.pipelines.progress import Progress
@@ -57,6 +58,8 @@ __all__ = ["DiffusionPipeline"]
 log = logging.getLogger("sfumato")
 
 T = TypeVar("T")
+# Networks beside the U-Net that a pipeline either is made with or does not take, and what they are called.
+BESIDE = {"controlnet": "ControlNet", "adapter": "T2I-Adapter"}
 
 
 class _Part(Generic[T]):
@@ -76,7 +79,7 @@ class _Part(Generic[T]):
         pipeline.parts = replace(pipeline.parts, **{self.name: value})
 
 
-class DiffusionPipeline(Surface, Adapting):
+class DiffusionPipeline(Surface, Adapting, ImageAdapters):
     """A Stable Diffusion checkpoint that is ready to generate images.
 
     Its components are attributes that can be replaced by assignment: `vae`, `text_encoder`, `tokenizer`, `unet`,
@@ -119,6 +122,7 @@ class DiffusionPipeline(Surface, Adapting):
         tokenizer: CLIPTokenizer | None = None,
         tokenizer_2: CLIPTokenizer | None = None,
         controlnet: Any = None,
+        adapter: Any = None,
         safety_checker: None = None,
         feature_extractor: Any = None,
         image_encoder: CLIPVisionModelWithProjection | None = None,
@@ -138,7 +142,7 @@ class DiffusionPipeline(Surface, Adapting):
         There is no safety checker and no watermark; requesting one raises `UsageError`. force_zeros_for_empty_prompt:
         whether a missing negative prompt means zeros instead of an empty text; if None, zeros for pipelines that have
         this flag, as in the ecosystem. requires_aesthetics_score: whether the U-Net expects one; if None, inferred from
-        its shapes. controlnet: one or a list of them, for pipelines that use them.
+        its shapes. controlnet, adapter: one or a list of them, for pipelines that use them.
         """
         refuse_unknown_parts(
             {"safety_checker": safety_checker, "depth_estimator": depth_estimator, "watermarker": watermarker}
@@ -157,6 +161,7 @@ class DiffusionPipeline(Surface, Adapting):
             image_noising_scheduler=image_noising_scheduler,
             low_res_scheduler=low_res_scheduler,
             controlnet=controlnet,
+            adapter=adapter,
         )
         if force_zeros_for_empty_prompt is None and "force_zeros_for_empty_prompt" in self.index.flags:
             force_zeros_for_empty_prompt = True
@@ -167,9 +172,11 @@ class DiffusionPipeline(Surface, Adapting):
         family, ours = parts.family, "text_encoder_2" in self.index.parts
         if bool(family.sizes) != ours:
             raise UsageError(f"{type(self).__name__} does not support {family.title}; use {family.pipeline}")
-        if (parts.controlnet is not None) != ("controlnet" in self.index.parts):
-            lacks = "needs a ControlNet; pass controlnet=…" if parts.controlnet is None else "takes no ControlNet"
-            raise UsageError(f"{type(self).__name__} {lacks}")
+        for name, title in BESIDE.items():
+            there = getattr(parts, name) is not None
+            if there != (name in self.index.parts):
+                lacks = f"takes no {title}" if there else f"needs a {title}; pass {name}=…"
+                raise UsageError(f"{type(self).__name__} {lacks}")
         if self._shortens is not None:
             parts = replace(parts, family=replace(family, shortens=self._shortens))
         self.parts = replace(parts, scheduler=up_to_date(parts.scheduler)) if self._corrects_scheduler else parts
@@ -273,8 +280,7 @@ class DiffusionPipeline(Surface, Adapting):
             raise UsageError(f"from_pipe takes a pipeline from sfumato, not {shown(pipeline)}")
         given, _ = split_keywords(components, "from_pipe")
         refuse_unknown_parts(given)
-        if "controlnet" not in cls.index.parts:
-            given = {"controlnet": None} | given
+        given = {name: None for name in BESIDE if name not in cls.index.parts} | given
         parts = replace(
             pipeline.parts, controls=(), **{part: value for part, value in given.items() if part in COMPONENTS}
         )

@@ -292,5 +292,6 @@ def _sizes(parts: Parts, worn: Sequence[Worn]) -> Sizes:
         unet_config=parts.unet.config,
         vae_config=parts.vae.config,
         control_configs=tuple(network.config for network in parts.controls),
+        vision_configs=() if parts.image_encoder is None else (parts.image_encoder.config,),
         **values,
     )

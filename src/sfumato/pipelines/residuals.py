@@ -11,13 +11,14 @@ import torch
 from sfumato.errors import UsageError
 from sfumato.models.attention import Context
 from sfumato.models.controlnet import ControlNetModel, layer_scales
+from sfumato.models.controlnet_union import ControlNetUnionModel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
-__all__ = ["Added", "Featured", "Read", "Steered", "steered_by", "together"]
+__all__ = ["Added", "Featured", "Read", "Steered", "United", "steered_by", "together", "united"]
 
 # Residuals by where the U-Net adds them, in the words of its arguments.
 Added = dict[str, list["Tensor"]]
@@ -87,7 +88,7 @@ class Steered:
         Raises `UsageError` for pictures of another number or size.
         """
         config, there = self.network.config, self.pictures.shape[0]
-        wanted = (config.conditioning_channels, *(config.factor * side for side in latents.shape[2:]))
+        wanted = (self.channels, *(config.factor * side for side in latents.shape[2:]))
         if count % there:
             raise UsageError(f"got {there} control images for {count} images; pass one, or one per prompt")
         if tuple(self.pictures.shape[1:]) != wanted:
@@ -100,11 +101,28 @@ class Steered:
         """The same for some of the images."""
         return self if self.pictures.shape[0] == 1 else replace(self, pictures=self.pictures[begin : begin + size])
 
+    def within(self, row: slice, column: slice) -> Self:
+        """The same of a tile of the latents."""
+        factor = self.network.config.factor
+        rows, columns = (slice(factor * one.start, factor * one.stop) for one in (row, column))
+        return replace(self, pictures=self.pictures[:, :, rows, columns])
+
+    @property
+    def channels(self) -> int:
+        """Channels of what the network sees."""
+        return self.network.config.conditioning_channels
+
     @cached_property
     def hint(self) -> Any:
         """What the network makes of the pictures, whatever the step."""
         pictures = self.pictures.to(self.network.device, self.network.dtype)
-        return self.network.embed(pictures.contiguous(memory_format=torch.channels_last))
+        return self._embedded(pictures.contiguous(memory_format=torch.channels_last))
+
+    def _embedded(self, pictures: Tensor) -> Any:
+        return self.network.embed(pictures)
+
+    def _with_time(self, read: Read) -> dict[str, Tensor] | None:
+        return read.added
 
     @property
     def count(self) -> int:
@@ -120,7 +138,7 @@ class Steered:
         context = read.context
         if context.states.dtype != network.dtype:
             context = Context(context.states.to(network.dtype), keep=False)
-        added = network.steer(x, network.moment(x, t, added_cond_kwargs=read.added), context, hint)
+        added = network.steer(x, network.moment(x, t, added_cond_kwargs=self._with_time(read)), context, hint)
         guess = self.guess and not network.config.global_pool_conditions
         factors = layer_scales(len(added), guess=guess)
         factors = [factor * own for factor, own in zip(factors, self.layers or [1.0] * len(added), strict=True)]
@@ -128,6 +146,33 @@ class Steered:
         if self.guess:
             added = [_of_prompts(one, x.shape[0] * read.prompts, whole) for one in added]
         return {SKIPS: added[:-1], MIDDLE: added[-1:]}
+
+
+@dataclass(frozen=True, eq=False)
+class United(Steered):
+    """The same of a ControlNet Union, which sees several pictures at once, side by side along their channels.
+
+    modes: the kind of each picture; shares: how strongly each is seen, where there are several.
+    """
+
+    modes: tuple[int, ...] = (0,)
+    shares: tuple[float, ...] = (1.0,)
+
+    @property
+    def channels(self) -> int:
+        """Channels of all pictures."""
+        return len(self.modes) * self.network.config.conditioning_channels
+
+    @property
+    def time_and_network(self) -> tuple[object, ...]:
+        """What has to be the same for two of them to be seen together."""
+        return id(self.network), self.start, self.end, self.layers, self.guess
+
+    def _embedded(self, pictures: Tensor) -> Tensor:
+        return self.network.embed_all(pictures.chunk(len(self.modes), dim=1), self.modes, self.shares)
+
+    def _with_time(self, read: Read) -> dict[str, Tensor] | None:
+        return (read.added or {}) | {"control_type": self.network.types(self.modes)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +204,27 @@ def _of_prompts(added: Tensor, count: int, context: Context) -> Tensor:
 
 def steered_by(network: Any, pictures: Tensor, **how: Any) -> Steered:
     """How a network steers by pictures; the fields of a `Steered`."""
-    return (Steered if isinstance(network, ControlNetModel) else Featured)(network, pictures, **how)
+    kinds = {ControlNetUnionModel: United, ControlNetModel: Steered}
+    kind = next((one for cls, one in kinds.items() if isinstance(network, cls)), Featured)
+    if network.config.conditioning_channels == 1:
+        pictures = pictures.mean(dim=1, keepdim=True)
+    return kind(network, pictures, **how)
+
+
+def united(every: Sequence[Steered]) -> tuple[Steered, ...]:
+    """The same, with all pictures that one ControlNet Union sees in the same steps seen together, in one call."""
+    found: list[Steered] = []
+    for one in every:
+        last = found[-1] if found else None
+        if isinstance(one, United) and isinstance(last, United) and last.time_and_network == one.time_and_network:
+            shares = (last.scale,) if len(last.modes) == 1 else last.shares
+            count = max(last.pictures.shape[0], one.pictures.shape[0])
+            pictures = torch.cat([each.pictures.expand(count, -1, -1, -1) for each in (last, one)], dim=1)
+            modes = (*last.modes, *one.modes)
+            found[-1] = replace(last, pictures=pictures, modes=modes, shares=(*shares, one.scale), scale=1.0)
+        else:
+            found.append(one)
+    return tuple(found)
 
 
 def together(every: Iterable[Added], context: Context) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from sfumato.pipelines.controlling import steering, with_networks
 from sfumato.pipelines.denoise import DenoiseStep, denoise
 from sfumato.pipelines.finite import FiniteWatch
 from sfumato.pipelines.guidance import Guidance
-from sfumato.pipelines.image_prompts import see
+from sfumato.pipelines.image_prompts import see, seen_by
 from sfumato.pipelines.repair import saved_randomness
 from sfumato.pipelines.stages import Given
 from sfumato.pipelines.steering import Steering
@@ -163,6 +163,12 @@ class Run:
             self.added.request = self.added.request.replace(controls=controls)
             self._note(notes)
         seen, prompts = see(self.parts.unet, self.request.image_prompts, self.device)
+        given = (self.given.prompt_images, self.given.prompt_image_embeds, self.given.prompt_image_masks)
+        if given[0] is not None or given[1] is not None:
+            with self._held("text_encoder"), self._timed("encode"):
+                seen += seen_by(
+                    self.parts.image_adapters, self.parts.unet, self.parts.image_encoder, *given, self.device
+                )
         self.added.request = self.added.request.replace(image_prompts=prompts)
         return replace(told, steered=tuple(one.of(told.pictures, latents) for one in every), images=seen)
 

@@ -35,6 +35,7 @@ def read_sizes(
         text_encoder_configs=tuple(config for role, config in configs.items() if role.startswith("text")),
         unet_config=configs["unet"],
         vae_config=configs["vae"],
+        vision_configs=tuple(config for role, config in configs.items() if role == "image_encoder"),
         text_encoder=sum((parts[role] for role in NETWORKS["text_encoder"] if role in parts), Part(0, 0)),
         unet=parts["unet"],
         vae=parts["vae"],

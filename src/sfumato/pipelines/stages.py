@@ -51,8 +51,9 @@ class Given:
     tensor to start from, and pixels the same (P, 3, H, W) where it is already as the autoencoder reads it; mask_image:
     what of it is painted, with padding_mask_crop the margin of what is cropped, and masked_image_latents (P, 4, h, w)
     what stays of it where a caller has that; depth_map (P, H, W): how near each pixel is; image_embeds (P, D): what the
-    image encoder makes of images; steered: the pipeline's own networks beside the
-    U-Net, and what they see.
+    image encoder makes of images; steered: the pipeline's own networks beside the U-Net, and what they see;
+    prompt_images: images that its IP-Adapters read, for each of them one or a list, prompt_image_embeds what the image
+    encoder makes of these, and prompt_image_masks (1, n, H, W) where each is read.
     """
 
     generators: Generators = None
@@ -69,6 +70,9 @@ class Given:
     depth_map: Tensor | None = None
     image_embeds: Tensor | None = None
     steered: tuple[Steered, ...] = ()
+    prompt_images: Any = None
+    prompt_image_embeds: Any = None
+    prompt_image_masks: Any = None
 
     def __post_init__(self) -> None:
         """Raise `UsageError` for what is of another type or shape."""

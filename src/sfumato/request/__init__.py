@@ -1,6 +1,6 @@
 """What to generate, as one frozen value: `GenerateRequest` and the records in its fields."""
 
-from sfumato.request.controls import FITS, PREPROCESSORS, Control, ImagePrompt
+from sfumato.request.controls import FITS, MODE_OF, MODES, PREPROCESSORS, Control, ImagePrompt
 from sfumato.request.details import (
     LARGEST_SEEDS,
     AdapterFile,
@@ -18,6 +18,8 @@ from sfumato.request.records import Record
 __all__ = [
     "FITS",
     "LARGEST_SEEDS",
+    "MODES",
+    "MODE_OF",
     "MOST_STEPS",
     "PREPROCESSORS",
     "SPACINGS",

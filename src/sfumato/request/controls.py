@@ -9,13 +9,16 @@ from sfumato.errors import UsageError
 from sfumato.request.records import Record, Share, Weight, check_word
 from sfumato.values import Within
 
-__all__ = ["FITS", "PREPROCESSORS", "Control", "Controls", "ImagePrompt", "ImagePrompts"]
+__all__ = ["FITS", "MODES", "MODE_OF", "PREPROCESSORS", "Control", "Controls", "ImagePrompt", "ImagePrompts"]
 
 # What can be made of a photo for a network to read, and how a picture of another shape is fitted.
 PREPROCESSORS = (
     "none", "canny", "scribble", "lineart", "softedge", "tile", "invert", "blur", "threshold", "recolor",
 )  # fmt: skip
 FITS = ("crop", "pad", "stretch")
+# What a ControlNet Union calls its kinds of pictures, by their numbers; and those of what can be made of a photo.
+MODES = ("openpose", "depth", "softedge", "canny", "normal", "segment", "tile", "inpaint")
+MODE_OF = {"scribble": "softedge", "lineart": "canny"} | {name: name for name in MODES if name in PREPROCESSORS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +28,8 @@ class Control(Record):
     model         the network: a folder, a safetensors file, or a hub id in the local cache
     image         the picture's file
     preprocessor  what is made of the picture first; "none" if it is what the network reads
+    mode          what the picture shows, for a ControlNet Union: "openpose", "depth", "softedge" (or scribble), "canny"
+                  (or lines), "normal", "segment", "tile" or "inpaint"; told from the preprocessor if None
     fit           what happens to a picture of another shape than the image's: "crop", "pad" or "stretch"
     scale         how strongly it steers: 0 not at all, 1 as trained
     start, end    the share of the steps at which it begins and ends
@@ -36,6 +41,7 @@ class Control(Record):
     model: Annotated[str, Within(1, 4096)]
     image: Annotated[str, Within(1, 4096)]
     preprocessor: str = "none"
+    mode: str | None = None
     fit: Annotated[str, "crop, pad or stretch"] = "crop"
     scale: Weight = 1.0
     start: Share = 0.0
@@ -49,6 +55,7 @@ class Control(Record):
         super().__post_init__()
         check_word("preprocessor", self.preprocessor, PREPROCESSORS)
         check_word("fit", self.fit, FITS)
+        check_word("mode", self.mode or MODES[0], MODES)
         if self.start >= self.end:
             raise UsageError(f"a control's start, {self.start:g}, must be below its end, {self.end:g}")
 

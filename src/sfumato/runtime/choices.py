@@ -41,6 +41,7 @@ __all__ = [
     "Wishes",
     "check_sides",
     "count_parameters",
+    "enlarged",
     "published_sizes",
     "task_of",
 ]
@@ -70,8 +71,9 @@ class Sizes:
     """A checkpoint without its weights: configs, and the number and size of each part's parameters.
 
     The part `text_encoder` covers all text encoders, with their configs in `text_encoder_configs`. The part `unet`
-    includes ControlNets and T2I-Adapters, with their configs in `control_configs`. kept: for each part, bytes of
-    original weights kept in memory because adapters replaced them.
+    includes ControlNets and T2I-Adapters, with their configs in `control_configs`. vision_configs: of image encoders,
+    one for each image prompt. kept: for each part, bytes of original weights kept in memory because adapters replaced
+    them.
     """
 
     name: str
@@ -83,12 +85,19 @@ class Sizes:
     vae: Part
     tokens: int = 77
     control_configs: tuple[ControlNetConfig | T2IAdapterConfig, ...] = ()
+    vision_configs: tuple[CLIPVisionConfig, ...] = ()
     kept: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def text_encoder_config(self) -> CLIPTextConfig:
         """The config of the first text encoder."""
         return self.text_encoder_configs[0]
+
+    @property
+    def enlarges(self) -> int:
+        """How many times as wide a result is as the image that it is drawn from."""
+        extra = self.unet_config.in_channels - self.vae_config.latent_channels
+        return self.vae_config.scale_factor if extra == 3 else 2 if self.unet_config.is_k else 1
 
     @property
     def picture_size(self) -> tuple[int, int]:
@@ -157,6 +166,11 @@ class Task:
         configs, tokens = self.sizes.text_encoder_configs, self.sizes.tokens
         return [layer for config in configs for layer in text_layers(config, tokens)]
 
+    @cached_property
+    def vision_layers(self) -> list[Layer]:
+        """The layers of the image encoders, for each image that they read."""
+        return [layer for config in self.sizes.vision_configs for layer in vision_layers(config)]
+
 
 def check_sides(factor: int, **sides: int | None) -> None:
     """Raise `UsageError` if a width or height is not a multiple of the VAE's factor. None means the model's default."""
@@ -166,6 +180,13 @@ def check_sides(factor: int, **sides: int | None) -> None:
             raise UsageError(
                 f"{name} must be divisible by {factor}, and {value} is not; try {' or '.join(map(str, near))}"
             )
+
+
+def enlarged(sizes: Sizes, request: GenerateRequest) -> GenerateRequest:
+    """A request whose size is that of its image, with that of the result in its place."""
+    if request.image is None or request.width is None or request.height is None:
+        return request
+    return request.replace(width=sizes.enlarges * request.width, height=sizes.enlarges * request.height)
 
 
 def task_of(sizes: Sizes, request: GenerateRequest) -> Task:
@@ -372,7 +393,7 @@ def _adapter_parameters(config: T2IAdapterConfig) -> int:
     """Count a T2I-Adapter's parameters. Its compute is ignored: it runs once per image."""
     light, total = config.adapter_type == "light_adapter", 0
     if not light:
-        total += (9 * config.in_channels * config.factor**2 + 1) * config.channels[0]
+        total += (9 * config.in_channels * config.downscale_factor**2 + 1) * config.channels[0]
     for channels, out, _ in config.blocks:
         width = out // 4 if light else out
         total += (channels + 1) * width if light or channels != width else 0

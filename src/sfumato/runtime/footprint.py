@@ -72,7 +72,8 @@ def footprint(facts: Facts, task: Task, plan: Plan) -> Footprint:
     always = BASELINE[plan.kind] + WORKSPACE[plan.kind] + (COMPILER if plan.compile else 0)
     always += task.pictures * (latents + picture)
     encode = _held(facts, task, plan, "text_encoder")
-    encode += task.prompts * task.rows * _live(plan, task.text_layers, "text_encoder", chunked=False)
+    texts = task.prompts * task.rows * _live(plan, task.text_layers, "text_encoder", chunked=False)
+    encode += max(texts, _live(plan, task.vision_layers, "text_encoder", chunked=False))
     denoise = _held(facts, task, plan, "unet") + SAMPLER_STATES * plan.micro_batch * latents
     denoise += _live(plan, task.unet_layers, "unet", plan.micro_batch * task.rows)
     at_once = 1 if plan.vae_slicing else plan.micro_batch
@@ -153,6 +154,7 @@ def unet_call_seconds(facts: Facts, task: Task, plan: Plan) -> float:
 def seconds_of(facts: Facts, task: Task, plan: Plan) -> float:
     """Estimate the time of all stages in seconds, including planned compilation but not loading."""
     encode = task.prompts * task.rows * _seconds(facts, plan, task.text_layers, "text_encoder")
+    encode += _seconds(facts, plan, task.vision_layers, "text_encoder")
     if task.from_picture:
         encode += _seconds(facts, plan, task.encoder_layers, "vae")
     denoise = task.pictures * task.steps * task.rows * task.tiles * _seconds(facts, plan, task.unet_layers, "unet")

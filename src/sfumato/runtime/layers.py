@@ -11,14 +11,10 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from sfumato.configs import AutoencoderTinyConfig
+from sfumato.configs import AutoencoderTinyConfig, ControlNetUnionConfig
 
 if TYPE_CHECKING:
-    from sfumato.configs import (
-        AutoencoderKLConfig,
-        ControlNetConfig,
-        UNet2DConditionConfig,
-    )
+    from sfumato.configs import AutoencoderKLConfig, ControlNetConfig, UNet2DConditionConfig
 
 __all__ = [
     "Attention",
@@ -271,6 +267,16 @@ class _ControlNet(_UNet):
         self.conv(widths[-1], config.block_out_channels[0], pixels)
         once = 2 * len(widths)
         self.layers[-once:] = [replace(layer, operations=0) for layer in self.layers[-once:]]
+        if isinstance(config, ControlNetUnionConfig):
+            self.union(config)
+
+    def union(self, config: ControlNetUnionConfig) -> None:
+        """What tells kinds of pictures apart, once a run."""
+        width, waves = config.num_trans_channel, config.num_control_type * (config.addition_time_embed_dim or 0)
+        self.add("norm", (config.num_control_type + 4 * config.num_trans_layer) * width)
+        sizes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)] * config.num_trans_layer
+        for channels, out in (*sizes, (width, config.num_proj_channel), (waves, self.time), (self.time, self.time)):
+            self.linear(channels, out, 1)
 
     def out(self) -> None:
         for channels, level in (*self.skips, (self.config.block_out_channels[-1], len(self.pixels) - 1)):

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from sfumato.errors import UsageError
+from sfumato.models import ControlNetUnionModel
+from sfumato.pipelines.multi_control import MultiControlNetUnionModel
 from sfumato.pipelines.pipeline import DiffusionPipeline
+from sfumato.pipelines.public import controlnet
 from sfumato.pipelines.public.inpainting import StableDiffusionInpaintPipeline, StableDiffusionXLInpaintPipeline
 from sfumato.pipelines.public.latent_consistency import (
     LatentConsistencyModelImg2ImgPipeline,
@@ -33,6 +36,14 @@ KIN = (
     },
     {"text": LatentConsistencyModelPipeline, "image": LatentConsistencyModelImg2ImgPipeline},
 )
+# The same with a ControlNet: of Stable Diffusion, of XL, and of XL with a union.
+STEERED = tuple(
+    {
+        task: getattr(controlnet, f"StableDiffusion{family}{kind}Pipeline")
+        for task, kind in (("text", ""), ("image", "Img2Img"), ("mask", "Inpaint"))
+    }
+    for family in ("ControlNet", "XLControlNet", "XLControlNetUnion")
+)
 
 
 class _Auto:
@@ -44,14 +55,22 @@ class _Auto:
 
     @classmethod
     def from_pretrained(cls, name: str | PathLike[str], **keywords: Any) -> DiffusionPipeline:
-        """Load a checkpoint for this task; keywords as in `DiffusionPipeline.from_pretrained`."""
-        return cls.from_pipe(DiffusionPipeline.from_pretrained(name, **keywords))
+        """Load a checkpoint for this task; keywords as in `DiffusionPipeline.from_pretrained`, and a `controlnet`."""
+        beside = {"controlnet": keywords.pop("controlnet")} if "controlnet" in keywords else {}
+        return cls.from_pipe(DiffusionPipeline.from_pretrained(name, **keywords), **beside)
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> DiffusionPipeline:
-        """The pipeline for this task with the same parts, shared, not copied. Raises `UsageError` if there is none."""
-        for kin in KIN:
-            if cls.task in kin and isinstance(pipeline, tuple(kin.values())):
+        """The pipeline for this task with the same parts, shared, not copied. Raises `UsageError` if there is none.
+
+        components take their place; with a `controlnet` it is the one that is steered by it.
+        """
+        kins = [kin for kin in (*KIN, *STEERED) if isinstance(pipeline, tuple(kin.values()))]
+        if (net := components.get("controlnet")) is not None and kins:
+            union = isinstance(net, (ControlNetUnionModel, MultiControlNetUnionModel))
+            kins = [STEERED[(1 + union) if pipeline.parts.family.sizes else 0]]
+        for kin in kins:
+            if cls.task in kin:
                 return kin[cls.task].from_pipe(pipeline, **components)
         raise UsageError(f"there is no {cls.__name__} for a {type(pipeline).__name__}")
 

@@ -71,6 +71,9 @@ GIVEN = {
     "pooled_prompt_embeds": "pooled_prompt_embeds",
     "negative_pooled_prompt_embeds": "negative_pooled_prompt_embeds",
     "steered": "steered",
+    "ip_adapter_image": "prompt_images",
+    "ip_adapter_image_embeds": "prompt_image_embeds",
+    "ip_adapter_masks": "prompt_image_masks",
 }
 
 
@@ -79,24 +82,37 @@ def call(pipeline: DiffusionPipeline, arguments: Mapping[str, Any]) -> Any:
 
     `self` and `unknown` among them are passed over. Returns the pipeline's `output`, or its values in a tuple.
     """
+    arguments = dict(arguments) | _attention_arguments(arguments)
     given = Given(**{GIVEN[name]: value for name, value in arguments.items() if name in GIVEN})
     if given.padding_mask_crop is not None and arguments["output_type"] != "pil":
         raise UsageError("padding_mask_crop returns PIL images; omit output_type, or the crop")
     if given.image is not None and pipeline._image_processor is not None:
         given = replace(given, pixels=pipeline.image_processor.preprocess(given.image))
     asked = {REQUEST[name]: value for name, value in arguments.items() if name in REQUEST}
+    arguments |= _negative_sizes(pipeline, arguments)
     framed: dict[str, dict[str, Any]] = {}
     for name, (field, part) in FRAMING.items():
         if name in arguments:
             framed.setdefault(field, {})[part] = arguments[name]
     asked |= {field: Framing(**values) for field, values in framed.items()}
-    if "cross_attention_kwargs" in arguments:
-        asked["adapter_scale"] = _adapter_scale(arguments["cross_attention_kwargs"])
+    if "scale" in arguments:
+        asked["adapter_scale"] = arguments.pop("scale")
     arguments = _with_callback(arguments)
     request = request_from(prompt_embeds=given.prompt_embeds, **asked)
     known = (*REQUEST, *FRAMING, *GIVEN, "self", "unknown", "cross_attention_kwargs", *OLDER)
     how = {name: value for name, value in arguments.items() if name not in known}
     return _draw(pipeline, request, given, **how)
+
+
+def _negative_sizes(pipeline: DiffusionPipeline, arguments: Mapping[str, Any]) -> dict[str, None]:
+    """The negative sizes that a call ignores, as in the ecosystem: all of them, or only the crops."""
+    if "negative_target_size" not in arguments:
+        return {}
+    if "strength" in arguments:
+        return {} if "aesthetic_score" in pipeline.parts.family.sizes else {"negative_crops_coords_top_left": None}
+    names = ("negative_original_size", "negative_target_size")
+    every = (*names, "negative_crops_coords_top_left")
+    return dict.fromkeys(every) if any(arguments[name] is None for name in names) else {}
 
 
 def _with_callback(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,13 +126,14 @@ def _with_callback(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return told | older(callback, 1 if every is None else every)
 
 
-def _adapter_scale(given: Mapping[str, Any] | None) -> Any:
-    """What `cross_attention_kwargs` says: {"scale": 0.5} multiplies the weights of all adapters."""
-    if given is not None and not isinstance(given, Mapping):
+def _attention_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What `cross_attention_kwargs` says: {"scale": 0.5} multiplies the weights of all adapters; masks of images."""
+    given = arguments.get("cross_attention_kwargs") or {}
+    if not isinstance(given, Mapping):
         raise UsageError(f"cross_attention_kwargs must be a dict such as {{'scale': 0.5}}, not {shown(given)}")
-    if (given or {}).keys() - {"scale"}:
+    if given.keys() - {"scale", "ip_adapter_masks"}:
         raise not_here("cross_attention_kwargs")
-    return (given or {}).get("scale", 1.0)
+    return dict(given)
 
 
 def _draw(

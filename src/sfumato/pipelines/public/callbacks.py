@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,8 @@ TOLD = {"prompt_embeds": "embeds", "add_text_embeds": "pooled", "add_time_ids": 
 FURTHER = {"mask": "mask", "masked image latents": "masked_image_latents", "depth": "depth_mask"}
 FURTHER |= {"image latents": "image_latents"}
 ONE_CHANNEL = ("mask", "depth")
+# What networks beside the U-Net see.
+PICTURES = {"image", "control_image"}
 Callback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None]
 
 
@@ -80,6 +83,7 @@ class StepEnd:
         if step.index == 0:
             told = run.guidance.conditioning
             self._tensors = {"negative_prompt_embeds": told.embeds[0] if told.branches > 1 else None} | _own(run)
+            self._tensors |= _shown(run)
         self._tensors["latents"] = step.latents.to(self.dtype)
         # Latent consistency models decode the last `denoised`, whatever becomes of the latents beside it.
         last = "denoised" in pipeline._callback_tensor_inputs and step.index + 1 == step.total
@@ -102,6 +106,9 @@ class StepEnd:
             run.guidance.tell(**fields)
         if changed & further.keys():
             _change(run, [self._tensors[name].clone() for name in further])
+        for name in PICTURES & before.keys() & {*self.names}:
+            if self._tensors[name] is not before[name]:
+                _show(run, self._tensors[name])
         after = self._tensors[result]
         return None if after is before[result] and torch.equal(after, seen) else after
 
@@ -115,7 +122,8 @@ def _checked(changes: Any, before: dict[str, Any]) -> dict[str, Tensor]:
     for name, value in found.items():
         if value is None and (before[name] is None or name == "negative_prompt_embeds"):
             continue  # the loop reads these in prompt_embeds
-        if not isinstance(value, torch.Tensor):
+        every = value if name in PICTURES and isinstance(value, (list, tuple)) else [value]
+        if not all(isinstance(one, torch.Tensor) for one in every):
             raise UsageError(f"callback_on_step_end returned {shown(value)} as {name}, which must be a tensor")
         if name in ("latents", "denoised") and value.shape != before[name].shape:
             shapes = f"{tuple(value.shape)}; keep {tuple(before[name].shape)}"
@@ -127,6 +135,22 @@ def _own(run: Run) -> dict[str, Tensor]:
     """Copies of all that a run is told, by the ecosystem's names."""
     told = run.guidance.conditioning
     return {name: told.joined(field) for name, field in TOLD.items() if getattr(told, field)} | _further(run)
+
+
+def _shown(run: Run) -> dict[str, Any]:
+    """The pictures that networks beside the U-Net see, of several a list; for each branch unless in guess mode."""
+    told = run.guidance.conditioning
+    every = [one.pictures.repeat(1 if one.guess else told.branches, 1, 1, 1) for one in told.steered]
+    pictures = every[0] if len(every) == 1 else every
+    return {"image": pictures, "control_image": pictures} if every else {}
+
+
+def _show(run: Run, pictures: Any) -> None:
+    """Have the networks see other pictures from here on."""
+    told = run.guidance.conditioning
+    every = pictures if isinstance(pictures, (list, tuple)) else [pictures]
+    pairs = zip(told.steered, every, strict=True)
+    run.guidance.show(tuple(replace(one, pictures=new[-one.pictures.shape[0] :].clone()) for one, new in pairs))
 
 
 def _further(run: Run) -> dict[str, Tensor]:

@@ -1,54 +1,63 @@
-"""ControlNet under the ecosystem's names: Stable Diffusion's signatures plus control images."""
+"""ControlNets and T2I-Adapters under the ecosystem's names: the calls of Stable Diffusion's pipelines, and pictures.
+
+As there, control images have the size that is asked for, or their own; of several networks there is a list of them.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
-from sfumato.errors import UsageError
-from sfumato.pipelines.arguments import refuse
 from sfumato.pipelines.components import USUAL, Index
-from sfumato.pipelines.multi_control import MultiControlNetModel
 from sfumato.pipelines.pipeline import DiffusionPipeline
-from sfumato.pipelines.public.call import call
+from sfumato.pipelines.public.inpainting import MASKED
 from sfumato.pipelines.public.prompts import OnePromptPipeline, TwoPromptPipeline
+from sfumato.pipelines.public.signatures import COMMON, CONTROLLED, SIZED, takes
 from sfumato.pipelines.public.stable_diffusion_xl import ABSENT, TENSORS
-from sfumato.pipelines.residuals import Steered
+from sfumato.pipelines.public.stable_diffusion_xl import PARTS as XL
+from sfumato.pipelines.public.steered import draw_steered
 from sfumato.pipelines.result import StableDiffusionXLPipelineOutput
-from sfumato.preprocess import control_pixels
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from torch import Tensor
-
-    from sfumato.models import ControlNetModel
     from sfumato.pipelines.parts import Parts
-    from sfumato.pipelines.public.callbacks import Callback
-    from sfumato.pipelines.result import StableDiffusionPipelineOutput
-    from sfumato.schedulers.noise import Generators
 
 __all__ = [
+    "StableDiffusionAdapterPipeline",
     "StableDiffusionControlNetImg2ImgPipeline",
+    "StableDiffusionControlNetInpaintPipeline",
     "StableDiffusionControlNetPipeline",
+    "StableDiffusionXLAdapterPipeline",
     "StableDiffusionXLControlNetImg2ImgPipeline",
+    "StableDiffusionXLControlNetInpaintPipeline",
     "StableDiffusionXLControlNetPipeline",
+    "StableDiffusionXLControlNetUnionImg2ImgPipeline",
+    "StableDiffusionXLControlNetUnionInpaintPipeline",
+    "StableDiffusionXLControlNetUnionPipeline",
 ]
 
-Size = tuple[int, int]
-Images = StableDiffusionXLPipelineOutput | tuple[Any]
 PARTS = ("vae", "text_encoder", "tokenizer", "unet", "controlnet", "scheduler")
+ZEROS, SCORED = ("force_zeros_for_empty_prompt",), ("requires_aesthetics_score", "force_zeros_for_empty_prompt")
+# What calls have in common, in their order.
+IMAGES = "ip_adapter_image ip_adapter_image_embeds"
+POOLED = "pooled_prompt_embeds negative_pooled_prompt_embeds"
+OUTPUT = "output_type return_dict cross_attention_kwargs"
+STEP_END = "callback_on_step_end callback_on_step_end_tensor_inputs"
+OLDER = "output_type return_dict callback callback_steps cross_attention_kwargs"
+NEGATIVE_SIZES = "negative_original_size negative_crops_coords_top_left negative_target_size"
+SIZES = f"{SIZED} {NEGATIVE_SIZES}"
+SCORES = "aesthetic_score negative_aesthetic_score"
+BEGIN = "num_inference_steps timesteps sigmas"
+ONE, TWO = "guidance_scale=7.5 negative_prompt", "guidance_scale=5.0 negative_prompt negative_prompt_2"
+ONE_TAIL, XL_TAIL = f"{COMMON} {IMAGES} {OUTPUT}", f"{COMMON} {POOLED} {IMAGES} {OUTPUT}"
 
 
-class _Controlled:
-    """A pipeline with a ControlNet, or several."""
+class _Steered:
+    """A pipeline with a network beside its U-Net, or several."""
 
     parts: Parts
 
     @property
-    def controlnet(self) -> ControlNetModel | MultiControlNetModel | None:
+    def controlnet(self) -> Any:
         """The ControlNet, or several as one; a list of them may be assigned."""
         return self.parts.controlnet
 
@@ -56,283 +65,195 @@ class _Controlled:
     def controlnet(self, value: Any) -> None:
         self.parts = replace(self.parts, controlnet=value, controls=())
 
+    @property
+    def adapter(self) -> Any:
+        """The T2I-Adapter, or several as one; a list of them may be assigned."""
+        return self.parts.adapter
 
-def _controlled(pipeline: DiffusionPipeline, arguments: Mapping[str, Any], name: str, **more: Any) -> Any:
-    """Draw what a call says whose control images are its argument `name`; more: arguments in the place of others."""
-    told = {key: value for key, value in arguments.items() if key not in (*CONTROL, name)} | more
-    nets, images = pipeline.parts.controls, arguments[name]
-    if images is None or (isinstance(images, (list, tuple)) and not images):
-        raise UsageError(f"{name} is missing; pass the control image")
-    several = isinstance(pipeline.parts.controlnet, MultiControlNetModel)
-    images = _for_each(images, len(nets)) if several else [images]
-    size = _size(images[0], told, pipeline.parts.vae_scale_factor)
-    scales = _each("controlnet_conditioning_scale", arguments, len(nets), several=several)
-    starts = _each("control_guidance_start", arguments, len(nets), several=True)
-    ends = _each("control_guidance_end", arguments, len(nets), several=True)
-    for start, end in zip(starts, ends, strict=True):
-        if not 0 <= start < end <= 1:
-            both = f"control_guidance_start {start:g} and control_guidance_end {end:g}"
-            raise UsageError(f"{both} must be from 0 to 1, with the start below the end")
-    guess = arguments["guess_mode"] or nets[0].config.global_pool_conditions
-    steered = tuple(
-        Steered(net, control_pixels(image, size), scale=scale, start=start, end=end, guess=guess)
-        for net, image, scale, start, end in zip(nets, images, scales, starts, ends, strict=True)
-    )
-    count = steered[0].pictures.shape[0]
-    prompts = told["prompt"] if told["prompt"] is not None else told["prompt_embeds"]
-    if count > 1 and not (isinstance(prompts, str) or prompts is None) and len(prompts) != count:
-        raise UsageError(f"got {count} control images for {len(prompts)} prompts; pass one image, or one per prompt")
-    height, width = steered[0].pictures.shape[2:]
-    if "image" not in told:
-        told |= {"height": height, "width": width}
-    return call(pipeline, told | {"steered": steered})
+    @adapter.setter
+    def adapter(self, value: Any) -> None:
+        self.parts = replace(self.parts, adapter=value, controls=())
 
 
-CONTROL = ("controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "guess_mode")
+class _One(_Steered, OnePromptPipeline):
+    _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds", "control_image")
 
 
-def _for_each(images: Any, count: int) -> list[Any]:
-    """The images of each network: a list of them, or a list for each prompt of such lists."""
-    if not isinstance(images, (list, tuple)):
-        raise UsageError(f"several ControlNets need a list of control images, one for each of the {count}")
-    nested = [isinstance(one, (list, tuple)) for one in images]
-    every = [list(column) for column in zip(*images, strict=True)] if all(nested) else list(images)
-    if len(every) != count:
-        raise UsageError(f"got {len(every)} control images for {count} ControlNets; pass one for each")
-    return every
+class _Two(_Steered, TwoPromptPipeline):
+    output = StableDiffusionXLPipelineOutput
+    _callback_tensor_inputs = (*TENSORS, "control_image")
+    _corrects_scheduler = False
 
 
-def _each(name: str, arguments: Mapping[str, Any], count: int, *, several: bool) -> list[float]:
-    """The value of an argument for each network, where one may stand for all."""
-    value = arguments[name]
-    if not isinstance(value, (list, tuple)):
-        value = [value] * count
-    elif not several:
-        raise UsageError(f"{name} must be a number, as there is one ControlNet")
-    if len(value) != count or not all(isinstance(one, (int, float)) for one in value):
-        raise UsageError(f"{name} must be a number, or {count} of them, one for each ControlNet")
-    return list(value)
-
-
-def _size(image: Any, told: Mapping[str, Any], factor: int) -> tuple[int, int] | None:
-    """Width and height that control images are resized to: as asked for, else their own in multiples of the factor."""
-    first = image[0] if isinstance(image, (list, tuple)) else image
-    if isinstance(first, Image.Image):
-        own = first.size
-    else:
-        pixels = control_pixels(first)
-        own = (pixels.shape[3], pixels.shape[2])
-    wanted = [told[name] or side for name, side in zip(("width", "height"), own, strict=True)]
-    return wanted[0] - wanted[0] % factor, wanted[1] - wanted[1] % factor
-
-
-class StableDiffusionControlNetPipeline(_Controlled, OnePromptPipeline, DiffusionPipeline):
+class StableDiffusionControlNetPipeline(_One, DiffusionPipeline):
     """Text to image, steered by pictures."""
 
     index = Index("StableDiffusionControlNetPipeline", PARTS)
-
-    def __call__(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        image: Any = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 50,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
-        guidance_scale: float = 7.5,
-        negative_prompt: str | Sequence[str] | None = None,
-        num_images_per_prompt: int | None = 1,
-        eta: float = 0.0,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        cross_attention_kwargs: Mapping[str, Any] | None = None,
-        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
-        guess_mode: bool = False,
-        control_guidance_start: float | Sequence[float] = 0.0,
-        control_guidance_end: float | Sequence[float] = 1.0,
-        clip_skip: int | None = None,
-        callback_on_step_end: Callback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        **unknown: Any,
-    ) -> StableDiffusionPipelineOutput | tuple[Any, None]:
+    _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds", "image")
+    __call__ = takes(
+        f"prompt image! height width {BEGIN} {ONE} {ONE_TAIL} controlnet_conditioning_scale=1.0 {CONTROLLED} clip_skip "
+        f"{STEP_END}",
+        draw_steered,
         """Generate images from words and a control image, whose size they have unless height and width say another.
 
         `image` is a PIL image, an array or tensor, or a list with one per prompt; of several ControlNets a list with
         one of these for each. Scale, start and end are numbers, or lists with one for each ControlNet. Otherwise as
         `StableDiffusionPipeline`. Raises `UsageError`.
-        """
-        refuse(unknown, StableDiffusionControlNetPipeline.__call__)
-        return _controlled(self, locals(), "image")
+        """,
+    )
 
 
-class StableDiffusionControlNetImg2ImgPipeline(_Controlled, OnePromptPipeline, DiffusionPipeline):
+class StableDiffusionControlNetImg2ImgPipeline(_One, DiffusionPipeline):
     """Image to image, steered by pictures."""
 
     index = Index("StableDiffusionControlNetImg2ImgPipeline", PARTS)
     _shortens = False
-
-    def __call__(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        image: Any = None,
-        control_image: Any = None,
-        height: int | None = None,
-        width: int | None = None,
-        strength: float = 0.8,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
-        negative_prompt: str | Sequence[str] | None = None,
-        num_images_per_prompt: int | None = 1,
-        eta: float = 0.0,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        cross_attention_kwargs: Mapping[str, Any] | None = None,
-        controlnet_conditioning_scale: float | Sequence[float] = 0.8,
-        guess_mode: bool = False,
-        control_guidance_start: float | Sequence[float] = 0.0,
-        control_guidance_end: float | Sequence[float] = 1.0,
-        clip_skip: int | None = None,
-        callback_on_step_end: Callback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        **unknown: Any,
-    ) -> StableDiffusionPipelineOutput | tuple[Any, None]:
+    __call__ = takes(
+        f"prompt image! control_image! height width strength=0.8 num_inference_steps {ONE} {ONE_TAIL} "
+        f"controlnet_conditioning_scale=0.8 {CONTROLLED} clip_skip {STEP_END}",
+        draw_steered,
         """Redraw an image by words and a control image.
 
         `image` is what is redrawn, `control_image` what the ControlNets read. Otherwise as
         `StableDiffusionImg2ImgPipeline` and `StableDiffusionControlNetPipeline`.
-        """
-        refuse(unknown, StableDiffusionControlNetImg2ImgPipeline.__call__)
-        _check_image(image, "StableDiffusionControlNetPipeline")
-        return _controlled(self, locals(), "control_image")
+        """,
+    )
 
 
-def _check_image(image: Any, other: str) -> None:
-    if image is None:
-        raise UsageError(f"image is missing, which image-to-image needs; for text-to-image, use {other}")
+class StableDiffusionControlNetInpaintPipeline(_One, DiffusionPipeline):
+    """Paint a part of an image, steered by pictures."""
+
+    index = Index("StableDiffusionControlNetInpaintPipeline", PARTS)
+    _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds", "control_image", *MASKED)
+    __call__ = takes(
+        f"prompt image! mask_image! control_image! height width padding_mask_crop strength=1.0 num_inference_steps "
+        f"{ONE} {ONE_TAIL} controlnet_conditioning_scale=0.5 {CONTROLLED} clip_skip {STEP_END}",
+        draw_steered,
+        """Paint by words and a control image what `mask_image` shows in white.
+
+        Images have the size of `image` unless height and width say another. Otherwise as
+        `StableDiffusionInpaintPipeline` and `StableDiffusionControlNetPipeline`.
+        """,
+    )
 
 
-class StableDiffusionXLControlNetPipeline(_Controlled, TwoPromptPipeline, DiffusionPipeline):
+class StableDiffusionXLControlNetPipeline(_Two, DiffusionPipeline):
     """Text to image with Stable Diffusion XL, steered by pictures."""
 
-    index = Index("StableDiffusionXLControlNetPipeline", USUAL, ABSENT, ("force_zeros_for_empty_prompt",))
-    output = StableDiffusionXLPipelineOutput
-    _callback_tensor_inputs = TENSORS
-    _corrects_scheduler = False
-
-    def __call__(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        prompt_2: str | Sequence[str] | None = None,
-        image: Any = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_inference_steps: int = 50,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
-        denoising_end: float | None = None,
-        guidance_scale: float = 5.0,
-        negative_prompt: str | Sequence[str] | None = None,
-        negative_prompt_2: str | Sequence[str] | None = None,
-        num_images_per_prompt: int | None = 1,
-        eta: float = 0.0,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        pooled_prompt_embeds: Tensor | None = None,
-        negative_pooled_prompt_embeds: Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        cross_attention_kwargs: Mapping[str, Any] | None = None,
-        controlnet_conditioning_scale: float | Sequence[float] = 1.0,
-        guess_mode: bool = False,
-        control_guidance_start: float | Sequence[float] = 0.0,
-        control_guidance_end: float | Sequence[float] = 1.0,
-        original_size: Size | None = None,
-        crops_coords_top_left: Size = (0, 0),
-        target_size: Size | None = None,
-        negative_original_size: Size | None = None,
-        negative_crops_coords_top_left: Size = (0, 0),
-        negative_target_size: Size | None = None,
-        clip_skip: int | None = None,
-        callback_on_step_end: Callback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        **unknown: Any,
-    ) -> Images:
-        """As `StableDiffusionXLPipeline`, with the control images of `StableDiffusionControlNetPipeline`."""
-        refuse(unknown, StableDiffusionXLControlNetPipeline.__call__)
-        arguments = locals()
-        absent = negative_original_size is None or negative_target_size is None
-        names = ("negative_original_size", "negative_crops_coords_top_left", "negative_target_size")
-        return _controlled(self, arguments, "image", **dict.fromkeys(names if absent else ()))
+    index = Index("StableDiffusionXLControlNetPipeline", USUAL, ABSENT, ZEROS)
+    _callback_tensor_inputs = (*TENSORS, "image")
+    __call__ = takes(
+        f"prompt prompt_2 image! height width {BEGIN} denoising_end {TWO} {XL_TAIL} controlnet_conditioning_scale=1.0 "
+        f"{CONTROLLED} {SIZES} clip_skip {STEP_END}",
+        draw_steered,
+        """As `StableDiffusionXLPipeline`, with the control images of `StableDiffusionControlNetPipeline`.""",
+    )
 
 
-class StableDiffusionXLControlNetImg2ImgPipeline(_Controlled, TwoPromptPipeline, DiffusionPipeline):
+class StableDiffusionXLControlNetImg2ImgPipeline(_Two, DiffusionPipeline):
     """Image to image with Stable Diffusion XL, steered by pictures."""
 
-    index = Index(
-        "StableDiffusionXLControlNetImg2ImgPipeline",
-        USUAL,
-        ABSENT,
-        ("requires_aesthetics_score", "force_zeros_for_empty_prompt"),
+    index = Index("StableDiffusionXLControlNetImg2ImgPipeline", USUAL, ABSENT, SCORED)
+    __call__ = takes(
+        f"prompt prompt_2 image! control_image! height width strength=0.8 num_inference_steps {TWO} {XL_TAIL} "
+        f"controlnet_conditioning_scale=0.8 {CONTROLLED} {SIZES} {SCORES} clip_skip {STEP_END}",
+        draw_steered,
+        """As `StableDiffusionXLImg2ImgPipeline`, with the control images of `StableDiffusionControlNetPipeline`.""",
     )
-    output = StableDiffusionXLPipelineOutput
-    _callback_tensor_inputs = TENSORS
-    _corrects_scheduler = False
 
-    def __call__(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        prompt_2: str | Sequence[str] | None = None,
-        image: Any = None,
-        control_image: Any = None,
-        height: int | None = None,
-        width: int | None = None,
-        strength: float = 0.8,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 5.0,
-        negative_prompt: str | Sequence[str] | None = None,
-        negative_prompt_2: str | Sequence[str] | None = None,
-        num_images_per_prompt: int | None = 1,
-        eta: float = 0.0,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        pooled_prompt_embeds: Tensor | None = None,
-        negative_pooled_prompt_embeds: Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        cross_attention_kwargs: Mapping[str, Any] | None = None,
-        controlnet_conditioning_scale: float | Sequence[float] = 0.8,
-        guess_mode: bool = False,
-        control_guidance_start: float | Sequence[float] = 0.0,
-        control_guidance_end: float | Sequence[float] = 1.0,
-        original_size: Size | None = None,
-        crops_coords_top_left: Size = (0, 0),
-        target_size: Size | None = None,
-        negative_original_size: Size | None = None,
-        negative_crops_coords_top_left: Size = (0, 0),
-        negative_target_size: Size | None = None,
-        aesthetic_score: float = 6.0,
-        negative_aesthetic_score: float = 2.5,
-        clip_skip: int | None = None,
-        callback_on_step_end: Callback | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        **unknown: Any,
-    ) -> Images:
-        """As `StableDiffusionXLImg2ImgPipeline`, with the control images of `StableDiffusionControlNetPipeline`."""
-        refuse(unknown, StableDiffusionXLControlNetImg2ImgPipeline.__call__)
-        arguments = locals()
-        _check_image(image, "StableDiffusionXLControlNetPipeline")
-        crops = {} if "aesthetic_score" in self.parts.family.sizes else {"negative_crops_coords_top_left": None}
-        return _controlled(self, arguments, "control_image", **crops)
+
+# The reference has the pooled embeddings behind the images here.
+_INPAINT = (
+    f"prompt prompt_2 image! mask_image! control_image! height width padding_mask_crop strength=0.9999 "
+    f"num_inference_steps denoising_start denoising_end {TWO} {COMMON} {IMAGES} {POOLED} {OUTPUT} "
+    f"controlnet_conditioning_scale=1.0 {CONTROLLED}"
+)
+_INPAINT_TAIL = f"guidance_rescale {SIZED} {SCORES} clip_skip {STEP_END}"
+
+
+class StableDiffusionXLControlNetInpaintPipeline(_Two, DiffusionPipeline):
+    """Paint a part of an image with Stable Diffusion XL, steered by pictures."""
+
+    index = Index("StableDiffusionXLControlNetInpaintPipeline", USUAL, ABSENT, SCORED)
+    _callback_tensor_inputs = (*TENSORS, "control_image", *MASKED)
+    __call__ = takes(
+        f"{_INPAINT} {_INPAINT_TAIL}",
+        draw_steered,
+        """As `StableDiffusionXLInpaintPipeline`, with the control images of `StableDiffusionControlNetPipeline`.
+
+        Images have the size of `image` unless height and width say another.
+        """,
+    )
+
+
+class StableDiffusionXLControlNetUnionPipeline(_Two, DiffusionPipeline):
+    """Text to image with Stable Diffusion XL, steered by several kinds of pictures that one network reads."""
+
+    index = Index("StableDiffusionXLControlNetUnionPipeline", USUAL, ABSENT, ZEROS)
+    __call__ = takes(
+        f"prompt prompt_2 control_image! height width {BEGIN} denoising_end {TWO} {XL_TAIL} "
+        f"controlnet_conditioning_scale=1.0 {CONTROLLED} control_mode {SIZES} clip_skip {STEP_END}",
+        draw_steered,
+        """Generate images from words and control images, with a `control_mode` for each: the number of its kind.
+
+        0 to 5 are poses, depth, soft edges, lines, normals and segments; in networks that have them, 6 is tile and 7
+        inpaint. All pictures of a network are read in the same steps. Otherwise as
+        `StableDiffusionXLControlNetPipeline`.
+        """,
+    )
+
+
+class StableDiffusionXLControlNetUnionImg2ImgPipeline(_Two, DiffusionPipeline):
+    """Image to image with Stable Diffusion XL, steered by several kinds of pictures that one network reads."""
+
+    index = Index("StableDiffusionXLControlNetUnionImg2ImgPipeline", USUAL, ABSENT, SCORED)
+    __call__ = takes(
+        f"prompt prompt_2 image! control_image! height width strength=0.8 num_inference_steps {TWO} {XL_TAIL} "
+        f"controlnet_conditioning_scale=0.8 {CONTROLLED} control_mode {SIZES} {SCORES} clip_skip {STEP_END}",
+        draw_steered,
+        """As `StableDiffusionXLImg2ImgPipeline` and `StableDiffusionXLControlNetUnionPipeline`.""",
+    )
+
+
+class StableDiffusionXLControlNetUnionInpaintPipeline(_Two, DiffusionPipeline):
+    """Paint a part of an image with Stable Diffusion XL, steered by several kinds of pictures."""
+
+    index = Index("StableDiffusionXLControlNetUnionInpaintPipeline", USUAL, ABSENT, SCORED)
+    _callback_tensor_inputs = (*TENSORS, "control_image", *MASKED)
+    __call__ = takes(
+        f"{_INPAINT} control_mode {_INPAINT_TAIL}",
+        draw_steered,
+        """As `StableDiffusionXLControlNetInpaintPipeline` and `StableDiffusionXLControlNetUnionPipeline`.""",
+    )
+
+
+class StableDiffusionAdapterPipeline(_One, DiffusionPipeline):
+    """Text to image, steered by pictures that T2I-Adapters read."""
+
+    index = Index(
+        "StableDiffusionAdapterPipeline", ("vae", "text_encoder", "tokenizer", "unet", "adapter", "scheduler")
+    )
+    __call__ = takes(
+        f"prompt image! height width {BEGIN} {ONE} {COMMON} {OLDER} adapter_conditioning_scale clip_skip",
+        draw_steered,
+        """Generate images from words and what an adapter reads, a picture or, of several adapters, a list of them.
+
+        `adapter_conditioning_scale` is a number, or a list with one for each adapter. Otherwise as
+        `StableDiffusionPipeline`.
+        """,
+    )
+
+
+class StableDiffusionXLAdapterPipeline(_Two, DiffusionPipeline):
+    """Text to image with Stable Diffusion XL, steered by pictures that T2I-Adapters read."""
+
+    index = Index("StableDiffusionXLAdapterPipeline", (*XL, "adapter"), ABSENT, ZEROS)
+    __call__ = takes(
+        f"prompt prompt_2 image! height width {BEGIN} denoising_end {TWO} {COMMON} {POOLED} {IMAGES} {OLDER} "
+        f"guidance_rescale {SIZES} adapter_conditioning_scale adapter_conditioning_factor=1.0 clip_skip",
+        draw_steered,
+        """As `StableDiffusionXLPipeline`, with the pictures of `StableDiffusionAdapterPipeline`.
+
+        `adapter_conditioning_factor` is the share of the steps in which they steer.
+        """,
+    )

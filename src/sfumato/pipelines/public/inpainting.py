@@ -66,6 +66,8 @@ class StableDiffusionInpaintPipeline(OnePromptPipeline, DiffusionPipeline):
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: Sequence[Tensor] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
@@ -126,6 +128,8 @@ class StableDiffusionXLInpaintPipeline(TwoPromptPipeline, DiffusionPipeline):
         negative_prompt_embeds: Tensor | None = None,
         pooled_prompt_embeds: Tensor | None = None,
         negative_pooled_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: Sequence[Tensor] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
@@ -150,7 +154,4 @@ class StableDiffusionXLInpaintPipeline(TwoPromptPipeline, DiffusionPipeline):
         """
         refuse(unknown, StableDiffusionXLInpaintPipeline.__call__)
         _check_given(image, mask_image)
-        arguments = locals()
-        if "aesthetic_score" not in self.parts.family.sizes:
-            arguments = arguments | {"negative_crops_coords_top_left": None}
-        return call(self, arguments)
+        return call(self, locals())

@@ -62,6 +62,8 @@ class StableDiffusionXLPipeline(TwoPromptPipeline, DiffusionPipeline):
         negative_prompt_embeds: Tensor | None = None,
         pooled_prompt_embeds: Tensor | None = None,
         negative_pooled_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: Sequence[Tensor] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
@@ -86,11 +88,7 @@ class StableDiffusionXLPipeline(TwoPromptPipeline, DiffusionPipeline):
         `UsageError` for wrong values and `UnknownArgument` for arguments that do not exist.
         """
         refuse(unknown, StableDiffusionXLPipeline.__call__)
-        arguments = locals()
-        if negative_original_size is None or negative_target_size is None:
-            names = ("negative_original_size", "negative_crops_coords_top_left", "negative_target_size")
-            arguments = arguments | dict.fromkeys(names)
-        return call(self, arguments)
+        return call(self, locals())
 
 
 class StableDiffusionXLImg2ImgPipeline(TwoPromptPipeline, DiffusionPipeline):
@@ -128,6 +126,8 @@ class StableDiffusionXLImg2ImgPipeline(TwoPromptPipeline, DiffusionPipeline):
         negative_prompt_embeds: Tensor | None = None,
         pooled_prompt_embeds: Tensor | None = None,
         negative_pooled_prompt_embeds: Tensor | None = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: Sequence[Tensor] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
@@ -157,7 +157,4 @@ class StableDiffusionXLImg2ImgPipeline(TwoPromptPipeline, DiffusionPipeline):
             raise UsageError(
                 "image is missing, which image-to-image needs; for text-to-image, use StableDiffusionXLPipeline"
             )
-        arguments = locals()
-        if "aesthetic_score" not in self.parts.family.sizes:
-            arguments = arguments | {"negative_crops_coords_top_left": None}
-        return call(self, arguments)
+        return call(self, locals())

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sfumato.errors import UsageError
-from sfumato.pipelines.arguments import refuse
 from sfumato.pipelines.components import Index
 from sfumato.pipelines.pipeline import DiffusionPipeline
 from sfumato.pipelines.public.call import call
 from sfumato.pipelines.public.prompts import OnePromptPipeline
+from sfumato.pipelines.public.signatures import COMMON, takes
 from sfumato.pipelines.result import ImagePipelineOutput
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from torch import Tensor
-
-    from sfumato.pipelines.result import StableDiffusionPipelineOutput
-    from sfumato.schedulers.noise import Generators
 
 __all__ = ["StableDiffusionLatentUpscalePipeline", "StableDiffusionUpscalePipeline"]
 
 
-def _check_image(image: Any) -> None:
-    if image is None:
-        raise UsageError("image is missing, which an upscaler needs; pass one")
+def _enlarge_latents(pipeline: DiffusionPipeline, told: dict[str, Any]) -> Any:
+    prompt = told["prompt"]
+    if told["guidance_scale"] == 0 and prompt is not None:
+        told["prompt"] = "" if isinstance(prompt, str) else [""] * len(prompt)
+    return call(pipeline, told)
 
 
 class StableDiffusionUpscalePipeline(OnePromptPipeline, DiffusionPipeline):
@@ -40,32 +33,12 @@ class StableDiffusionUpscalePipeline(OnePromptPipeline, DiffusionPipeline):
     _optional_components = ["watermarker", "safety_checker", "feature_extractor"]
     _corrects_scheduler = False
 
-    def __call__(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        image: Any = None,
-        num_inference_steps: int = 75,
-        guidance_scale: float = 9.0,
-        noise_level: int = 20,
-        negative_prompt: str | Sequence[str] | None = None,
-        num_images_per_prompt: int | None = 1,
-        eta: float = 0.0,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        callback: Callable[[int, Any, Tensor], object] | None = None,
-        callback_steps: int = 1,
-        cross_attention_kwargs: Mapping[str, Any] | None = None,
-        clip_skip: int | None = None,
-        **unknown: Any,
-    ) -> StableDiffusionPipelineOutput | tuple[Any, None]:
-        """Enlarge an image that shows what the prompt says; `noise_level` says how far its details may be redrawn."""
-        refuse(unknown, StableDiffusionUpscalePipeline.__call__)
-        _check_image(image)
-        return call(self, locals())
+    __call__ = takes(
+        f"prompt image! num_inference_steps=75 guidance_scale=9.0 noise_level=20 negative_prompt {COMMON} "
+        "output_type return_dict callback callback_steps cross_attention_kwargs clip_skip",
+        call,
+        """Enlarge an image that shows what the prompt says; `noise_level` says how far its details may be redrawn.""",
+    )
 
 
 class StableDiffusionLatentUpscalePipeline(OnePromptPipeline, DiffusionPipeline):
@@ -75,29 +48,10 @@ class StableDiffusionLatentUpscalePipeline(OnePromptPipeline, DiffusionPipeline)
     output = ImagePipelineOutput
     _corrects_scheduler = False
 
-    def __call__(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        image: Any = None,
-        num_inference_steps: int = 75,
-        guidance_scale: float = 9.0,
-        negative_prompt: str | Sequence[str] | None = None,
-        generator: Generators = None,
-        latents: Tensor | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        pooled_prompt_embeds: Tensor | None = None,
-        negative_pooled_prompt_embeds: Tensor | None = None,
-        output_type: str = "pil",
-        return_dict: bool = True,
-        callback: Callable[[int, Any, Tensor], object] | None = None,
-        callback_steps: int = 1,
-        **unknown: Any,
-    ) -> ImagePipelineOutput | tuple[Any]:
-        """Enlarge an image, or latents (B, 4, h, w); a `guidance_scale` of 0 also leaves the prompt out."""
-        refuse(unknown, StableDiffusionLatentUpscalePipeline.__call__)
-        _check_image(image)
-        arguments = locals()
-        if guidance_scale == 0 and prompt is not None:
-            arguments = arguments | {"prompt": "" if isinstance(prompt, str) else [""] * len(prompt)}
-        return call(self, arguments)
+    __call__ = takes(
+        "prompt image! num_inference_steps=75 guidance_scale=9.0 negative_prompt generator latents "
+        "prompt_embeds negative_prompt_embeds pooled_prompt_embeds negative_pooled_prompt_embeds output_type "
+        "return_dict callback callback_steps",
+        _enlarge_latents,
+        """Enlarge an image, or latents (B, 4, h, w); a `guidance_scale` of 0 also leaves the prompt out.""",
+    )

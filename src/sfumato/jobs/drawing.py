@@ -39,10 +39,8 @@ if TYPE_CHECKING:
     from sfumato.pipelines.pipeline import DiffusionPipeline
     from sfumato.pipelines.result import Step
 
-__all__ = [
-    "Loaded", "Shown", "colors_of", "encoded", "enlarged", "is_of", "key_of", "load_model", "planned", "settled",
-    "write",
-]  # fmt: skip
+__all__ = ["Loaded", "Shown", "colors_of", "encoded", "enlarged", "is_of", "key_of", "load_model", "planned",
+           "settled", "write"]  # fmt: skip
 
 # Seconds between two previews, and the longest side of one.
 PREVIEW_SECONDS, PREVIEW_SIDE = 0.2, 256

@@ -16,15 +16,7 @@ from sfumato.configs import AutoencoderTinyConfig, ControlNetUnionConfig
 if TYPE_CHECKING:
     from sfumato.configs import AutoencoderKLConfig, ControlNetConfig, UNet2DConditionConfig
 
-__all__ = [
-    "Attention",
-    "Layer",
-    "Walk",
-    "control_layers",
-    "decoder_layers",
-    "encoder_layers",
-    "unet_layers",
-]
+__all__ = ["Attention", "Layer", "Walk", "control_layers", "decoder_layers", "encoder_layers", "unet_layers"]
 
 # GEGLU holds its projection (8 widths), the gate's GELU (4) and their product (4) at the same time.
 GEGLU_WIDTHS = 16

@@ -117,7 +117,7 @@ def _checked(changes: Any, before: dict[str, Any]) -> dict[str, Tensor]:
     """What a callback gave back of what it may change. Raises `UsageError` for what can take no tensor's place."""
     if changes is not None and not isinstance(changes, Mapping):
         raise UsageError(f"callback_on_step_end must return a dict of tensors, or None, not {shown(changes)}")
-    given = changes or {}
+    given: Mapping[str, Any] = changes or {}
     found = {name: given[name] for name in before.keys() & given.keys()}
     for name, value in found.items():
         if value is None and (before[name] is None or name == "negative_prompt_embeds"):
@@ -125,8 +125,8 @@ def _checked(changes: Any, before: dict[str, Any]) -> dict[str, Tensor]:
         every = value if name in PICTURES and isinstance(value, (list, tuple)) else [value]
         if not all(isinstance(one, torch.Tensor) for one in every):
             raise UsageError(f"callback_on_step_end returned {shown(value)} as {name}, which must be a tensor")
-        if name in ("latents", "denoised") and value.shape != before[name].shape:
-            shapes = f"{tuple(value.shape)}; keep {tuple(before[name].shape)}"
+        if name in ("latents", "denoised") and found[name].shape != before[name].shape:
+            shapes = f"{tuple(found[name].shape)}; keep {tuple(before[name].shape)}"
             raise UsageError(f"callback_on_step_end returned {name} of the shape {shapes}")
     return found
 

@@ -95,7 +95,7 @@ class Chaos:
         options, chance, began = self.options, random.Random(self.options.seed), time.monotonic()
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": STORE})
         self.session = Path(cluster.head_node.get_session_dir_path())
-        nodes = [cluster.add_node(num_cpus=1, object_store_memory=STORE) for _ in range(options.nodes)]
+        nodes = [begun(cluster) for _ in range(options.nodes)]
         self.words += ["--output", self.folder / "job", "--ray", cluster.address, "--workers", f"1:{options.nodes}"]
         kinds = chance.sample(("worker", "node", "driver"), 3)
         end, before = began + 60 * options.minutes, self.there()
@@ -118,7 +118,7 @@ class Chaos:
                 chance.choice(workers).kill()
             elif what == "node":
                 cluster.remove_node(nodes.pop(chance.randrange(len(nodes))), allow_graceful=False)
-                nodes.append(cluster.add_node(num_cpus=1, object_store_memory=STORE))
+                nodes.append(begun(cluster))
             elif what == "driver":
                 self.driver.kill()
                 self.driver.wait()
@@ -156,6 +156,15 @@ class Chaos:
         for place in self.session.glob("ray_spilled_objects*/*"):
             with suppress(OSError):
                 self.spilled = max(self.spilled, place.stat().st_size)
+
+
+def begun(cluster: Any) -> Any:
+    """A new node; on a machine that is very busy, Ray gives some up before they have started."""
+    while True:
+        try:
+            return cluster.add_node(num_cpus=1, object_store_memory=STORE)
+        except Exception as error:
+            print(f"once more, as a node did not start: {str(error)[:80]}", flush=True)
 
 
 def pictures_of(job: Path) -> list[Path]:
@@ -213,7 +222,10 @@ def check(folder: Path, pictures: int) -> None:
     assert len(keys) == len(set(keys)), f"{len(keys) - len(set(keys))} keys have two rows"
     assert states == {"done"}, states
     assert not differ
-    assert job == dict(zip(keys, table["sha256"].to_pylist(), strict=True)), "files and ledger differ"
+    told = dict(zip(keys, table["sha256"].to_pylist(), strict=True))
+    # A job that was ended early has files of workers that died before they could tell; the next run finds them.
+    assert told.items() <= job.items(), "files and ledger differ"
+    assert len(job) < pictures or job == told, f"{len(job) - len(told)} files are not in the ledger"
     if len(both) == pictures == len(job):
         print(f"{pictures} pictures: one row a key, and every byte as in peace")
 

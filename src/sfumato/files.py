@@ -115,7 +115,7 @@ def parse_json(text: bytes | str, where: object) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{where} cannot be read as JSON ({error}); copy or download it again") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where} must contain a JSON object, not a {type(value).__name__}")
+        raise CheckpointError(f"{where} must hold a JSON object, not a {type(value).__name__}")
     level: list[Any] = [value]
     for _ in range(MOST_DEPTH):
         inner = [one.values() if isinstance(one, dict) else one for one in level]

@@ -12,6 +12,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 import sfumato as library
+from sfumato.adapters.named import hash_of_weights
 from sfumato.metadata.carriers import read_recipe
 from support.adapters import kohya, random_lora
 
@@ -82,7 +83,23 @@ def test_a_picture_of_another_program_names_adapters(sfumato_each, model, files)
     info.add_text("parameters", text)
     Image.new("RGB", (64, 64)).save(files / "theirs.png", pnginfo=info)
     replay = ["replay", "theirs.png", "--model", model, "--output"]
-    with_it, without = sfumato_each([[*replay, "with.png", "--lora-dir", "."], [*replay, "without.png"]], cwd=files)
+    # The same file under another name, and a file of the name that is another.
+    (files / "renamed").mkdir()
+    shutil.copy(files / "style.safetensors", files / "renamed" / "a.safetensors")
+    number = hash_of_weights(files / "style.safetensors")[:12]
+    for name, hashes in (("same", f"style: {number}"), ("other", "style: 0123456789ab")):
+        info = PngInfo()
+        info.add_text("parameters", f'{text}, Lora hashes: "{hashes}"')
+        Image.new("RGB", (64, 64)).save(files / f"{name}.png", pnginfo=info)
+    hashed = ["replay", "same.png", "--model", model, "--lora-dir", "renamed", "--output", "hashed.png", "--json"]
+    another = ["replay", "other.png", "--model", model, "--lora-dir", ".", "--output", "another.png", "--json"]
+    with_it, without, same, other = sfumato_each(
+        [[*replay, "with.png", "--lora-dir", "."], [*replay, "without.png"], hashed, another], cwd=files
+    )
+    assert same.succeeded().json["not_honoured"] == []
+    assert read_recipe(files / "hashed.png")["request"]["adapters"][0]["file"] == "renamed/a.safetensors"
+    (note,) = other.succeeded().json["not_honoured"]
+    assert note == "style.safetensors has none of the hashes that the image names; it may be another adapter"
     assert "applied" in with_it.succeeded().err
     assert "<lora:style:0.5> in the prompt is ignored" in without.succeeded().err
     (told,) = read_recipe(files / "with.png")["request"]["adapters"]

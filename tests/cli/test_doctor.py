@@ -30,13 +30,39 @@ def test_this_machine_is_measured_once(sfumato_each, tmp_path):
     assert again.succeeded().json["facts"]["speeds"] != speeds
     assert Facts.from_json(saved).to_dict() == found["facts"]
 
-    (kept,) = cache.rglob("*.json")
+    assert set(found["facts"]["canaries"].values()) == {"passed"}
+    assert found["faults"] == []
+    assert again.json["facts"]["canaries"] == second.json["facts"]["canaries"] == found["facts"]["canaries"]
+    (kept,) = cache.glob("canaries/*.json")
+    kept.write_text('{"of": "another machine"}')
+    (kept,) = cache.glob("speeds/*.json")
     kept.write_text('{"conv_float32": -1}')
     rebuilt, table = sfumato_each([["doctor", "--json"], ["doctor"]], **options)
     assert str(kept) in rebuilt.succeeded().err
+    assert str(next(cache.glob("canaries/*.json"))) in rebuilt.err
     assert json.loads(kept.read_text()) == rebuilt.json["facts"]["speeds"]
-    for word in ("torch", torch.__version__, "GFLOP/s", "conv", "attention", "bfloat16", "memory"):
+    for word in ("torch", torch.__version__, "GFLOP/s", "conv", "attention", "bfloat16", "memory", "canaries passed"):
         assert word in table.succeeded().out
+
+
+def test_what_computes_wrongly_is_named(sfumato_each, tmp_path):
+    path = tmp_path / "mac.json"
+    values = machine("m5-24gb").to_dict() | {"canaries": {"conv float32": "off by 23.0%", "norm float32": "passed"}}
+    path.write_text(json.dumps(values))
+    shown, planned, as_json = sfumato_each(
+        [
+            ["doctor", "--facts", path],
+            ["plan", "x", "-m", "sd15", "--facts", path],
+            ["doctor", "--facts", path, "--json"],
+        ],
+        cwd=tmp_path,
+        env={"SFUMATO_CACHE": str(tmp_path / "cache")},
+    )
+    assert "1 of 2 canaries passed" in shown.succeeded().out
+    (fault,) = as_json.succeeded().json["faults"]
+    assert "canary 'conv': off by 23.0%" in fault
+    for text in (shown.out, planned.succeeded().out):
+        assert fault in " ".join(text.split())
 
 
 def test_other_machines(sfumato_each, tmp_path):

@@ -55,7 +55,7 @@ def test_picture_is_written_printed_and_carries_its_recipe(drawn, model):
 
 def test_second_passes_seamless_images_and_the_rest_are_repeated(sfumato_each, model, tmp_path):
     draw = ["generate", "a horse", "--model", model, "--steps", "2", "--seed", "7", "--output"]
-    extras = ["--hires", "1.5", "--hires-upscaler", "lanczos", "--hires-strength", "0.5", "--hires-steps", "3",
+    extras = ["--hires", "1.5", "--hires-upscaler", "lanczos", "--hires-strength", "0.5", "--hires-steps", "3", "--hires-scheduler", "heun",
               "--seamless", "x", "--freeu", "1.5,1.6,0.9,0.2", "--guidance-interval", "0.1,1"]  # fmt: skip
     text = (
         "a horse\nSteps: 2, Sampler: Euler, CFG scale: 3, Seed: 7, Size: 16x16, Denoising strength: 0.7, Tiling: True, "
@@ -64,7 +64,7 @@ def test_second_passes_seamless_images_and_the_rest_are_repeated(sfumato_each, m
     info = PngInfo()
     info.add_text("parameters", text)
     Image.new("RGB", (32, 32)).save(tmp_path / "theirs.png", pnginfo=info)
-    made, again, theirs, alone, wrong, few = sfumato_each(
+    made, again, theirs, alone, wrong, few, unknown = sfumato_each(
         [
             [*draw, "made.png", *extras],
             ["replay", "made.png"],
@@ -72,12 +72,13 @@ def test_second_passes_seamless_images_and_the_rest_are_repeated(sfumato_each, m
             [*draw, "x.png", "--hires-steps", "3"],
             [*draw, "x.png", "--hires", "large"],
             [*draw, "x.png", "--freeu", "1,2"],
+            [*draw, "x.png", "--hires", "2", "--hires-scheduler", "hein"],
         ],
         cwd=tmp_path,
     )
     made.succeeded()
     told = recipe(tmp_path / "made.png")["request"]
-    assert told["hires"] == {"scale": 1.5, "upscaler": "lanczos", "strength": 0.5, "steps": 3}
+    assert told["hires"] == {"scale": 1.5, "upscaler": "lanczos", "strength": 0.5, "steps": 3, "scheduler": "heun"}
     assert (told["seamless"], told["guidance_interval"]) == ("x", {"start": 0.1})
     assert told["freeu"] == {"b1": 1.5, "b2": 1.6, "s1": 0.9, "s2": 0.2}
     with Image.open(tmp_path / "made.png") as image:
@@ -88,6 +89,7 @@ def test_second_passes_seamless_images_and_the_rest_are_repeated(sfumato_each, m
     assert recipe(tmp_path / "theirs-replay.png")["request"]["hires"] == {}
     alone.failed(2, "--hires-steps needs a second pass; give its size with --hires 2")
     wrong.failed(2, "--hires must be a number such as 2 or 1024x1536, not 'large'")
+    unknown.failed(2, "'hein'")
     few.failed(2, "--freeu must be 4 numbers such as 1.5,1.6,0.9,0.2, not '1,2'")
 
 

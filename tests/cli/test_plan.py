@@ -50,6 +50,26 @@ def test_tables_and_json(sfumato_each, model, tmp_path):
     assert int(batch.succeeded().out) > large.succeeded().json["largest_batch"] >= 1
 
 
+def test_a_second_pass_is_planned(sfumato_each, tmp_path):
+    plan = ["plan", "a fox", "--model", "sd15", "--facts", "rtx-4090", "--steps", "20"]
+    hires = ["--hires", "2", "--hires-steps", "15"]
+    refined = ["plan", "a fox", "--model", "sdxl", "--refiner", "sdxl-refiner", "--facts", "h200", "--hires", "1.5"]
+    text, one, two, pixels, both, wrong = sfumato_each(
+        [[*plan, *hires], [*plan, "--json"], [*plan, *hires, "--json"],
+         [*plan, *hires, "--hires-upscaler", "lanczos", "--json"], [*refined, "--json"],
+         [*plan, "--hires-steps", "3"]], cwd=tmp_path,
+    )  # fmt: skip
+    assert "1 image of 1024 × 1024, 15 steps after 20 of 512 × 512" in text.succeeded().out
+    first, large, lanczos = (outcome.succeeded().json["plan"] for outcome in (one, two, pixels))
+    assert large["seconds"] > first["seconds"]
+    assert large["peak_bytes"] > first["peak_bytes"]
+    assert lanczos["seconds"] > large["seconds"]  # its pixels are encoded again
+    found = both.succeeded().json
+    # Of a second pass of 50 steps at the end of 71, the refiner takes those in the last fifth of the schedule.
+    assert (found["plan"]["steps"], found["refiner"]["plan"]["steps"]) == (35, 14)
+    wrong.failed(2, "--hires-steps needs a second pass; give its size with --hires 2")
+
+
 def test_a_refiner_is_planned_after_the_first_checkpoint(sfumato_each, tmp_path):
     plan = ["plan", "a fox", "--model", "sdxl", "--refiner", "sdxl-refiner", "--facts", "rtx-4090"]
     text, data, missing = sfumato_each([plan, [*plan, "--json"], [*plan[:5], "no-such-folder"]], cwd=tmp_path)

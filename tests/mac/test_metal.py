@@ -12,8 +12,13 @@ import torch
 import sfumato
 from sfumato import GenerateRequest
 from sfumato.images import psnr
-from sfumato.models.attention import attention_for
+from sfumato.models.attention import attention_for, sdpa
+from sfumato.runtime.attention import padded
+from sfumato.runtime.canaries import checked
+from sfumato.runtime.choices import published_sizes
 from sfumato.runtime.device import parse_device
+from sfumato.runtime.facts import read_facts
+from sfumato.runtime.faults import HEAD_WIDTHS, PASSED
 from support.processes import MAIN
 
 pytestmark = [
@@ -62,6 +67,21 @@ def test_attention_never_makes_a_tensor_that_metal_refuses(pipe):
     rows = [0, 12345, tokens - 1]
     expected = (q[0, 0, rows] @ k[0, 0].T / 8**0.5).softmax(-1) @ v[0, 0]
     torch.testing.assert_close(found[0, 0, rows], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_every_canary_passes_on_this_gpu(pipe):
+    """A failure is a fault of this torch and macOS that the plan goes around, and one that quirks.py should name."""
+    facts = checked(read_facts("mps"), published_sizes("sd15"), again=True)
+    assert facts.refused is not None or set(facts.canaries.values()) == {PASSED}, facts.canaries
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [40, 80, 160])
+def test_padded_heads_attend_like_unpadded_ones(pipe, dtype, width):
+    q, k, v = torch.randn(3, 2, 4, 1024, width, generator=torch.Generator().manual_seed(0))
+    found = padded(HEAD_WIDTHS, sdpa)(*(x.to("mps", dtype) for x in (q, k, v)), None).cpu().double()
+    exact = sdpa(*(x.to(dtype).double() for x in (q, k, v)))
+    assert float((found - exact).abs().max() / exact.abs().max()) < (1e-3 if dtype == torch.float32 else 2e-2)
 
 
 def test_the_first_call_and_later_calls_are_equal(pipe, drawn):

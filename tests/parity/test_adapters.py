@@ -6,9 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from sfumato.adapters.adapter import grouped
-from sfumato.adapters.files import given
+from sfumato import UNet2DConditionModel
+from sfumato.adapters.adapter import grouped, read_adapter
+from sfumato.adapters.files import given, read_stored
 from sfumato.adapters.kinds import Change, bias_change, weight_change
+from sfumato.adapters.names import BEGINNINGS
+from sfumato.adapters.outfit import Worn, wear
+from support.checkpoints import UNET, randomize
 
 lycoris = pytest.importorskip("lycoris.modules", reason="lycoris-lora is of the extra 'test'")
 
@@ -67,14 +71,19 @@ def merged_by(module: nn.Module, weight: torch.Tensor, strength: float) -> tuple
     return weight + strength * added, None
 
 
-def change_of(module: nn.Module) -> Change:
-    state = {f"lora_unet_x.{key}": one for key, one in module.state_dict().items() if "org" not in key}
-    custom = module.custom_state_dict()
+def stored_as(module: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of a module as a file has them."""
+    state = {key: one for key, one in module.state_dict().items() if "org" not in key}
     if type(module).__name__ == "FullModule":  # which has not taken the place of the layer yet
-        state = {"lora_unet_x.diff": module.weight.data, "lora_unet_x.diff_b": module.bias.data}
-    elif custom is not None:
-        state = {f"lora_unet_x.{key}": one for key, one in custom.items()}
-    modules, unknown = grouped(given(state), set())
+        state = {"diff": module.weight.data} | ({} if module.bias is None else {"diff_b": module.bias.data})
+    else:
+        custom = module.custom_state_dict()
+        state = state if custom is None else custom
+    return {f"{name}.{key}": one for key, one in state.items()}
+
+
+def change_of(module: nn.Module) -> Change:
+    modules, unknown = grouped(given(stored_as(module, "lora_unet_x")), set())
     assert unknown == []
     parts = dict(modules["lora_unet_x"])
     alpha = parts.pop("alpha", None)
@@ -100,3 +109,77 @@ def test_every_kind_as_lycoris_merges_it(algorithm, layer):
                 other, _ = merged_by(module, plain.weight, strength)
                 merged = plain.weight + weight_change(change, plain.weight, strength)
                 torch.testing.assert_close(merged, other.reshape(merged.shape), atol=2e-6, rtol=1e-5)
+
+
+# A linear layer and a filter, which every file below changes both.
+PLACES = ("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", "down_blocks.0.resnets.0.conv1")
+BEGUN = [one for one in BEGINNINGS["unet"] if not one.startswith("oft_")]
+
+
+@pytest.fixture(scope="module")
+def unet() -> UNet2DConditionModel:
+    return randomize(UNet2DConditionModel(**UNET))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@torch.no_grad()
+def test_every_kind_in_every_dialect(algorithm, unet):
+    """Whatever its keys begin with, a kind gives the weights that LyCORIS' module gives; and none once it is off."""
+    layers = [unet.get_submodule(place) for place in PLACES]
+    own = {name: one.clone() for name, one in unet.state_dict().items()}
+    modules = [trained(layer, algorithm, 2) for layer in layers]
+    wanted = [merged_by(module, layer.weight, 1.0)[0] for module, layer in zip(modules, layers, strict=True)]
+    for beginning in BEGUN:
+        state = {}
+        for place, module in zip(PLACES, modules, strict=True):
+            state |= stored_as(module, beginning + (place.replace(".", "_") if beginning.endswith("_") else place))
+        adapter = read_adapter(given(state), {"unet": unet})
+        assert adapter.report.startswith("applied 2 of 2 (U-Net 2)"), beginning
+        wear(unet, "unet", [Worn(adapter)])
+        for layer, weight in zip(layers, wanted, strict=True):
+            torch.testing.assert_close(layer.weight.data, weight.reshape(layer.weight.shape), atol=1e-6, rtol=1e-5)
+        for nothing in ([Worn(adapter, 0.0)], []):
+            wear(unet, "unet", nothing)
+            assert all(torch.equal(one, own[name]) for name, one in unet.state_dict().items()), beginning
+
+
+def _peft(kind: str) -> object:
+    import peft
+
+    layers = ["attn1.to_q", "attn1.to_k", "resnets.0.conv1"]
+    return {
+        "LoRA": lambda: peft.LoraConfig(r=4, lora_alpha=6, target_modules=layers, rank_pattern={"to_k": 2}, alpha_pattern={"to_k": 5}),
+        "rsLoRA": lambda: peft.LoraConfig(r=4, lora_alpha=6, target_modules=layers, use_rslora=True),
+        "DoRA": lambda: peft.LoraConfig(r=4, lora_alpha=6, target_modules=layers, use_dora=True),
+        "LoHa": lambda: peft.LoHaConfig(r=4, alpha=6, target_modules=layers),
+        "LoHa, effective": lambda: peft.LoHaConfig(r=4, alpha=6, target_modules=layers, use_effective_conv2d=True),
+        "LoKr": lambda: peft.LoKrConfig(r=2, alpha=3, target_modules=layers),
+        "LoKr, effective": lambda: peft.LoKrConfig(r=2, alpha=3, target_modules=layers, use_effective_conv2d=True, decompose_both=True),
+        "LoKr, whole": lambda: peft.LoKrConfig(r=64, alpha=32, target_modules=layers[:2]),
+        "(IA)3": lambda: peft.IA3Config(target_modules=layers[:2], feedforward_modules=["to_k"]),
+    }[kind]()  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind", ["LoRA", "rsLoRA", "DoRA", "LoHa", "LoHa, effective", "LoKr", "LoKr, effective", "LoKr, whole", "(IA)3"]
+)
+@torch.no_grad()
+def test_every_kind_as_peft_merges_and_saves_it(kind, tmp_path):
+    """Its own folders, with the settings beside the weights."""
+    peft = pytest.importorskip("peft")
+    other, unet = (randomize(UNet2DConditionModel(**UNET)) for _ in range(2))
+    model = peft.get_peft_model(other, _peft(kind))
+    made = torch.Generator().manual_seed(0)
+    for name, one in model.named_parameters():
+        if one.requires_grad:
+            one += 0.1 * torch.randn(one.shape, generator=made).abs()
+            assert "base_layer" not in name
+    model.save_pretrained(tmp_path)
+    adapter = read_adapter(read_stored(tmp_path / "adapter_model.safetensors"), {"unet": unet})
+    wear(unet, "unet", [Worn(adapter)])
+    merged = model.merge_and_unload().state_dict()
+    changed = 0
+    for name, one in unet.state_dict().items():
+        torch.testing.assert_close(unet.get_parameter(name).data, merged[name], atol=1e-6, rtol=1e-5, msg=name)
+        changed += not torch.equal(unet.get_parameter(name).data, one)
+    assert changed == adapter.total > 0

@@ -120,6 +120,13 @@ def test_images_are_the_references(uses, guidance, files, pipeline, checkpoints)
     assert abs(mine - drawn(pipeline, guidance_scale=guidance)[0]).max() > 3
 
 
+@pytest.mark.parametrize("guidance", [7.5, 1.0])
+def test_every_joined_prompt_sees_the_image(guidance, files, pipeline):
+    how = {"guidance_scale": guidance, "prompt_syntax": "a1111"}
+    joined = drawn(pipeline, prompt(files), prompt="a photo :0.5 AND a photo :0.5", **how)[0]
+    assert abs(joined - drawn(pipeline, prompt(files), **how)[0]).max() <= 1
+
+
 def test_recipes_repeat_image_prompts_and_staged_networks_read_them(files, pipeline, checkpoints):
     mine, result = drawn(pipeline, prompt(files))
     told, scheduler = checked(result.recipes[0], "here")

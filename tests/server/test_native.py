@@ -51,12 +51,12 @@ def test_an_image_is_what_the_command_line_draws(server, tmp_path):
     import torch
 
     import sfumato
-    from sfumato.metadata.carriers import png_bytes
+    from sfumato.metadata.carriers import image_bytes
 
     job = server.ended(server.submit({**RED, "scheduler": "euler"})["id"])
     pipeline = sfumato.load("built-in", device="cpu", dtype=torch.float32)
     result = pipeline.generate(sfumato.GenerateRequest(prompt=RED["prompt"], steps=2, seed=7, scheduler="euler"))
-    assert server("GET", f"/api/images/{job['images'][0]}/file")[1] == png_bytes(result.images[0], result.recipes[0])
+    assert server("GET", f"/api/images/{job['images'][0]}/file")[1] == image_bytes(result.images[0], result.recipes[0])
 
 
 def test_a_job_is_cancelled_within_a_step(server):

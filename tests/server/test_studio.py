@@ -311,7 +311,7 @@ def test_a_picture_is_extended(studio, visit, tmp_path):
     key = job["images"][0]
     visit.shows(key)
     image = studio.get(f"/api/images/{key}")
-    assert abs(image["width"] / image["height"] - 192 / 64) < 0.1  # as wide as both, at the model's number of pixels
+    assert (image["width"], image["height"]) == (224, 72)  # three to one, at the model's number of pixels
 
 
 def test_models_that_change_and_steer_it(studio, visit, tmp_path):

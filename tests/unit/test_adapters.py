@@ -15,7 +15,7 @@ import sfumato
 from sfumato.adapters import files
 from sfumato.adapters.about import about_adapter, is_adapter
 from sfumato.adapters.adapter import read_adapter
-from sfumato.adapters.named import find_adapter, moved, with_named_adapters
+from sfumato.adapters.named import find_adapter, hashes_to, moved, with_named_adapters
 from sfumato.adapters.outfit import Worn, kept_bytes, wear
 from sfumato.checkpoints.rules import original_name, unet_names
 from sfumato.errors import CheckpointError, UsageError
@@ -416,10 +416,87 @@ def test_show_says_what_a_file_is(tmp_path, nets):
     assert not is_adapter(plain)
 
 
+def test_files_are_found_by_the_hashes_that_others_write(tmp_path, nets):
+    """A1111 and Civitai say how one begins, of the weights (AutoV3) or of the file (AutoV2); names change."""
+    tensors = kohya(random_lora(nets))
+    paths = {}
+    for number, (name, told) in enumerate({"old": {}, "renamed": {}, "told": {"sshs_model_hash": "ab" * 32}}.items()):
+        state = {key: one + number for key, one in tensors.items()}
+        save_file(state, paths.setdefault(name, tmp_path / f"{name}.safetensors"), told)
+    data = paths["renamed"].read_bytes()
+    weights = hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+    for known in (weights[:12], hashlib.sha256(data).hexdigest()[:10], weights):
+        assert find_adapter("Old", tmp_path, {"old": known}) == paths["renamed"]
+        assert hashes_to(paths["renamed"], known)
+    assert find_adapter("old", tmp_path, {"old": "ab" * 6}) == paths["told"]
+    # Where there is none, the name decides; and it does where nothing is known of it.
+    assert find_adapter("old", tmp_path, {"old": "0" * 12}) == paths["old"]
+    assert find_adapter("old", tmp_path, {"other": weights[:12]}) == paths["old"]
+    assert find_adapter("away", tmp_path, {"away": weights[:12]}) == paths["renamed"]
+    with pytest.raises(UsageError, match="no adapter 'away'"):
+        find_adapter("away", tmp_path, {"away": "0" * 12})
+
+
 @pytest.fixture
 def folder(ours, tmp_path):
     save_file(kohya(random_lora(ours().parts.adaptable)), tmp_path / "fog.safetensors", {"ss_output_name": "Mist"})
     return tmp_path
+
+
+def test_adapters_are_deleted_and_switched_off(ours, folder):
+    pipe, request = ours(), GenerateRequest(prompt="a fox", steps=1, seed=1)
+    drawn = lambda: pipe.generate(request).images[0].tobytes()  # noqa: E731
+    plain = drawn()
+    for name in ("one", "other"):
+        pipe.load_lora_weights(folder / "fog.safetensors", adapter_name=name)
+    pipe.set_adapters(["one", "other"], [0.5, 0.25])
+    both = drawn()
+    pipe.delete_adapters("other")
+    assert pipe.get_list_adapters().keys() == {"unet", "text_encoder"}
+    assert (pipe.get_list_adapters()["unet"], pipe.get_active_adapters()) == (["one"], ["one"])
+    one = drawn()
+    pipe.disable_lora()
+    assert drawn() == plain
+    pipe.enable_lora()
+    assert drawn() == one
+    assert len({plain, both, one}) == 3
+    with pytest.raises(UsageError, match="other"):
+        pipe.set_adapters("other")
+    pipe.delete_adapters(["one"])
+    assert drawn() == plain
+    assert pipe.get_active_adapters() == []
+
+
+def test_staged_and_compiled_networks_see_what_is_worn(ours, checkpoints, folder):
+    adapter = AdapterFile(file=str(folder / "fog.safetensors"), weight=0.7)
+    request = GenerateRequest(prompt="a fox", steps=2, seed=1, adapters=(adapter,))
+    plain, staged = (
+        sfumato.load(checkpoints(), device="cpu", dtype=torch.float32, **more) for more in ({}, {"offload": "staged"})
+    )
+    wanted = plain.generate(request).images[0].tobytes()
+    own = plain.generate(request.replace(adapters=())).images[0].tobytes()
+    for one in (request, request.replace(adapters=()), request):
+        assert staged.generate(one).images[0].tobytes() == (wanted if one.adapters else own)
+    compiled = ours()
+    compiled.unet.compile(backend="eager")
+    pictures = [compiled.generate(one).images[0] for one in (request, request.replace(adapters=()), request)]
+    others = [ours().generate(one).images[0] for one in (request, request.replace(adapters=()), request)]
+    assert [one.tobytes() for one in pictures] == [one.tobytes() for one in others]
+
+
+def test_core_ml_models_are_made_of_the_merged_weights(ours, checkpoints, folder):
+    from sfumato.coreml.source import open_source
+
+    adapter = AdapterFile(file=str(folder / "fog.safetensors"), weight=0.7)
+    source, plain = open_source(checkpoints("sd15"), adapters=(adapter,)), open_source(checkpoints("sd15"))
+    for part in ("unet", "text_encoder"):
+        net = plain.load(part)
+        read = read_adapter(files.read_stored(folder / "fog.safetensors"), {part: net}, partial=True)
+        wear(net, part, [Worn(read, 0.7)])
+        baked = source.load(part).state_dict()
+        assert all(torch.equal(one, baked[name]) for name, one in net.state_dict().items())
+        assert any(not torch.equal(one, baked[name]) for name, one in plain.load(part).state_dict().items())
+    assert source.hash != plain.hash
 
 
 def test_prompts_of_a_request_name_adapters(ours, folder):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from sfumato.errors import UsageError
 from sfumato.models import UNet2DConditionModel
 from sfumato.models.attention import Context, SelfOrCrossAttention, attention_for, chunked, sdpa, sliced
+from sfumato.runtime.attention import padded, split
 
 
 def exact(q, k, v, mask=None):
@@ -36,7 +37,8 @@ def problems(draw):
 @given(problem=problems(), size=st.integers(1, 13), budget=st.integers(1, 2000))
 def test_all_agree_with_a_float64_softmax(problem, size, budget):
     want = exact(*problem)
-    for attention in (sdpa, sliced(size), chunked(budget)):
+    wide = padded((2, 4), sliced(size))
+    for attention in (sdpa, sliced(size), chunked(budget), chunked(budget, size), split(budget, size), wide):
         got = attention(*problem)
         assert got.shape == want.shape
         assert got.dtype == torch.float32
@@ -66,6 +68,60 @@ def test_scores_stay_below_the_budget(budget, monkeypatch):
 def test_sizes_below_one_are_refused(make, size):
     with pytest.raises(UsageError, match="at least"):
         make(size)
+
+
+def test_pieces_of_keys_take_masks_that_leave_nothing_and_say_nan():
+    q, k, v = torch.randn(3, 2, 2, 5, 4, generator=torch.Generator().manual_seed(1))
+    mask = torch.zeros(1, 1, 5, 5)
+    mask[..., 1, :] = -torch.inf
+    mask[..., 2, :3] = -torch.inf
+    found = split(64, 2)(q, k, v, mask)
+    assert torch.equal(found[:, :, 1], torch.zeros(2, 2, 4))
+    rest = [0, 2, 3, 4]
+    assert torch.allclose(found[:, :, rest].double(), exact(q, k, v, mask)[:, :, rest], atol=1e-6)
+    k[0, 0, 3] = torch.nan
+    assert split(64, 2)(q, k, v, None)[0, 0].isnan().all()
+    half = split(64, 2)(*(x.half() for x in (300 * q, 300 * v, v)), None)  # scores beyond float16
+    assert half.dtype == torch.float16
+    assert half.isfinite().all()
+
+
+@pytest.mark.parametrize("sizes", [(0, 1), (1, 0)])
+def test_pieces_below_one_are_refused(sizes):
+    with pytest.raises(UsageError, match="at least one byte and one key"):
+        split(*sizes)
+
+
+def test_long_attention_is_never_one_sum(monkeypatch):
+    """Metal's sums of 32,767 products and more may be wrong (pytorch#195163)."""
+    longest = []
+    matmul = torch.Tensor.matmul
+
+    def watch(self, other):
+        longest.append(max(self.shape[-1], other.shape[-1]))
+        return matmul(self, other)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", watch)
+    q, k, v = (torch.randn(1, 1, length, 4) for length in (3, 36_864, 36_864))
+    found = attention_for(torch.device("mps"))(q, k, v, None)
+    assert 0 < max(longest) < 32_767
+    assert torch.allclose(found.double(), exact(q, k, v), atol=1e-6)
+
+
+def test_heads_are_padded_to_widths_that_kernels_cover(monkeypatch):
+    import sfumato.runtime.attention as module
+
+    seen = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        module.F, "scaled_dot_product_attention", lambda q, k, v, **o: seen.append(q.shape[-1]) or fused(q, k, v, **o)
+    )
+    attention = padded((32, 64, 72, 80, 96, 128, 256), lambda q, k, v, mask: seen.append("chunks") or v)
+    for width, expected in ((40, 64), (80, 80), (160, 256), (64, 64), (512, "chunks")):
+        q = torch.randn(1, 2, 9, width)
+        out = attention(q, q, q, None)
+        assert seen.pop() == expected
+        assert out.shape == q.shape
 
 
 def test_only_metal_needs_pieces():

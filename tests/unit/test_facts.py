@@ -152,7 +152,7 @@ def test_shipped_machines(name, tmp_path):
 
 
 def test_the_machines_that_are_promised():
-    wanted = {"t4-16gb", "rtx-4090", "h200", "m1-8gb", "m2-16gb", "m3-max-64gb", "laptop-8gb"}
+    wanted = {"t4-16gb", "rtx-4090", "h200", "m1-8gb", "m2-16gb", "m3-max-64gb", "m4-16gb", "m5-24gb", "laptop-8gb"}
     assert set(machine_names()) == wanted
     with pytest.raises(UsageError, match="did you mean 'm1-8gb'"):
         machine("m1-8g")
@@ -250,7 +250,20 @@ def test_quirks_follow_versions():
     def names(**changes):
         return {quirk.name for quirk in dataclasses.replace(mac, **changes).quirks}
 
-    assert {"mps-buffer-limit", "mps-half-overflow", "mps-sliced-attention", "mps-fused-attention"} <= names()
+    assert {"mps-buffer-limit", "mps-half-overflow", "mps-sliced-attention", "mps-fused-widths"} <= names()
+    assert {"mps-long-reduction", "mps-transposed-matmul", "mps-causal-half", "mps-conv-weight-layout"} <= names()
+    assert "mps-fused-attention" not in names()
+    assert "mps-fused-attention" in names(libraries={"torch": "2.12.1"})
+    assert not {"mps-sliced-attention", "mps-transposed-matmul"} & names(libraries={"torch": "2.14.0"})
+    for changes, refused in (
+        ({}, None),
+        ({"system_version": "27.1"}, None),
+        ({"system_version": "27.1", "libraries": {"torch": "2.12.0"}}, "mps-macos27"),
+        ({"system_version": "26.6", "libraries": {"torch": "2.12.0"}}, None),
+        ({"architecture": "x86_64"}, "mps-intel-amd"),
+    ):
+        found = dataclasses.replace(mac, **changes).refused
+        assert (found and found.name) == refused
     assert "mps-half-overflow" not in names(system_version="14.4")
     assert "mps-sliced-attention" not in names(libraries={"torch": "2.3.1"})
     assert "mps-priming" in names(libraries={"torch": "1.13.1"})

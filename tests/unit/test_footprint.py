@@ -131,7 +131,7 @@ def test_stable_diffusion_15_is_itself():
     assert SD15.picture_size == (512, 512)
 
 
-MACHINES = ["t4-16gb", "rtx-4090", "h200", "m1-8gb", "m2-16gb", "m3-max-64gb", "laptop-8gb"]
+MACHINES = ["t4-16gb", "rtx-4090", "h200", "m1-8gb", "m2-16gb", "m3-max-64gb", "m4-16gb", "m5-24gb", "laptop-8gb"]
 sides = st.integers(1, 40).map(lambda n: 64 * n)
 
 

@@ -6,8 +6,11 @@ Each test changes a good file in a way that hypothesis makes up, and reads it as
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
+import random
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -15,13 +18,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import save_file
 
 import sfumato
 from sfumato import GenerateRequest
+from sfumato.adapters.about import about_adapter, is_adapter
+from sfumato.adapters.adapter import read_adapter
+from sfumato.adapters.files import read_stored
+from sfumato.adapters.names import ENDINGS
+from sfumato.adapters.outfit import Worn, wear
 from sfumato.checkpoints.suggested import suggested_settings
 from sfumato.checkpoints.weights import read_headers, without_weights
 from sfumato.configs import (
@@ -32,14 +42,15 @@ from sfumato.configs import (
 )
 from sfumato.errors import SfumatoError
 from sfumato.images import open_image
-from sfumato.metadata.carriers import read_recipe
+from sfumato.metadata.carriers import read_recipe, save_picture
+from sfumato.metadata.formats import is_picture
 from sfumato.metadata.remember import remember
 from sfumato.pipelines.components import read_index, scheduler_from_recipe
 from sfumato.pipelines.recipe import checked
 from sfumato.pipelines.sizes import read_sizes
 from sfumato.pipelines.words import Words
 from sfumato.schedulers.configs import CONFIGS
-from support.checkpoints import TEXT, UNET, VAE, write_tokenizer
+from support.checkpoints import TEXT, UNET, VAE, randomize, write_tokenizer
 
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SECONDS = 5  # far more than any takes, on a busy machine too
@@ -271,3 +282,98 @@ def test_requests(data):
         GenerateRequest.from_dict,
         data.draw(st.dictionaries(st.sampled_from(fields) | st.text(max_size=5), values, max_size=4)),
     )
+
+
+# What is put into the texts of pictures, and what overwrites four bytes of their files.
+PIECES = ["{", "}", "[", '"', "\\", ",", ":", "\n", "Steps: ", "Negative prompt: ", "9" * 400, "-1", "NaN", "1e999", "[[" * 50, "<lora:x:", "Hires upscale: 1e400, ", "Size: 99999999999x1, ", 'Lora hashes: "a: ', "\ud7ff"]  # fmt: skip
+SIZES = [b"\xff" * 4, b"\x7f\xff\xff\xff", bytes(4)]
+
+
+def mutated_text(dice: random.Random, text: str) -> str:
+    for _ in range(dice.randint(1, 8)):
+        place, kind = dice.randint(0, len(text)), dice.random()
+        if kind < 0.6:
+            text = text[:place] + dice.choice(PIECES) + text[place:]
+        else:
+            text = text[:place] + text[place + dice.randint(1, 40) :]
+    return text
+
+
+def mutated_bytes(dice: random.Random, data: bytearray) -> None:
+    for _ in range(dice.randint(1, 12)):
+        place, kind = dice.randrange(min(len(data), 3000)), dice.random()
+        if kind < 0.5:
+            data[place] = dice.randint(0, 255)
+        elif kind < 0.7:
+            data[place : place + 4] = dice.choice(SIZES)
+        else:
+            del data[place : place + dice.randint(1, 500)]
+        data += b"" if data else b"x"
+
+
+def test_thousands_of_mutated_pictures(tmp_path):
+    """All that others and we write, with texts and bytes that are changed: soon, and without much memory."""
+    pictures = [path for path in sorted((Path(__file__).parents[1] / "data" / "metadata").iterdir()) if is_picture(path.name)]  # fmt: skip
+    recipe = {"request": {"prompt": "a fox", "seed": 1, "hires": {"scale": 2}}, "model": {"name": "m"}, "notes": ["x"]}
+    for ending in ("png", "jpg", "webp"):
+        pictures.append(save_picture(Image.new("RGB", (64, 48)), tmp_path / f"own.{ending}", recipe))
+    texts = {}
+    for path in pictures:
+        with Image.open(path) as image:
+            texts[path] = {key: str(value) for key, value in getattr(image, "text", {}).items()}
+    began, read = peak_memory(), 0
+    for number in range(2000):
+        dice = random.Random(number)
+        path = dice.choice(pictures)
+        data = bytearray(path.read_bytes())
+        if texts[path] and dice.random() < 0.6:
+            info = PngInfo()
+            for key, value in texts[path].items():
+                info.add_itxt(key, mutated_text(dice, value[:20_000]))
+            Image.new("RGB", (32, 32)).save(stream := io.BytesIO(), "PNG", pnginfo=info)
+            data = bytearray(stream.getvalue())
+        if dice.random() < 0.5:
+            mutated_bytes(dice, data)
+        (tmp_path / f"mutated{path.suffix}").write_bytes(data)
+        found = survives(remember, tmp_path / f"mutated{path.suffix}")
+        read += found is not None and isinstance(found.adapter_hashes, dict)
+    assert read > 200
+    assert peak_memory() - began < 2**28
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held; 0 where that is not known."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+LAYERS = ("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q", "unet.down_blocks.0.resnets.0.conv1")
+KINDS_OF_NUMBERS = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.float8_e4m3fn)
+tensors = st.builds(lambda shape, dtype: torch.ones(shape).to(dtype), st.lists(st.integers(0, 33), max_size=5), st.sampled_from(KINDS_OF_NUMBERS))  # fmt: skip
+told = st.dictionaries(st.sampled_from(["lora_adapter_metadata", "unet", "ss_tag_frequency", "sshs_model_hash", "modelspec.architecture"]), st.sampled_from(["{", "[1]", '{"unet.r": "x", "unet.lora_alpha": []}', '{"unet.r": 0, "unet.lora_alpha": 3}', "[[" * 5000]), max_size=2)  # fmt: skip
+
+
+@FEW
+@given(
+    parts=st.dictionaries(st.builds("{}.{}".format, st.sampled_from(LAYERS), st.sampled_from(list(ENDINGS)))
+                          | st.sampled_from(["unet:3:up", "unet:99999:down", "bundle_emb.x.clip_l", "<s1>", "x"]),
+                          tensors, min_size=1, max_size=5),
+    metadata=told,
+)  # fmt: skip
+def test_any_adapter_is_worn_or_refused(parts, metadata, small, tmp_path):
+    path, own = tmp_path / "a.safetensors", {name: one.clone() for name, one in small.state_dict().items()}
+    save_file(parts, path, metadata)
+    survives(is_adapter, path)
+    survives(about_adapter, path)
+    adapter = survives(lambda: read_adapter(read_stored(path), {"unet": small}, partial=True))
+    for worn in ([] if adapter is None else [Worn(adapter, 0.5)], []):
+        wear(small, "unet", worn)
+    assert all(torch.equal(one, own[name]) for name, one in small.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def small():
+    return randomize(sfumato.UNet2DConditionModel(**UNET))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sfumato.text.chunks import from_empty, with_mean
 from sfumato.text.grammars import BREAK, a1111, comfyui, named_adapters
 from sfumato.text.prompt import alike
-from sfumato.text.schedules import at_step
+from sfumato.text.schedules import Timeline, at_step
 
 A1111 = {
     "a fox": [("a fox", 1)],
@@ -154,12 +154,47 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("text", SCHEDULES)
 def test_schedules_by_hand(text):
-    assert [at_step(text, step, 10) for step in (1, 5, 6, 10)] == SCHEDULES[text]
+    assert [at_step(text, step, Timeline(10)) for step in (1, 5, 6, 10)] == SCHEDULES[text]
+
+
+# The same of A1111's second pass: of 8 steps after the first pass's 10, what is read at the first, the fourth, the
+# fifth and the last.
+SECOND_PASS = {
+    "[a:b:0.5]": ["b"] * 4,
+    "[a:b:1.5]": ["a", "a", "b", "b"],
+    "[a:b:1.99]": ["a", "a", "a", "b"],
+    "[a:b:1.0]": ["b"] * 4,
+    "[a:b:2.]": ["a"] * 4,
+    "[a:b:10]": ["b"] * 4,
+    "[a:b:14]": ["a", "a", "b", "b"],
+    "[a:b:50]": ["a"] * 4,
+    "[[a:b:0.2]:[c:d:1.9]:1.5]": ["b", "b", "c", "d"],
+    "[a|b]": ["a", "b", "a", "b"],
+}
+
+
+@pytest.mark.parametrize("text", SECOND_PASS)
+def test_schedules_of_a_second_pass_by_hand(text):
+    assert [at_step(text, step, Timeline(8, before=10)) for step in (1, 4, 5, 8)] == SECOND_PASS[text]
+    # And in the first pass, what is timed for the second one is not there yet.
+    if "1." in text and "[[" not in text and "1.0" not in text:
+        assert at_step(text, 10, Timeline(10)) == "a"
+
+
+def test_another_checkpoint_counts_on():
+    assert [at_step("[a:b:7]", step, Timeline(10, taken=6)) for step in (1, 2)] == ["a", "b"]
+    assert [at_step("[a|b|c]", step, Timeline(10, taken=1)) for step in (1, 2, 3)] == ["b", "c", "a"]
+    assert at_step("[a:b:1.5]", 2, Timeline(8, before=10, taken=2)) == "a"
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "9" * 400 + ".", "." + "9" * 5000])
+def test_numbers_without_end_are_text(number):
+    assert at_step(f"[a:b:{number}]", 1, Timeline(10)) == f"[a:b:{number}]"
 
 
 @given(text=st.text(alphabet=list("a()[]:1.2\\|"), max_size=40), step=st.integers(1, 10))
 def test_any_text_has_a_schedule(text, step):
-    found = at_step(text, step, 10)
+    found = at_step(text, step, Timeline(10))
     if "[" not in text:
         assert found == text
 
@@ -169,5 +204,5 @@ def test_any_text_has_a_schedule(text, step):
 )
 def test_schedules_without_end(text):
     began = time.process_time()
-    assert isinstance(at_step(text, 1, 10), str)
+    assert isinstance(at_step(text, 1, Timeline(10)), str)
     assert time.process_time() - began < 5

@@ -83,6 +83,60 @@ def test_a_second_pass_is_replayed_from_its_recipe(ours):
     assert difference.max() <= 2
 
 
+def test_a_custom_schedule_is_the_first_passs(ours):
+    """The second one takes as many steps, of the scheduler's own."""
+    pipe = ours()
+    hires = Hires(scale=1.5, strength=0.5)
+    request = REQUEST.replace(timesteps=(900, 500, 100), hires=hires, steps=None, scheduler="euler")
+    steps, _ = run(pipe, request)
+    assert [step.timestep for step in steps[:3]] == [900, 500, 100]
+    assert [(step.number, step.total) for step in steps] == [(i, 6) for i in range(1, 7)]
+    scheduler = sfumato.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(6)  # 3 / 0.5
+    assert [step.timestep for step in steps[3:]] == scheduler.timesteps[3:].tolist()
+    assert task_of(published_sizes("sd15"), request).first.steps == task_of(published_sizes("sd15"), request).steps == 3
+
+
+def test_a_refiner_ends_the_second_pass(ours):
+    pipe = ours("sdxl")
+    pipe.refiner = ours("refiner")
+    hires = Hires(scale=1.5, steps=5, strength=0.5)
+    request = REQUEST.replace(refiner="x", denoising_end=0.8, hires=hires, scheduler="euler")
+    steps, result = run(pipe, request)
+    # Of ten steps, five are taken: three before the 200 last timesteps, and two in them.
+    assert [(step.number, step.total) for step in steps] == [(i, 9) for i in range(1, 10)]
+    assert [step.timestep >= 200 for step in steps[4:]] == [True] * 3 + [False] * 2
+    assert result.images[0].size == (96, 96)
+    told = result.recipes[0]["request"]
+    assert (told["hires"], told["refiner"], told["denoising_end"]) == (hires.to_dict(), "x", 0.8)
+    # The first pass is the base's alone, and the third is what the refiner makes of the second.
+    first, _ = run(ours("sdxl"), request.replace(refiner=None, denoising_end=None, hires=None))
+    assert torch.equal(first[-1].latents, steps[3].latents)
+    whole, _ = run(ours("sdxl"), request.replace(refiner=None, denoising_end=None))
+    assert torch.equal(whole[6].latents, steps[6].latents)
+    assert not torch.equal(whole[7].latents, steps[7].latents)
+    again = pipe.generate(GenerateRequest.from_dict(told))
+    assert again.images[0].tobytes() == result.images[0].tobytes()
+    with pytest.raises(UsageError, match="leaves no steps; raise it, steps, or the strength"):
+        pipe.generate(request.replace(hires=hires.replace(strength=0.1)))
+
+
+def test_prompts_are_timed_over_both_passes(ours):
+    """A1111's 1.5 is the middle of the second pass, and whole numbers count on."""
+    pipe = ours()
+    request = REQUEST.replace(prompt_syntax="a1111", hires=Hires(scale=1.5, steps=2, strength=0.5))
+    one, other = (run(pipe, request.replace(prompt=prompt))[0] for prompt in ("a cat", "a red heart"))
+    for when in ("1.5", "5"):
+        steps, _ = run(pipe, request.replace(prompt=f"a [cat:red heart:{when}]"))
+        assert [torch.equal(a.latents, b.latents) for a, b in zip(steps, one, strict=True)] == [True] * 5 + [False]
+    early, _ = run(
+        pipe, request.replace(prompt="a [cat:red heart:2]", hires=request.hires.replace(prompt="a red heart"))
+    )
+    later, _ = run(pipe, request.replace(prompt="a [cat:red heart:2]"))
+    assert torch.equal(early[-1].latents, later[-1].latents)
+    assert not torch.equal(later[-1].latents, other[-1].latents)
+
+
 def test_what_is_enlarged_is_cut_evenly():
     latents = torch.arange(64.0).reshape(1, 1, 8, 8)
     hires = Hires(width=128, height=96, upscaler="latent-nearest")
@@ -132,8 +186,8 @@ def test_the_plan_counts_the_larger_size():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"refiner": "x"}, "hires and refiner cannot be combined"),
-        ({"sigmas": (1.0, 0.0)}, "hires and sigmas cannot be combined"),
+        ({"denoising_start": 0.5}, "hires and denoising_start cannot be combined"),
+        ({"denoising_end": 0.5}, "hires and denoising_end cannot be combined"),
         ({"hires": {"upscaler": "esrgan"}}, "upscaler must be latent, .* or lanczos, not 'esrgan'"),
         ({"hires": {"scale": 0.5}}, "scale"),
         ({"hires": {"spacing": "karas"}}, "karras"),

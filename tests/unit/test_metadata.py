@@ -215,7 +215,60 @@ def test_the_second_pass_of_a_text_of_a1111():
     assert request.seamless == "xy"
     # There, the steps up to and with a fifth of them are not guided.
     assert [request.guidance_interval.holds(step, 20) for step in (0, 4, 5, 19)] == [False, False, True, True]
-    assert notes == ["Hires Module 1 is not honoured: 'Use same choices'"]
+    assert notes == []
+    second = request.second_pass((512, 768), 8)
+    assert (second.width, second.height, second.steps, int(second.steps * second.strength)) == (768, 1152, 26, 12)
+
+
+# What A1111 says of a second pass, and what it is here.
+SECOND = {
+    "Hires upscale: 2": Hires(upscaler="lanczos", strength=0.5),
+    "Hires upscale: 2, Hires upscaler: Latent, Hires steps: 0": Hires(strength=0.5),
+    "Hires upscale: 1.5, Hires upscaler: None, Hires sampler: Use same sampler": Hires(
+        scale=1.5, upscaler="lanczos", strength=0.5
+    ),
+    # One of the two that differs from the first pass's, and the other as there.
+    "Hires resize: 768x1024, Hires upscaler: Lanczos, Hires schedule type: Exponential": Hires(
+        width=768, height=1024, upscaler="lanczos", strength=0.5, scheduler="dpmpp_2m", spacing="exponential"
+    ),
+    "Hires upscale: 2, Hires upscaler: Latent, Hires sampler: Heun": Hires(
+        strength=0.5, scheduler="heun", spacing="karras"
+    ),
+    "Hires upscale: 2, Hires upscaler: Latent, Hires sampler: DDIM, Hires schedule type: Automatic": Hires(
+        strength=0.5, scheduler="ddim"
+    ),
+    'Hires upscale: 2, Hires upscaler: Latent, Hires negative prompt: "blue, red"': Hires(
+        strength=0.5, negative_prompt="blue, red"
+    ),
+}
+
+
+@pytest.mark.parametrize("text", SECOND)
+def test_second_passes_of_a1111(text):
+    first = "a\nSteps: 20, Sampler: DPM++ 2M, Schedule type: Karras, Seed: 1, Size: 512x512, Denoising strength: 0.5, "
+    request, notes = request_of(a1111.parse(first + text))
+    assert (request.hires, notes) == (SECOND[text], [])
+    assert request.strength is None
+
+
+def test_what_cannot_be_had_of_a_second_pass_is_listed():
+    first = "a\nSteps: 20, Sampler: Euler a, Seed: 1, Size: 512x512, Denoising strength: 0.5, Hires upscale: 2, "
+    request, notes = request_of(
+        a1111.parse(first + "Hires sampler: Restart, Hires checkpoint: other.safetensors [0123456789], Hires steps: 7")
+    )
+    assert (request.hires.steps, request.hires.scheduler) == (7, None)
+    assert notes == [
+        "Hires checkpoint is not honoured: 'other.safetensors [0123456789]'",
+        "Hires sampler is not honoured: 'Restart'",
+    ]
+
+
+def test_the_second_pass_of_a1111s_first_versions():
+    """They wrote the size of the first pass, and that of the picture."""
+    text = "a\nSteps: 20, Sampler: Euler a, Seed: 1, Size: 768x1024, Denoising strength: 0.6, First pass size: 384x512"
+    request, notes = request_of(a1111.parse(text))
+    assert (request.width, request.height, notes) == (384, 512, [])
+    assert request.hires == Hires(width=768, height=1024, upscaler="lanczos", strength=0.6)
 
 
 def test_an_upscaler_that_is_not_here():
@@ -236,6 +289,17 @@ def test_a1111_reads_the_words_it_has():
         "Tiling": "True", "Hires resize": "64x0", "Hires upscaler": "Lanczos", "Hires sampler": "DPM++ 2M",
         "Denoising strength": "0.7", "Hires upscale": "2.0", "FreeU": "b1: 1, b2: 1, s1: 1, s2: 1",
     }.items()  # fmt: skip
+
+
+def test_hashes_of_adapters(tmp_path):
+    text = (
+        "a <lora:Fog:1> <lora:mist:1>\nSteps: 2, Sampler: Euler, Seed: 1, "
+        'Lora hashes: "Fog: 0123456789ab, sun x: 00112233AABB", Hashes: {"model": "ffffffffff", "lora:mist": "0011223344"}'
+    )
+    found = remember(with_texts(tmp_path / "a.png", parameters=text)).adapter_hashes
+    assert found.items() >= {"fog": "0123456789ab", "sun x": "00112233aabb", "mist": "0011223344"}.items()
+    plain = remember(with_texts(tmp_path / "b.png", parameters=text.split(", Lora hashes")[0]))
+    assert plain.adapter_hashes == {}
 
 
 def test_values_that_are_none_are_listed():

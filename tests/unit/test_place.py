@@ -227,3 +227,101 @@ def test_many_pictures_are_those_of_single_runs(folder):
 
 def test_kernels_are_loaded_once():
     assert kernels_for(torch.float32) is kernels_for(torch.float32)
+
+
+def test_a_faulty_device_is_drawn_around_and_named(folder, expected, monkeypatch, caplog):
+    """Plain products and single convolutions draw the same, and the recipe says why."""
+    from sfumato.pipelines import loading
+
+    verdicts = {"chunks float32": "off by 20 %", "batch float32": "off by 30 %"}
+
+    def faulty(facts, sizes, **_):
+        return dataclasses.replace(facts, canaries=verdicts)
+
+    monkeypatch.setattr(loading, "checked", faulty)
+    batches = []
+    convolve = torch.nn.Conv2d._conv_forward
+
+    def watch(self, x, weight, bias):
+        batches.append(x.shape[0])
+        return convolve(self, x, weight, bias)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", watch)
+    pipe = load(folder, engine="torch")
+    pipe.place.facts = dataclasses.replace(pipe.place.facts, canaries=verdicts)
+    with caplog.at_level(logging.WARNING, logger="sfumato"):
+        result = pipe.generate(request())
+    assert (result.plan.attention, result.plan.singly) == ("split", True)
+    assert set(batches) == {1}
+    assert np.abs(pixels(result) - expected).max() <= 1
+    assert len(result.plan.faults) == 2
+    for sentence in result.plan.faults:
+        assert sentence in result.notes
+        assert sentence in result.recipes[0]["notes"]
+        assert sum(sentence == record.message for record in caplog.records) == 1
+    pipe.place.facts = dataclasses.replace(pipe.place.facts, canaries={})
+    pipe.place.faults = ()
+    batches.clear()
+    healthy = pipe.generate(request())
+    assert max(batches) == 2
+    assert not {*result.plan.faults} & {*healthy.notes}
+
+
+def test_a_gpu_that_is_not_used_is_named_in_the_recipe(folder, monkeypatch):
+    from sfumato.pipelines import loading
+
+    mac = dataclasses.replace(machine("m3-max-64gb"), canaries={"conv float32": "off by 20 %"})
+    monkeypatch.setattr(loading, "read_facts", lambda device: mac)
+    monkeypatch.setattr(loading, "checked", lambda facts, sizes: facts)
+    pipe = sfumato.load(folder)
+    assert pipe.device.type == "cpu"
+    result = pipe.generate(request())
+    (fault,) = result.plan.faults
+    assert "the CPU is chosen" in fault
+    assert fault in result.recipes[0]["notes"]
+    assert fault in result.plan.reasons
+
+
+def test_the_recipe_names_the_build_of_macos(monkeypatch):
+    from sfumato.pipelines import result as module
+
+    monkeypatch.setattr(module, "system_build", lambda: "25C56")
+    monkeypatch.setattr(module.platform, "mac_ver", lambda: ("26.2", ("", "", ""), "arm64"))
+    assert module.versions()["macos"] == "26.2 (25C56)"
+    monkeypatch.setattr(module, "system_build", lambda: None)
+    assert "macos" not in module.versions()
+
+
+def test_nothing_is_computed_in_ways_that_metal_gets_wrong(folder):
+    """What Metal's faults would touch if anyone did it (runtime/quirks.py): these ways stay unused."""
+    from torch.overrides import TorchFunctionMode
+
+    found, called = set(), set()
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            name, named = getattr(func, "__name__", ""), kwargs or {}
+            called.add(name)
+            if name == "linear" and args[0].stride(-1) != 1:
+                found.add("a transposed view on the left of a product (pytorch#193487)")
+            if name == "conv2d" and not args[1].is_contiguous():
+                found.add("a convolution with a weight that is not contiguous (pytorch#192212)")
+            if name == "scaled_dot_product_attention":
+                if named.get("is_causal"):
+                    found.add("causal attention without a mask (pytorch#195910)")
+                if args[0].shape[-1] != args[2].shape[-1]:
+                    found.add("values of another width than queries (pytorch#176767)")
+            if "baddbmm" in name:
+                found.add("baddbmm, which reads what it is to ignore (pytorch#187521)")
+            return func(*args, **named)
+
+    pipe = load(folder, engine="torch")
+    for model in (pipe.text_encoder, pipe.unet, pipe.vae):  # in the layout that a plan for Metal gives them
+        model.to(memory_format=torch.contiguous_format)
+    with Watch(), torch.no_grad():
+        states = pipe.text_encoder(torch.zeros(1, 20, dtype=torch.long))[0]
+        latents = torch.randn(1, pipe.unet.config.in_channels, 8, 8)
+        pipe.unet(latents, 1, states)
+        pipe.vae.decode(latents)
+    assert {"linear", "conv2d", "scaled_dot_product_attention"} <= called
+    assert found == set()

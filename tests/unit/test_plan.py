@@ -24,7 +24,7 @@ from support.checkpoints import SHAPES
 
 SD15 = published_sizes("sd15")
 GIB = 2**30
-MACS = ["m1-8gb", "m2-16gb", "m3-max-64gb"]
+MACS = ["m1-8gb", "m2-16gb", "m3-max-64gb", "m4-16gb", "m5-24gb"]
 LIMIT_BYTES, LIMIT_NUMBERS = 2**32, 2**31
 machines = st.sampled_from(machine_names())
 sides = st.integers(1, 32).map(lambda n: 64 * n)
@@ -59,6 +59,8 @@ def test_every_shipped_machine_draws_512(name):
         ("m1-8gb", "float16", "float32"),
         ("m2-16gb", "float32", "float32"),
         ("m3-max-64gb", "float32", "float32"),
+        ("m4-16gb", "float32", "float32"),
+        ("m5-24gb", "float32", "float32"),
         ("laptop-8gb", "float32", "float32"),
     ],
 )

@@ -11,7 +11,7 @@ from sfumato.images import size_notes
 from sfumato.pipelines.words import Words
 from sfumato.text.embeddings import Embedding
 from sfumato.text.prompt import plain_words
-from sfumato.text.schedules import at_step
+from sfumato.text.schedules import Timeline, at_step
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_words_that_are_ignored_are_named(words, prompt, ignored):
 )
 def test_syntax_and_embeddings_are_no_words(words, prompt, syntax):
     embeddings = [Embedding(("my-word9",), {})]
-    texts = {at_step(prompt, step, 4) for step in (1, 4)} if syntax == "a1111" else {prompt}
+    texts = {at_step(prompt, step, Timeline(4)) for step in (1, 4)} if syntax == "a1111" else {prompt}
     assert words.notes([prompt], lambda _: " ".join(plain_words(text, syntax, embeddings) for text in texts)) == []
     (note,) = words.notes([f"{prompt} riding"], lambda one: plain_words(one, "plain", embeddings))
     assert "'riding'" in note

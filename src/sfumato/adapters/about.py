@@ -12,13 +12,12 @@ from sfumato.adapters.families import made_for
 from sfumato.adapters.files import Stored
 from sfumato.adapters.kinds import kind_of, rank_of
 from sfumato.checkpoints.headers import MOST_HEADER, read_header
-from sfumato.errors import CheckpointError
 from sfumato.files import expanded
 
 if TYPE_CHECKING:
     from os import PathLike
 
-__all__ = ["about_adapter", "is_adapter", "trained_as"]
+__all__ = ["about_adapter", "is_adapter"]
 
 # What training programs say of their work that is of use to whoever draws, and what it is called here.
 TRAINING = {
@@ -44,13 +43,14 @@ def about_adapter(name: str | PathLike[str]) -> dict[str, Any]:
 
     Raises `CheckpointError` for a file that cannot be read.
     """
-    stored = _headers(name)
-    headers, metadata = stored.tensors, stored.metadata
+    header: Any = read_header(expanded(name), MOST_HEADER)
+    stored = Stored(headers := header.tensors, metadata := header.metadata, header.path)
     numbers = sum(getattr(header, "count", 0) for header in headers.values())
     about: dict[str, Any] = {"name": str(name), "parameters": numbers, "family": made_for(stored)}
     if _is_embedding(headers):
         vectors = {key: header.shape[0] if len(header.shape) > 1 else 1 for key, header in headers.items()}
-        return about | {"is": "embedding", "vectors": vectors, "widths": [one.shape[-1] for one in headers.values()]}
+        widths = [(one.shape or (1,))[-1] for one in headers.values()]
+        return about | {"is": "embedding", "vectors": vectors, "widths": widths}
     words = _words(headers)
     modules, unknown = grouped(stored, words)
     return about | {
@@ -66,19 +66,6 @@ def about_adapter(name: str | PathLike[str]) -> dict[str, Any]:
             said: metadata[key][:200] for key, said in TRAINING.items() if metadata.get(key, "None") != "None"
         },
     }
-
-
-def trained_as(name: str | PathLike[str]) -> str | None:
-    """The name that a file was trained under; None where it says none, or cannot be read."""
-    try:
-        return _headers(name).metadata.get("ss_output_name")
-    except CheckpointError:
-        return None
-
-
-def _headers(name: str | PathLike[str]) -> Stored:
-    header: Any = read_header(expanded(name), MOST_HEADER)
-    return Stored(header.tensors, header.metadata, header.path)
 
 
 def _words(headers: Any) -> set[str]:

@@ -191,12 +191,12 @@ def _peft_scale(stored: Stored, module: str, place: Place, parts: Mapping[str, T
         beside = stored.path.with_name("adapter_config.json")
         told, prefix = (read_json(beside) if beside.is_file() else {}), ""
     settings = {key.removeprefix(prefix): value for key, value in told.items() if key.startswith(prefix)}
-    rank, patterns = rank_of(parts), settings.get("alpha_pattern")
+    rank, patterns = rank_of(parts) or settings.get("r"), settings.get("alpha_pattern")
     alpha = next((settings[key] for key in ("lora_alpha", "alpha") if key in settings), None)
     for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
         if module == pattern or module.endswith(f".{pattern}"):
             alpha = value
-    if not isinstance(alpha, (int, float)) or not rank:
+    if not isinstance(alpha, (int, float)) or not isinstance(rank, int) or rank < 1:
         return None
     return float(alpha) / (sqrt(rank) if settings.get("use_rslora") else rank)
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sfumato.adapters.named import hash_of_weights
 from sfumato.checkpoints.headers import MOST_HEADER, read_header
 from sfumato.checkpoints.weights import mapped_tensors
 from sfumato.errors import CheckpointError, UsageError
-from sfumato.files import check_file, expanded, file_hash, open_file, parse_json
+from sfumato.files import check_file, expanded, file_hash, parse_json
 from sfumato.values import reason, shown
 
 if TYPE_CHECKING:
@@ -47,11 +48,7 @@ class Stored:
         told = self.metadata.get("sshs_model_hash", "")
         if re.fullmatch("[0-9a-f]{64}", told) or self.path is None:
             return told
-        if self.path.suffix in PICKLED:
-            return self.sha256
-        with open_file(self.path, None) as stream:
-            stream.seek(8 + int.from_bytes(stream.read(8), "little"))
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return self.sha256 if self.path.suffix in PICKLED else hash_of_weights(self.path)
 
     def told(self, key: str) -> dict[str, Any]:
         """A JSON object within the metadata; empty where there is none, or something else."""

@@ -58,12 +58,9 @@ def _chosen(where: str, names: Any, usual: Sequence[str], weight_name: str | Non
         if weight_name not in names:
             raise CheckpointError(f"{where} has no {weight_name}{suggest(weight_name, files)}; it has {_some(files)}")
         return weight_name
-    for stem in usual:
-        for ending in endings:
-            if stem + ending in files:
-                return stem + ending
-    if len(files) == 1:
-        return files[0]
+    likely = [stem + ending for stem in usual for ending in endings if stem + ending in files]
+    if likely or len(files) == 1:
+        return (likely or files)[0]
     raise CheckpointError(f"{where} has {_some(files)}; choose one with weight_name=…, or give the file itself")
 
 

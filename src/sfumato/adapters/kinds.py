@@ -66,7 +66,7 @@ def rank_of(parts: Mapping[str, Tensor]) -> int | None:
     """The rank of a change; None where it has none."""
     for part in ("down", "hada_w1_b", "a2", "lokr_w1_b", "lokr_w2_b"):
         if part in parts:
-            return min(parts[part].shape[:2]) if part == "a2" else parts[part].shape[0]
+            return min(parts[part].shape[: 2 if part == "a2" else 1], default=None)
     return None
 
 

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
-from sfumato.errors import UsageError, suggest
-from sfumato.files import expanded, file_hash
+from sfumato.checkpoints.headers import MOST_HEADER, read_header
+from sfumato.errors import CheckpointError, UsageError, suggest
+from sfumato.files import expanded, file_hash, open_file
 from sfumato.request import AdapterFile
 from sfumato.text.grammars import named_adapters
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from os import PathLike
     from pathlib import Path
 
     from sfumato.request import GenerateRequest
 
-__all__ = ["find_adapter", "moved", "with_named_adapters"]
+__all__ = ["find_adapter", "hash_of_weights", "hashes_to", "moved", "with_named_adapters"]
 
 
-def with_named_adapters(request: GenerateRequest) -> GenerateRequest:
+def with_named_adapters(request: GenerateRequest, hashes: Mapping[str, str] | None = None) -> GenerateRequest:
     """The request with the adapters that its prompts name, from its `lora_dir`, and prompts without these names.
 
-    Prompts that are drawn together share the weights, so they have to name the same adapters. Raises `UsageError` if
-    they do not, and for a name that no file of the folder has.
+    Prompts that are drawn together share the weights, so they have to name the same adapters. hashes: how those of the
+    adapters begin, by their names in lower case, as far as they are known. Raises `UsageError` for prompts that name
+    others, and for a name that no file of the folder has.
     """
     if request.lora_dir is None or request.prompt_syntax != "a1111":
         return request.replace(lora_dir=None)
@@ -31,22 +34,24 @@ def with_named_adapters(request: GenerateRequest) -> GenerateRequest:
     if any(named != read[0][1] for _, named in read):
         raise UsageError("the prompts name different adapters; draw each prompt in a request of its own")
     names, folder = read[0][1], request.lora_dir
-    found = [AdapterFile(file=str(find_adapter(one, folder)), weight=w, text_weight=t) for one, w, t in names]
+    found = [AdapterFile(file=str(find_adapter(one, folder, hashes)), weight=w, text_weight=t) for one, w, t in names]
     prompt = read[0][0] if isinstance(request.prompt, str) else tuple(one for one, _ in read)
     return request.replace(prompt=prompt, adapters=(*request.adapters, *found), lora_dir=None)
 
 
-def find_adapter(name: str, folder: str | PathLike[str]) -> Path:
+def find_adapter(name: str, folder: str | PathLike[str], hashes: Mapping[str, str] | None = None) -> Path:
     """The safetensors file in a folder, or in one of its folders, that a prompt's `<lora:name:weight>` means.
 
-    By its stem or else by the name that it was trained under (`ss_output_name`); small and capital letters are alike.
-    Raises `UsageError` naming those there are.
+    By the beginning of its hash, where that is known; else by its stem, or by the name that it was trained under
+    (`ss_output_name`); small and capital letters are alike. Raises `UsageError` naming those there are.
     """
-    from sfumato.adapters.about import trained_as
-
     files, wanted = _files(folder), name.lower()
+    sha256 = (hashes or {}).get(wanted)
     found = [path for path in files if path.stem.lower() == wanted]
-    found = found or [path for path in files if (trained_as(path) or "").lower() == wanted]
+    found = found or [path for path in files if _metadata(path).get("ss_output_name", "").lower() == wanted]
+    likely = sorted(files, key=lambda path: path not in found)
+    same = next((path for path in likely if sha256 and hashes_to(path, sha256)), None)
+    found = found if same is None else [same]
     if not found:
         stems = [path.stem for path in files]
         there = ", ".join(stems[:6]) or "no such files"
@@ -69,6 +74,28 @@ def moved(files: Sequence[Any], folder: str | PathLike[str]) -> tuple[Any, ...]:
             one = one if found is None else one.replace(file=str(found))
         result.append(one)
     return tuple(result)
+
+
+def hash_of_weights(path: Path) -> str:
+    """SHA-256 of a safetensors file after its header, as A1111 and Civitai (AutoV3) have it."""
+    with open_file(path, None) as stream:
+        stream.seek(8 + int.from_bytes(stream.read(8), "little"))
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def hashes_to(path: Path, beginning: str) -> bool:
+    """Whether a hash begins so: one that a file tells, that of its weights (AutoV3), or that of the file (AutoV2)."""
+    told = _metadata(path)
+    if any(told.get(key, "").startswith(beginning) for key in ("sshs_model_hash", "sshs_legacy_hash")):
+        return True
+    return hash_of_weights(path).startswith(beginning) or file_hash(path, None).startswith(beginning)
+
+
+def _metadata(path: Path) -> Mapping[str, str]:
+    try:
+        return read_header(path, MOST_HEADER).metadata
+    except CheckpointError:
+        return {}
 
 
 def _files(folder: str | PathLike[str]) -> list[Path]:

@@ -14,7 +14,7 @@ from sfumato.bulk.job import Job, Picture, WrongCheckpoint, with_refiner
 from sfumato.bulk.ledger import Entry
 from sfumato.errors import OutputError, SfumatoError
 from sfumato.files import output_folder, replacing
-from sfumato.metadata.carriers import png_bytes, read_recipe
+from sfumato.metadata.carriers import image_bytes, read_recipe
 from sfumato.pipelines.draw import draw
 from sfumato.pipelines.loading import load
 from sfumato.pipelines.recipe import model_digest
@@ -100,7 +100,7 @@ class Painter:
         images, recipes, notes = draw_requests(self.pipeline, requests, check, self.job.refiners)
         seconds = (time.perf_counter() - began) / len(left)
         for picture, image, recipe in zip(left, images, recipes, strict=True):
-            path, data = self._place(picture.key), png_bytes(image, recipe)
+            path, data = self._place(picture.key), image_bytes(image, recipe)
             output_folder(path.parent)
             with replacing(path) as temporary:
                 temporary.write_bytes(data)

@@ -33,14 +33,14 @@ def estimate(
     pipeline: DiffusionPipeline, sample: Sequence[Picture], pictures: int, workers: int, price: float
 ) -> dict[str, Any]:
     """Time, bytes and cost of a job, from drawing a sample of it; nothing is kept. price: of a worker's hour."""
-    from sfumato.metadata.carriers import png_bytes
+    from sfumato.metadata.carriers import image_bytes
 
     seconds, sizes = [], []
     for picture in [*sample[:1], *sample]:  # the first one warms up
         requests = [json.loads(picture.request)] * batch_size(pipeline, picture)
         began = time.perf_counter()
         images, recipes, _ = draw_requests(pipeline, requests)
-        sizes.append(len(png_bytes(images[0], recipes[0])))
+        sizes.append(len(image_bytes(images[0], recipes[0])))
         seconds.append((time.perf_counter() - began) / len(requests))
     each, size = (sum(numbers[1:]) / len(sample) for numbers in (seconds, sizes))
     hours = each * pictures / 3600

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import UsageError
 
@@ -32,13 +32,13 @@ def freeu(text: str | None) -> FreeU | None:
     return None if numbers is None else FreeU(**dict(zip(("b1", "b2", "s1", "s2"), numbers, strict=True)))
 
 
-def hires(
-    size: str | None, upscaler: str | None, strength: float | None, steps: int | None, prompt: str | None
-) -> Hires | None:
-    """Parse `--hires SCALE|WIDTHxHEIGHT` and its related options. Raises `UsageError` for those without `--hires`."""
+def hires(size: str | None, **beside: Any) -> Hires | None:
+    """Parse `--hires SCALE|WIDTHxHEIGHT` and its related options, given by field name.
+
+    Raises `UsageError` for those without `--hires`.
+    """
     from sfumato.request import Hires
 
-    beside = {"upscaler": upscaler, "strength": strength, "steps": steps, "prompt": prompt}
     said = {name: value for name, value in beside.items() if value is not None}
     if size is None:
         if said:

@@ -25,7 +25,7 @@ Examples:
 
 def doctor(
     again: Annotated[
-        bool, typer.Option("--again", help="Measure the speeds again instead of using cached results.")
+        bool, typer.Option("--again", help="Measure speeds and run canaries again instead of using cached results.")
     ] = False,
     facts: Annotated[
         str | None,
@@ -36,15 +36,17 @@ def doctor(
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Check this machine: software, devices, memory and speed, and how to fix what is missing."""
+    """Check this machine: software, devices, memory, speed, correct results, and how to fix what is missing."""
     from sfumato.cli.terminal import Terminal, print_json
     from sfumato.files import output_file
     from sfumato.runtime.checks import check_machine, dtype_support
     from sfumato.runtime.facts import facts_named, read_facts
+    from sfumato.runtime.faults import told
 
     if save_facts is not None:
         output_file(save_facts)  # report a bad path before measuring anything
     found = facts_named(facts) if facts else _measured(read_facts(), Terminal(quiet=False), again=again)
+    found = found if facts else _checked(found, Terminal(quiet=False), again=again)
     if save_facts is not None:
         found.to_json(save_facts)
     if as_json:
@@ -52,6 +54,7 @@ def doctor(
             {
                 "checks": [dataclasses.asdict(check) for check in check_machine(found)],
                 "dtypes": dtype_support(found),
+                "faults": told(found),
                 "quirks": [dataclasses.asdict(quirk) for quirk in found.quirks],
                 "facts": found.to_dict(),
             }
@@ -72,12 +75,29 @@ def _measured(facts: Facts, terminal: Terminal, *, again: bool) -> Facts:
     return dataclasses.replace(facts, speeds=speeds)
 
 
+def _checked(facts: Facts, terminal: Terminal, *, again: bool) -> Facts:
+    """The facts with verdicts on the operations of the default model, from the cache or found now."""
+    from sfumato.checkpoints.builtin import BUILT_IN
+    from sfumato.cli.settings import chosen_model
+    from sfumato.errors import SfumatoError
+    from sfumato.pipelines.sizes import read_sizes
+    from sfumato.runtime.canaries import checked
+
+    try:
+        sizes = read_sizes(chosen_model(None))
+    except SfumatoError:  # whoever uses that model is told what is wrong with it
+        sizes = read_sizes(BUILT_IN)
+    with terminal.working("comparing this machine's operations with exact ones (takes a second)"):
+        return checked(facts, sizes, run=True, again=again)
+
+
 def _show(facts: Facts) -> None:
     from rich.markup import escape
     from rich.table import Table
 
     from sfumato.cli.terminal import output
     from sfumato.runtime.checks import check_machine, dtype_support
+    from sfumato.runtime.faults import PASSED, told
     from sfumato.runtime.speeds import KINDS
 
     console = output()
@@ -92,6 +112,11 @@ def _show(facts: Facts) -> None:
         speeds.add_row(dtype, *("" if rate is None else f"{rate / 1e9:,.1f}" for rate in rates), support)
     console.print()
     console.print(speeds)
+    passed = sum(verdict == PASSED for verdict in facts.canaries.values())
+    if facts.canaries:
+        console.print(f"\n{passed} of {len(facts.canaries)} canaries passed", highlight=False)
+    for sentence in told(facts):
+        console.print(f"- {escape(sentence)}", highlight=False, soft_wrap=True)
     for quirk in facts.quirks:
         console.print(
             f"- known issue: {quirk.trouble}; {quirk.answer} ({quirk.source})", highlight=False, soft_wrap=True

@@ -118,8 +118,9 @@ def check_early(request: GenerateRequest, base: Path, preview_every: int) -> Non
     if preview_every < 0:
         raise UsageError(f"--preview-every must be at least 0, not {preview_every}")
     format_of(base)
-    if request.scheduler is not None:
-        resolve(request.scheduler)
+    for scheduler in (request.scheduler, request.hires and request.hires.scheduler):
+        if scheduler is not None:
+            resolve(scheduler)
     check_writable(base.parent, f"{base.stem}.preview-{2**20}.png")  # the longest name
     for file in request.pictures.values():
         check_picture(file)

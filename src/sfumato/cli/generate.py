@@ -125,22 +125,13 @@ def generate(
     depth: options.DepthFile = None,
     image_guidance_scale: options.ImageGuidance = None,
     noise_level: options.NoiseLevel = None,
-    hires: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SCALE|WIDTHxHEIGHT", help="Enlarge the image and refine it in a second pass (hires fix)."
-        ),
-    ] = None,
-    hires_upscaler: Annotated[
-        str | None,
-        typer.Option(help="latent, latent-bicubic, latent-nearest, … or lanczos (pixels). Default: latent."),
-    ] = None,
+    hires: options.Hires = None,
+    hires_upscaler: options.HiresUpscaler = None,
     hires_strength: Annotated[
         float | None, typer.Option(help="How much the second pass changes, 0 to 1. Default: 0.7.")
     ] = None,
-    hires_steps: Annotated[
-        int | None, typer.Option(help="Steps of the second pass. Default: as many as the first.")
-    ] = None,
+    hires_steps: options.HiresSteps = None,
+    hires_scheduler: options.HiresScheduler = None,
     hires_prompt: Annotated[str | None, typer.Option(help="A different prompt for the second pass.")] = None,
     lora: Annotated[
         list[str] | None,
@@ -203,7 +194,10 @@ def generate(
         prompt_2=prompt_2, negative_prompt_2=negative_prompt_2, prompt_syntax=prompt_syntax, spacing=spacing,
         negative_clip_skip=negative_clip_skip, seamless=seamless, freeu=details.freeu(freeu),
         guidance_interval=details.guidance_interval(guidance_interval, guidance_sigmas),
-        hires=details.hires(hires, hires_upscaler, hires_strength, hires_steps, hires_prompt),
+        hires=details.hires(
+            hires, upscaler=hires_upscaler, strength=hires_strength, steps=hires_steps, scheduler=hires_scheduler,
+            prompt=hires_prompt,
+        ),
         framing=framing(original_size, crop, target_size, aesthetic_score),
         lora_dir=None if lora_dir is None else str(lora_dir),
         adapters=tuple(adapter_file(one, partial=partial) for one in lora or ()),

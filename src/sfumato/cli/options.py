@@ -24,6 +24,10 @@ __all__ = [
     "Family",
     "GuidanceScale",
     "Height",
+    "Hires",
+    "HiresScheduler",
+    "HiresSteps",
+    "HiresUpscaler",
     "IPAdapters",
     "ImageEncoder",
     "ImageGuidance",
@@ -97,6 +101,18 @@ SchedulerName = Annotated[
         "Default: the model's own.",
         autocompletion=_complete_schedulers,
     ),
+]
+Hires = Annotated[
+    str | None,
+    typer.Option(metavar="SCALE|WIDTHxHEIGHT", help="Enlarge the image and refine it in a second pass (hires fix)."),
+]
+HiresUpscaler = Annotated[
+    str | None, typer.Option(help="latent, latent-bicubic, latent-nearest, … or lanczos (pixels). Default: latent.")
+]
+HiresSteps = Annotated[int | None, typer.Option(help="Steps of the second pass. Default: as many as the first.")]
+HiresScheduler = Annotated[
+    str | None,
+    typer.Option(help="The second pass's scheduler. Default: as the first.", autocompletion=_complete_schedulers),
 ]
 Dtype = Annotated[
     str | None,

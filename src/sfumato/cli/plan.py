@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sfumato.cli import options
+from sfumato.cli import details, options
 from sfumato.cli.controls import controls, image_prompts
 from sfumato.cli.drawing import mask_of, sized
 from sfumato.families import FAMILIES
@@ -23,6 +23,7 @@ EXAMPLES = """\b
 Examples:
   sfumato plan "a red apple, 3d"
   sfumato plan "fog" -m sd15 -W 1024 -H 1024 --facts m1-8gb
+  sfumato plan "fog" -m sd15 --hires 2 --hires-steps 15
   sfumato plan "a fox" --model ./my-checkpoint --count 64 --json
   sfumato plan "a fox" --model sdxl --refiner sdxl-refiner
   sfumato plan "a fox" --model sd15 --control canny:photo.jpg --controlnet ./control_v11p_sd15_canny
@@ -45,6 +46,9 @@ def plan(
     count: options.Count = 1,
     steps: options.Steps = None,
     guidance_scale: options.GuidanceScale = None,
+    hires: options.Hires = None,
+    hires_upscaler: options.HiresUpscaler = None,
+    hires_steps: options.HiresSteps = None,
     image: Annotated[Path | None, typer.Option(help="The image to start from; its size is that of the result.")] = None,
     strength: Annotated[float | None, typer.Option(help="How much to change it, 0 to 1. Default: 0.8, or 1.")] = None,
     mask: options.MaskFile = None,
@@ -81,13 +85,14 @@ def plan(
     from sfumato.cli.terminal import print_json
     from sfumato.request import GenerateRequest
     from sfumato.runtime.choices import Wishes, task_of
-    from sfumato.runtime.facts import facts_named, read_facts
+    from sfumato.runtime.facts import facts_named
     from sfumato.runtime.plan import largest_batch
     from sfumato.runtime.plan import plan as make_plan
 
     request = GenerateRequest(
         prompt=prompt, width=width, height=height, count=count, steps=steps, guidance_scale=guidance_scale,
-        refiner=refiner, image=None if image is None else str(image), strength=strength,
+        refiner=refiner, hires=details.hires(hires, upscaler=hires_upscaler, steps=hires_steps),
+        image=None if image is None else str(image), strength=strength,
         mask=mask_of(mask, extend, None, mask_crop), controls=controls(control or (), controlnet or (), "crop"),
         image_prompts=image_prompts(image_prompt or (), ip_adapter or (), image_encoder),
     )  # fmt: skip
@@ -96,16 +101,18 @@ def plan(
     wishes = Wishes(device=device, dtype=dtype, once=True)
     other = facts_named(facts) if facts else None
     sizes, request = _settled(chosen_model(model), request, variant)
-    machine = other or read_facts(device)
+    machine = other or _this_machine(device, sizes)
     if largest:
         batch = largest_batch(machine, sizes, request, wishes)
         print_json({"largest_batch": batch}) if as_json else typer.echo(batch)
         return
     found = [(make_plan(machine, sizes, request, wishes), sizes, request)]
     if refiner is not None:
-        then = request.replace(refiner=None, denoising_start=request.denoising_end, denoising_end=None)
         task = task_of(sizes, request)
-        sizes, then = _settled(refiner, then.replace(width=task.width, height=task.height), variant)
+        size = ((task.first or task).width, (task.first or task).height)
+        then = request.last_pass(size, sizes.vae_config.scale_factor)
+        then = then.replace(refiner=None, denoising_start=then.denoising_end, denoising_end=None)
+        sizes, then = _settled(refiner, then, variant)
         found.append((make_plan(machine, sizes, then, wishes), sizes, then))
     if as_json:
         one, *rest = [_as_dict(planned, machine, sizes) for planned, sizes, _ in found]
@@ -113,6 +120,13 @@ def plan(
         return
     for planned, sizes, asked in found:
         _show(planned, machine, task_of(sizes, asked), _other_side(asked, sizes))
+
+
+def _this_machine(device: str | None, sizes: Sizes) -> Facts:
+    from sfumato.runtime.canaries import checked
+    from sfumato.runtime.facts import read_facts
+
+    return checked(read_facts(device), sizes)
 
 
 def _settled(model: str, request: GenerateRequest, variant: str | None) -> tuple[Sizes, GenerateRequest]:
@@ -186,7 +200,7 @@ def _show(found: Plan, machine: Facts, task: Task, note: str) -> None:
     images = "1 image" if task.pictures == 1 else f"{task.pictures} images"
     console.print(
         f"[bold]{escape(task.sizes.name)}[/bold] on [bold]{escape(machine.name)}[/bold]: {images} of "
-        f"{task.width} × {task.height}, {found.steps} steps",
+        f"{task.width} × {task.height}, {_steps(task)}",
         highlight=False,
         soft_wrap=True,
     )
@@ -198,6 +212,12 @@ def _show(found: Plan, machine: Facts, task: Task, note: str) -> None:
     console.print(table)
     for sentence in (*([note] if note else []), *found.reasons):
         console.print(f"- {escape(sentence)}", highlight=False, soft_wrap=True)
+
+
+def _steps(task: Task) -> str:
+    """The steps of all passes."""
+    first = task.first
+    return f"{task.steps} steps" + (f" after {first.steps} of {first.width} × {first.height}" if first else "")
 
 
 def _choices(found: Plan) -> list[tuple[str, str]]:

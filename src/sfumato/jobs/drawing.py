@@ -25,6 +25,7 @@ from sfumato.pipelines.recipe import model_digest
 from sfumato.pipelines.sizes import read_sizes
 from sfumato.pipelines.source import open_source
 from sfumato.request import GenerateRequest
+from sfumato.runtime.canaries import checked
 from sfumato.runtime.choices import Wishes, task_of
 from sfumato.runtime.device import dtype_name, parse_dtype
 from sfumato.runtime.facts import read_facts
@@ -125,7 +126,8 @@ def colors_of(pipeline: DiffusionPipeline) -> Colors:
 def planned(message: Mapping[str, Any], device: str | None, dtype: str | None) -> dict[str, Any]:
     """What a request takes on this machine, and how much of its prompts is read; of a loaded or any other model."""
     source = open_source(message["model"], ComponentFiles(), {"local_files_only": True})
-    sizes, facts = read_sizes(source), read_facts(device)
+    sizes = read_sizes(source)
+    facts = checked(read_facts(device), sizes)
     request = GenerateRequest.from_dict(message["request"]).settled(source.settings)
     found, task = plan(facts, sizes, request, Wishes(device=device, dtype=dtype)), task_of(sizes, request)
     return {

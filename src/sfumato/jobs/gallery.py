@@ -235,13 +235,13 @@ def _differs(known: tuple[str, int, int] | None, stat: os.stat_result) -> bool:
 def _described(path: Path) -> dict[str, Any]:
     """The row of an image file: what it is, and what it says of itself."""
     from sfumato.metadata.carriers import read_carried
-    from sfumato.metadata.remember import remembered
+    from sfumato.metadata.remember import remember
 
     stat, data = path.stat(), read_bytes(path, MOST_FILE)
     carried = read_carried(path, whole=False)
     told = dict.fromkeys(COLUMNS, "")
     with suppress(UsageError):  # of an image that says nothing of itself
-        found = remembered(path, carried)
+        found = remember(path, carried)
         told["program"], told["model"] = found.program, found.fields.get("Model", "")
         for name in ("prompt", "negative_prompt", "seed", "scheduler"):
             value = getattr(found.request, name)

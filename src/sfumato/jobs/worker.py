@@ -120,7 +120,7 @@ class Worker:
         self, message: Mapping[str, Any], model: Loaded, request: GenerateRequest, place: int
     ) -> tuple[str, ...]:
         from sfumato.jobs.drawing import Shown, is_of, key_of, write
-        from sfumato.metadata.carriers import png_bytes
+        from sfumato.metadata.carriers import image_bytes
 
         job, notes = message["job"], ()
         self._check(job)
@@ -130,7 +130,7 @@ class Worker:
             result = model.pipeline.generate(request, lambda step: self._step(shown, step))
             self._check(job)
             model.decode_seconds, notes = result.seconds.get("decode", 0.0), result.notes
-            write(path, png_bytes(result.images[0], result.recipes[0]))
+            write(path, image_bytes(result.images[0], result.recipes[0]))
         self._say("image", job=job, place=place, path=str(path))
         return notes
 

@@ -20,17 +20,15 @@ NEGATIVE = "Negative prompt:"
 # A key; a value in quotes with escapes, or up to the next comma.
 PAIR = re.compile(r'(\w[\w \-/]{0,100}): *("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 MOST_LINE = 2**16
-# Lines of a prompt that readers would take for one of theirs; a space more before them says otherwise.
-LOOKS = re.compile(rf"^(?= *(?:{NEGATIVE}|Steps: ))")
+# Where lines of a prompt begin that readers would take for one of theirs; a space more before them says otherwise.
+LOOKS = rf"(?= *(?:{NEGATIVE}|Steps: ))"
 # Flat JSON that Civitai puts into the line, and which no rule of quoting covers.
 CIVITAI = re.compile(r", (Hashes|Civitai resources|Civitai metadata): (\{[^{}]{0,20000}\}|\[[^\[\]]{0,20000}\])")
 
 
 def parse(text: str) -> Told | None:
     """What a text of parameters tells; None of a text that is none: without a line of at least three pairs."""
-    lines = text.split("\n")
-    while lines and not lines[-1].strip():
-        lines.pop()
+    lines = text.rstrip().split("\n")
     steps = [i for i, line in enumerate(lines) if line.startswith("Steps: ")][:1]
     # The last line as A1111 reads it, or the first that begins with "Steps: " as Civitai does; never a line of prompts.
     place = next((i for i in (len(lines) - 1, *steps) if i >= 0 and len(_pairs(lines[i])) > 2), None)
@@ -40,18 +38,10 @@ def parse(text: str) -> Told | None:
     ours = fields.get("Version", "").startswith("Sfumato")
     # What a prompt was made from, which some extensions put after it.
     made = () if ours else ("Template:", "Negative Template:")
-    said = [line for line in lines[:place] if not line.startswith(made)]
-    begin = next((i for i, line in enumerate(said) if line.startswith(NEGATIVE)), None)
-    negative = None
-    if begin is not None:
-        said[begin] = said[begin].removeprefix(NEGATIVE).removeprefix(" ")
-        negative = "\n".join(map(_unmarked if ours else str, said[begin:]))
-    prompt = "\n".join(map(_unmarked if ours else str, said[:begin]))
-    return Told(_program(fields), prompt, negative, fields)
-
-
-def _unmarked(line: str) -> str:
-    return line[1:] if line.startswith(" ") and LOOKS.match(line) else line
+    said = "\n".join(line for line in lines[:place] if not line.startswith(made))
+    texts = re.split(rf"(?:^|\n){NEGATIVE} ?", said, maxsplit=1)
+    texts = [re.sub(f"^ {LOOKS}", "", one, flags=re.MULTILINE) if ours else one for one in texts]
+    return Told(_program(fields), texts[0], texts[1] if len(texts) > 1 else None, fields)
 
 
 def _pairs(line: str) -> dict[str, str]:
@@ -115,7 +105,7 @@ def _named(name: str) -> str:
 
 
 def _marked(text: str) -> str:
-    return "\n".join(f" {line}" if LOOKS.match(line) else line for line in text.split("\n"))
+    return re.sub(f"^{LOOKS}", " ", text, flags=re.MULTILINE)
 
 
 def _quoted(value: str) -> str:

@@ -21,16 +21,9 @@ from sfumato.metadata.a1111 import parameters
 from sfumato.metadata.formats import format_of
 from sfumato.values import reason
 
-__all__ = [
-    "RECIPE_KEY",
-    "Carried",
-    "image_bytes",
-    "png_bytes",
-    "read_carried",
-    "read_recipe",
-    "save_new_picture",
-    "save_picture",
-]
+__all__ = ["RECIPE_KEY", "Carried", "image_bytes", "read_carried", "read_recipe", "save_new_picture", "save_picture"]
+
+Recipe = dict[str, Any] | None
 
 RECIPE_KEY = "sfumato"
 # Far more than any program writes about a picture, whole graphs of nodes included.
@@ -113,7 +106,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     return recipe
 
 
-def save_picture(image: Image.Image, path: Path, recipe: dict[str, Any] | None = None) -> Path:
+def save_picture(image: Image.Image, path: Path, recipe: Recipe = None) -> Path:
     """Write a PNG, JPEG or WebP (without loss) by the path's ending, with its recipe, A1111's text and XMP.
 
     Raises `OutputError`; the file is whole or absent.
@@ -125,34 +118,25 @@ def save_picture(image: Image.Image, path: Path, recipe: dict[str, Any] | None =
     return path
 
 
-def save_new_picture(image: Image.Image, path: Path, recipe: dict[str, Any] | None = None) -> Path:
+def save_new_picture(image: Image.Image, path: Path, recipe: Recipe = None) -> Path:
     """The same under the first free name of `name.png`, `name-2.png`, …, which is returned: nothing is replaced."""
     kind = format_of(path)
     output_folder(path.parent)
     return add_file(path, lambda temporary: _write(image, temporary, kind, recipe))
 
 
-def png_bytes(image: Image.Image, recipe: dict[str, Any] | None = None) -> bytes:
-    """The bytes of a PNG, with all that `save_picture` writes into one."""
-    _write(image, stream := io.BytesIO(), "PNG", recipe)
+def image_bytes(image: Image.Image, recipe: Recipe = None, kind: str = "PNG", quality: int | None = None) -> bytes:
+    """The bytes of a PNG, JPEG or WebP, with all that `save_picture` writes into one.
+
+    quality: of a JPEG or WebP with losses, 0 to 100.
+    """
+    _write(image, stream := io.BytesIO(), kind, recipe, quality)
     return stream.getvalue()
 
 
-def image_bytes(image: Image.Image, kind: str, recipe: dict[str, Any] | None, quality: int | None = None) -> bytes:
-    """The bytes of a PNG, JPEG or WebP; of the latter two with losses of this quality (0 to 100), if one is given."""
-    _write(image, stream := io.BytesIO(), kind, recipe, {} if quality is None else {"quality": quality})
-    return stream.getvalue()
-
-
-def _write(
-    image: Image.Image,
-    path: Path | io.BytesIO,
-    kind: str,
-    recipe: dict[str, Any] | None,
-    options: dict[str, Any] | None = None,
-) -> None:
-    best: dict[str, Any] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
-    options = dict(options or best)
+def _write(image: Image.Image, path: Path | io.BytesIO, kind: str, recipe: Recipe, quality: int | None = None) -> None:
+    best = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
+    options: dict[str, Any] = dict(best.get(kind, {})) if quality is None else {"quality": quality}
     if recipe is not None:
         options |= _in_png(recipe, image.size) if kind == "PNG" else _in_exif(recipe, image.size)
     try:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from sfumato.metadata.names import names
 from sfumato.metadata.told import Told
 from sfumato.request import GenerateRequest, Noise
 
@@ -14,16 +15,7 @@ __all__ = ["COMFYUI_BASE", "parse"]
 COMFYUI_BASE = GenerateRequest(prompt_syntax="comfyui", noise=Noise(posterior="mean", step_rng="cuda"))
 MOST_NODES = 5_000
 SIDES = {"positive", "negative"}
-TEXTS = ("text", "text_g", "text_l", "prompt", "string", "value")
-# What a sampler's settings are called, wherever up its wires they stand.
-SETTINGS = {
-    "Steps": ("steps",), "CFG scale": ("cfg",), "Seed": ("seed", "noise_seed"), "Denoising strength": ("denoise",),
-    "Sampler": ("sampler_name",), "Schedule type": ("scheduler",), "Model": ("ckpt_name", "unet_name"),
-}  # fmt: skip
-ADDS = {
-    "Lora": "lora_name", "ControlNet": "control_net_name", "Upscale": "model_name", "IPAdapter": "ipadapter_file",
-    "Hypernetwork": "hypernetwork_name",
-}  # fmt: skip
+TEXTS, SETTINGS, ADDS = (names()["comfyui"][one] for one in ("texts", "settings", "adds"))
 
 Node = Mapping[str, Any]
 
@@ -37,7 +29,7 @@ def parse(graph: Mapping[str, Any]) -> Told | None:
     if first is None:
         return None
     notes = [f"{len(samplers) - 1} more samplers worked on it, which is not honoured"] if len(samplers) > 1 else []
-    found = {key: _setting(nodes, first, names) for key, names in SETTINGS.items()}
+    found = {key: _setting(nodes, first, inputs) for key, inputs in SETTINGS.items()}
     fields = {key: str(value) for key, value in found.items() if value is not None and value != ""}
     if found["Denoising strength"] in (1, 1.0):
         fields.pop("Denoising strength", None)
@@ -89,10 +81,10 @@ def _up(nodes: Mapping[str, Node], start: Node, names: set[str] | None = None, s
         wave = following
 
 
-def _setting(nodes: Mapping[str, Node], start: Node, names: tuple[str, ...]) -> Any:
-    """A value by the first of these names that a node has; where it comes by wire, what is at its other end."""
+def _setting(nodes: Mapping[str, Node], start: Node, inputs: Sequence[str]) -> Any:
+    """A value by the first of these inputs that a node has; where it comes by wire, what is at its other end."""
     for node in (start, *_up(nodes, start)):
-        for name in names:
+        for name in inputs:
             value = node["inputs"].get(name)
             if isinstance(value, list) and node is start:
                 above = next(_up(nodes, start, {name}), {"inputs": {}})
@@ -114,11 +106,9 @@ def _text(nodes: Mapping[str, Node], start: Node, side: str) -> str | None:
 
 
 def _latent(nodes: Mapping[str, Node], first: Node) -> dict[str, str]:
-    for node in _up(nodes, first, {"latent_image"}):
-        sides = [node["inputs"].get(name) for name in ("width", "height")]
-        if all(isinstance(one, int) for one in sides):
-            return {"Size": f"{sides[0]}x{sides[1]}"}
-    return {}
+    above = (node["inputs"] for node in _up(nodes, first, {"latent_image"}))
+    sides = ((one.get("width"), one.get("height")) for one in above)
+    return next(({"Size": f"{w}x{h}"} for w, h in sides if isinstance(w, int) and isinstance(h, int)), {})
 
 
 def _clip_skip(nodes: Any) -> dict[str, str]:

@@ -43,9 +43,11 @@ def invoke(told: Mapping[str, Any]) -> Told:
     """InvokeAI's `invokeai_metadata`, and the `image` of its older `sd-metadata`."""
     fields, notes = _fields(told)
     name = _text(told.get("scheduler") or told.get("sampler") or told.get("sampler_name"))
-    if name:
-        known = by_invoke(name)
-        fields["Scheduler" if known else "Sampler"] = known or name
+    if known := by_invoke(name):
+        fields.pop("Sampler", None)
+        fields["Scheduler"] = known
+    elif name:
+        fields["Sampler"] = name
     prompt = told.get("prompt")
     if isinstance(prompt, list):  # old ones hold several with weights
         prompt = ", ".join(_text(one.get("prompt")) for one in prompt if isinstance(one, dict))
@@ -74,7 +76,7 @@ def dream(text: str) -> Told | None:
 def fooocus(told: Mapping[str, Any]) -> Told:
     """Fooocus's own scheme: what it made of the words (`full_prompt`) is what was drawn."""
     fields, notes = _fields(told)
-    fields |= {"Sampler": _text(told.get("sampler")), "Schedule type": _text(told.get("scheduler"))}
+    fields["Schedule type"] = _text(told.get("scheduler"))
     if size := re.fullmatch(r"\((\d{1,6}), (\d{1,6})\)", _text(told.get("resolution"))):
         fields["Size"] = f"{size[1]}x{size[2]}"
     full = {key: told.get(f"full_{key}") or told.get(key) for key in ("prompt", "negative_prompt")}
@@ -88,17 +90,15 @@ def fooocus(told: Mapping[str, Any]) -> Told:
 def swarm(told: Mapping[str, Any]) -> Told:
     """SwarmUI's `sui_image_params`; it draws by ComfyUI."""
     fields, notes = _fields(told)
-    fields["Sampler"] = _text(told.get("sampler", "euler"))
-    fields["Schedule type"] = _text(told.get("scheduler", "normal"))
-    negative = _text(told.get("negativeprompt"))
-    return Told("SwarmUI", _text(told.get("prompt")), negative, fields, COMFYUI_BASE, tuple(notes), "comfyui")
+    fields = {"Sampler": "euler"} | fields | {"Schedule type": _text(told.get("scheduler", "normal"))}
+    prompts = _text(told.get("prompt")), _text(told.get("negativeprompt"))
+    return Told("SwarmUI", *prompts, fields, COMFYUI_BASE, tuple(notes), "comfyui")
 
 
 def novel(told: Mapping[str, Any], prompt: str) -> Told:
     """NovelAI's comment, with the description beside it."""
     fields, notes = _fields(told)
     schedule = _text(told.get("noise_schedule"))
-    fields["Sampler"] = _text(told.get("sampler"))
     fields["Schedule type"] = "normal" if schedule in ("", "native") else schedule
     said = prompt or _text(told.get("prompt"))
     if re.search(r"[{}]|\d::", said + _text(told.get("uc"))):
@@ -110,9 +110,6 @@ def novel(told: Mapping[str, Any], prompt: str) -> Told:
 def draw_things(told: Mapping[str, Any]) -> Told:
     """Draw Things' JSON in EXIF's UserComment, inside XMP."""
     fields, notes = _fields(told)
-    if isinstance(told.get("size"), str):
-        fields["Size"] = told["size"]
     if told.get("strength") in (1, 1.0):
         fields.pop("Denoising strength", None)
-    fields["Sampler"] = _text(told.get("sampler"))
     return Told("Draw Things", _text(told.get("c")), _text(told.get("uc")), fields, A1111_BASE, tuple(notes), "share")

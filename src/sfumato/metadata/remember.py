@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ from sfumato.metadata.told import Told, request_of
 from sfumato.request import GenerateRequest
 from sfumato.values import reason
 
-__all__ = ["Remembered", "remember", "remembered"]
+__all__ = ["Remembered", "remember"]
+
+HASHES = re.compile(r'(?:"lora:)?([^,:"{}]{1,200})"?: *"?([0-9a-fA-F]{8,64})\b')
 
 
 @dataclass(frozen=True)
@@ -33,24 +36,26 @@ class Remembered:
     fields: dict[str, str]
     recipe: dict[str, Any] | None = None
 
+    @property
+    def adapter_hashes(self) -> dict[str, str]:
+        """How the hashes of the adapters that the prompt names begin, by A1111's words and by Civitai's."""
+        told = f"{self.fields.get('Hashes', '')},{self.fields.get('Lora hashes', '')}"
+        return {name.strip().lower(): sha256.lower() for name, sha256 in HASHES.findall(told)}
 
-def remember(path: str | Path) -> Remembered:
-    """Read what a PNG, JPEG, WebP or GIF says of how it was drawn.
+
+def remember(path: str | Path, carried: Carried | None = None) -> Remembered:
+    """Read what a PNG, JPEG, WebP or GIF says of how it was drawn; carried: what is in it, where that is read already.
 
     Raises `UsageError` for a file that is no picture, and for one that says nothing that is known here.
     """
-    return remembered(path, read_carried(path))
-
-
-def remembered(path: str | Path, carried: Carried) -> Remembered:
-    """The same of what a file carries, where that is read already."""
+    carried = carried or read_carried(path)
     try:
         recipe = carried.recipe
         if recipe is not None and isinstance(recipe.get("request"), dict):
             request = GenerateRequest.from_dict(recipe["request"])
             model = recipe.get("model")
             fields = {"Model": str(model.get("name"))} if isinstance(model, dict) else {}
-            notes = tuple(map(str, recipe.get("notes", ())))
+            notes = tuple(map(str, told)) if isinstance(told := recipe.get("notes"), list) else ()
             return Remembered("Sfumato", carried.size, request, notes, fields, recipe)
     except (CheckpointError, UsageError) as error:
         raise UsageError(f"the recipe of {path} cannot be read: {reason(error)}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sfumato.errors import UsageError
@@ -56,9 +56,11 @@ class Told:
 def request_of(told: Told) -> tuple[GenerateRequest, list[str]]:
     """The request that draws it again, and a sentence for each thing in which that cannot be the same."""
     base = OURS if told.ours else told.base
+    # What a second pass has in common with the first.
+    told = replace(told, fields={key: value for key, value in told.fields.items() if not value.startswith("Use same")})
     request, notes = base.replace(prompt=told.prompt, negative_prompt=told.negative_prompt), list(told.notes)
-    if any(key.startswith("Hires ") for key in told.fields):
-        request = request.replace(hires=Hires(upscaler="lanczos"))  # for one that is not known
+    if any(key.startswith(("Hires ", "First pass size")) for key in told.fields):
+        request = request.replace(hires=Hires(upscaler="lanczos"))  # as the first versions did; or one is not known
     elif "Denoising strength" in told.fields:
         notes.append("it was made from another image, which the file does not contain; give it with --image")
     for key in sorted(told.fields.keys() - INFORMS, key=lambda key: (key != "Steps", key)):  # which others reckon with

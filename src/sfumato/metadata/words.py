@@ -126,20 +126,32 @@ def _resized(value: str, request: GenerateRequest, _: Any) -> GenerateRequest:
 
 
 def _sampler(value: str, request: GenerateRequest, told: Any) -> GenerateRequest:
-    """That of a second pass, which ours say in our own words."""
-    sampler, spacing = by_name(value, told.fields.get("Hires schedule type", told.fields.get("Schedule type")))
-    if told.ours or value == "Use same sampler":
+    """That of a second pass, which ours say in our own words; with the first one's schedule where it says none."""
+    if told.ours:
         return request
-    if sampler is None:
+    fields = {key.lower(): one for key, one in told.fields.items()}
+    name, schedule = (fields.get(f"hires {key}", fields.get(key)) for key in ("sampler", "schedule type"))
+    sampler, spacing = by_name(name or "", schedule)
+    if sampler is None or (spacing is None and sampler.spacing is not None):
         raise ValueError(value)
     return _placed(_placed(request, "hires.scheduler", sampler.name), "hires.spacing", spacing)
 
 
+def _sized(value: str, request: GenerateRequest, told: Any) -> GenerateRequest:
+    """The size of the picture; where A1111's first versions say that of the first pass, that of the second."""
+    width, height = _size(value)
+    if "First pass size" in told.fields:
+        request = _resized(value, request, told)
+        width, height = _size(told.fields["First pass size"])
+    return request.replace(width=width, height=height)
+
+
 SPECIAL: Mapping[str, Callable[[str, GenerateRequest, Any], GenerateRequest]] = {
-    "Size": lambda value, request, _: request.replace(**dict(zip(("width", "height"), _size(value), strict=True))),
+    "Size": _sized, "Clip skip": _clip_skip, "Denoising strength": _strength, "Hires resize": _resized,
+    "Hires sampler": _sampler, "Hires schedule type": _sampler,
+    "Hires steps": lambda value, request, _: _placed(request, "hires.steps", int(value) or None),
     "ENSD": lambda value, request, told: _placed(request, "noise.step_seed", int(value)) if int(value) or told.ours
-    else request, "Hires resize": _resized, "Hires sampler": _sampler, "Clip skip": _clip_skip,
-    "Denoising strength": _strength,
+    else request,
     # A1111 guides the steps after a share of them, and Sfumato from a share on.
     "Skip Early CFG": lambda value, request, _: request.replace(
         guidance_interval=GuidanceInterval(start=math.nextafter(float(value), 1))),

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import UsageError
+from sfumato.runtime.attention import split
 from sfumato.runtime.chunks import attention_chunk
+from sfumato.runtime.faults import SPLIT_KEYS
 from sfumato.values import shown
 
 if TYPE_CHECKING:
@@ -69,17 +71,21 @@ def sliced(slice_size: int) -> AttentionFunction:
     return attention
 
 
-def chunked(max_bytes: int) -> AttentionFunction:
+def chunked(max_bytes: int, max_keys: int | None = None) -> AttentionFunction:
     """Return an attention function whose score matrix never exceeds `max_bytes`.
 
-    It first reduces the number of (image, head) pairs at a time, then the number of queries. Raises `UsageError` for a
-    limit below one byte.
+    It first reduces the number of (image, head) pairs at a time, then the number of queries. More than `max_keys` keys
+    are split (runtime/attention.py). Raises `UsageError` for a limit below one byte.
     """
     if max_bytes < 1:
         raise UsageError(f"the attention budget must be at least one byte, not {max_bytes}")
 
     def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         batch, heads, length = q.shape[:3]
+        if max_keys is not None and k.shape[2] > max_keys:
+            return split(max_bytes, max_keys)(q, k, v, mask)
+        # Kernels for few queries have misread permuted tensors on Metal (pytorch#181133).
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         pairs, queries = attention_chunk(batch * heads, length, k.shape[2], q.element_size(), max_bytes)
         if queries == length:
             return sliced(pairs)(q, k, v, mask)
@@ -106,7 +112,7 @@ def upcast(attention: AttentionFunction, dtype: torch.dtype) -> AttentionFunctio
 
 def attention_for(device: torch.device) -> AttentionFunction:
     """Return torch's fused attention, or chunked attention on MPS, which stores scores and limits buffer sizes."""
-    return chunked(MPS_SCORE_BYTES) if device.type == "mps" else sdpa
+    return chunked(MPS_SCORE_BYTES, SPLIT_KEYS) if device.type == "mps" else sdpa
 
 
 class Attending(nn.Module):

@@ -121,7 +121,7 @@ class KAttention(nn.Module):
 
 
 def _tokens(x: Tensor) -> Tensor:
-    return x.flatten(2).transpose(1, 2)
+    return x.flatten(2).transpose(1, 2).contiguous()  # as in the transformer
 
 
 @dataclass(frozen=True)

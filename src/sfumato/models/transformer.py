@@ -124,6 +124,7 @@ class Transformer2DModel(Recomputed):
         h = self.norm(x)
         if not self.use_linear_projection:
             h = self.proj_in(h)
+        # A copy: Metal has multiplied transposed views wrongly in float32 (pytorch#193487).
         h = h.flatten(2).transpose(1, 2).contiguous()  # (B, H W, C)
         if self.use_linear_projection:
             h = self.proj_in(h)

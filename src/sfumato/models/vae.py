@@ -108,7 +108,8 @@ class PixelAttention(SelfOrCrossAttention):
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """(B, C, H, W) -> (B, C, H, W)."""
-        tokens = self.group_norm(x).flatten(2).transpose(1, 2)
+        # A copy, as in the transformer.
+        tokens = self.group_norm(x).flatten(2).transpose(1, 2).contiguous()
         return x + super().forward(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
 
 

@@ -105,5 +105,16 @@ class Conditioning:
             raise UsageError("there are negative embeddings, but no negative pooled prompts and sizes; pass those too")
         return changed._each(lambda branches: branches[-count:])
 
+    def prompted(self, prompts: Conditioning) -> Self:
+        """The same told by other prompts, of which `AND` may join more or fewer."""
+        others, count = self.branches - self.prompts, prompts.prompts
+        # An image without a prompt reads what nothing reads.
+        more = others - (prompts.branches - count)
+        told = {name: own[:1] * more + own for name in ("embeds", "pooled") if (own := getattr(prompts, name))}
+        beside = {name: getattr(self, name) for name in ("sizes", "labels", "time_condition")}
+        beside |= {"extra": self.extra} if len(self.extra) > 1 else {}
+        told |= {name: own[:others] + own[-1:] * count for name, own in beside.items()}
+        return replace(self, **told, weights=prompts.weights)
+
     def _each(self, change: Callable[[Branches], Branches]) -> Self:
         return replace(self, **{name: change(getattr(self, name)) for name in BRANCHED})

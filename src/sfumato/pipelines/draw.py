@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Generator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -17,6 +18,7 @@ from sfumato.pipelines.run import Run
 from sfumato.pipelines.stages import Given
 from sfumato.request import Hires
 from sfumato.runtime.generators import generator_for
+from sfumato.text.schedules import Timeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,45 +40,54 @@ def draw(
     """Draw a request step by step: yields each finished `Step`, and returns the `Result`.
 
     Image i is generated with seed + i, whatever the batch, so each can be generated again alone. refiner: what goes on
-    from the request's `denoising_end`, in the rest of the same schedule, and decodes. seeds: one for each image, if not
-    those of the request.
+    from the request's `denoising_end`, in the rest of the same schedule, and decodes; where there is a second pass, in
+    that one (A1111's default). seeds: one for each image, if not the request's.
     """
     request = with_named_adapters(request.settled(parts.settings))
     request = request.replace(seed=secrets.randbits(32) if request.seed is None else request.seed)
+    seeds = seeds or request.seeds
     width, height = parts.size_of(request)
     if request.image is None:
         request = request.replace(width=width, height=height)
-    seeds = seeds or request.seeds
-    generators = [generator_for(request.rng, seed, request.noise) for seed in seeds]
-    run = Run(parts, place, request, Given(generators=generators), choose_scheduler(request.scheduler, parts.scheduler))
+    given = Given(generators=[generator_for(request.rng, seed, request.noise) for seed in seeds])
+    scheduler, two = choose_scheduler(request.scheduler, parts.scheduler), request.hires is not None
+    run = Run(parts, place, request.first_pass, given, scheduler)
     runs = [run]
-    latents = yield from _watched(run, after=lambda: run.later if refiner is None else run.left)
-    if request.hires is not None:
-        run = _second_pass(run, latents, seeds)
-        latents = yield from _watched(run, before=runs[0].steering.num_timesteps)
+    later = request.second_steps * scheduler.order if two else 0
+    latents = yield from _watched(run, after=lambda: later or (run.left if refiner else 0))
+    if two:
+        run = _second_pass(run, request, latents, seeds)
         runs.append(run)
+        done = runs[0].steering.num_timesteps
+        latents = yield from _watched(run, before=done, after=lambda: run.left if refiner else 0)
     if refiner is not None:
-        run = Run(*refiner, _refining(request), Given(generators=generators, image=latents), run.scheduler)
-        latents = yield from _watched(run, before=runs[0].steering.num_timesteps)
+        done = sum(one.steering.num_timesteps for one in runs)
+        given = Given(generators=run.given.generators, image=latents)
+        timeline = run.timeline and replace(run.timeline, taken=run.steering.num_timesteps)
+        run = Run(*refiner, _refining(run.request), given, run.scheduler, timeline=timeline)
         runs.append(run)
+        latents = yield from _watched(run, before=done)
     images = [runs[0].task.finish(picture) for picture in run.pictures(latents)]
     notes = tuple(dict.fromkeys(note for one in runs for note in one.notes))
     seconds = {stage: sum(one.seconds.get(stage, 0.0) for one in runs) for one in runs for stage in one.seconds}
-    told = runs[0].added.request.replace(image=request.image)
+    whole = {name: getattr(request, name) for name in ("image", "refiner", "denoising_end")}
+    told = runs[0].added.request.replace(**whole)
     other = None if refiner is None else refiner[0]
     recipes = recipe.describe(parts, runs[0].scheduler, run.device, told, notes, other, runs[0].added.hashes)
     return Result(images, request, tuple(seeds), recipes, notes, seconds, runs[0].plan, tuple(runs[0].controls))
 
 
-def _second_pass(first: Run, latents: Tensor, seeds: Sequence[int]) -> Run:
+def _second_pass(first: Run, request: GenerateRequest, latents: Tensor, seeds: Sequence[int]) -> Run:
     """What goes over the enlarged image of a run, with noise of the same seeds that begins anew."""
-    request, unit = first.request, first.parts.vae_scale_factor
+    unit = first.parts.vae_scale_factor
     second = request.second_pass((latents.shape[3] * unit, latents.shape[2] * unit), unit)
     image = enlarged(latents, request.hires or Hires(), unit, first.pictures)
     generators = [generator_for(request.rng, seed, request.noise) for seed in seeds]
     scheduler = choose_scheduler(second.scheduler, first.parts.scheduler)
     given = Given(generators=generators, image=image, pixels=image if isinstance(image, Tensor) else None)
-    return Run(first.bare, first.place, second, given, scheduler)
+    before = 1 if first.timeline is None else first.timeline.steps
+    timeline = Timeline(request.second_steps * scheduler.order, before)
+    return Run(first.bare, first.place, second, given, scheduler, timeline=timeline)
 
 
 def _refining(request: GenerateRequest) -> GenerateRequest:

@@ -157,13 +157,15 @@ class Guidance:
         if self._told.branches == 1:
             return output
         every = output.to(_wide(output)).chunk(self._told.branches)
-        unconditional, conditional = every[0], compose(every, weights)
-        if len(every) == 3 and not weights:
-            guided = guide_both(unconditional, every[1], conditional, self.image_scale, self.scale)
-        elif self._told.branches == self._told.prompts:
+        # What the prompts are guided away from: nothing alone, or nothing and then the image without a prompt.
+        others = every[: -self._told.prompts]
+        conditional = compose(every[max(0, len(others) - 1) :], weights)
+        if not others:
             return conditional
+        if len(others) == 2:
+            guided = guide_both(others[0], others[1], conditional, self.image_scale, self.scale)
         else:
-            guided = guide(unconditional, conditional, self.scale)
+            guided = guide(others[0], conditional, self.scale)
         return rescale(guided, conditional, self.rescale) if self.rescale > 0 else guided
 
     @property
@@ -179,8 +181,9 @@ class Guidance:
             if every and every[-1].read.reads(states, with_time):
                 read = every[-1].read
             else:
-                images = [one.told(self.unet, part.branches, part.pictures, states) for one in part.images]
-                read = Read(Context(states, keep=keep, images=images), with_time)
+                own = part.branches - part.prompts, part.prompts
+                images = [one.told(self.unet, own, part.pictures, states) for one in part.images]
+                read = Read(Context(states, keep=keep, images=images), with_time, part.prompts)
             every.append(_Part(part, read, part.joined("extra").to(dtype) if part.extra else None))
         for context in {id(part.read): part.read.context for part in every}.values():
             if context.keep:
@@ -211,8 +214,7 @@ class Guidance:
     def change(self, prompts: Conditioning) -> None:
         """Read other prompts from here on."""
         self._read = []
-        told = {"embeds": prompts.embeds, "pooled": prompts.pooled, "weights": prompts.weights}
-        self.conditioning = replace(self.conditioning, **told)
+        self.conditioning = self.conditioning.prompted(prompts)
 
     def show(self, steered: tuple[Steered, ...]) -> None:
         """Have networks beside the U-Net steer otherwise from here on."""

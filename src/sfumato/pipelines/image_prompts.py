@@ -51,9 +51,9 @@ class Seen:
     scale: Scale = 1.0
     mask: Tensor | None = None
 
-    def told(self, unet: UNet2DConditionModel, branches: int, pictures: int, states: Tensor) -> ImageTokens:
-        """For a context of so many branches of guidance, the prompt's last, of so many images; as states are."""
-        rows = [self.nothing] * (branches - 1) + [self.something]
+    def told(self, unet: UNet2DConditionModel, branches: tuple[int, int], pictures: int, states: Tensor) -> ImageTokens:
+        """For a context of so many branches of so many images, first those that do not see the image; as states are."""
+        rows = [self.nothing] * branches[0] + [self.something] * branches[1]
         tokens = torch.cat([row.expand(pictures, -1, -1) for row in rows]).to(states)
         matrices = self.adapter.matrices(unet)
         scale: Any = self.scale

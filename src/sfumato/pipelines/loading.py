@@ -17,6 +17,7 @@ from sfumato.pipelines.place import Place
 from sfumato.pipelines.sizes import read_sizes
 from sfumato.pipelines.source import FILE_OPTIONS, open_source
 from sfumato.request import GenerateRequest, as_request
+from sfumato.runtime.canaries import checked
 from sfumato.runtime.choices import NETWORKS, Wishes, enlarged
 from sfumato.runtime.device import default_dtype, dtype_name, parse_device
 from sfumato.runtime.facts import read_facts
@@ -60,7 +61,7 @@ def load(
     options = {key: keywords.pop(key) for key in FILE_OPTIONS if key in keywords}
     given, hub = split_keywords(keywords)
     source = open_source(name, ComponentFiles(variant, use_safetensors), hub, given=given, options=options)
-    facts, home = read_facts(device), None
+    facts, home, faults = read_facts(device), None, ()
     if request is not None:
         request = as_request(request).settled(source.settings)
     if dtype == torch.float64 or given.keys() & {role for roles in NETWORKS.values() for role in roles}:
@@ -68,6 +69,7 @@ def load(
         pipeline.to(parse_device(device))
     else:
         sizes = read_sizes(source)
+        facts = checked(facts, sizes)
         sizes = sizes if request is None else with_sizes(sizes, request)
         # Without a request, all that can be known is what does for the smallest image.
         asked = GenerateRequest(prompt="", width=64, height=64) if request is None else enlarged(sizes, request)
@@ -78,12 +80,12 @@ def load(
                 wished["offload"] = "staged"
                 wishes = dataclasses.replace(wishes, offload="staged")
                 planned = plan(facts, sizes, asked, wishes)
-        pipeline = _placed(source, given, planned)
+        pipeline, faults = _placed(source, given, planned), planned.faults
         home = torch.device(planned.device) if planned.offload == "staged" else None
-    pipeline.place = Place(wishes, facts, may_reload=True, home=home)
+    pipeline.place = Place(wishes, facts, may_reload=True, home=home, faults=faults)
     if request is not None and request.refiner is not None:
-        width, height = pipeline.size_of(request)
-        own = request.replace(refiner=None, image=None, width=width, height=height, controls=())
+        own = request.last_pass(pipeline.size_of(request), pipeline.parts.vae_scale_factor)
+        own = own.replace(refiner=None, image=None, mask=None, controls=())
         pipeline.refiner = load(
             request.refiner, device=device, dtype=dtype, request=own, variant=variant, **wished, **hub
         )

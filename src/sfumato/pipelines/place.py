@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from sfumato.adapters.outfit import kept_bytes, wear
 from sfumato.errors import SfumatoError, UsageError
@@ -16,9 +18,12 @@ from sfumato.models.base import Model
 from sfumato.models.packed import is_packed, kernel_attention, pack, unpack
 from sfumato.models.text_encoder import CLIPTextModelWithProjection
 from sfumato.pipelines.fingerprint import fingerprint
+from sfumato.runtime.attention import padded, split
+from sfumato.runtime.canaries import checked
 from sfumato.runtime.choices import DTYPE_BYTES, PARTS, Part, Plan, Sizes, Wishes, count_parameters
 from sfumato.runtime.device import dtype_name, release_memory
 from sfumato.runtime.facts import read_facts, refreshed
+from sfumato.runtime.faults import HEAD_WIDTHS, SPLIT_KEYS
 from sfumato.runtime.numerics import softmax_dtype
 from sfumato.runtime.onednn import packable
 from sfumato.runtime.plan import largest_batch, plan
@@ -52,12 +57,16 @@ class Place:
         *,
         may_reload: bool = False,
         home: torch.device | None = None,
+        faults: tuple[str, ...] = (),
     ) -> None:
-        """may_reload: networks may leave the host's memory, and come back as they are in their files."""
+        """may_reload: networks may leave the host's memory, and come back as they are in their files.
+
+        faults: why the device is another than the machine's best, where it computes wrongly.
+        """
         self.wishes = wishes or Wishes()
         self.may_reload = may_reload
         self.facts = facts
-        self.home = home
+        self.home, self.faults = home, faults
         self.sliced = False
         self._device_chosen = facts is not None and not self.wishes.asked("device")
         self._said: set[str] = set()
@@ -104,7 +113,11 @@ class Place:
         worn: the adapters it wears. Raises `MemoryPlanError` if the request does not fit.
         """
         known = self._known(parts, worn)
-        return None if known is None else plan(known[0], known[1], request, known[2])
+        if known is None:
+            return None
+        found = plan(known[0], known[1], request, known[2])
+        others = tuple(one for one in self.faults if one not in found.faults)
+        return dataclasses.replace(found, faults=found.faults + others, reasons=found.reasons + others)
 
     def largest_batch(self, parts: Parts, request: GenerateRequest) -> int:
         """How many images of a request's size fit into one call of the U-Net, as things are now."""
@@ -119,8 +132,9 @@ class Place:
         if not {dtype_name(network.dtype) for network in parts.networks.values()} <= DTYPE_BYTES.keys():
             return None
         device = self.device_of(parts)
+        sizes = _sizes(parts, worn)
         if self.facts is None or self.facts.accelerator != device.type:
-            self.facts, self._device_chosen = read_facts(str(device)), False
+            self.facts, self._device_chosen = checked(read_facts(str(device)), sizes), False
         else:
             self.facts = refreshed(self.facts)
         as_they_are = {f"{part}_dtype": dtype for part, dtype in dtypes.items()}
@@ -133,13 +147,15 @@ class Place:
         wishes = self.wishes.settled_as(as_they_are)
         if parts.vae.use_tiling:
             wishes = dataclasses.replace(wishes, vae_tiling=True)
-        return self.facts, _sizes(parts, worn), wishes
+        return self.facts, sizes, wishes
 
     def bring(self, parts: Parts, part: str, plan: Plan | None, notes: list[str], worn: Sequence[Worn] = ()) -> None:
         """Have the networks of a stage in memory, with the adapters they are to wear, as fast as they get.
 
         `notes` are told what kept them from more.
         """
+        for sentence in () if plan is None else plan.faults:
+            self._say(sentence, notes)
         for role in parts.stage(part):
             self._load(parts, role, plan, worn)
             self._make_ready(parts, role, plan, notes)
@@ -199,6 +215,7 @@ class Place:
                 pack(model, kernels)  # what adapters have changed, and what has its own weights again
         if not (self.sliced and role == "unet"):
             model.set_attention(_attention(model, plan, kernels))
+        _convolve_singly(model, plan.singly)
         if plan.compile and role == "unet" and model._compiled_call_impl is None:
             model.compile(mode="max-autotune-no-cudagraphs", dynamic=False)
 
@@ -211,7 +228,7 @@ class Place:
 
     def _say(self, note: str, notes: list[str]) -> None:
         """In every result, and once in the log."""
-        notes.append(note)
+        notes += [] if note in notes else [note]
         if note not in self._said:
             log.warning("%s", note)
         self._said.add(note)
@@ -231,14 +248,31 @@ def to_accelerator(model: Model, device: torch.device) -> dict[Tensor, Tensor]:
 
 
 def _attention(model: Model, plan: Plan, kernels: Kernels | None) -> Any:
+    if plan.attention == "split" and plan.attention_bytes is not None:
+        return split(plan.attention_bytes, plan.attention_keys or SPLIT_KEYS)
     if kernels is not None:
         return kernel_attention(kernels)
-    if plan.kind == "cpu" or plan.attention_bytes is None:
+    if plan.attention_bytes is None or (plan.kind == "cpu" and plan.attention_keys is None):
         attention = attention_for(torch.device(plan.kind))
     else:
-        attention = chunked(plan.attention_bytes)
+        attention = chunked(plan.attention_bytes, plan.attention_keys)
     wide = softmax_dtype(plan.kind, dtype_name(model.dtype))
-    return upcast(attention, getattr(torch, wide)) if wide != dtype_name(model.dtype) else attention
+    attention = upcast(attention, getattr(torch, wide)) if wide != dtype_name(model.dtype) else attention
+    # Fused kernels sum in float32 inside, so only scores that are stored need a wider precision.
+    return padded(HEAD_WIDTHS, attention) if plan.kind == "mps" and plan.attention == "fused" else attention
+
+
+def _convolve_singly(model: Model, singly: bool) -> None:
+    """Have convolutions take the images of a batch one at a time, or all at once."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.__dict__.pop("_conv_forward", None)
+            if singly:
+                layer._conv_forward = MethodType(_one_by_one, layer)
+
+
+def _one_by_one(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.cat([type(layer)._conv_forward(layer, row, weight, bias) for row in x.split(1)])
 
 
 def _sizes(parts: Parts, worn: Sequence[Worn]) -> Sizes:

@@ -29,10 +29,11 @@ SKIPS, MIDDLE, WITHIN = (
 
 @dataclass(frozen=True, eq=False)
 class Read:
-    """What one micro-batch reads: the prompts, and what goes with time."""
+    """What one micro-batch reads: the prompts, and what goes with time; prompts: how many branches are the prompt's."""
 
     context: Context
     with_time: dict[str, Tensor]
+    prompts: int = 1
 
     @property
     def added(self) -> dict[str, Tensor] | None:
@@ -45,12 +46,14 @@ class Read:
         return torch.equal(self.context.states, states) and all(same)
 
     def of_prompt(self, count: int) -> Read:
-        """The same of the prompts alone, without what they are guided away from; count: how many there are."""
+        """The same of the prompts alone, without what they are guided away from; count: how many images there are."""
+        count *= self.prompts
         if self.context.states.shape[0] == count:
             return self
         if count not in self._alone:
             with_time = {name: one[-count:] for name, one in self.with_time.items()}
-            self._alone[count] = Read(Context(self.context.states[-count:], keep=self.context.keep), with_time)
+            context = Context(self.context.states[-count:], keep=self.context.keep)
+            self._alone[count] = Read(context, with_time, self.prompts)
         return self._alone[count]
 
     @cached_property
@@ -129,7 +132,7 @@ class Steered:
     def added(self, x: Tensor, t: float, read: Read) -> Added:
         """What is added for scaled latents x (B, C, h, w) at timestep t: to each skip connection, and to the middle."""
         network: ControlNetModel = self.network
-        x, hint, whole = x.to(network.dtype), self.hint.to(network.dtype), read.context.states.shape[0]
+        x, hint, whole = x.to(network.dtype), self.hint.to(network.dtype), read.context
         if self.guess:
             read = read.of_prompt(x.shape[0])
         context = read.context
@@ -140,8 +143,8 @@ class Steered:
         factors = layer_scales(len(added), guess=guess)
         factors = [factor * own for factor, own in zip(factors, self.layers or [1.0] * len(added), strict=True)]
         added = [one * (self.scale * factor) for one, factor in zip(added, factors, strict=True)]
-        if self.guess and whole > x.shape[0]:  # nothing is added to what the prompt is guided away from
-            added = [torch.cat([torch.zeros_like(wide), wide]) for wide in map(context.widen, added)]
+        if self.guess:
+            added = [_of_prompts(one, x.shape[0] * read.prompts, whole) for one in added]
         return {SKIPS: added[:-1], MIDDLE: added[-1:]}
 
 
@@ -185,10 +188,18 @@ class Featured(Steered):
         """What is added to each block of the way down, whatever the step."""
         factors = self.layers or [1.0] * self.count
         features = [one * (self.scale * factor) for one, factor in zip(self.hint, factors, strict=True)]
-        if self.guess and read.context.states.shape[0] > x.shape[0]:
-            wide = [one.expand(x.shape[0], -1, -1, -1) for one in features]
-            features = [torch.cat([torch.zeros_like(one), one]) for one in wide]
+        if self.guess:
+            features = [_of_prompts(one, x.shape[0] * read.prompts, read.context) for one in features]
         return {WITHIN: features}
+
+
+def _of_prompts(added: Tensor, count: int, context: Context) -> Tensor:
+    """What is added for all branches, of which the last `count` rows are the prompt's, and the others get nothing."""
+    others = context.states.shape[0] - count
+    if not others:
+        return added
+    wide = added.repeat(count // added.shape[0], 1, 1, 1)
+    return torch.cat([wide.new_zeros(others, *wide.shape[1:]), wide])
 
 
 def steered_by(network: Any, pictures: Tensor, **how: Any) -> Steered:

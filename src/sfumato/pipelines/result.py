@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato import __version__
 from sfumato.outputs import Output
+from sfumato.runtime.processor import system_build
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -94,4 +95,6 @@ def versions() -> dict[str, str]:
     """The versions an image depends on."""
     import torch
 
-    return {"sfumato": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    found = {"sfumato": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    build = system_build()
+    return found if build is None else found | {"macos": f"{platform.mac_ver()[0]} ({build})"}

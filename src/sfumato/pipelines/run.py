@@ -31,6 +31,7 @@ from sfumato.runtime.choices import check_sides
 from sfumato.runtime.device import ran_out_of_memory, release_memory, reused_memory
 from sfumato.schedulers.sigma import SigmaScheduler
 from sfumato.text.prompt import plain_words
+from sfumato.text.schedules import Timeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -58,7 +59,8 @@ class Run:
 
     `notes` and `seconds` fill as it goes; `steering` changes its way; `first` is the entry of the schedule that it
     begins at, once that is known, and `controls` the pictures that networks beside the U-Net see. micro_batch: images
-    per call of the U-Net, and images decoded at a time; all of them if None.
+    per call of the U-Net, and images decoded at a time; all of them if None. timeline: what schedules in prompts count,
+    if not the steps of this run alone.
     """
 
     parts: Parts
@@ -69,6 +71,7 @@ class Run:
     notes: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     micro_batch: int | None = None
+    timeline: Timeline | None = None
     plan: Plan | None = field(init=False, default=None)
     first: int = field(init=False, default=0)
     controls: list[Image] = field(init=False, default_factory=list)
@@ -183,19 +186,13 @@ class Run:
             return len(table.rows)
         calls = int((table.timesteps >= handover(self.scheduler, end)).sum())
         if not calls:
-            raise UsageError(f"denoising_end {end:g} leaves no steps; raise it, or steps")
+            raise UsageError(f"denoising_end {end:g} leaves no steps; raise it, steps, or the strength")
         return calls
 
     @property
     def left(self) -> int:
         """How many calls of the U-Net are left to a checkpoint that goes on from this run's `denoising_end`."""
         return len(self.scheduler.timesteps) - takes_over(self.scheduler, self.request.denoising_end or 1.0)
-
-    @property
-    def later(self) -> int:
-        """How many calls of the U-Net a second pass will take."""
-        hires = self.request.hires
-        return 0 if hires is None else (hires.steps or self.request.chosen_steps) * self.scheduler.order
 
     def pixels(self, latents: Tensor) -> Tensor:
         """Decode latents to pixels (B, 3, H, W) in [0, 1]."""
@@ -212,8 +209,8 @@ class Run:
     @torch.no_grad()
     def _encode_prompt(self, *, guided: bool) -> Conditioning:
         parts, request = self.parts, self.request
-        chosen = self.scheduler.num_inference_steps is not None
-        told = stages.by_step(request, len(self.scheduler.timesteps) if chosen else 1)
+        self.timeline = self.timeline or Timeline((self.scheduler.num_inference_steps or 1) * self.scheduler.order)
+        told = stages.by_step(request, self.timeline)
         asked = tuple(told.values())
         with self._held("text_encoder"), self._timed("encode"):
             text, lost, notes = stages.encode_prompt(

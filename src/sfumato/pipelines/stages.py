@@ -20,7 +20,7 @@ from sfumato.runtime.generators import RandomSource
 from sfumato.schedulers.noise import GaussianNoise
 from sfumato.text.grammars import subprompts
 from sfumato.text.prompt import alike, encode_prompts
-from sfumato.text.schedules import at_step
+from sfumato.text.schedules import Timeline, at_step
 from sfumato.values import shown
 
 if TYPE_CHECKING:
@@ -113,18 +113,18 @@ class _Told:
     notes: tuple[str, ...] = ()
 
 
-def by_step(request: GenerateRequest, steps: int) -> dict[int, GenerateRequest]:
+def by_step(request: GenerateRequest, timeline: Timeline) -> dict[int, GenerateRequest]:
     """The request as its prompts are at each step where they change, the first one (1) included."""
     names = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
     texts = {name: value for name in names if (value := getattr(request, name)) is not None}
     if request.prompt_syntax != "a1111" or "[" not in str(texts):
         return {1: request}
     found: dict[int, GenerateRequest] = {}
-    for step in range(1, steps + 1):
+    for step in range(1, max(2, timeline.steps - timeline.taken + 1)):
         told = {
-            name: at_step(value, step, steps)
+            name: at_step(value, step, timeline)
             if isinstance(value, str)
-            else tuple(at_step(one, step, steps) for one in value)
+            else tuple(at_step(one, step, timeline) for one in value)
             for name, value in texts.items()
         }
         if not found or any(getattr(found[max(found)], name) != value for name, value in told.items()):

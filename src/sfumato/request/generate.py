@@ -174,7 +174,8 @@ class GenerateRequest(Record):
         if self.hires is None:
             return
         check_word("spacing", self.hires.spacing or "uniform", SPACINGS)
-        for name in ("refiner", "denoising_start", "denoising_end", "timesteps", "sigmas"):
+        handed_on = () if self.refiner is not None else ("denoising_end",)
+        for name in ("denoising_start", *handed_on):
             if getattr(self, name) is not None:
                 raise UsageError(f"hires and {name} cannot be combined; drop one of them")
 
@@ -247,14 +248,24 @@ class GenerateRequest(Record):
         lists = {name: value for name in names if isinstance(value := getattr(self, name), tuple)}
         return self.replace(count=1, **{name: value[place] for name, value in lists.items()})
 
+    @property
+    def first_pass(self) -> Self:
+        """The request as the first pass has it: where there is a second one (`hires`), a refiner ends that one."""
+        return self if self.hires is None else self.replace(refiner=None, denoising_end=None)
+
+    @property
+    def second_steps(self) -> int:
+        """The steps of the second pass: as many as the first one's if it does not say."""
+        custom = self.timesteps or self.sigmas
+        return (self.hires and self.hires.steps) or (len(custom) if custom else self.chosen_steps)
+
     def second_pass(self, size: tuple[int, int], unit: int) -> Self:
         """The request of the second pass (`hires`) over a first image of this size (width, height).
 
         It takes the last steps of a schedule that is as much longer as its strength is smaller: as many as were asked
-        for, as A1111 does. unit: pixels per latent pixel.
+        for, as A1111 does. A custom schedule is the first pass's alone. unit: pixels per latent pixel.
         """
-        hires = self.hires or Hires()
-        steps = hires.steps or self.chosen_steps
+        hires, steps = self.hires or Hires(), self.second_steps
         whole = min(MOST_STEPS, max(steps, int(steps / min(hires.strength, 0.999))))
         width, height = hires.sizes(*size, unit)[1]
         changes = {
@@ -265,15 +276,17 @@ class GenerateRequest(Record):
         }
         return self.replace(
             **{name: value for name, value in changes.items() if value is not None},
-            hires=None,
-            image=None,
-            mask=None,
+            **dict.fromkeys(("hires", "image", "mask", "timesteps", "sigmas")),
             width=width,
             height=height,
             steps=whole,
             strength=share_of(steps, whole),
             spacing=hires.spacing or (self.spacing if hires.scheduler is None else None),
         )
+
+    def last_pass(self, size: tuple[int, int], unit: int) -> Self:
+        """The request of the pass that a refiner ends; the first one's images have this size (width, height)."""
+        return self.replace(width=size[0], height=size[1]) if self.hires is None else self.second_pass(size, unit)
 
     @property
     def chosen_steps(self) -> int:

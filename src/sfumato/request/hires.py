@@ -22,6 +22,8 @@ UPSCALERS = (
 class Hires(Record):
     """A second pass over an enlarged image (A1111's "Hires. fix"): image-to-image with fresh noise of the same seed.
 
+    A custom schedule is that of the first pass; a refiner takes over in the second one.
+
     scale            how many times as wide and high, if neither width nor height is given
     width, height    of the result; if only one is given, the shape stays; if both, what is too much is cut off evenly
     upscaler         "latent" (bilinear) and other ways to enlarge latents, or "lanczos" for pixels

@@ -178,7 +178,7 @@ def check_sides(factor: int, **sides: int | None) -> None:
         if value is not None and value % factor:
             near = sorted({max(factor, value - value % factor), value + factor - value % factor})
             raise UsageError(
-                f"{name} must be divisible by {factor}, but {value} is not; try {' or '.join(map(str, near))}"
+                f"{name} must be divisible by {factor}, and {value} is not; try {' or '.join(map(str, near))}"
             )
 
 
@@ -195,8 +195,9 @@ def task_of(sizes: Sizes, request: GenerateRequest) -> Task:
     factor = sizes.vae_config.scale_factor
     check_sides(factor, width=width, height=height)
     if request.hires is not None:
-        first, second = request.replace(hires=None), request.second_pass((width, height), factor)
-        task, steps = task_of(sizes, second), request.hires.steps or request.chosen_steps
+        first, second = request.first_pass.replace(hires=None), request.second_pass((width, height), factor)
+        task = task_of(sizes, second)
+        steps = max(0, request.second_steps - (second.chosen_steps - task.steps))  # without those of a refiner
         coded = request.image is not None or not request.hires.upscaler.startswith("latent")
         return replace(task, steps=steps, from_picture=coded, first=task_of(sizes, first))
     custom = request.timesteps or request.sigmas
@@ -226,7 +227,7 @@ class Wishes:
     """Explicit choices of the user, which take precedence. None leaves a choice to the plan.
 
     dtype            of all networks (also as fp32, fp16, bf16, auto); the fields of single networks override it
-    attention        "fused" or "chunked"; attention_bytes is the chunk size
+    attention        "fused", "chunked" or "split"; attention_bytes is the chunk size
     threads          number of CPU threads; all other fields are as in `Plan`
     once             nothing is generated after this request, so no network is needed again
     settled          names of fields that describe a loaded pipeline rather than something the user requested
@@ -251,7 +252,7 @@ class Wishes:
 
     def __post_init__(self) -> None:
         words: dict[str, tuple[str, ...]] = {"engine": ("torch", "onednn")}
-        words |= {"attention": ("fused", "chunked"), "offload": ("none", "staged")}
+        words |= {"attention": ("fused", "chunked", "split"), "offload": ("none", "staged")}
         for name in ("dtype", *(f"{part}_dtype" for part in PARTS)):
             words[name] = tuple(DTYPE_BYTES)
             object.__setattr__(self, name, DTYPE_ALIASES.get(getattr(self, name), getattr(self, name)))
@@ -292,12 +293,16 @@ class Plan:
 
     memory_format   "contiguous" or "channels_last"
     engine          "torch", or "onednn": weights packed once, and our own kernels; x86 only
-    attention       "fused" (torch's own) or "chunked": no score matrix larger than `attention_bytes`
+    attention       "fused" (torch's own), "chunked": no score matrix larger than `attention_bytes`, or "split": by
+                    plain products over pieces of the keys; on Metal, heads too wide for fused kernels are chunked
+    attention_keys  at most so many keys are summed at a time, where that is limited
     micro_batch     images per call of the U-Net
+    singly          convolutions take the images of a batch one at a time
     offload         "none", or "staged": unload the text encoder after encoding, and the U-Net before decoding
     steps           number of steps in the schedule, as requested
     keep_freed      while the VAE decodes, keep large freed tensors for reuse
     reasons         one sentence per choice
+    faults          what the device computes incorrectly, and what is done instead
     peak_bytes      estimated peak memory: of the process on a CPU, of the device otherwise
     free_bytes      free memory
     seconds         estimated time; includes the start of the command with `once`, otherwise excludes loading
@@ -319,6 +324,9 @@ class Plan:
     threads: int | None
     steps: int
     keep_freed: bool = False
+    attention_keys: int | None = None
+    singly: bool = False
+    faults: tuple[str, ...] = ()
     reasons: tuple[str, ...] = ()
     peak_bytes: int = 0
     free_bytes: int = 0
@@ -338,7 +346,7 @@ def published_sizes(name: str) -> Sizes:
     """Return the sizes of a family's published float32 checkpoint. Raises `UsageError` if it reads no prompt."""
     row = FAMILIES[name]
     if not row.encoders:
-        raise UsageError(f"{row.title} takes no prompt; give a family that does")
+        raise UsageError(f"{row.title} reads no prompt; give a family that does")
     texts = [parse(CLIPTextConfig, encoder.config)[0] for encoder in row.encoders]
     layers = [text_layers(text, 1, projected=one.projected) for text, one in zip(texts, row.encoders, strict=True)]
     unet, vae = parse(UNet2DConditionConfig, row.unet)[0], parse(AutoencoderKLConfig, row.vae)[0]

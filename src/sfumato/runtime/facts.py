@@ -59,6 +59,8 @@ class Facts:
     cache_l2, cache_l3  size of one core's level 2 cache, and of the shared level 3 cache
     compiler            path of a C compiler
     onednn              torch's oneDNN operations on packed weights give correct results
+    system_build        of macOS, whose kernels change with it: "25C56"
+    canaries            verdicts on the accelerator: "conv float32" to "passed" or what is wrong (canaries.py)
     speeds              measured by `sfumato doctor`: operations per second for "conv_bfloat16" and so on
     """
 
@@ -86,6 +88,8 @@ class Facts:
     compiler: str | None = None
     onednn: bool = True
     speeds: Mapping[str, float] = field(default_factory=dict)
+    system_build: str | None = None
+    canaries: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def free_cores(self) -> int:
@@ -95,7 +99,13 @@ class Facts:
     @property
     def quirks(self) -> tuple[Quirk, ...]:
         """Known issues of this system with this version of torch."""
-        return known_quirks(self.system_version, self.accelerator, self.libraries.get("torch", ""))
+        torch = self.libraries.get("torch", "")
+        return known_quirks(self.system_version, self.accelerator, torch, self.architecture)
+
+    @property
+    def refused(self) -> Quirk | None:
+        """The issue because of which the accelerator is not used at all, or None."""
+        return next((quirk for quirk in self.quirks if quirk.refused), None)
 
     def native_bfloat16(self, device: str) -> bool:
         """Return whether a device type multiplies bfloat16 natively, as GPUs since Ampere and Metal do."""
@@ -189,6 +199,7 @@ def read_facts(device: str | None = None) -> Facts:
         name=platform.node() or "this machine",
         system=SYSTEMS.get(sys.platform, sys.platform),
         system_version=platform.mac_ver()[0] or platform.release(),
+        system_build=processor.system_build(),
         architecture=ARCHITECTURES.get(platform.machine().lower(), platform.machine().lower()),
         processor=processor.processor_name(),
         memory_total=total,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING
 
 from sfumato.runtime.choices import DTYPE_BYTES, PARTS
+from sfumato.runtime.faults import HEAD_WIDTHS
 from sfumato.runtime.layers import decoder_layers
 from sfumato.runtime.speeds import SECONDS_TO_COMPILE, speed
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
     from sfumato.runtime.choices import Plan, Task
     from sfumato.runtime.facts import Facts
-    from sfumato.runtime.layers import Layer
+    from sfumato.runtime.layers import Attention, Layer
 
 __all__ = [
     "Footprint",
@@ -24,6 +25,7 @@ __all__ = [
     "largest_tensor",
     "seconds_of",
     "start_seconds",
+    "stored_scores",
     "unet_call_seconds",
 ]
 
@@ -127,12 +129,21 @@ def _live(plan: Plan, layers: Sequence[Layer], part: str, rows: int = 1, *, chun
 
 
 def _scores(plan: Plan, layer: Layer, rows: int, size: int) -> int:
-    shape = layer.attention
-    if shape is None or plan.attention == "fused":
+    shape = stored_scores(plan, layer)
+    if shape is None:
         return 0
     # On MPS, scores and softmax are float32 whatever the dtype of the weights.
     whole = rows * shape.heads * shape.queries * shape.keys * (4 if plan.kind == "mps" else size)
     return SCORE_BUFFERS * min(whole, plan.attention_bytes or whole)
+
+
+def stored_scores(plan: Plan, layer: Layer) -> Attention | None:
+    """Return the attention whose scores a layer stores, with the keys that it takes at a time, or None."""
+    shape = layer.attention
+    fused = plan.attention == "fused" and (plan.kind != "mps" or layer.head_width <= HEAD_WIDTHS[-1])
+    if shape is None or fused:
+        return None
+    return replace(shape, keys=min(shape.keys, plan.attention_keys or shape.keys))
 
 
 def unet_call_seconds(facts: Facts, task: Task, plan: Plan) -> float:

@@ -50,6 +50,11 @@ class Layer:
     largest: int = 0
     attention: Attention | None = None
 
+    @property
+    def head_width(self) -> int:
+        """Of an attention: the numbers of a query in one head."""
+        return 0 if self.attention is None else self.largest // (self.attention.heads * self.attention.queries)
+
 
 @dataclass
 class Walk:

@@ -1,9 +1,9 @@
 """The numeric policy: one table of the precision that each kind of device uses for each computation.
 
-It is used in three places. Attention calls `softmax_dtype` and, if that is wider than its tensors, casts q, k, v and
-the mask before computing scores and softmax, and casts the result back. The plan calls `vae_dtypes` and `is_emulated`.
-The finite guard calls `repeat_dtype` before it repeats a stage. Dtypes and device types are plain names ("float16",
-"mps"), so that planning does not need torch.
+It is used in three places. Attention that stores its scores calls `softmax_dtype` and, if that is wider than its
+tensors, casts q, k, v and the mask before computing scores and softmax, and casts the result back. The plan calls
+`vae_dtypes` and `is_emulated`. The finite guard calls `repeat_dtype` before it repeats a stage. Dtypes and device types
+are plain names ("float16", "mps"), so that planning does not need torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FOUR_BYTES = ("float32",)
 class Policy:
     """What a device type does for a model whose weights have a given dtype.
 
-    softmax     dtype of attention scores and softmax
+    softmax     dtype of attention scores and softmax, if they are stored; fused kernels have their own
     upcast      the same for models whose config has `upcast_attention` (Stable Diffusion 2.x)
     vae         dtypes for the autoencoder in order of preference; those that the device emulates are skipped
     repeat      dtype for repeating a stage that produced NaN or infinite values; None if there is no wider one
@@ -48,8 +48,9 @@ _FLOAT32 = Policy("float32", "float32", FOUR_BYTES, None)
 _FLOAT64 = Policy("float64", "float64", ("float64",), None)
 
 # float16 ends at 65504. Attention scores of Stable Diffusion 2.x exceed that on any device, and so do activations of
-# some autoencoders, notably SDXL's; bfloat16 has the range of float32. On Metal, scores fail in both, at least
-# since macOS 14.5 (ComfyUI#3521, ComfyUI#4799, ComfyUI#15819). CPUs have no float16 instructions (CompVis#307).
+# some autoencoders, notably SDXL's; bfloat16 has the range of float32. On Metal, stored scores fail in both, at
+# least since macOS 14.5 (ComfyUI#3521, ComfyUI#4799, ComfyUI#15819); its fused kernels sum in float32 (pytorch#181575).
+# Few CPUs have float16 instructions (CompVis#307).
 POLICIES: dict[tuple[str, str], Policy] = {
     ("cpu", "float64"): _FLOAT64,
     ("cpu", "float32"): _FLOAT32,
@@ -79,9 +80,13 @@ def softmax_dtype(device: str, dtype: str, *, upcast_attention: bool = False) ->
     return policy.upcast if upcast_attention else policy.softmax
 
 
-def best_dtype(device: str, *, native_bfloat16: bool) -> str:
-    """Return the fastest safe dtype for the text encoder and U-Net on a device type, if memory allows it."""
-    return {"cpu": "bfloat16" if native_bfloat16 else "float32", "mps": "float32", "cuda": "float16"}[device]
+def best_dtype(device: str, *, native_bfloat16: bool, proved: bool = False) -> str:
+    """Return the fastest safe dtype for the text encoder and U-Net on a device type, if memory allows it.
+
+    proved: half precision has passed its canaries on this machine, which Metal needs.
+    """
+    half = {"cpu": native_bfloat16, "mps": proved, "cuda": True}[device]
+    return ("float16" if device == "cuda" else "bfloat16") if half else "float32"
 
 
 def vae_dtypes(device: str, dtype: str, *, native_bfloat16: bool, force_upcast: bool = True) -> tuple[str, ...]:

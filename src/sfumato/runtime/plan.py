@@ -12,8 +12,19 @@ from typing import TYPE_CHECKING, Any
 from sfumato.errors import MemoryPlanError, UsageError
 from sfumato.runtime.choices import DTYPE_BYTES, PARTS, Plan, Sizes, Task, Wishes, task_of
 from sfumato.runtime.chunks import attention_chunk
-from sfumato.runtime.footprint import footprint, largest_tensor, seconds_of, start_seconds
-from sfumato.runtime.numerics import best_dtype, vae_dtypes
+from sfumato.runtime.faults import (
+    SPLIT_KEYS,
+    attention_for_dtypes,
+    best_for,
+    fault,
+    half_failed,
+    proved,
+    told,
+    unusable,
+)
+from sfumato.runtime.footprint import footprint, largest_tensor, seconds_of, start_seconds, stored_scores
+from sfumato.runtime.numerics import vae_dtypes
+from sfumato.runtime.quirks import release
 from sfumato.runtime.reasons import gigabytes, reasons
 from sfumato.runtime.speeds import COMPILE_GAIN, SECONDS_TO_COMPILE
 
@@ -34,6 +45,8 @@ METAL_CHUNK = 2**30
 SMALL_CHUNK = 2**26
 LEAST_CACHE = 2**19
 MOST_AT_ONCE = 16
+# As many as the canary of batches proves, with two branches of guidance, from this release on (pytorch#169342).
+MOST_ON_METAL, BATCHES_ON_METAL = 2, (2, 14)
 MOST_SEARCHED = 1024
 
 
@@ -86,9 +99,9 @@ def _within_metal(task: Task, one: Plan) -> bool:
     """Return whether all tensors of the U-Net and the decoder are below Metal's limits."""
     size, numbers = largest_tensor(one, task)
     rows = one.micro_batch * task.rows
-    for shape in {layer.attention for layer in task.unet_layers if layer.attention}:
+    for shape in {stored for layer in task.unet_layers if (stored := stored_scores(one, layer))}:
         pairs, queries = rows * shape.heads, shape.queries
-        if one.attention == "chunked":
+        if one.attention_bytes:
             element = DTYPE_BYTES[one.unet_dtype]
             pairs, queries = attention_chunk(pairs, queries, shape.keys, element, one.attention_bytes or METAL_CHUNK)
         numbers = max(numbers, pairs * queries * shape.keys)
@@ -102,7 +115,7 @@ def _candidates(facts: Facts, task: Task, wishes: Wishes) -> Iterator[Plan]:
     if best.kind == "mps" and wishes.vae_tiling is None and not _within_metal(task, best):
         best = dataclasses.replace(best, vae_tiling=True)
     seen = set()
-    for changes in _steps_down(best):
+    for changes in _steps_down(facts, best):
         free = {name: value for name, value in changes.items() if wishes.wish(name) is None}
         one = dataclasses.replace(best, **free)
         if wishes.vae_slicing is None:
@@ -118,7 +131,7 @@ def _candidates(facts: Facts, task: Task, wishes: Wishes) -> Iterator[Plan]:
         )
 
 
-def _steps_down(best: Plan) -> Iterator[dict[str, Any]]:
+def _steps_down(facts: Facts, best: Plan) -> Iterator[dict[str, Any]]:
     """Yield concessions in order: batches, large chunks, float32 on Metal, keeping all networks, untiled decoding."""
     at_once = best.micro_batch
     yield {}
@@ -126,10 +139,12 @@ def _steps_down(best: Plan) -> Iterator[dict[str, Any]]:
         at_once = (at_once + 1) // 2
         yield {"micro_batch": at_once}
     changes: list[dict[str, Any]] = [{"micro_batch": 1}]
-    if best.attention == "chunked" and best.kind != "cpu":
+    if best.attention_bytes and best.kind != "cpu":
         changes.append({"attention_bytes": SMALL_CHUNK})
-    if best.kind == "mps":
-        changes.append({"text_encoder_dtype": "float16", "unet_dtype": "float16"})
+    if best.kind == "mps" and best.unet_dtype == "float32" and best_for(facts, "mps") == "float32":
+        half = {"text_encoder_dtype": "float16", "unet_dtype": "float16"}
+        if not half_failed(facts, "mps"):
+            changes.append(half | ({"attention": "chunked"} if best.attention == "fused" else {}))
     changes += [{"offload": "staged"}, {"vae_tiling": True}]
     less: dict[str, Any] = {}
     for change in changes:
@@ -141,17 +156,25 @@ def _best(facts: Facts, task: Task, wishes: Wishes) -> Plan:
     """Return the plan for unlimited memory."""
     device = _device(facts, wishes)
     kind = device.partition(":")[0]
-    attention = wishes.attention or ("fused" if kind == "cuda" else "chunked")
+    dtypes: dict[str, Any] = {f"{part}_dtype": _dtype(facts, kind, part, task, wishes) for part in PARTS}
+    used = sorted(set(dtypes.values()))
+    attention = wishes.attention or attention_for_dtypes(facts, kind, used)
+    layout = kind == "mps" or any(fault(facts, kind, "layout", dtype) for dtype in used)
+    long = kind == "mps" or any(fault(facts, kind, "reduction", dtype) for dtype in used)
+    singly = any(fault(facts, kind, "batch", dtype) for dtype in used)
+    stores = attention != "fused" or kind == "mps"
     return Plan(
         device=device,
-        text_encoder_dtype=_dtype(facts, kind, "text_encoder", task, wishes),
-        unet_dtype=_dtype(facts, kind, "unet", task, wishes),
-        vae_dtype=_dtype(facts, kind, "vae", task, wishes),
-        memory_format="contiguous" if kind == "mps" else "channels_last",
+        **dtypes,
+        memory_format="contiguous" if layout else "channels_last",
         engine=_engine(facts, kind, wishes),
         attention=attention,
-        attention_bytes=(wishes.attention_bytes or _chunk(facts, kind)) if attention == "chunked" else None,
-        micro_batch=wishes.micro_batch or (min(task.pictures, MOST_AT_ONCE) if kind == "cuda" else 1),
+        attention_bytes=(wishes.attention_bytes or _chunk(facts, kind)) if stores else None,
+        attention_keys=SPLIT_KEYS if long or attention == "split" else None,
+        micro_batch=wishes.micro_batch
+        or min(task.pictures, 1 if singly else _at_once(facts, kind, dtypes["unet_dtype"])),
+        singly=singly,
+        faults=told(facts) if kind == facts.accelerator or wishes.device in (None, "auto") else (),
         vae_slicing=bool(wishes.vae_slicing),
         vae_tiling=bool(wishes.vae_tiling),
         offload=wishes.offload or ("staged" if wishes.once and kind == "cpu" else "none"),
@@ -163,10 +186,24 @@ def _best(facts: Facts, task: Task, wishes: Wishes) -> Plan:
 
 def _device(facts: Facts, wishes: Wishes) -> str:
     device = wishes.device if wishes.device not in (None, "auto") else facts.accelerator
-    if device.partition(":")[0] not in ("cpu", facts.accelerator):
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", facts.accelerator):
         here = " and ".join(dict.fromkeys(("cpu", facts.accelerator)))
         raise UsageError(f"device {device!r} is not available on {facts.name}; available: {here}")
+    if wishes.device in (None, "auto"):
+        return "cpu" if facts.refused or unusable(facts, kind) else device
+    if kind != "cpu" and facts.refused is not None:
+        why = facts.refused
+        raise UsageError(f"device {device!r} is not used on {facts.name}: {why.trouble} ({why.source}); {why.answer}")
     return device
+
+
+def _at_once(facts: Facts, kind: str, dtype: str) -> int:
+    """How many images a call of the U-Net takes at most, where memory allows it."""
+    if kind != "mps":
+        return MOST_AT_ONCE if kind == "cuda" else 1
+    new = release(facts.libraries.get("torch", "")) >= BATCHES_ON_METAL
+    return MOST_ON_METAL if new and proved(facts, kind, "batch", dtype) else 1
 
 
 def _dtype(facts: Facts, kind: str, part: str, task: Task, wishes: Wishes) -> str:
@@ -174,7 +211,7 @@ def _dtype(facts: Facts, kind: str, part: str, task: Task, wishes: Wishes) -> st
     if wished is not None and not (wished == "float16" and kind == "cpu" and wishes.asked(f"{part}_dtype")):
         return wished
     native = facts.native_bfloat16(kind)
-    best = best_dtype(kind, native_bfloat16=native)
+    best = best_for(facts, kind)
     if part != "vae":
         return best
     return vae_dtypes(kind, best, native_bfloat16=native, force_upcast=task.sizes.vae_config.force_upcast)[0]

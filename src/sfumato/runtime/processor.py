@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-__all__ = ["caches", "compiler", "instruction_sets", "processor_name"]
+__all__ = ["caches", "compiler", "instruction_sets", "processor_name", "system_build"]
 
 # Our names, and the names used by torch, the Linux kernel (x86 "flags", Arm "Features") and macOS.
 _NAMES = {
@@ -47,6 +47,11 @@ def processor_name() -> str:
         return _sysctl("machdep.cpu.brand_string") or platform.processor()
     found = re.search(r"^model name\s*:\s*(.+)$", _read(Path("/proc/cpuinfo")), re.MULTILINE)
     return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def system_build() -> str | None:
+    """The build of macOS, such as "25C56": its kernels change with it; None elsewhere."""
+    return (_sysctl("kern.osversion") or None) if sys.platform == "darwin" else None
 
 
 def caches(root: Path = Path("/")) -> tuple[int | None, int | None]:

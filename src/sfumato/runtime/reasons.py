@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sfumato.runtime.numerics import best_dtype, is_emulated
+from sfumato.runtime.faults import best_for, half_failed
+from sfumato.runtime.numerics import is_emulated
 from sfumato.runtime.speeds import COMPILE_GAIN, SECONDS_TO_COMPILE
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def reasons(facts: Facts, task: Task, wishes: Wishes, plan: Plan) -> tuple[str, 
     """Return one sentence for each choice."""
     sentences = [
         _device(facts, wishes, plan),
+        *plan.faults,
         *_precision(facts, wishes, plan),
         *_engine(facts, wishes, plan),
         _attention(facts, wishes, plan),
@@ -47,8 +49,10 @@ def _device(facts: Facts, wishes: Wishes, plan: Plan) -> str:
         why = "as requested"
     elif "device" in wishes.settled:
         why = "where the pipeline is"
+    elif plan.kind != "cpu":
+        why = "the best device of this machine"
     else:
-        why = "the best device of this machine" if plan.kind != "cpu" else "this machine has no GPU"
+        why = "this machine has no GPU" if facts.accelerator == "cpu" else "its GPU is not used"
     name = facts.processor if plan.kind == "cpu" else facts.accelerator_name or plan.kind
     return f"device {plan.device} ({name}): {why}; {gigabytes(plan.free_bytes)} are free for this process"
 
@@ -60,15 +64,19 @@ def _precision(facts: Facts, wishes: Wishes, plan: Plan) -> Iterator[str]:
         yield f"{plan.unet_dtype} {REPLACED}: CPUs only emulate float16, {_slower(facts, plan)}"
     elif wishes.asked("unet_dtype"):
         yield f"U-Net in {plan.unet_dtype}: as requested"
-    elif wishes.dtype_of("unet") and plan.unet_dtype != best_dtype(plan.kind, native_bfloat16=native):
+    elif wishes.dtype_of("unet") and plan.unet_dtype != best_for(facts, plan.kind):
         yield f"U-Net in {plan.unet_dtype}: as it was loaded"
     elif plan.kind == "cpu" and plan.unet_dtype == "bfloat16":
         name = next(name for name in ("amx_bf16", "avx512_bf16", "neon_bf16") if name in facts.instructions)
         yield f"bfloat16: this CPU supports it ({name}), and it needs half the memory of float32"
+    elif plan.unet_dtype == "float32" and half_failed(facts, plan.kind):
+        yield "float32: half precision failed its canaries here"
     elif plan.kind == "cpu":
         yield "float32: this CPU has no bfloat16 instructions, and emulating them is slower"
     elif plan.kind == "mps" and plan.unet_dtype == "float32":
         yield "float32: it fits, is about as fast as float16 on Metal, and cannot overflow"
+    elif plan.kind == "mps" and plan.unet_dtype == "bfloat16":
+        yield "bfloat16: this GPU passed every canary in it, and it needs half the memory of float32"
     elif plan.kind == "mps":
         yield (
             "float16: float32 does not fit. Attention scores and softmax stay in float32, because they overflow in "
@@ -119,9 +127,17 @@ def _cores(facts: Facts) -> str:
 
 
 def _attention(facts: Facts, wishes: Wishes, plan: Plan) -> str:
+    if plan.attention == "fused" and plan.kind == "mps":
+        size = gigabytes(plan.attention_bytes or 0)
+        return (
+            f"torch's fused attention, with heads padded to widths that it covers; scores of wider ones in chunks of "
+            f"at most {size}{': as requested' if wishes.attention else ''}"
+        )
     if plan.attention == "fused":
         return f"torch's fused attention, which stores no scores{': as requested' if wishes.attention else ''}"
     size = gigabytes(plan.attention_bytes or 0)
+    if plan.attention == "split" and not wishes.attention:
+        return f"attention by plain products, in pieces of at most {plan.attention_keys:,} keys and {size} of scores"
     if wishes.attention or wishes.attention_bytes:
         return f"attention scores in chunks of at most {size}: as requested"
     if plan.kind == "cpu":
@@ -136,6 +152,10 @@ def _batches(task: Task, wishes: Wishes, plan: Plan) -> str:
         return "batch size 1: there is only one image"
     if plan.kind == "cpu":
         return "batch size 1: larger batches are no faster on a CPU and need more memory"
+    if plan.kind == "mps" and plan.micro_batch > 1:
+        return f"batch size {plan.micro_batch} for {task.pictures} images: larger ones are not tested on Metal"
+    if plan.singly:
+        return "batch size 1: this device computes batches wrongly; the images are the same"
     if plan.kind == "mps":
         return "batch size 1: larger batches are unreliable on Metal; the images are the same"
     return f"batch size {plan.micro_batch} for {task.pictures} images: as many as fit in memory, at most 16"

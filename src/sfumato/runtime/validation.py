@@ -41,6 +41,8 @@ _RULES: dict[str, Any] = {
     "libraries": dict[_Text, _Text],
     "compiler": _Text,
     "onednn": bool,
+    "system_build": _Text,
+    "canaries": dict[_Text, _Text],
     "speeds": dict[_Text, Annotated[float, Within(1, 1e18), "operations a second"]],
 }
 

@@ -26,7 +26,7 @@ def converted(source: Path | bytes, kind: str, quality: int | None = None) -> by
         return source if isinstance(source, bytes) else source.read_bytes()
     recipe = None if isinstance(source, bytes) else read_carried(source, whole=False).recipe
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-        return image_bytes(image.convert("RGB"), kind.upper(), recipe, quality)
+        return image_bytes(image.convert("RGB"), recipe, kind.upper(), quality)
 
 
 def inverted(data: bytes) -> bytes:

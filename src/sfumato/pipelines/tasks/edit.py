@@ -25,7 +25,8 @@ __all__ = ["Depth", "Edit"]
 class Edit(Task):
     """Begin with noise, and read the image to edit (InstructPix2Pix, arXiv 2211.09800): pixels (P, 3, H, W) or latents.
 
-    Guidance has three branches: of nothing, of the image alone, and of image and prompt.
+    Guidance has three branches: of nothing, of the image alone, and of image and prompt; the last one once for each
+    of the prompts that `AND` joins.
     """
 
     pixels: Tensor
@@ -47,11 +48,12 @@ class Edit(Task):
         if self.pixels.shape[1] == 3 and "scaled image latents" not in self.parts.family.extra:
             image = self.parts.vae.unscaled(image)
         latents = first_noise(self, text.pictures, tools) * tools.scheduler.init_noise_sigma
-        if text.branches == 1:
+        if text.branches == text.prompts:
             return Beginning(0, latents, replace(text, extra=(image,)))
         branched = {name: getattr(text, name) for name in ("embeds", "pooled", "sizes")}
         three = {name: (branches[0], *branches) for name, branches in branched.items() if branches}
-        return Beginning(0, latents, replace(text, **three, extra=(torch.zeros_like(image), image, image)))
+        seen = (torch.zeros_like(image), *[image] * text.branches)
+        return Beginning(0, latents, replace(text, **three, extra=seen))
 
 
 @dataclass(frozen=True)

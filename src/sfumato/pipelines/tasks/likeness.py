@@ -36,7 +36,7 @@ class Likeness(TextToImage):
         several = isinstance(self.given.generators, (list, tuple))
         told = self._noisy(embeds.repeat(text.pictures // embeds.shape[0] if several else 1, 1), tools)
         told = told.repeat_interleave(text.pictures // told.shape[0], dim=0)
-        labels = (torch.zeros_like(told), told)[-text.branches :]
+        labels = (torch.zeros_like(told),) * (text.branches - text.prompts) + (told,) * text.prompts
         return super().begin(replace(text, labels=labels), tools)
 
     def _noisy(self, embeds: Tensor, tools: Tools) -> Tensor:

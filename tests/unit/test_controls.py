@@ -312,7 +312,9 @@ def test_tiles_have_residuals_of_what_they_show(pipeline):
 
 
 def test_a_controlnet_is_no_checkpoint(files, tmp_path):
-    with pytest.raises(CheckpointError, match=r"there is no model_index\.json, so this is not a pipeline"):
+    with pytest.raises(
+        CheckpointError, match="is one ControlNetModel, not a whole checkpoint; give the folder of a checkpoint"
+    ):
         sfumato.load(files / "net")
     save_file({key: one.contiguous() for key, one in control_net(sfumato).state_dict().items()}, tmp_path / "net.safetensors")  # fmt: skip
     with pytest.raises(CheckpointError, match="is a ControlNet, not a checkpoint"):

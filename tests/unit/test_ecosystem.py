@@ -40,7 +40,7 @@ def test_patterns_stand_for_names():
     with pytest.raises(ImportError, match=r"FluxPipeline .a pipeline of another model family. is not in Sfumato; "):
         from sfumato import FluxPipeline  # noqa: F401
     with pytest.raises(ImportError, match="ControlNet in another form"):
-        from sfumato import StableDiffusionXLControlNetInpaintPipeline  # noqa: F401
+        from sfumato import StableDiffusionControlNetXSPipeline  # noqa: F401
 
 
 @pytest.mark.parametrize(

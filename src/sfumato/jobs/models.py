@@ -21,8 +21,8 @@ __all__ = ["Model", "Models"]
 # Folders below the one of the models in which others are looked for.
 DEPTH = 3
 # Of folders by the class in their config.json, and of files by what their header tells.
-FOLDERS = dict.fromkeys(("ControlNetModel", "ControlNetUnionModel", "T2IAdapter", "MultiAdapter"), "controlnet")
-FOLDERS |= {"CLIPVisionModelWithProjection": "image-encoder"}
+NETWORKS = ("ControlNetModel", "ControlNetUnionModel", "T2IAdapter", "MultiAdapter")
+FOLDERS: dict[str, str] = {**dict.fromkeys(NETWORKS, "controlnet"), "CLIPVisionModelWithProjection": "image-encoder"}
 FILES = {
     "a LoRA": "lora", "a textual inversion": "embedding", "an IP-Adapter": "ip-adapter", "a ControlNet": "controlnet",
     "a T2I-Adapter": "controlnet",

@@ -67,7 +67,7 @@ class ControlNetUnionModel(ControlNetModel):
     """A ControlNet that is told which kind of picture each one is, by its number ("mode")."""
 
     config_class = ControlNetUnionConfig
-    config: ControlNetUnionConfig
+    config: ControlNetUnionConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, config: ControlNetUnionConfig | None = None, **values: object) -> None:
         super().__init__(config, **values)

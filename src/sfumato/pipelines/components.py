@@ -163,6 +163,9 @@ class ComponentFiles:
 
 def read_index(folder: Path) -> dict[str, Any]:
     """`model_index.json`. Raises `CheckpointError` or `ConfigError` for what it cannot say."""
+    if not (folder / INDEX).is_file() and (folder / "config.json").is_file():
+        kind = read_json(folder / "config.json").get("_class_name", "network")
+        raise CheckpointError(f"{folder} is one {kind}, not a whole checkpoint; give the folder of a checkpoint")
     index = read_json(folder / INDEX)
     check_value(str(folder / INDEX), "_class_name", index.get("_class_name"), str | None)
     for part in OPTIONAL:

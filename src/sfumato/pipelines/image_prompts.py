@@ -55,7 +55,8 @@ class Seen:
         """For a context of so many branches of so many images, first those that do not see the image; as states are."""
         rows = [self.nothing] * branches[0] + [self.something] * branches[1]
         tokens = torch.cat([row.expand(pictures, -1, -1) for row in rows]).to(states)
-        matrices, scale = self.adapter.matrices(unet), self.scale
+        matrices = self.adapter.matrices(unet)
+        scale: Any = self.scale
         if isinstance(scale, dict):
             every = {module: _begins(f"unet.{name}", scale) for name, module in unet.named_modules()}
             scale = {module: scale[max(found, key=len)] for module, found in every.items() if found}

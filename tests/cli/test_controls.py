@@ -90,9 +90,35 @@ def test_plans_count_controls_and_masks(sfumato_each, files, model, tmp_path):
     photo = files / "photo.png"
     plain, steered, from_image = sfumato_each(
         [
-            ["plan", "cat", "--model", model, "--json"],
-            ["plan", "cat", "--model", model, "--json", "--control", f"canny:{photo}", "--controlnet", files / "net"],
-            ["plan", "cat", "--model", model, "--json", "--image", photo, "--strength", "0.5", "--extend", "left=32"],
+            ["plan", "cat", "--model", model, "--json", "--facts", "m1-8gb"],
+            [
+                "plan",
+                "cat",
+                "--model",
+                model,
+                "--json",
+                "--facts",
+                "m1-8gb",
+                "--control",
+                f"canny:{photo}",
+                "--controlnet",
+                files / "net",
+            ],
+            [
+                "plan",
+                "cat",
+                "--model",
+                model,
+                "--json",
+                "--facts",
+                "m1-8gb",
+                "--image",
+                photo,
+                "--strength",
+                "0.5",
+                "--extend",
+                "left=32",
+            ],
         ],
         cwd=tmp_path,
     )

@@ -233,7 +233,7 @@ def test_saved_and_loaded(kind, pair, tmp_path):
 def test_the_network_of_a_union_alone(tmp_path):
     from safetensors.torch import save_file
 
-    theirs = union_net(diffusers, "sdxl", norm_num_groups=32, block_out_channels=[32, 64], num_trans_channel=32, num_proj_channel=32, attention_head_dim=[1, 1], addition_time_embed_dim=256, num_control_type=8)  # fmt: skip
+    theirs = union_net(diffusers, "sdxl", norm_num_groups=32, block_out_channels=[32, 64], num_trans_channel=32, num_proj_channel=32, attention_head_dim=[1, 1], addition_time_embed_dim=256, projection_class_embeddings_input_dim=1576, num_control_type=8)  # fmt: skip
     theirs.save_pretrained(tmp_path / "folder")
     save_file({key: value.contiguous() for key, value in theirs.state_dict().items()}, tmp_path / "net.safetensors")
     ours = sfumato.ControlNetUnionModel.from_pretrained(tmp_path / "folder")

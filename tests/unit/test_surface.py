@@ -82,7 +82,7 @@ def test_embeddings_go_with_a_negative_prompt_for_each(pipe):
     assert len(images) == 2
 
 
-@pytest.mark.parametrize("name", ["ip_adapter_image", "pag_scale"])
+@pytest.mark.parametrize("name", ["max_sequence_length", "pag_scale"])
 def test_arguments_that_are_not_here_answer(name, pipe):
     with pytest.raises(UsageError, match=rf"^{name} \(.*\) is not in Sfumato; "):
         pipe("a cat", **{name: 1})

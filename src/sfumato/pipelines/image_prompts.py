@@ -86,6 +86,8 @@ def seen_by(
         return ()
     given = embeds if embeds is not None else images
     given = given if isinstance(given, (list, tuple)) else [given]
+    if not carried:
+        raise UsageError("ip_adapter_image needs an IP-Adapter; load one with load_ip_adapter")
     if len(given) != len(carried):
         raise UsageError(
             f"there are {len(carried)} IP-Adapters and images for {len(given)}; pass images for each of them"

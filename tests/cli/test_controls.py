@@ -81,7 +81,7 @@ def test_image_prompts_on_the_command_line(sfumato_each, files, model, tmp_path)
         cwd=tmp_path,
     )
     alone.failed(2, "--ip-adapter and --image-encoder go together")
-    nowhere.failed(1, "ip.safetensors")
+    nowhere.failed(1, "nowhere")
     number.failed(2, "--image-prompt takes IMAGE[:SCALE], and 'much' is not a number")
     assert list(tmp_path.iterdir()) == []
 

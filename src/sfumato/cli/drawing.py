@@ -66,10 +66,10 @@ def mask_of(file: Path | None, extend: str | None, edge: int | None, crop: int |
 
 def sized(request: GenerateRequest) -> GenerateRequest:
     """The request with the size of the image it starts from, so that the plan is made for that size."""
-    from sfumato.images import open_image
-
     if request.image is None:
         return request
+    from sfumato.images import open_image  # which imports NumPy, and most requests have no image
+
     width, height = open_image(request.image).size  # also if the size is known: a damaged file is refused here
     cropped = request.mask is not None and request.mask.crop is not None
     if request.width is not None or cropped:

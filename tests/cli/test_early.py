@@ -62,11 +62,13 @@ def test_refused_in_less_than_half_a_second(environment, tmp_path):
         times = resource.getrusage(resource.RUSAGE_CHILDREN)
         return times.ru_utime + times.ru_stime
 
-    seconds = []
-    for words in (["--model", "/nope"], ["--width", "100"], ["--stps", "3"]) * 2:
+    def taken(command: list[str]) -> float:
         began = used()
-        subprocess.run(
-            [SCRIPT, "generate", "x", *words], cwd=tmp_path, env=environment, capture_output=True, check=False
-        )
-        seconds.append(used() - began)
-    assert max(map(min, zip(seconds[:3], seconds[3:], strict=True))) < 0.4
+        subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
+        return used() - began
+
+    refused = (["--model", "/nope"], ["--width", "100"], ["--stps", "3"])
+    rounds = [[taken([SCRIPT, "generate", "x", *words]) for words in refused] for _ in range(2)]
+    # On slow cores, a third of what they take to import torch.
+    torch = min(taken([sys.executable, "-c", "import torch"]) for _ in range(2))
+    assert max(map(min, zip(*rounds, strict=True))) < max(0.4, torch / 3)

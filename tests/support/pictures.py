@@ -56,7 +56,8 @@ def compare(ours, theirs, *, seed: int | list[int] | None = 0, **call) -> None:
     if seed is not None and FLOAT32 <= error < 2 * FLOAT32:
         exact = ours.to(torch.float64)(generator=generators(), **call).images
         ours.to(torch.float32)
-        assert distance(a, exact) < min(FLOAT32, distance(b, exact))
+        # Both round; which of the two is luckier depends on the processor and its number of threads.
+    assert distance(a, exact) < min(FLOAT32, 2 * distance(b, exact))
     else:
         assert error < FLOAT32
     if seed is not None:

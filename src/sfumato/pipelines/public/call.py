@@ -128,7 +128,8 @@ def _with_callback(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def _attention_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What `cross_attention_kwargs` says: {"scale": 0.5} multiplies the weights of all adapters; masks of images."""
-    given = arguments.get("cross_attention_kwargs") or {}
+    given = arguments.get("cross_attention_kwargs")
+    given = {} if given is None else given
     if not isinstance(given, Mapping):
         raise UsageError(f"cross_attention_kwargs must be a dict such as {{'scale': 0.5}}, not {shown(given)}")
     if given.keys() - {"scale", "ip_adapter_masks"}:

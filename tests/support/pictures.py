@@ -42,7 +42,7 @@ def compare(ours, theirs, *, seed: int | list[int] | None = 0, **call) -> None:
     """Both calls end in the same latents, and leave their generators at the same place.
 
     Guidance multiplies rounding, and DDIM's first step on random weights multiplies it once more: the reference's own
-    float32 is then up to 1.2e-4 from the float64 result. There, ours must be the nearer one.
+    float32 is then up to 1.2e-4 from the float64 result. There, ours must be about as near.
     """
 
     def generators():
@@ -56,8 +56,8 @@ def compare(ours, theirs, *, seed: int | list[int] | None = 0, **call) -> None:
     if seed is not None and FLOAT32 <= error < 2 * FLOAT32:
         exact = ours.to(torch.float64)(generator=generators(), **call).images
         ours.to(torch.float32)
-        # Both round; which of the two is luckier depends on the processor and its number of threads.
-    assert distance(a, exact) < min(FLOAT32, 2 * distance(b, exact))
+        # Which of the two rounds more luckily depends on the processor and its number of threads.
+        assert distance(a, exact) < min(FLOAT32, 2 * distance(b, exact))
     else:
         assert error < FLOAT32
     if seed is not None:

@@ -15,6 +15,7 @@ import pytest
 from PIL import Image
 
 from cli.conftest import SCRIPT, Outcome
+from sfumato.cli.main import main
 
 posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such users, modes or signals")
 # Even root is asked for permission then.
@@ -295,3 +296,27 @@ def test_streams_that_are_closed(environment, model, tmp_path, closing):
     assert "unexpected" not in done.stderr
     with Image.open(tmp_path / "x.png") as image:
         image.load()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_that_compiled_code_reports_as_an_error_of_its_own(monkeypatch, capsys, number):
+    """As safetensors does if a signal arrives while it makes a tensor."""
+
+    def app():
+        try:
+            signal.raise_signal(number)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None
+
+    monkeypatch.setattr("sfumato.cli.main.app", app)
+    names = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {each: signal.getsignal(each) for each in names}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main()
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+    assert ended.value.code == 128 + number
+    assert capsys.readouterr().err == "sfumato: interrupted; no unfinished files were left behind\n"

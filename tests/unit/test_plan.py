@@ -158,6 +158,16 @@ def test_compiling_has_to_be_repaid():
     assert plan(gpu, SD15, request(), Wishes(compile=True)).compile
 
 
+def test_what_is_compiled_is_not_packed():
+    facts = machine("laptop-8gb")
+    assert plan(facts, SD15, request()).engine == "onednn"
+    asked = plan(facts, SD15, request(), Wishes(compile=True))
+    assert (asked.engine, asked.compile) == ("torch", True)
+    assert any("cannot compile the faster onednn engine" in reason for reason in asked.reasons)
+    with pytest.raises(UsageError, match="one of the two"):
+        plan(facts, SD15, request(), Wishes(compile=True, engine="onednn"))
+
+
 WISHES = [
     {"device": "cpu"},
     {"dtype": "float32"},

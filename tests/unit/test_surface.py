@@ -10,6 +10,7 @@ import torch
 
 import sfumato
 from sfumato.errors import UsageError
+from sfumato.models.packed import is_packed
 
 
 @pytest.fixture
@@ -49,6 +50,20 @@ def test_a_compiled_network_may_be_assigned(checkpoints, caplog):
     assert pipe.unet is unet
     assert unet._compiled_call_impl is not None
     assert "same as pipe.unet.compile()" in caplog.text
+
+
+def test_a_packed_network_is_not_compiled(checkpoints, caplog):
+    """Inductor cannot lower its layers."""
+    pipe = sfumato.StableDiffusionPipeline.from_pretrained(checkpoints())
+    how = {"num_inference_steps": 1, "output_type": "np"}
+    plain = pipe("a cat", **how, generator=torch.Generator().manual_seed(0)).images
+    if not is_packed(pipe.unet):
+        pytest.skip("the plan packs no layers on this machine")
+    pipe.unet.compile()
+    again = pipe("a cat", **how, generator=torch.Generator().manual_seed(0)).images
+    assert np.array_equal(plain, again)
+    assert "torch.compile is not used" in caplog.text
+    assert pipe.unet._compiled_call_impl is None
 
 
 def test_parts_that_may_be_missing(pipe, ours):

@@ -37,13 +37,16 @@ __all__ = ["app", "main"]
 class _Interrupted(SfumatoError):
     """Ctrl-C or a termination signal. The exit code follows shell convention."""
 
-    def __init__(self, sentence: str, cause: KeyboardInterrupt) -> None:
-        super().__init__(sentence)
-        self.exit_code = 128 + getattr(cause, "number", signal.SIGINT)
+    def __init__(self, when: str, number: int = signal.SIGINT) -> None:
+        super().__init__(f"interrupted{when}")
+        self.exit_code = 128 + number
+
+
+_CLEAN = "; no unfinished files were left behind"
 
 
 class _Ended(KeyboardInterrupt):
-    """A termination signal, handled like Ctrl-C so that cleanup is the same."""
+    """Ctrl-C or a termination signal, handled alike so that cleanup is the same."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -61,7 +64,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            raise _Interrupted("interrupted; no unfinished files were left behind", error) from error
+            raise _Interrupted(_CLEAN, getattr(error, "number", signal.SIGINT)) from error
 
 
 app = typer.Typer(
@@ -116,7 +119,7 @@ def main() -> None:
     Set SFUMATO_TRACEBACK=1 to see where an unexpected error came from.
     """
     prepare_streams()
-    _end_as_interrupted()
+    received = _end_as_interrupted()
     if completion.COMPLETE in os.environ:
         from typer.completion import completion_init  # pyright: ignore[reportPrivateImportUsage]
 
@@ -125,34 +128,41 @@ def main() -> None:
         with notes():
             app()
     except KeyboardInterrupt as error:
-        _fail(_Interrupted("interrupted before anything started", error))
+        _fail(_Interrupted(" before anything started", getattr(error, "number", signal.SIGINT)))
     except BrokenPipeError:
         discard(sys.stdout)  # nobody is reading, so write nothing more
         sys.exit(1)
     except SystemExit:
         raise
-    except SfumatoError as error:
-        _fail(error)
     except BaseException as error:
-        if os.environ.get("SFUMATO_TRACEBACK"):
-            raise
-        _fail(SfumatoError(_unexpected(error)))
+        if received:
+            # Compiled code that is interrupted between its calls to Python may report an error of its own instead.
+            error = error if isinstance(error, _Interrupted) else _Interrupted(_CLEAN, received[-1])
+        elif not isinstance(error, SfumatoError):
+            if os.environ.get("SFUMATO_TRACEBACK"):
+                raise
+            error = SfumatoError(_unexpected(error))
+        _fail(error)
 
 
-def _end_as_interrupted() -> None:
-    """Handle termination signals like Ctrl-C."""
+def _end_as_interrupted() -> list[int]:
+    """Handle termination signals like Ctrl-C. Returns a list that every signal is added to as it arrives."""
+    received: list[int] = []
     last = -1.0
 
     def end(number: int, _: object) -> None:
         nonlocal last
         before, last = last, time.monotonic()
-        if before < 0 or last - before > 1:  # `timeout` sends it twice, which would interrupt the cleanup
+        # `timeout` sends it twice, which would interrupt the cleanup. A second Ctrl-C is meant.
+        if number == signal.SIGINT or before < 0 or last - before > 1:
+            received.append(number)
             raise _Ended(number)
 
-    for name in ("SIGTERM", "SIGHUP"):
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
-        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+        if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, end)
+    return received
 
 
 def _unexpected(error: BaseException) -> str:

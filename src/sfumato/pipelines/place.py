@@ -213,6 +213,9 @@ class Place:
                 release_memory(self.device_of(parts))
             else:
                 pack(model, kernels)  # what adapters have changed, and what has its own weights again
+        if is_packed(model) and model._compiled_call_impl is not None:
+            model._compiled_call_impl = None  # Inductor cannot lower packed layers
+            self._say("torch.compile is not used: it does not speed up the onednn engine", notes)
         if not (self.sliced and role == "unet"):
             model.set_attention(_attention(model, plan, kernels))
         _convolve_singly(model, plan.singly)

@@ -224,7 +224,9 @@ def _engine(facts: Facts, kind: str, wishes: Wishes) -> str:
             "a release of torch whose oneDNN operations work here" if packs else "an x86 CPU with AVX2 as the device"
         )
         raise UsageError(f"engine 'onednn' needs {needs}; let the plan choose the engine")
-    return wishes.engine or ("onednn" if packs and facts.onednn else "torch")
+    if wishes.engine == "onednn" and wishes.compile:
+        raise UsageError("torch.compile cannot compile engine 'onednn'; leave out one of the two")
+    return wishes.engine or ("onednn" if packs and facts.onednn and not wishes.compile else "torch")
 
 
 def _chunk(facts: Facts, kind: str) -> int:

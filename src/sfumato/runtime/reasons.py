@@ -106,6 +106,8 @@ def _engine(facts: Facts, wishes: Wishes, plan: Plan) -> Iterator[str]:
         why = "the packed kernels need an x86 CPU with AVX2"
         if facts.architecture == "x86_64" and "avx2" in facts.instructions:
             why = "this version of torch lacks working oneDNN operations"
+        if facts.onednn and wishes.compile:
+            why = "torch.compile cannot compile the faster onednn engine"
     yield f"engine {plan.engine}: {why}"
     if wishes.threads:
         yield f"{_threads(plan)}: as requested"

@@ -607,5 +607,5 @@ def test_languages_change_at_once_and_stay(browser, studio):
 def test_without_a_browser_tests_say_so(monkeypatch):
     monkeypatch.delenv("SFUMATO_CHROMIUM", raising=False)
     monkeypatch.setattr("shutil.which", lambda name: None)
-    with pytest.raises(pytest.skip.Exception, match="make browser"):
+    with pytest.raises(pytest.skip.Exception, match="make clients"):
         chromium()

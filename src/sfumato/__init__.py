@@ -63,6 +63,7 @@ if TYPE_CHECKING:
         AdapterFile,
         Control,
         EmbeddingFile,
+        Fast,
         Framing,
         FreeU,
         GenerateRequest,
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
         Hires,
         ImagePrompt,
         Mask,
+        Reuse,
     )
     from sfumato.schedulers import (
         DDIMScheduler,
@@ -118,6 +120,7 @@ __all__ = [
     "EmbeddingFile",
     "EulerAncestralDiscreteScheduler",
     "EulerDiscreteScheduler",
+    "Fast",
     "Framing",
     "FreeU",
     "GenerateRequest",
@@ -137,6 +140,7 @@ __all__ = [
     "MultiControlNetUnionModel",
     "PNDMScheduler",
     "Result",
+    "Reuse",
     "StableDiffusionAdapterPipeline",
     "StableDiffusionControlNetImg2ImgPipeline",
     "StableDiffusionControlNetInpaintPipeline",
@@ -187,6 +191,7 @@ _ROOMS = {
         "AdapterFile",
         "Control",
         "EmbeddingFile",
+        "Fast",
         "Framing",
         "FreeU",
         "GenerateRequest",
@@ -194,6 +199,7 @@ _ROOMS = {
         "Hires",
         "ImagePrompt",
         "Mask",
+        "Reuse",
     ),
     "pipelines": (
         "AutoPipelineForImage2Image",

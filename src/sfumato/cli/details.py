@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from sfumato.errors import UsageError
 
 if TYPE_CHECKING:
-    from sfumato.request import FreeU, GuidanceInterval, Hires
+    from sfumato.request import Fast, FreeU, GuidanceInterval, Hires
 
-__all__ = ["freeu", "guidance_interval", "hires"]
+__all__ = ["fast", "freeu", "guidance_interval", "hires"]
 
 
 def guidance_interval(steps: str | None, sigmas: str | None) -> GuidanceInterval | None:
@@ -22,6 +22,18 @@ def guidance_interval(steps: str | None, sigmas: str | None) -> GuidanceInterval
     start, stop = _numbers("--guidance-interval", "0.2,0.8", steps, 2) or (0.0, 1.0)
     low, high = _numbers("--guidance-sigmas", "0.3,5.4", sigmas, 2) or (0.0, None)
     return GuidanceInterval(start=start, stop=stop, sigma_min=low, sigma_max=high)
+
+
+def fast(text: str | None) -> Fast | None:
+    """Parse `--fast 30dB`."""
+    from sfumato.request import Fast
+
+    numbers = _numbers("--fast", "30dB", None if text is None else re.sub(r"(?i)\s*dB\s*$", "", text), 1)
+    if numbers is None:
+        return None
+    if not 1 <= numbers[0] <= 100:
+        raise UsageError(f"--fast must be from 1dB to 100dB, not {text!r}")
+    return Fast(promise=numbers[0])
 
 
 def freeu(text: str | None) -> FreeU | None:

@@ -193,8 +193,9 @@ def _write(result: Result, base: Path, *, grid: bool, overwrite: bool) -> list[P
 
     if grid:
         first = result.recipes[0]
-        added = {key: value for key, value in first["request"].items() if key in ("adapters", "embeddings")}
-        pictures = [(_in_grid(result.images), first | {"request": result.request.to_dict() | added, "grid": True})]
+        added = {key: value for key, value in first["request"].items() if key in ("adapters", "embeddings", "fast")}
+        asked = result.request.replace(fast=None).to_dict()
+        pictures = [(_in_grid(result.images), first | {"request": asked | added, "grid": True})]
     else:
         pictures = list(zip(result.images, result.recipes, strict=True))
     paths = []

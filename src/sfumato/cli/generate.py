@@ -65,6 +65,14 @@ def generate(
         str | None,
         typer.Option(metavar="B1,B2,S1,S2", help="Reweight skip connections (FreeU), such as 1.5,1.6,0.9,0.2."),
     ] = None,
+    fast: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DB",
+            help="Less work for an image that differs from the exact one, such as 30dB: a PSNR that is typically "
+            "reached. Only for models that this was measured for. Default: exact.",
+        ),
+    ] = None,
     seamless: Annotated[
         str | None, typer.Option(help="x, y or xy: make the image tile seamlessly along these axes.")
     ] = None,
@@ -193,6 +201,7 @@ def generate(
         image=None if image is None else str(image), strength=strength, steps=steps, guidance_scale=guidance_scale,
         prompt_2=prompt_2, negative_prompt_2=negative_prompt_2, prompt_syntax=prompt_syntax, spacing=spacing,
         negative_clip_skip=negative_clip_skip, seamless=seamless, freeu=details.freeu(freeu),
+        fast=details.fast(fast),
         guidance_interval=details.guidance_interval(guidance_interval, guidance_sigmas),
         hires=details.hires(
             hires, upscaler=hires_upscaler, strength=hires_strength, steps=hires_steps, scheduler=hires_scheduler,

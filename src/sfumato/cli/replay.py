@@ -57,6 +57,9 @@ def replay(
     lora_dir: options.LoraFolder = None,
     device: options.Device = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. Default: the original's.")] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Draw the exact image in place of one that was drawn with --fast.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where to write the new image. Default: <image>-replay.png.")
     ] = None,
@@ -80,6 +83,8 @@ def replay(
     remembered, original = remember(picture), open_image(picture)
     recipe, path = remembered.recipe, _target(output, picture)
     terminal, how = Terminal(quiet=quiet), (model, device, dtype)
+    if exact:
+        recipe = _exact(recipe, picture)
     if recipe is None:
         request, pipeline, notes = _foreign(terminal, remembered, picture, how, image, rng, lora_dir)
     else:
@@ -95,6 +100,13 @@ def replay(
     told = result.recipes[0] if recipe is None else recipe | result.recipes[0] | {"request": recipe["request"]}
     written = (save_picture if overwrite else save_new_picture)(drawn, path, told)
     _report(written, likeness, None if recipe else notes, as_json=as_json)
+
+
+def _exact(recipe: dict[str, Any] | None, picture: Path) -> dict[str, Any]:
+    """Return the recipe without what makes it fast. Raises `UsageError` for an image that was drawn exactly."""
+    if recipe is None or "fast" not in recipe["request"]:
+        raise UsageError(f"{picture} was not drawn with --fast, so there is nothing to compare; drop --exact")
+    return recipe | {"request": {name: one for name, one in recipe["request"].items() if name != "fast"}}
 
 
 def _target(output: Path | None, picture: Path) -> Path:

@@ -7,12 +7,16 @@ optimizer states, which go by position, match.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.models.recomputed import Recomputed
+
+if TYPE_CHECKING:
+    from sfumato.configs import UNet2DConditionConfig
 
 __all__ = [
     "Downsample2D",
@@ -22,6 +26,8 @@ __all__ = [
     "TimestepEmbedding",
     "Upsample2D",
     "activation",
+    "class_embedding",
+    "projected",
     "sinusoidal_embedding",
 ]
 
@@ -175,3 +181,26 @@ class Upsample2D(nn.Module):
         """(B, C, H, W) -> (B, C, 2H, 2W), or `size`, for skip connections of odd size."""
         scale = 2.0 if size is None else None
         return self.conv(F.interpolate(x, size=size, scale_factor=scale, mode="nearest"))
+
+
+def projected(config: UNet2DConditionConfig) -> int:
+    """How many numbers a U-Net reads beside the timestep, as class labels or pooled prompts and sizes."""
+    return config.projection_class_embeddings_input_dim or 0
+
+
+def class_embedding(config: UNet2DConditionConfig, channels: int, time_channels: int) -> nn.Module | None:
+    """Build what reads class labels, to (B, time_channels), if anything does; channels: of an embedded timestep."""
+    given = projected(config)
+    match config.class_embed_type:
+        case "timestep":
+            return TimestepEmbedding(channels, time_channels, config.act_fn)
+        case "identity":
+            return nn.Identity()
+        case "projection":
+            return TimestepEmbedding(given, time_channels, "silu")
+        case "simple_projection":
+            return nn.Linear(given, time_channels)
+        case _ if config.num_class_embeds is not None:
+            return nn.Embedding(config.num_class_embeds, time_channels)
+        case _:
+            return None

@@ -20,6 +20,8 @@ from sfumato.models.blocks import (
     TimestepEmbedding,
     Upsample2D,
     activation,
+    class_embedding,
+    projected,
     sinusoidal_embedding,
 )
 from sfumato.models.freeu import FreeUSwitch, reweighted
@@ -29,6 +31,8 @@ from sfumato.outputs import Output
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from sfumato.models.reuse import Deep
 
 __all__ = ["DownBlock", "MidBlock", "UNet2DConditionModel", "UNet2DConditionOutput", "UNetEncoder", "UpBlock"]
 
@@ -181,13 +185,20 @@ class UpBlock(nn.Module):
         context: Context,
         skips: list[Tensor],
         freeu: tuple[float, float] | None = None,
+        first: int = 0,
+        deep: Deep | None = None,
     ) -> Tensor:
-        """Map x (B, C, H, W) to (B, C', 2H, 2W); pop its skip connections from the end of the list."""
-        for i, resnet in enumerate(self.resnets):
+        """Map x (B, C, H, W) to (B, C', 2H, 2W); pop its skip connections from the end of the list.
+
+        first: the layer that x goes into; deep: what keeps the features that one of the layers is given.
+        """
+        for i in range(first, len(self.resnets)):
+            if deep is not None and len(skips) == deep.layers:
+                deep.features = x
             skip = skips.pop()
             if freeu is not None:
                 x, skip = reweighted(x, skip, freeu)
-            x = _apply(resnet, self.attentions, i, _joined(x, skip, context), time, context)
+            x = _apply(self.resnets[i], self.attentions, i, _joined(x, skip, context), time, context)
         if self.upsamplers is None:
             return x
         # The next skip connection has the size from before downsampling, so that odd sizes are restored exactly.
@@ -215,10 +226,10 @@ class UNetEncoder(Model):
         self.time_embedding = TimestepEmbedding(
             embedded, time_channels, config.act_fn, config.time_cond_proj_dim, config.timestep_post_act
         )
-        self.class_embedding = _class_embedding(config, embedded, time_channels)
+        self.class_embedding = class_embedding(config, embedded, time_channels)
         self.add_embedding = None
         if config.addition_embed_type is not None:
-            self.add_embedding = TimestepEmbedding(_projected(config), time_channels, "silu")
+            self.add_embedding = TimestepEmbedding(projected(config), time_channels, "silu")
 
     def _levels(self) -> list[_Level]:
         config = self.unet_config
@@ -314,10 +325,10 @@ class UNetEncoder(Model):
         text, ids = given["text_embeds"], given["time_ids"]
         waves = self._sinusoid(ids.flatten(), self.unet_config.addition_time_embed_dim or 0).view(ids.shape[0], -1)
         added = torch.cat([text, waves.to(text.dtype)], dim=-1)
-        if added.shape[-1] != _projected(self.unet_config):
+        if added.shape[-1] != projected(self.unet_config):
             raise ValueError(
                 f"text_embeds of {text.shape[-1]} numbers and {ids.shape[-1]} time_ids make {added.shape[-1]}, "
-                f"but this U-Net takes {_projected(self.unet_config)}; pass those of its own family"
+                f"but this U-Net takes {projected(self.unet_config)}; pass those of its own family"
             )
         return added
 
@@ -381,6 +392,7 @@ class UNet2DConditionModel(UNetEncoder, FreeUSwitch):
         down_block_additional_residuals: Sequence[Tensor] = (),
         mid_block_additional_residual: Tensor | None = None,
         down_intrablock_additional_residuals: Sequence[Tensor] = (),
+        deep: Deep | None = None,
         return_dict: bool = True,
     ) -> UNet2DConditionOutput | tuple[Tensor]:
         """Predict the noise in a sample.
@@ -390,20 +402,16 @@ class UNet2DConditionModel(UNetEncoder, FreeUSwitch):
         guidance. class_labels (B,), added_cond_kwargs: if the config requires them; see `moment`. Masks: (B, S), 1 for
         positions to keep. A `Moment` and a `Context` can replace timestep and states. Additional residuals: from
         ControlNets, one for each skip connection and one for the middle block; from T2I-Adapters, one for each down
-        block and, if there is another, for the middle block. Returns the prediction (B, C, H, W) as `.sample`, or in a
-        tuple with `return_dict=False`.
+        block and, if there is another, for the middle block. deep: keeps features for `shallow`. Returns the prediction
+        (B, C, H, W) as `.sample`, or in a tuple with `return_dict=False`.
         """
         if cross_attention_kwargs:
             raise UsageError("a U-Net accepts no cross_attention_kwargs; pass them to the call of the pipeline")
-        if self.config.center_input_sample:
-            sample = 2 * sample - 1
         time, context = timestep, encoder_hidden_states
         if not isinstance(time, Moment):
             time = self.moment(sample, time, class_labels, timestep_cond, added_cond_kwargs)
         context = self._context(context, sample, attention_mask, encoder_attention_mask)
-        x = self.conv_in(sample)
-        if context.mask is not None or time.activated.shape[0] > x.shape[0]:
-            x = context.widen(x)  # masks and per-prompt time embeddings have the prompts' batch size
+        x = self.entered(sample, time, context)
         skips = [] if self.config.is_k else [x]
         within = list(down_intrablock_additional_residuals or ())
         for block in self.down_blocks:
@@ -417,31 +425,22 @@ class UNet2DConditionModel(UNetEncoder, FreeUSwitch):
             x = x if residual is None else _plus(x, residual, context)
         factors = [] if self.freeu is None else [[one] for one in self.freeu]
         for i, block in enumerate(self.up_blocks):
-            x = block(x, time, context, skips, *(factors[i] if i < len(factors) else ()))
-        x = context.widen(x)
-        x = self.conv_out(x if self.conv_norm_out is None else self.conv_norm_out(x, self.conv_act))
+            kept = {} if deep is None else {"deep": deep}
+            x = block(x, time, context, skips, *(factors[i] if i < len(factors) else ()), **kept)
+        x = self.left(x, context)
         return UNet2DConditionOutput(x) if return_dict else (x,)
 
+    def entered(self, sample: Tensor, time: Moment, context: Context) -> Tensor:
+        """The first features (B, C', H, W) of a sample (B, C, H, W)."""
+        x = self.conv_in(2 * sample - 1 if self.config.center_input_sample else sample)
+        if context.mask is not None or time.activated.shape[0] > x.shape[0]:
+            x = context.widen(x)  # masks and per-prompt time embeddings have the prompts' batch size
+        return x
 
-def _projected(config: UNet2DConditionConfig) -> int:
-    return config.projection_class_embeddings_input_dim or 0
-
-
-def _class_embedding(config: UNet2DConditionConfig, channels: int, time_channels: int) -> nn.Module | None:
-    given = _projected(config)
-    match config.class_embed_type:
-        case "timestep":
-            return TimestepEmbedding(channels, time_channels, config.act_fn)
-        case "identity":
-            return nn.Identity()
-        case "projection":
-            return TimestepEmbedding(given, time_channels, "silu")
-        case "simple_projection":
-            return nn.Linear(given, time_channels)
-        case _ if config.num_class_embeds is not None:
-            return nn.Embedding(config.num_class_embeds, time_channels)
-        case _:
-            return None
+    def left(self, x: Tensor, context: Context) -> Tensor:
+        """The prediction (B, C, H, W) from the last features (B, C', H, W)."""
+        x = context.widen(x)
+        return self.conv_out(x if self.conv_norm_out is None else self.conv_norm_out(x, self.conv_act))
 
 
 def _additive(keep: Tensor | None, sample: Tensor) -> Tensor | None:

@@ -92,7 +92,7 @@ def _second_pass(first: Run, request: GenerateRequest, latents: Tensor, seeds: S
 
 def _refining(request: GenerateRequest) -> GenerateRequest:
     """What is left to a refiner of a request: the rest of it, without what is for a second text encoder."""
-    others = ("refiner", "denoising_end", "image", "mask", "width", "height", "prompt_2", "negative_prompt_2")
+    others = ("fast", "refiner", "denoising_end", "image", "mask", "width", "height", "prompt_2", "negative_prompt_2")
     added = {"adapters": (), "embeddings": (), "controls": (), "image_prompts": ()}
     return request.replace(**dict.fromkeys(others), **added, denoising_start=request.denoising_end)
 

@@ -13,6 +13,7 @@ from sfumato.models.attention import Context
 from sfumato.models.blocks import Moment, sinusoidal_embedding
 from sfumato.pipelines.repair import computed_in_float32
 from sfumato.pipelines.residuals import Read, together
+from sfumato.pipelines.reused import Reused
 from sfumato.runtime.chunks import tile_starts
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from sfumato.models.unet import UNet2DConditionModel
     from sfumato.pipelines.conditioning import Branches, Conditioning
     from sfumato.pipelines.residuals import Added, Steered
+    from sfumato.request import Fast
 
 __all__ = ["Guidance", "compose", "guide", "guide_both", "rescale"]
 
@@ -71,6 +73,7 @@ class _Part:
     told: Conditioning
     read: Read
     extra: Tensor | None
+    reused: Reused | None = None  # what it keeps between steps, where the request is for less work
     _tiles: dict[tuple[int, int], _Part] = field(default_factory=dict)
 
     def within(self, row: slice, column: slice) -> _Part:
@@ -88,7 +91,8 @@ class Guidance:
 
     `tell` and `steer` change what it is told between steps; a scale of at most 1 is no guidance. image_scale: of the
     second of three branches, which reads the image alone. micro_batch: images per call of the U-Net, all if None; tile:
-    the side of the latents that it reads at once, all if None; step: which one it is, counted from 0, and of how many.
+    the side of the latents that it reads at once, all if None; step: which one it is, counted from 0, and of how many;
+    fast: what is reused between steps, for latents that are read at once, and without networks beside the U-Net.
     Predictions come back in float32 (float64 if the U-Net is), so that guidance does not round twice.
     """
 
@@ -100,22 +104,40 @@ class Guidance:
     micro_batch: int | None = None
     tile: int | None = None
     step: tuple[int, int] = (0, 1)
+    fast: Fast | None = None
     _read: list[_Part] = field(default_factory=list, init=False)  # for each micro-batch
+    _alone: list[_Part] = field(
+        default_factory=list, init=False
+    )  # the same without guidance, where `fast` leaves it out
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         """Scaled latents (B, C, h, w) at timestep t -> the prediction (B, C, h, w)."""
         narrow = x.to(self.unet.dtype)
         size = self.micro_batch or x.shape[0]
         if not self._read or self._read[0].read.context.states.dtype != narrow.dtype:  # a repair changes the precision
-            self._read = self._reading(size)
+            self._read, self._alone = self._reading(self._told, size), []
+        every = self._read if self._guides() else self._unguided(size)
         moments: dict[int, Moment] = {}  # one where nothing but time is in it, else as many as are different
         predicted = []
-        for part, own in zip(narrow.split(size), self._read, strict=True):
+        for part, own in zip(narrow.split(size), every, strict=True):
             shared = id(own.read) if own.read.with_time else 0
             if shared not in moments:
                 moments[shared] = self._moment(part, t, dict(own.read.with_time))
             predicted.append(self._in_tiles(part, t, moments[shared], own).to(x.dtype))
         return torch.cat(predicted)
+
+    def _guides(self) -> bool:
+        """Whether this step computes the direction of guidance, or has none."""
+        return self._told.branches == 1 or all(
+            one.reused is None or one.reused.guides(*self.step) for one in self._read
+        )
+
+    def _unguided(self, size: int) -> list[_Part]:
+        """What each micro-batch reads for its prompt alone; what it has kept is the same."""
+        if not self._alone:
+            parts = self._reading(self._told.unguided, size)
+            self._alone = [replace(one, reused=own.reused) for one, own in zip(parts, self._read, strict=True)]
+        return self._alone
 
     def _moment(self, x: Tensor, t: float, with_time: dict[str, Tensor]) -> Moment:
         labels, condition = with_time.pop("class_labels", None), with_time.pop("timestep_cond", None)
@@ -151,17 +173,23 @@ class Guidance:
         residuals, weights = together(beside, own.read.context), own.told.weights
         if own.extra is not None:
             x = torch.cat([x.repeat(own.extra.shape[0] // x.shape[0], 1, 1, 1), own.extra], dim=1)
-        output = self.unet(x, moment, own.read.context, return_dict=False, **residuals)[0]
+        if own.reused is None:
+            output = self.unet(x, moment, own.read.context, return_dict=False, **residuals)[0]
+        else:
+            output = own.reused.output(self.unet, x, moment, own.read.context, *self.step)
         if self.unet.config.is_k:  # k-diffusion's velocity has the other sign, and a variance that nobody reads
             output = -output[:, :-1]
-        if self._told.branches == 1:
-            return output
-        every = output.to(_wide(output)).chunk(self._told.branches)
+        if own.told.branches == 1:
+            kept = None if self._told.branches == 1 or own.reused is None else own.reused.direction.at(self.step[0])
+            return output if kept is None else output.to(kept.dtype) + (self.scale - 1) * kept
+        every = output.to(_wide(output)).chunk(own.told.branches)
         # What the prompts are guided away from: nothing alone, or nothing and then the image without a prompt.
-        others = every[: -self._told.prompts]
+        others = every[: -own.told.prompts]
         conditional = compose(every[max(0, len(others) - 1) :], weights)
         if not others:
             return conditional
+        if own.reused is not None:
+            own.reused.direction.keep(self.step[0], conditional - others[-1])
         if len(others) == 2:
             guided = guide_both(others[0], others[1], conditional, self.image_scale, self.scale)
         else:
@@ -172,11 +200,11 @@ class Guidance:
     def _told(self) -> Conditioning:
         return self.conditioning if self.scale > 1 else self.conditioning.unguided
 
-    def _reading(self, size: int) -> list[_Part]:
+    def _reading(self, told: Conditioning, size: int) -> list[_Part]:
         """What each micro-batch reads; those that read the same share it, and with it what layers make of it."""
         every: list[_Part] = []
         keep, dtype = self.conditioning.pictures <= KEPT * size, self.unet.dtype
-        for part in self._told.split(size):
+        for part in told.split(size):
             states, with_time = part.joined("embeds").to(dtype), part.with_time
             if every and every[-1].read.reads(states, with_time):
                 read = every[-1].read
@@ -184,7 +212,8 @@ class Guidance:
                 own = part.branches - part.prompts, part.prompts
                 images = [one.told(self.unet, own, part.pictures, states) for one in part.images]
                 read = Read(Context(states, keep=keep, images=images), with_time, part.prompts)
-            every.append(_Part(part, read, part.joined("extra").to(dtype) if part.extra else None))
+            reused = None if self.fast is None else Reused(self.fast)
+            every.append(_Part(part, read, part.joined("extra").to(dtype) if part.extra else None, reused))
         for context in {id(part.read): part.read.context for part in every}.values():
             if context.keep:
                 self.unet.read(context)

@@ -10,6 +10,7 @@ from sfumato.request.details import (
     GuidanceInterval,
     Noise,
 )
+from sfumato.request.fast import Fast, Reuse
 from sfumato.request.generate import MOST_STEPS, SPACINGS, SYNTAXES, GenerateRequest, as_request
 from sfumato.request.hires import UPSCALERS, Hires, share_of
 from sfumato.request.masks import Mask
@@ -28,6 +29,7 @@ __all__ = [
     "AdapterFile",
     "Control",
     "EmbeddingFile",
+    "Fast",
     "Framing",
     "FreeU",
     "GenerateRequest",
@@ -37,6 +39,7 @@ __all__ = [
     "Mask",
     "Noise",
     "Record",
+    "Reuse",
     "as_request",
     "share_of",
 ]

@@ -23,6 +23,7 @@ from sfumato.request.details import (
     Noised,
     Reweighted,
 )
+from sfumato.request.fast import Fast, Hastened
 from sfumato.request.hires import Hires, SecondPass, share_of
 from sfumato.request.masks import Mask, Masked
 from sfumato.request.records import Layers, Level, Pixels, Record, Seed, Share, Weight, check_word
@@ -64,6 +65,7 @@ class GenerateRequest(Record):
     guidance_rescale  0 to 1; reduces overexposure (arXiv 2305.08891, section 3.4)
     guidance_interval  where there is guidance: a range of steps or of noise levels (arXiv 2404.07724)
     freeu             reweights the U-Net's skip connections (arXiv 2309.11497)
+    fast              less work, for a promise of how near the image is to the exact one
     seamless          "x", "y" or "xy": the image continues at its opposite side, as every convolution pads circularly
     hires             a second pass over an enlarged image (A1111's "Hires. fix")
     seed              image i uses seed + i; None chooses one, which the result contains
@@ -108,6 +110,7 @@ class GenerateRequest(Record):
     guidance_rescale: Share = 0.0
     guidance_interval: Interval | None = None
     freeu: Reweighted | None = None
+    fast: Hastened | None = None
     seamless: str | None = None
     hires: SecondPass | None = None
     seed: Seed | None = None
@@ -144,7 +147,7 @@ class GenerateRequest(Record):
     nested = {
         "framing": Framing, "negative_framing": Framing, "noise": Noise, "adapters": AdapterFile,
         "embeddings": EmbeddingFile, "guidance_interval": GuidanceInterval, "freeu": FreeU, "hires": Hires,
-        "mask": Mask, "controls": Control, "image_prompts": ImagePrompt,
+        "mask": Mask, "controls": Control, "image_prompts": ImagePrompt, "fast": Fast,
     }  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -276,7 +279,7 @@ class GenerateRequest(Record):
         }
         return self.replace(
             **{name: value for name, value in changes.items() if value is not None},
-            **dict.fromkeys(("hires", "image", "mask", "timesteps", "sigmas")),
+            **dict.fromkeys(("hires", "image", "mask", "timesteps", "sigmas", "fast")),
             width=width,
             height=height,
             steps=whole,

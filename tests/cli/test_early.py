@@ -23,6 +23,8 @@ WRONG = [
     (["generate", "x", "--image", "nope.png"], 2, "there is no image nope.png"),
     (["generate", "x", "--output", "x.gif"], 2, "must end in .png"),
     (["generate", "x", "--stps", "3"], 2, "--stps"),
+    (["generate", "x", "--fast", "very"], 2, "--fast must be a number such as 30dB, not 'very'"),
+    (["generate", "x", "--fast", "0dB"], 2, "--fast must be from 1dB to 100dB, not '0dB'"),
     (["replay", "nope.png"], 2, "there is no image nope.png"),
     (["show", "/nope"], 1, "there is no folder /nope"),
     (["show", "owner/name"], 1, "run 'sfumato download owner/name'"),

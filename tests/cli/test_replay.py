@@ -79,6 +79,36 @@ def test_other_ways_to_the_same_picture(sfumato_each, drawn, model, tmp_path):
     assert retold["request"]["seed"] == 0
 
 
+def test_a_promise_that_cannot_be_kept_and_the_exact_image_of_one_that_was(sfumato_each, drawn, model, tmp_path):
+    told = read_recipe(drawn.path)["request"]
+    fast = {"promise": 10, "deep": {"every": 2}}
+    rewrite(drawn.path, tmp_path / "fast.png", request=told | {"fast": fast})
+    shutil.copy(drawn.path, tmp_path / "fox.png")
+    rewrite(drawn.path, tmp_path / "broken.png", request=told | {"fast": {"promise": 1000}})
+    words = ["generate", "A red heart, 3D!", "--model", model, "--steps", "2", "--seed", "0", "--fast", "60 dB"]
+    outcomes = sfumato_each(
+        [
+            [*words, "-o", "asked.png"],
+            ["replay", "fast.png"],
+            ["replay", "fast.png", "--exact", "-o", "exact.png", "--json"],
+            ["replay", "fox.png", "--exact"],
+            ["replay", "broken.png"],
+        ],
+        cwd=tmp_path,
+    )
+    outcomes[0].succeeded()
+    assert outcomes[0].err.count("drawn exactly: 60 dB cannot be promised") == 1
+    with Image.open(tmp_path / "asked.png") as asked, Image.open(drawn.path) as image:
+        assert asked.tobytes() == image.tobytes()
+    assert "fast" not in read_recipe(tmp_path / "asked.png")["request"]
+    assert outcomes[1].succeeded().out.startswith("fast-replay.png\nPSNR against the original: ")
+    assert read_recipe(tmp_path / "fast-replay.png")["request"]["fast"] == fast
+    assert outcomes[2].succeeded().json == {"image": "exact.png", "psnr_db": None, "identical": True}
+    assert "fast" not in read_recipe(tmp_path / "exact.png")["request"]
+    outcomes[3].failed(2, "fox.png was not drawn with --fast")
+    outcomes[4].failed(2, "promise must be")
+
+
 # Changes to a recipe, and what its refusal says. The model is there: nothing of this may wait for it to be loaded.
 NONSENSE = {
     "steps": {"request": {"steps": 10**9}},

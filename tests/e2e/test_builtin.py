@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import sfumato
-from sfumato import GenerateRequest
+from sfumato import Fast, GenerateRequest
 from sfumato.errors import ConfigError
 from sfumato.images import psnr
 from sfumato.metadata.carriers import read_recipe
@@ -54,6 +54,25 @@ def test_pictures_are_pictures_of_what_was_asked_for(drawn):
     assert colour[0] > 4 * colour[1]  # line art is black on white
     vivid = sunflower[np.ptp(sunflower, axis=2) > 100].mean(0)
     assert vivid[2] < 0.5 * vivid[0]  # yellow and brown
+
+
+def test_a_promise_is_kept_with_less_work_and_its_recipe_repeats_it(pipe, drawn):
+    calls = []
+    handle = pipe.unet.mid_block.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        fast = pipe.generate(drawn.request.replace(fast=Fast(promise=30)))
+    finally:
+        handle.remove()
+    assert fast.notes == ()
+    assert len(calls) <= 0.7 * drawn.request.chosen_steps
+    near = [psnr(a, b) for a, b in zip(fast.images, drawn.images, strict=True)]
+    assert np.median(near) >= 30
+    assert 24 <= min(near) < np.inf
+    told = GenerateRequest.from_dict(fast.recipes[1]["request"])
+    assert told.fast != Fast(promise=30)  # it names the methods
+    alone = pipe.generate(told).images[0]
+    assert np.abs(pixels(alone) - pixels(fast.images[1])).max() <= 2  # sums of a batch have another order
+    assert pipe.generate(told).images[0].tobytes() == alone.tobytes()
 
 
 def test_a_scene_has_the_background_and_the_things_that_were_asked_for(pipe):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sfumato import Framing, FreeU, GenerateRequest, GuidanceInterval
+from sfumato import Fast, Framing, FreeU, GenerateRequest, GuidanceInterval, Reuse
 from sfumato.errors import UnknownArgument, UsageError
 
 texts = st.text(max_size=20)
@@ -38,6 +38,7 @@ valid = st.fixed_dictionaries(
         "negative_framing": st.none() | framings,
         "guidance_rescale": st.floats(0, 1),
         "guidance_interval": st.none() | st.builds(GuidanceInterval, stop=st.floats(0.1, 1)),
+        "fast": st.none() | st.builds(Fast, promise=st.floats(1, 100), deep=st.none() | st.builds(Reuse)),
         "freeu": st.none() | st.builds(FreeU, b1=st.floats(0, 2), b2=st.just(1), s1=st.just(1), s2=st.just(0)),
         "seamless": st.sampled_from([None, "x", "y", "xy"]),
         "seed": st.none() | st.integers(0, 2**63 - 1),

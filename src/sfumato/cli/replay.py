@@ -28,6 +28,7 @@ EXAMPLES = """\b
 Examples:
   sfumato replay fox.png
   sfumato replay fox.png --device cpu --dtype bfloat16 --output fox-bf16.png
+  sfumato replay fast-fox.png --exact
   sfumato replay of-another-program.png --model ./the-checkpoint"""
 
 

@@ -180,7 +180,7 @@ class Guidance:
         if self.unet.config.is_k:  # k-diffusion's velocity has the other sign, and a variance that nobody reads
             output = -output[:, :-1]
         if own.told.branches == 1:
-            kept = None if self._told.branches == 1 or own.reused is None else own.reused.direction.at(self.step[0])
+            kept = None if self._told.branches == 1 or own.reused is None else own.reused.direction
             return output if kept is None else output.to(kept.dtype) + (self.scale - 1) * kept
         every = output.to(_wide(output)).chunk(own.told.branches)
         # What the prompts are guided away from: nothing alone, or nothing and then the image without a prompt.
@@ -189,7 +189,7 @@ class Guidance:
         if not others:
             return conditional
         if own.reused is not None:
-            own.reused.direction.keep(self.step[0], conditional - others[-1])
+            own.reused.direction = conditional - others[-1]
         if len(others) == 2:
             guided = guide_both(others[0], others[1], conditional, self.image_scale, self.scale)
         else:

@@ -56,11 +56,11 @@ class Reused:
 
     fast: Fast
     deep: Line = field(default_factory=Line)
-    direction: Line = field(default_factory=Line)
+    direction: Tensor | None = None  # of the last step that computed it: a line through two would double their errors
 
     def guides(self, step: int, total: int) -> bool:
         """Whether this step computes the direction of guidance."""
-        return (self.fast.guidance or Reuse()).computes(step, total) or not self.direction.known
+        return (self.fast.guidance or Reuse()).computes(step, total) or self.direction is None
 
     def output(
         self, unet: UNet2DConditionModel, x: Tensor, moment: Moment, context: Context, step: int, total: int

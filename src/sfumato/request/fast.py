@@ -14,7 +14,7 @@ __all__ = ["Fast", "Hastened", "Reuse"]
 
 @dataclass(frozen=True, kw_only=True)
 class Reuse(Record):
-    """At which steps something is computed; those between continue it from the last two of these steps.
+    """At which steps something is computed; those between reuse what these steps have computed.
 
     start  the share of the steps after which it begins: step i of n, counted from 0, computes if i / n <= start
     every  after that, every so manyth step computes; 1: all of them

@@ -136,11 +136,11 @@ def test_what_cannot_be_promised_is_drawn_exactly_with_one_note(ours, changes, b
 
 
 def test_the_row_of_least_work_that_keeps_the_promise(ours, monkeypatch):
-    parts, scheduler = ours().parts, DPMSolverMultistepScheduler()
+    parts, scheduler, request = ours().parts, DPMSolverMultistepScheduler(), REQUEST.replace(width=None, height=None)
     row = {"kind": parts.family.name, "scheduler": type(scheduler).__name__, "steps": [5, 9], "guidance_scale": [2, 8]}
     rows = [row | {"promise": dB, "methods": {"deep": {"every": n}}} for dB, n in ((40, 2), (30, 3), (20, 5))]
     monkeypatch.setattr("sfumato.pipelines.reused._table", lambda: rows)
-    chosen = [methods(REQUEST.replace(fast=Fast(promise=dB)), parts, scheduler) for dB in (10, 20, 29.5, 40)]
+    chosen = [methods(request.replace(fast=Fast(promise=dB)), parts, scheduler) for dB in (10, 20, 29.5, 40)]
     assert chosen == [Fast(promise=dB, deep=Reuse(every=n)) for dB, n in ((10, 5), (20, 5), (29.5, 3), (40, 2))]
     for changes, because in (
         ({"fast": Fast(promise=60)}, "60 dB cannot be promised: at most 40 dB can"),
@@ -149,4 +149,4 @@ def test_the_row_of_least_work_that_keeps_the_promise(ours, monkeypatch):
         ({"width": 128}, "for this size"),
     ):
         with pytest.raises(UsageError, match=because):
-            methods(REQUEST.replace(**{"fast": Fast(promise=30)} | changes), parts, scheduler)
+            methods(request.replace(**{"fast": Fast(promise=30)} | changes), parts, scheduler)

@@ -144,7 +144,7 @@ def test_the_row_of_least_work_that_keeps_the_promise(ours, monkeypatch):
     assert chosen == [Fast(promise=dB, deep=Reuse(every=n)) for dB, n in ((10, 5), (20, 5), (29.5, 3), (40, 2))]
     for changes, because in (
         ({"fast": Fast(promise=60)}, "60 dB cannot be promised: at most 40 dB can"),
-        ({"steps": 10}, "for this size, scheduler, steps and guidance scale"),
+        ({"steps": 10}, "for this size, scheduler, number of steps and guidance scale"),
         ({"guidance_scale": 1.0}, "which were not measured"),
         ({"width": 128}, "for this size"),
     ):

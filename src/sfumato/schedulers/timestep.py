@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from sfumato.errors import UsageError
 from sfumato.schedulers.base import Scheduler, Stepped, Table, Timestep
 from sfumato.schedulers.grid import spaced_timesteps
 from sfumato.schedulers.noise import Generators, noise_for, noising
-from sfumato.schedulers.rows import Row, folded
+from sfumato.schedulers.rows import Row, State, folded
 from sfumato.schedulers.solvers.discrete import ddim_row, ddpm_row, plms_row, prk_row
 from sfumato.values import check_number
 
@@ -148,6 +149,7 @@ class DDPMScheduler(TimestepScheduler):
 
     def _row(self, timestep: Timestep) -> Row:
         check_number("timestep", timestep)
+        self._check_reach()
         return folded(self._at(int(timestep), int(self.previous_timestep(int(timestep)))))
 
 
@@ -159,11 +161,61 @@ class PNDMScheduler(TimestepScheduler):
     """
 
     gives_original = False
+    _warm_up: Sequence[int] = ()  # the timesteps of the Runge-Kutta calls
+
+    @property
+    def counter(self) -> int:
+        """Calls of the current run so far."""
+        return self.step_index or 0
+
+    @property
+    def prk_timesteps(self) -> np.ndarray | None:
+        """The timesteps of the Runge-Kutta calls, for `step_prk`; None before `set_timesteps`."""
+        return None if self.num_inference_steps is None else self.timesteps.cpu().numpy()[: len(self._warm_up)]
+
+    @property
+    def plms_timesteps(self) -> np.ndarray | None:
+        """The timesteps of the calls after those, for `step_plms`; None before `set_timesteps`."""
+        return None if self.num_inference_steps is None else self.timesteps.cpu().numpy()[len(self._warm_up) :]
+
+    @property
+    def ets(self) -> list[Tensor]:
+        """The past model outputs that the next multistep call reads, (B, C, H, W) each, the oldest first."""
+        past = () if self._state is None else self._state.past
+        # Within a warm-up step, the outputs of its second and third calls come first, and are let go with the fourth.
+        within = max(self.counter % 4 - 1, 0) if self.counter <= len(self._warm_up) else 0
+        return list(reversed(past[within:]))
+
+    @ets.setter
+    def ets(self, outputs: Sequence[Tensor]) -> None:
+        """Continue from other outputs, at most three of which are read."""
+        self._state = replace(self._state or State(torch.empty(0)), past=tuple(reversed(outputs)))
+        if outputs and not (self._warm_up or self.counter):
+            self.step_index = len(outputs) + 1  # as after the calls that give as many
+
+    def step_prk(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> Stepped:
+        """Take the next call of the Runge-Kutta warm-up, as `step` does. Raises `UsageError` after the last one."""
+        self._chosen_steps()
+        if self.counter >= len(self._warm_up):
+            raise UsageError("step_prk: there is no warm-up call left, or skip_prk_steps is set; use step or step_plms")
+        return self.step(model_output, timestep, sample, return_dict=return_dict)
+
+    def step_plms(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> Stepped:
+        """Take a multistep call, as `step` does after the warm-up. Raises `UsageError` before it, without `ets`."""
+        self._chosen_steps()
+        if self.counter < len(self._warm_up):
+            if len(self.ets) < 3:
+                calls = len(self._warm_up)
+                raise UsageError(
+                    f"step_plms needs three past outputs; call step_prk for all {calls} prk_timesteps first"
+                )
+            self.step_index = len(self._warm_up)
+        return self.step(model_output, timestep, sample, return_dict=return_dict)
 
     def _choose(self, n: int, device: Any) -> None:
         """Install n + 1 timesteps without Runge-Kutta steps, else n + 9 (which needs n of at least 4)."""
         ascending = self._spaced(n)[::-1]
-        self._warm_up: list[int] = []
+        self._warm_up = []
         if self.config.skip_prk_steps:
             timesteps = np.concatenate([ascending[:-1], ascending[-2:-1], ascending[-1:]])[::-1]
         else:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato import schedulers
 from sfumato.checkpoints.weights import without_weights
-from sfumato.families import FAMILIES, find
+from sfumato.families import find
 from sfumato.models import CLIPTextModelWithProjection
 from sfumato.pipelines.components import REQUIRED, network_class
 
@@ -35,9 +35,8 @@ def with_stand_ins(given: Mapping[str, Any], family: Family | None = None, *, si
         return dict(given)
     width = sum(one.config.hidden_size for one in encoders)
     if family is None or bool(family.sizes) != sized:  # without a U-Net's config, it is the commonest
-        family = find(
-            FAMILIES["sdxl" if sized else "sd15"].unet | {"cross_attention_dim": width}, encoders=len(encoders)
-        )[0]
+        like = {"addition_embed_type": "text_time" if sized else None, "cross_attention_dim": width}
+        family = find(like, encoders=len(encoders))[0]
     unet = family.unet | {"cross_attention_dim": width}
     pooled = [one.config.projection_dim for one in encoders if isinstance(one, CLIPTextModelWithProjection)]
     if family.sizes and pooled:

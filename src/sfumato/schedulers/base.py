@@ -125,11 +125,10 @@ class Scheduler(Configured):
 
     def _check_reach(self) -> None:
         """Raise `ConfigError` if `trained_betas` end before the last training timestep; such a config can be kept."""
-        betas = self.config.own("trained_betas")
-        if betas is not None and len(betas) < len(self):
+        if (n := len(self.config.own("trained_betas") or self)) < len(self):
             raise ConfigError(
-                f"{self.config.owner}: trained_betas has {len(betas)} entries for {len(self)} training timesteps; pass "
-                f"num_train_timesteps={len(betas)}, or the betas of all of them"
+                f"{self.config.owner}: trained_betas has {n} entries for {len(self)} training timesteps; pass "
+                f"num_train_timesteps={n}, or the betas of all of them"
             )
 
     @contextmanager

@@ -161,7 +161,8 @@ class PNDMScheduler(TimestepScheduler):
     """
 
     gives_original = False
-    _warm_up: Sequence[int] = ()  # the timesteps of the Runge-Kutta calls
+    prk_timesteps: Sequence[int] = ()  # those of the Runge-Kutta calls, which come first
+    plms_timesteps: Sequence[int] = ()  # those of the other calls
 
     @property
     def counter(self) -> int:
@@ -169,53 +170,37 @@ class PNDMScheduler(TimestepScheduler):
         return self.step_index or 0
 
     @property
-    def prk_timesteps(self) -> np.ndarray | None:
-        """The timesteps of the Runge-Kutta calls, for `step_prk`; None before `set_timesteps`."""
-        return None if self.num_inference_steps is None else self.timesteps.cpu().numpy()[: len(self._warm_up)]
-
-    @property
-    def plms_timesteps(self) -> np.ndarray | None:
-        """The timesteps of the calls after those, for `step_plms`; None before `set_timesteps`."""
-        return None if self.num_inference_steps is None else self.timesteps.cpu().numpy()[len(self._warm_up) :]
-
-    @property
     def ets(self) -> list[Tensor]:
         """The past model outputs that the next multistep call reads, (B, C, H, W) each, the oldest first."""
-        past = () if self._state is None else self._state.past
         # Within a warm-up step, the outputs of its second and third calls come first, and are let go with the fourth.
-        within = max(self.counter % 4 - 1, 0) if self.counter <= len(self._warm_up) else 0
-        return list(reversed(past[within:]))
+        within = max(self.counter % 4 - 1, 0) if self.counter <= len(self.prk_timesteps) else 0
+        return [] if self._state is None else list(reversed(self._state.past[within:]))
 
     @ets.setter
     def ets(self, outputs: Sequence[Tensor]) -> None:
         """Continue from other outputs, at most three of which are read."""
         self._state = replace(self._state or State(torch.empty(0)), past=tuple(reversed(outputs)))
-        if outputs and not (self._warm_up or self.counter):
+        if outputs and not (len(self.prk_timesteps) or self.counter):
             self.step_index = len(outputs) + 1  # as after the calls that give as many
 
-    def step_prk(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> Stepped:
+    def step_prk(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> Any:
         """Take the next call of the Runge-Kutta warm-up, as `step` does. Raises `UsageError` after the last one."""
-        self._chosen_steps()
-        if self.counter >= len(self._warm_up):
+        if self._chosen_steps() and self.counter >= len(self.prk_timesteps):
             raise UsageError("step_prk: there is no warm-up call left, or skip_prk_steps is set; use step or step_plms")
         return self.step(model_output, timestep, sample, return_dict=return_dict)
 
-    def step_plms(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> Stepped:
+    def step_plms(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> Any:
         """Take a multistep call, as `step` does after the warm-up. Raises `UsageError` before it, without `ets`."""
-        self._chosen_steps()
-        if self.counter < len(self._warm_up):
-            if len(self.ets) < 3:
-                calls = len(self._warm_up)
-                raise UsageError(
-                    f"step_plms needs three past outputs; call step_prk for all {calls} prk_timesteps first"
-                )
-            self.step_index = len(self._warm_up)
+        calls = self._chosen_steps() and len(self.prk_timesteps)
+        if self.counter < calls and len(self.ets) < 3:
+            raise UsageError(f"step_plms needs three past outputs; call step_prk for all {calls} prk_timesteps first")
+        self.step_index = max(self.counter, calls)
         return self.step(model_output, timestep, sample, return_dict=return_dict)
 
     def _choose(self, n: int, device: Any) -> None:
         """Install n + 1 timesteps without Runge-Kutta steps, else n + 9 (which needs n of at least 4)."""
         ascending = self._spaced(n)[::-1]
-        self._warm_up = []
+        warm_up = np.empty(0, np.int64)
         if self.config.skip_prk_steps:
             timesteps = np.concatenate([ascending[:-1], ascending[-2:-1], ascending[-1:]])[::-1]
         else:
@@ -223,17 +208,17 @@ class PNDMScheduler(TimestepScheduler):
                 raise UsageError(f"PNDMScheduler: Runge-Kutta steps need at least 4 steps, not {n}; set skip_prk_steps")
             halves = ascending[-4:].repeat(2) + np.tile([0, len(self) // n // 2], 4)
             warm_up = halves[:-1].repeat(2)[1:-1][::-1]
-            self._warm_up = warm_up.tolist()
             timesteps = np.concatenate([warm_up, ascending[:-3][::-1]])
+        self.prk_timesteps, self.plms_timesteps = np.split(timesteps, [len(warm_up)])
         self._install(n, timesteps, device)
 
     def _at(self, call: int, timestep: int) -> Row:
         ratio, prediction = len(self) // self._chosen_steps(), self.config.prediction_type
-        if call < len(self._warm_up):
-            here, following = self._warm_up[call // 4 * 4], timestep - (0 if call % 2 else ratio // 2)
+        if call < len(self.prk_timesteps):
+            here, following = self.prk_timesteps[call // 4 * 4], timestep - (0 if call % 2 else ratio // 2)
             return prk_row(call, timestep, self._products[here], self._product(following), prediction)
         here, following = (timestep + ratio, timestep) if call == 1 else (timestep, timestep - ratio)
-        history = 3 if self._warm_up else call - 1 if call else 0
+        history = 3 if len(self.prk_timesteps) else call - 1 if call else 0
         return plms_row(call, timestep, self._products[here], self._product(following), prediction, history)
 
     def _rows(self, start: int) -> Sequence[Row]:

@@ -161,8 +161,8 @@ class PNDMScheduler(TimestepScheduler):
     """
 
     gives_original = False
-    prk_timesteps: Sequence[int] = ()  # those of the Runge-Kutta calls, which come first
-    plms_timesteps: Sequence[int] = ()  # those of the other calls
+    prk_timesteps: Sequence[int] | np.ndarray = ()  # those of the Runge-Kutta calls, which come first
+    plms_timesteps: Sequence[int] | np.ndarray = ()  # those of the other calls
 
     @property
     def counter(self) -> int:

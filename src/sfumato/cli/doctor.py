@@ -36,7 +36,10 @@ def doctor(
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Check this machine: software, devices, memory, speed, correct results, and how to fix what is missing."""
+    """Check this machine, and show how to fix problems.
+
+    Checks software, devices, memory, speed, and whether results are correct.
+    """
     from sfumato.cli.terminal import Terminal, print_json
     from sfumato.files import output_file
     from sfumato.runtime.checks import check_machine, dtype_support

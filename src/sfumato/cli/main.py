@@ -136,7 +136,7 @@ def main() -> None:
         raise
     except BaseException as error:
         if received:
-            # Compiled code that is interrupted between its calls to Python may report an error of its own instead.
+            # Compiled code interrupted between its calls to Python may raise a different error instead.
             error = error if isinstance(error, _Interrupted) else _Interrupted(_CLEAN, received[-1])
         elif not isinstance(error, SfumatoError):
             if os.environ.get("SFUMATO_TRACEBACK"):

@@ -225,7 +225,7 @@ def test_masks_with_alpha_and_palettes(tmp_path):
 
 
 def test_a_checkpoint_that_reads_a_mask_says_so_without_one(ours, files):
-    says = r"reads mask and masked image latents \(9 channels in all\); give an image and its mask"
+    says = r"needs mask and masked image latents \(9 channels in all\); pass an image and its mask"
     for fields in ({}, {"image": files("image", picture())}):
         with pytest.raises(UsageError, match=says):
             ours("inpaint").generate(GenerateRequest(prompt="cat", **fields))

@@ -180,7 +180,7 @@ def test_what_cannot_be_painted_is_one_sentence(name, draw):
 def test_what_no_request_may_say():
     with pytest.raises(UsageError, match="a mask needs an image to change; give the image too"):
         GenerateRequest(mask=Mask(file="m.png"))
-    with pytest.raises(UsageError, match="needs a file, or pixels by which to extend the image"):
+    with pytest.raises(UsageError, match="needs a file, or pixels to extend the image by"):
         Mask()
     with pytest.raises(UsageError, match="extend must be a list of 4"):
         Mask(extend=(1, 2, 3))

@@ -88,7 +88,7 @@ def _checked(facts: Facts, terminal: Terminal, *, again: bool) -> Facts:
 
     try:
         sizes = read_sizes(chosen_model(None))
-    except SfumatoError:  # whoever uses that model is told what is wrong with it
+    except SfumatoError:  # reported when that model is used
         sizes = read_sizes(BUILT_IN)
     with terminal.working("comparing this machine's operations with exact ones (takes a second)"):
         return checked(facts, sizes, run=True, again=again)

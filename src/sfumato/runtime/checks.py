@@ -21,7 +21,7 @@ NATIVE_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Check:
-    """The result of a check: "good", "poor" (works, but could be better) or "missing". `mend` says how to fix it."""
+    """The result of a check: "good", "poor" (works, but could be better) or "missing". mend: how to fix it."""
 
     name: str
     state: str

@@ -67,7 +67,7 @@ class Shown:
         self._last = self._reported = 0.0
 
     def of(self, step: Step) -> dict[str, Any] | None:
-        """Return the seconds left, once they are known, and sometimes a preview; None if it is too soon for a report."""
+        """Return the seconds left, once known, and sometimes a preview; None if it is too soon for a report."""
         now, told = time.perf_counter(), dict[str, Any]()
         if now - self._reported < PROGRESS_SECONDS and 1 < step.number < step.total:
             return None

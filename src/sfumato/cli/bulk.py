@@ -368,7 +368,7 @@ def _run(terminal: Any, job: Job, part: Any, executor: Any, size: Any, choices: 
             bar.show(SimpleNamespace(number=done, total=outcome.pictures))
 
         log = logging.getLogger("sfumato")
-        log.addFilter(_only_of_the_job)  # notes on single images are in the ledger
+        log.addFilter(_only_of_the_job)  # notes on single images go to the ledger
         try:
             return draw(job, part, executor, size, **choices, on_progress=show)
         finally:

@@ -153,7 +153,7 @@ def _end_as_interrupted() -> list[int]:
     def end(number: int, _: object) -> None:
         nonlocal last
         before, last = last, time.monotonic()
-        # `timeout` sends it twice, which would interrupt the cleanup. A second Ctrl-C is meant.
+        # `timeout` sends it twice, which would interrupt the cleanup. A second Ctrl-C is intentional.
         if number == signal.SIGINT or before < 0 or last - before > 1:
             received.append(number)
             raise _Ended(number)

@@ -1,7 +1,7 @@
 """Drop-in networks: the same calls and results as the checkpoint's, computed by converted models.
 
-They have a config but no layers. Inputs and outputs are float32 on the CPU. Rows fill a model's fixed batch; if the last
-batch is incomplete, a row is repeated, so that each row is computed as if it were alone.
+They have a config but no layers. Inputs and outputs are float32 on the CPU. Rows fill a model's fixed batch; if the
+last one is incomplete, a row is repeated, so that each row is computed as if it were alone.
 """
 
 from __future__ import annotations

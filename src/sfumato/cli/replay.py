@@ -139,7 +139,7 @@ def _own(
     refiner: str | None,
     lora_dir: Path | None,
 ) -> tuple[GenerateRequest, DiffusionPipeline]:
-    """Return the request and the loaded pipeline, with the recipe's scheduler, for an image of ours."""
+    """Return the request and the loaded pipeline, with the recipe's scheduler, for an image that Sfumato generated."""
     from sfumato.pipelines.recipe import checked
 
     request, scheduler = checked(recipe, picture)

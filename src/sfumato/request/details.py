@@ -1,4 +1,4 @@
-"""The parts of a request that have fields of their own."""
+"""The parts of a request that consist of several fields."""
 
 from __future__ import annotations
 

@@ -177,7 +177,7 @@ class _Reader:
             self._many("]", lambda: self._attribute(attributes))
         if not self._take(";"):
             if self._take("{") or self._take("("):
-                raise self._unsupported(f"the operation {kind!r} with blocks of operations of its own")
+                raise self._unsupported(f"the operation {kind!r} with nested blocks of operations")
             raise self._fail("';'")
         return Operation(kind, inputs, tuple(outputs), attributes)
 

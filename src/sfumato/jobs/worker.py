@@ -137,16 +137,13 @@ class Worker:
     def _step(self, shown: Shown, step: Step) -> None:
         from sfumato.jobs.drawing import encoded
 
-        job = shown.message["job"]
-        self._check(job)
+        where = {"job": shown.message["job"], "place": shown.place}
+        self._check(shown.message["job"])
         if (report := shown.of(step)) is not None:
-            told = {"job": job, "place": shown.place, "step": step.number, "total": step.total, "at": time.time()}
-            self._say("step", **told, **report)
+            self._say("step", **where, step=step.number, total=step.total, at=time.time(), **report)
         if (number := shown.partial(step)) is not None:
             picture = step.preview()[0]
-            self._say(
-                "partial", job=job, place=shown.place, number=number, size=picture.size, image=encoded(picture, "PNG")
-            )
+            self._say("partial", **where, number=number, size=picture.size, image=encoded(picture, "PNG"))
 
     def _check(self, job: str) -> None:
         if job in self._cancelled:

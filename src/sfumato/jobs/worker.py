@@ -13,7 +13,6 @@ import os
 import queue
 import sys
 import threading
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -137,13 +136,14 @@ class Worker:
     def _step(self, shown: Shown, step: Step) -> None:
         from sfumato.jobs.drawing import encoded
 
-        where = {"job": shown.message["job"], "place": shown.place}
-        self._check(shown.message["job"])
-        if (report := shown.of(step)) is not None:
-            self._say("step", **where, step=step.number, total=step.total, at=time.time(), **report)
+        job = shown.message["job"]
+        self._check(job)
+        if report := shown.of(step):
+            self._say("step", job=job, **report)
         if (number := shown.partial(step)) is not None:
             picture = step.preview()[0]
-            self._say("partial", **where, number=number, size=picture.size, image=encoded(picture, "PNG"))
+            told = {"place": shown.place, "number": number, "size": picture.size, "image": encoded(picture, "PNG")}
+            self._say("partial", job=job, **told)
 
     def _check(self, job: str) -> None:
         if job in self._cancelled:

@@ -50,8 +50,8 @@ def _names(given: Any) -> list[str]:
 class Adapting:
     """The methods of a pipeline for adapters (LoRA and its relatives) and embeddings (textual inversion).
 
-    Adapters are merged into the weights only when the pipeline next generates. Without active adapters, the original
-    weights are restored bit for bit.
+    Adapters are merged into the weights only when the pipeline next generates. The original weights are restored bit
+    for bit as soon as no adapter is active.
     """
 
     parts: Parts
@@ -128,14 +128,17 @@ class Adapting:
         self._outfit = replace(
             self._outfit, adapters=adapters, active=tuple(one for one in self._outfit.active if one not in names)
         )
+        self._shed()
 
     def unload_lora_weights(self, reset_to_overwritten_params: bool = False) -> None:
         """Unload all adapters. Fused ones stay in the weights until `unfuse_lora`."""
         self._outfit = replace(self._outfit, adapters={}, active=(), enabled=True)
+        self._shed()
 
     def disable_lora(self) -> None:
         """Ignore the active adapters until `enable_lora`."""
         self._outfit = replace(self._outfit, enabled=False)
+        self._shed()
 
     def enable_lora(self) -> None:
         """Use the active adapters again."""
@@ -181,6 +184,11 @@ class Adapting:
         left = tuple(one for one in fused if not one.without >= set(ROLES))
         self._outfit = replace(self._outfit, adapters=adapters, fused=left)
         self._fit()
+
+    def _shed(self) -> None:
+        """Restore the weights at once if no adapter is active, for code that calls the networks directly."""
+        if self._outfit.worn() == self._outfit.fused:
+            self._fit()
 
     def _fit(self) -> None:
         """Apply the fused adapters, and no others, to the networks, as part of their own weights."""

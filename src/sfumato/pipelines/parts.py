@@ -61,7 +61,8 @@ class Parts:
     family: found from the configs if not given; name: where it came from, as written in recipes; suggested: its default
     settings, as keywords of a `GenerateRequest`; words: the vocabulary of a small model, None for others; options: how
     its file was opened; outfit: added adapters and embeddings; controls: the control networks, including `controlnet`
-    or `adapter` if present; image_adapters: IP-Adapters. Raises `UsageError` for a component of the wrong type.
+    or `adapter` if present; image_adapters: IP-Adapters; left_out: the names of missing components, which are replaced
+    with empty ones (left_out.py). Raises `UsageError` for a component of the wrong type.
     """
 
     vae: AutoencoderKL | AutoencoderTiny
@@ -85,6 +86,7 @@ class Parts:
     outfit: Outfit = field(default_factory=Outfit)
     controls: tuple[Model, ...] = ()
     image_adapters: tuple[Carried, ...] = ()
+    left_out: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         for name in ("controlnet", "adapter"):
@@ -104,6 +106,25 @@ class Parts:
         for network in self.controls:
             check_control(self.unet, network)
         self.vae.assume_scale(family.vae)
+
+    def having(self, components: Mapping[str, Any]) -> Parts:
+        """Return the parts with these components, which are then no longer missing."""
+        left_out = self.left_out - components.keys()
+        family = self.family if left_out == self.left_out else None  # not the one of the placeholders
+        return replace(self, **components, left_out=left_out, family=family)
+
+    def check_whole(self) -> None:
+        """Raise `UsageError` if components are missing: without them, only prompts can be encoded."""
+        if self.left_out:
+            raise UsageError(
+                f"{' and '.join(sorted(self.left_out))} was left out (None), so only encode_prompt works; load it to "
+                "generate images"
+            )
+
+    @property
+    def lead(self) -> Model:
+        """The network whose device and precision are the checkpoint's: the U-Net, or the first one without it."""
+        return next(one for role, one in {"unet": self.unet, **self.networks}.items() if role not in self.left_out)
 
     @property
     def beside(self) -> Any:

@@ -102,6 +102,7 @@ class Run:
 
         If values were not finite on an accelerator, which is checked after the last step, all steps are yielded again.
         """
+        self.parts.check_whole()
         if not self.parts.family.encoders and self.given.prompt_embeds is None:
             self._read_image()
         self._check()
@@ -175,7 +176,7 @@ class Run:
         """Encode the prompts, for one branch or for both, without generating anything."""
         self._check()
         self._add()
-        self.plan = self.place.plan(self.parts, self._asked((64, 64), 1))
+        self.plan = None if self.parts.left_out else self.place.plan(self.parts, self._asked((64, 64), 1))
         return self._encode_prompt(guided=guided)
 
     def _calls(self, table: Table) -> int:

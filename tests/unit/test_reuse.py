@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from sfumato import Fast, GenerateRequest, Hires, Reuse, UNet2DConditionModel
 from sfumato.errors import UsageError
 from sfumato.models.attention import Context
-from sfumato.models.reuse import Deep, shallow
+from sfumato.models.blocks import Deep
 from sfumato.pipelines.conditioning import Conditioning
 from sfumato.pipelines.guidance import Guidance
-from sfumato.pipelines.reused import Line, methods
+from sfumato.pipelines.reused import Line, methods, shallow
 from sfumato.schedulers import DPMSolverMultistepScheduler
 from support.checkpoints import UNET, randomize
 

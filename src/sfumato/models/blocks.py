@@ -7,6 +7,7 @@ optimizer states, which go by position, match.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from sfumato.configs import UNet2DConditionConfig
 
 __all__ = [
+    "Deep",
     "Downsample2D",
     "GroupNorm",
     "Moment",
@@ -101,6 +103,17 @@ class Moment:
         if layer not in self._projections:
             self._projections[layer] = layer(self.activated)
         return self._projections[layer]
+
+
+@dataclass
+class Deep:
+    """What a whole call of a U-Net gives to the last `layers` layers of its way up (B, C, H, W), once it has been made.
+
+    One layer, the least, is a residual block with its transformer.
+    """
+
+    layers: int
+    features: Tensor | None = None
 
 
 class GroupNorm(nn.GroupNorm):

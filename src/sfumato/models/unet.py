@@ -13,6 +13,7 @@ from sfumato.errors import UsageError
 from sfumato.models.attention import Context
 from sfumato.models.base import Model
 from sfumato.models.blocks import (
+    Deep,
     Downsample2D,
     GroupNorm,
     Moment,
@@ -31,8 +32,6 @@ from sfumato.outputs import Output
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-    from sfumato.models.reuse import Deep
 
 __all__ = ["DownBlock", "MidBlock", "UNet2DConditionModel", "UNet2DConditionOutput", "UNetEncoder", "UpBlock"]
 
@@ -314,7 +313,7 @@ class UNetEncoder(Model):
         return Moment(time, keep=not self.is_gradient_checkpointing)
 
     def _further(self, time: Tensor, given: Mapping[str, Tensor]) -> Tensor:
-        """The embedding (B, T) with what else goes with time: nothing, but in some networks beside the U-Net."""
+        """Add further conditions to the time embedding (B, T); none here, but some ControlNets have some."""
         return time
 
     def _added(self, given: Mapping[str, Tensor]) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from sfumato.checkpoints.builtin import BUILT_IN
 from sfumato.errors import UsageError
-from sfumato.models.reuse import Deep, shallow
+from sfumato.models.blocks import Deep
 from sfumato.models.unet import UNet2DConditionModel
 from sfumato.request import Fast, GenerateRequest, Reuse
 
@@ -23,13 +23,37 @@ if TYPE_CHECKING:
     from sfumato.pipelines.parts import Parts
     from sfumato.schedulers.base import Scheduler
 
-__all__ = ["Reused", "methods"]
+__all__ = ["Line", "Reused", "methods", "shallow"]
 
 # What a request may say besides, as it was measured: everything else that differs from its default is drawn exactly.
 FREE = {
     "fast", "prompt", "negative_prompt", "prompt_syntax", "steps", "guidance_scale", "seed", "rng", "noise", "count",
     "width", "height", "scheduler", "lora_dir", "embeddings",
 }  # fmt: skip
+
+
+def shallow(
+    unet: UNet2DConditionModel, sample: Tensor, time: Moment, context: Context, layers: int, features: Tensor
+) -> Tensor:
+    """The prediction (B, C, H, W) of a sample by the last `layers` of the way up, from features that `Deep` has kept.
+
+    With those of the same sample and moment it is the prediction of the whole U-Net, to the last bit. Knows neither
+    FreeU nor networks beside the U-Net.
+    """
+    x = unet.entered(sample, time, context)
+    skips = [x]
+    for block in unet.down_blocks:
+        if len(skips) >= layers:
+            break
+        x, results = block(x, time, context)
+        skips += results
+    skips, x = skips[:layers], features
+    first = sum(len(block.resnets) for block in unet.up_blocks) - layers
+    for block in unet.up_blocks:
+        if first < len(block.resnets):
+            x = block(x, time, context, skips, first=first)
+        first = max(0, first - len(block.resnets))
+    return unet.left(x, context)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from sfumato.checkpoints.locate import locate_folder
 from sfumato.checkpoints.suggested import suggested_settings
 from sfumato.checkpoints.weights import find_weights, read_headers
 from sfumato.configs import parse
-from sfumato.errors import CheckpointError
+from sfumato.errors import VariantError
 from sfumato.families import find
 from sfumato.files import read_json
 from sfumato.pipelines.components import COMPONENTS, ComponentFiles, component_class, read_index
@@ -28,12 +28,15 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 
 
 def summarize(name: str | PathLike[str], *, variant: str | None = None) -> dict[str, Any]:
-    """Family, size, and for each part its class, parameters, bytes and precision. Raises `CheckpointError`."""
+    """Return a checkpoint's family and size, and each component's class, parameters, bytes and precision.
+
+    Raises `CheckpointError`.
+    """
     files = ComponentFiles(variant)
     folder = locate_folder(name, files.select, local_files_only=True)
     index = read_index(folder)
     if variant and not any(folder.glob(f"*/*.{variant}*.*")):
-        raise CheckpointError(f"{folder} has no variant {variant!r}; omit variant to see the plain weights")
+        raise VariantError(f"{folder} has no variant {variant!r}; omit variant to see the plain weights")
     classes = {part: component_class(folder, index, part) for part in COMPONENTS}
     parts = {part: _part(folder, part, cls, files) for part, cls in classes.items() if cls is not None}
     unet, vae = parts["unet"]["config"], parts["vae"]["config"]
@@ -76,7 +79,7 @@ def _part(folder: Path, part: str, cls: Any, files: ComponentFiles) -> dict[str,
 
 
 def _family(unet: UNet2DConditionConfig, encoders: int, prediction_type: str) -> str:
-    """The title of the family that the U-Net is of, if it is as wide as that."""
+    """Return the title of the U-Net's family, if the prompt width matches too."""
     width = unet.per_block("cross_attention_dim")[0]
     found = find(unet.to_dict(), encoders=encoders, prediction_type=prediction_type)
     known = (row.title for row in found if row.unet.get("cross_attention_dim") == width)

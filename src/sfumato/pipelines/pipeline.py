@@ -39,11 +39,13 @@ from sfumato.values import shown
 if TYPE_CHECKING:
     from os import PathLike
 
+    from sfumato.image_processor import DPTImageProcessor
     from sfumato.models import (
         AutoencoderKL,
         AutoencoderTiny,
         CLIPTextModel,
         CLIPVisionModelWithProjection,
+        DPTForDepthEstimation,
         StableUnCLIPImageNormalizer,
         UNet2DConditionModel,
     )
@@ -102,6 +104,8 @@ class DiffusionPipeline(Surface, Adapting, ImageAdapters):
     image_normalizer: _Part[StableUnCLIPImageNormalizer | None] = _Part()
     image_noising_scheduler: _Part[Scheduler | None] = _Part()
     low_res_scheduler: _Part[Scheduler | None] = _Part()
+    depth_estimator: _Part[DPTForDepthEstimation | None] = _Part()
+    feature_extractor: _Part[DPTImageProcessor | None] = _Part()
     name: _Part[str] = _Part()
     suggested: _Part[dict[str, Any]] = _Part()
     words: _Part[Words | None] = _Part()
@@ -129,7 +133,7 @@ class DiffusionPipeline(Surface, Adapting, ImageAdapters):
         image_normalizer: StableUnCLIPImageNormalizer | None = None,
         image_noising_scheduler: Scheduler | None = None,
         low_res_scheduler: Scheduler | None = None,
-        depth_estimator: None = None,
+        depth_estimator: DPTForDepthEstimation | None = None,
         watermarker: None = None,
         requires_safety_checker: bool = False,
         force_zeros_for_empty_prompt: bool | None = None,
@@ -145,8 +149,7 @@ class DiffusionPipeline(Surface, Adapting, ImageAdapters):
         its shapes. controlnet, adapter: one or a list of them, for pipelines that use them.
         """
         refuse_unknown_parts(
-            {"safety_checker": safety_checker, "depth_estimator": depth_estimator, "watermarker": watermarker}
-            | {"add_watermarker": add_watermarker}
+            {"safety_checker": safety_checker, "watermarker": watermarker, "add_watermarker": add_watermarker}
         )
         parts = Parts(
             vae=vae,
@@ -162,6 +165,8 @@ class DiffusionPipeline(Surface, Adapting, ImageAdapters):
             low_res_scheduler=low_res_scheduler,
             controlnet=controlnet,
             adapter=adapter,
+            depth_estimator=depth_estimator,
+            feature_extractor=feature_extractor,
         )
         if force_zeros_for_empty_prompt is None and "force_zeros_for_empty_prompt" in self.index.flags:
             force_zeros_for_empty_prompt = True

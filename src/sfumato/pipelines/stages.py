@@ -10,6 +10,7 @@ import torch
 
 from sfumato.errors import NonFiniteError, UsageError
 from sfumato.families import AESTHETIC_SCORES
+from sfumato.image_processor import DPTImageProcessor
 from sfumato.images import from_pixels
 from sfumato.models.image_encoder import clip_pixels
 from sfumato.models.seamless import seamless, wrapped
@@ -340,6 +341,15 @@ def see(parts: Parts, image: Any, watch: FiniteWatch) -> Tensor:
     )
     pixels = pixels.to(encoder.device)
     return watch.finite("image encoder", encoder, lambda: encoder(pixels.to(encoder.dtype)).image_embeds)
+
+
+@torch.no_grad()
+def estimate_depth(parts: Parts, image: Any, watch: FiniteWatch) -> Tensor:
+    """Images in any form -> depth maps (P, H, W) in float32, larger where it is nearer."""
+    model: Any = parts.depth_estimator
+    prepare = parts.feature_extractor or DPTImageProcessor(size=model.config.image_size)
+    pixels = prepare(image).to(model.device)
+    return watch.finite("depth estimator", model, lambda: model(pixels.to(model.dtype))).float()
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato.pipelines.components import USUAL, Index
 from sfumato.pipelines.pipeline import DiffusionPipeline
-from sfumato.pipelines.public.inpainting import MASKED
+from sfumato.pipelines.public.inpainting import MASKED, Masking
 from sfumato.pipelines.public.prompts import OnePromptPipeline, TwoPromptPipeline
 from sfumato.pipelines.public.signatures import COMMON, CONTROLLED, SIZED, takes
 from sfumato.pipelines.public.stable_diffusion_xl import ABSENT, TENSORS
@@ -120,7 +120,7 @@ class StableDiffusionControlNetImg2ImgPipeline(_One, DiffusionPipeline):
     )
 
 
-class StableDiffusionControlNetInpaintPipeline(_One, DiffusionPipeline):
+class StableDiffusionControlNetInpaintPipeline(Masking, _One, DiffusionPipeline):
     """Paint a part of an image, steered by pictures."""
 
     index = Index("StableDiffusionControlNetInpaintPipeline", PARTS)
@@ -171,7 +171,7 @@ _INPAINT = (
 _INPAINT_TAIL = f"guidance_rescale {SIZED} {SCORES} clip_skip {STEP_END}"
 
 
-class StableDiffusionXLControlNetInpaintPipeline(_Two, DiffusionPipeline):
+class StableDiffusionXLControlNetInpaintPipeline(Masking, _Two, DiffusionPipeline):
     """Paint a part of an image with Stable Diffusion XL, steered by pictures."""
 
     index = Index("StableDiffusionXLControlNetInpaintPipeline", USUAL, ABSENT, SCORED)
@@ -215,7 +215,7 @@ class StableDiffusionXLControlNetUnionImg2ImgPipeline(_Two, DiffusionPipeline):
     )
 
 
-class StableDiffusionXLControlNetUnionInpaintPipeline(_Two, DiffusionPipeline):
+class StableDiffusionXLControlNetUnionInpaintPipeline(Masking, _Two, DiffusionPipeline):
     """Paint a part of an image with Stable Diffusion XL, steered by several kinds of pictures."""
 
     index = Index("StableDiffusionXLControlNetUnionInpaintPipeline", USUAL, ABSENT, SCORED)

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from sfumato.request import GenerateRequest
     from sfumato.schedulers.base import Scheduler, Table
 
-__all__ = ["Beginning", "Kept", "Task", "Tools", "first_noise", "handover", "noise_level", "start_index", "takes_over"]
+__all__ = [
+    "Beginning", "Kept", "Task", "Tools", "first_noise", "for_batch", "handover", "noise_level", "start_index",
+    "takes_over",
+]  # fmt: skip
 
 
 def handover(scheduler: Scheduler, share: float) -> int:
@@ -93,13 +96,22 @@ def first_noise(task: Task, batch: int, tools: Tools) -> Tensor:
     return latents.to(tools.device, parts.state_dtype)
 
 
+def for_batch(given: Tensor, batch: int, what: str) -> Tensor:
+    """Repeat what was given, (P, …), to (B, …). Raises `UsageError` unless the batch is a multiple of it."""
+    count = given.shape[0]
+    if batch % count:
+        raise UsageError(f"got {count} {what} for {batch} images; pass one, or one per image")
+    return given.repeat(batch // count, *[1] * (given.ndim - 1))
+
+
 @dataclass(frozen=True)
 class Tools:
     """What a task may use of a run.
 
     scheduler: its timesteps are set; device: where the loop runs; encode: pixels (P, 3, H, W) in [-1, 1] to scaled
     latents (B, C, h, w) there, by the autoencoder, which is in memory for as long, with sampled=False its mean;
-    pass_over: draw what that draws; see: what the image encoder makes of an image in any form (P, D).
+    pass_over: draw what that draws; see: what the image encoder makes of an image in any form (P, D); depth: what the
+    depth estimator makes of one (P, H, W).
     """
 
     scheduler: Scheduler
@@ -107,6 +119,7 @@ class Tools:
     encode: Callable[..., Tensor]
     pass_over: Callable[[Tensor], None]
     see: Callable[[Any], Tensor]
+    depth: Callable[[Any], Tensor]
 
 
 @dataclass

@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q install -c constraint
 JOBS ?= auto
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --durations 15 --durations-min 1
 
-.PHONY: demo test test-full test-mac browser check bench docs format clean help
+.PHONY: demo test test-full test-mac clients check bench docs format clean help
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -30,8 +30,8 @@ test-full: $(VENV)/.dev  ## all tests
 test-mac: $(VENV)/.dev  ## tests that need a Mac, one after the other
 	$(BIN)/python -m pytest -m mac -v -rs
 
-browser:  ## install Debian's Chromium, which the tests of the studio's page use
-	@sh tests/support/browser.sh
+clients: | $(BIN)/python$(EXE)  ## install what the studio's tests use: Debian's Chromium, and OpenAI's client for Node
+	@sh tests/support/clients.sh $(VENV)/node
 
 check: $(VENV)/.dev  ## lint, types, layers, generated pages
 	$(BIN)/ruff check .

@@ -13,7 +13,8 @@ RED = {"prompt": "a red apple, 3d", "steps": 2, "seed": 7}
 def test_a_job_is_drawn_and_told_step_by_step(server):
     with server.events() as events:
         assert next(events)["event"] == "hello"
-        job = server.submit({**RED, "count": 2}, client="test")
+        # A seed of its own: an image that is there already is not drawn again, and has no steps.
+        job = server.submit({**RED, "seed": 4711, "count": 2}, client="test")
         assert job["state"] == "queued"
         told = []
         for event in events:

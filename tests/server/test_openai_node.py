@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,14 +19,13 @@ SCRIPT = Path(__file__).parents[1] / "support" / "openai.cjs"
 
 @pytest.fixture(scope="module")
 def node():
-    """The command and its environment; skips the test where Node or the client is not there."""
-    if shutil.which("node") is None or shutil.which("npm") is None:
+    """The environment for Node; skips the test where Node or the client is not there."""
+    environment = {"NODE_PATH": str(Path(sys.prefix) / "node" / "node_modules"), **os.environ}
+    if shutil.which("node") is None:
         pytest.skip("there is no Node here, for which OpenAI has a client")
-    folder = subprocess.run(["npm", "root", "--global"], capture_output=True, text=True, check=True).stdout.strip()
-    environment = {**os.environ, "NODE_PATH": os.environ.get("NODE_PATH", folder)}
     looked = subprocess.run(["node", "-e", "require('openai')"], env=environment, capture_output=True, check=False)
     if looked.returncode:
-        pytest.skip("OpenAI's client for Node is not here; `npm install --global openai` installs it")
+        pytest.skip("OpenAI's client for Node is not here: `make clients` installs it")
     return environment
 
 

@@ -137,6 +137,34 @@ def test_payloads_of_other_clients(server, payload):
     assert json.loads(told["info"])["infotexts"][0].startswith(APPLE)
 
 
+def test_sillytavern_from_the_first_ping_to_the_image(server):
+    """Its image extension's requests in its order: connect, fill the menus, change the model, generate."""
+    every = {"Authorization": "Basic Og=="}  # of an empty user and password
+
+    def asked(method, path, body=None):
+        status, told, _ = server(method, f"/sdapi/v1/{path}", body, **every)
+        assert status == 200, (path, told)
+        return told
+
+    assert asked("GET", "options")["sd_model_checkpoint"] == "built-in"
+    upscalers = [one["name"] for one in asked("GET", "upscalers")]
+    upscalers[1:1] = [one["name"] for one in asked("GET", "latent-upscale-modes")]
+    assert {"None", "Latent", "Lanczos"} <= set(upscalers)
+    assert (asked("GET", "sd-vae"), asked("GET", "sd-modules")) == ([], [])
+    samplers = [one["name"] for one in asked("GET", "samplers")]
+    schedulers = [one["name"] for one in asked("GET", "schedulers")]
+    assert {"automatic", "karras"} <= set(schedulers)
+    models = [{"value": one["title"], "text": one["title"]} for one in asked("GET", "sd-models")]
+    asked("POST", "options", {"sd_model_checkpoint": models[0]["value"]})
+    idle = asked("GET", "progress")
+    assert (idle["progress"], idle["state"]["job_count"]) == (0, 0)
+    chosen = {"sampler_name": samplers[0], "scheduler": "karras", "sd_model_checkpoint": models[0]["value"]}
+    sent = {**PAYLOADS["sillytavern"], **chosen, "enable_hr": True, "hr_upscaler": upscalers[1], "hr_scale": 1.5}
+    told = asked("POST", "txt2img", sent)
+    assert Image.open(io.BytesIO(base64.b64decode(told["images"][0]))).size == (192, 192)
+    assert asked("POST", "interrupt") == {}  # sent when a chat is closed, whether or not anything is drawn
+
+
 @pytest.mark.parametrize(
     ("field", "words"),
     [

@@ -46,6 +46,7 @@ def studio(browser, tmp_path_factory):
 def visit(browser, studio):
     with Visit(browser, studio.url) as found:
         yield found
+        print("the page at the end:", found.page.inner_text("body"), sep="\n")  # shown if the test failed
     # What a failed test leaves behind does not hold up the next one.
     for job in studio.get("/api/jobs?state=queued&state=running")["jobs"]:
         studio("DELETE", f"/api/jobs/{job['id']}")
@@ -170,7 +171,8 @@ def test_cancel_and_reload_in_mid_run(studio, visit):
     drawn = visit.generate(PENGUIN, Steps=900)
     assert drawn["request"]["steps"] == 900
     # The worker may still be loading, on a machine with other work.
-    page.get_by_text(re.compile(r"Step \d+ of 900")).wait_for(timeout=120_000)
+    studio.until(lambda: studio.get(f"/api/jobs/{drawn['id']}"), lambda job: job["state"] == "running", 120)
+    page.get_by_text(re.compile(r"Step \d+ of 900")).wait_for(timeout=60_000)
     newest = visit.generate(PENGUIN)
     page.get_by_text("1 job is waiting").wait_for()
     visit.open()
@@ -469,6 +471,7 @@ def test_the_keyboard_alone(studio, visit):
     assert page.evaluate(focused) == "Details"
     total = studio.get("/api/images")["total"]
     page.keyboard.press("Delete")
+    page.get_by_role("button", name="Undo").wait_for()
     tab_to("Undo")
     assert studio.get("/api/images")["total"] == total - 1
     page.keyboard.press("Enter")
@@ -604,5 +607,5 @@ def test_languages_change_at_once_and_stay(browser, studio):
 def test_without_a_browser_tests_say_so(monkeypatch):
     monkeypatch.delenv("SFUMATO_CHROMIUM", raising=False)
     monkeypatch.setattr("shutil.which", lambda name: None)
-    with pytest.raises(pytest.skip.Exception, match="make browser"):
+    with pytest.raises(pytest.skip.Exception, match="make clients"):
         chromium()

@@ -24,7 +24,7 @@ def chromium() -> str:
     names = ("chromium", "chromium-browser", "google-chrome")
     found = os.environ.get("SFUMATO_CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
     if found is None:
-        pytest.skip("no Chromium here: `make browser` installs it, or name one by SFUMATO_CHROMIUM")
+        pytest.skip("no Chromium here: `make clients` installs it, or name one by SFUMATO_CHROMIUM")
     return found
 
 

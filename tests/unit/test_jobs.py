@@ -8,12 +8,14 @@ import sqlite3
 import time
 from collections import deque
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from sfumato.errors import UsageError
+from sfumato.jobs import drawing
 from sfumato.jobs import queue as queues
 from sfumato.jobs.events import Hub
 from sfumato.jobs.gallery import Gallery
@@ -416,3 +418,18 @@ def test_the_database_is_whole_after_all_this(acted):
     with sqlite3.connect(queue.folder / ".sfumato" / "studio.db") as base:
         assert base.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
     base.close()
+
+
+def test_fast_steps_are_reported_ten_times_a_second(monkeypatch):
+    """A page that draws every step of a fast model takes as much of the processor as the model does."""
+    now = [100.0]
+    monkeypatch.setattr("sfumato.jobs.drawing.time.perf_counter", lambda: now[0])
+    shown = drawing.Shown({"options": {}}, SimpleNamespace(colors=None, decode_seconds=1.0), 0)
+    reported = []
+    for number in range(1, 41):
+        now[0] += 0.03
+        if (report := shown.of(SimpleNamespace(number=number, total=40))) is not None:
+            reported.append((number, report))
+    assert [number for number, _ in reported] == [*range(1, 41, 4), 40]
+    assert reported[-1][1]["seconds_left"] == pytest.approx(1.0)
+    assert reported[1][1]["seconds_left"] == pytest.approx(0.03 * 35 + 1.0)

@@ -42,8 +42,9 @@ if TYPE_CHECKING:
 __all__ = ["Loaded", "Shown", "colors_of", "encoded", "enlarged", "is_of", "key_of", "load_model", "planned",
            "settled", "write"]  # fmt: skip
 
-# Seconds between two previews, and the longest side of one.
-PREVIEW_SECONDS, PREVIEW_SIDE = 0.2, 256
+# Seconds between two reports of progress and between two previews, and the longest side of a preview. A page that
+# draws every step of a fast model takes as much of the processor as the model does.
+PROGRESS_SECONDS, PREVIEW_SECONDS, PREVIEW_SIDE = 0.1, 0.2, 256
 
 
 class Loaded:
@@ -63,11 +64,14 @@ class Shown:
     def __init__(self, message: Mapping[str, Any], model: Loaded, place: int) -> None:
         self.message, self.place = message, place
         self._model, self._began = model, time.perf_counter()
-        self._last = 0.0
+        self._last = self._reported = 0.0
 
-    def of(self, step: Step) -> dict[str, Any]:
-        """Seconds that are left, once they can be told, and now and then a preview."""
+    def of(self, step: Step) -> dict[str, Any] | None:
+        """Seconds that are left, once they are known, and now and then a preview; None if it is too soon to report."""
         now, told = time.perf_counter(), dict[str, Any]()
+        if now - self._reported < PROGRESS_SECONDS and 1 < step.number < step.total:
+            return None
+        self._reported = now
         if step.number == 1:
             self._first = now
         else:

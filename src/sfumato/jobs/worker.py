@@ -139,8 +139,9 @@ class Worker:
 
         job = shown.message["job"]
         self._check(job)
-        told = {"job": job, "place": shown.place, "step": step.number, "total": step.total, "at": time.time()}
-        self._say("step", **told, **shown.of(step))
+        if (report := shown.of(step)) is not None:
+            told = {"job": job, "place": shown.place, "step": step.number, "total": step.total, "at": time.time()}
+            self._say("step", **told, **report)
         if (number := shown.partial(step)) is not None:
             picture = step.preview()[0]
             self._say(

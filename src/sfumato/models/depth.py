@@ -6,7 +6,7 @@ The hybrid form begins with a residual network (BiT, arXiv 1912.11370), the plai
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,6 @@ from sfumato.configs import DPTConfig
 from sfumato.configs.depth import BitConfig, eighths
 from sfumato.models.attention import Attending
 from sfumato.models.base import Model
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 __all__ = ["DPTForDepthEstimation"]
 
@@ -36,12 +33,12 @@ class _Conv2d(nn.Conv2d):
     def __init__(self, channels: int, out: int, kernel: int, stride: int = 1) -> None:
         super().__init__(channels, out, kernel, stride, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # torch's name
         """(B, C, H, W) -> (B, C', H / stride, W / stride), rounded up."""
         weight = self.weight.float()
         spread, mean = torch.var_mean(weight, dim=(1, 2, 3), keepdim=True, correction=0)
-        weight = ((weight - mean) * (spread + 1e-8).rsqrt()).to(x.dtype)
-        return self._conv_forward(_evenly_padded(x, self.kernel_size[0], self.stride[0]), weight, None)
+        weight = ((weight - mean) * (spread + 1e-8).rsqrt()).to(input.dtype)
+        return self._conv_forward(_evenly_padded(input, self.kernel_size[0], self.stride[0]), weight, None)
 
 
 class _Bottleneck(nn.Module):
@@ -273,6 +270,6 @@ class DPTForDepthEstimation(Model):
         x = self.neck(*self.dpt(pixel_values), self.dpt.embeddings.side)
         return self.head["head"](x).squeeze(1)
 
-    def _config_json(self) -> Mapping[str, Any]:
+    def _config_json(self) -> dict[str, Any]:
         told = {"architectures": [type(self).__name__], "model_type": "dpt", "dtype": str(self.dtype)[6:]}
         return self.config.to_dict() | told

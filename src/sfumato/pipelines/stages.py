@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from sfumato.schedulers.noise import Generators
     from sfumato.text.prompt import PromptEmbeds
 
-__all__ = ["Given", "by_step", "decode", "encode_image", "encode_prompt", "pass_over", "see", "tell_sizes"]
+__all__ = [
+    "Given", "by_step", "decode", "encode_image", "encode_prompt", "estimate_depth", "pass_over", "see", "tell_sizes",
+]  # fmt: skip
 
 Autoencoder = AutoencoderKL | AutoencoderTiny
 

@@ -54,6 +54,7 @@ class Masking:
 
     @mask_processor.setter
     def mask_processor(self, value: object) -> None:
+        """Raise `UsageError`."""
         raise UsageError("mask_processor cannot be replaced; for soft masks, use generate() with a Mask")
 
 

@@ -1,7 +1,6 @@
 """Instruction-based editing and depth-guided generation under the ecosystem's names.
 
-Where a callback sees all branches of guidance, they are in Sfumato's order: of nothing, of the image, of image and
-prompt.
+Callbacks receive the branches of guidance in Sfumato's order: unconditional, image only, image and prompt.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ __all__ = [
 
 
 def _edit_sized(pipeline: DiffusionPipeline, told: dict[str, Any]) -> Any:
-    """Edit an image in the size that is asked for, or else in the checkpoint's own."""
+    """Edit an image at the requested size, or else at the checkpoint's own."""
     width, height = pipeline.parts.size_of(GenerateRequest(width=told["width"], height=told["height"]))
     return call(pipeline, told | {"width": width, "height": height})
 
 
 class StableDiffusionInstructPix2PixPipeline(OnePromptPipeline, DiffusionPipeline):
-    """Edit an image by an instruction (arXiv 2211.09800)."""
+    """Instruction-based image editing (arXiv 2211.09800)."""
 
     index = Index("StableDiffusionInstructPix2PixPipeline")
     _callback_tensor_inputs = ("latents", "prompt_embeds", "image_latents")
@@ -41,15 +40,15 @@ class StableDiffusionInstructPix2PixPipeline(OnePromptPipeline, DiffusionPipelin
         f"{COMMON} output_type return_dict callback_on_step_end callback_on_step_end_tensor_inputs "
         "cross_attention_kwargs",
         call,
-        """Edit an image as the prompt says; `image_guidance_scale` says how closely it is kept to, at least 1.
+        """Edit an image as the prompt says; `image_guidance_scale` is how closely to follow the image, at least 1.
 
-        There is guidance only where both scales ask for it. Otherwise as `StableDiffusionImg2ImgPipeline`.
+        Guidance is applied only if both scales request it. Otherwise like `StableDiffusionImg2ImgPipeline`.
         """,
     )
 
 
 class StableDiffusionXLInstructPix2PixPipeline(TwoPromptPipeline, DiffusionPipeline):
-    """Edit an image by an instruction, with Stable Diffusion XL or CosXL."""
+    """Instruction-based image editing with Stable Diffusion XL or CosXL."""
 
     index = Index("StableDiffusionXLInstructPix2PixPipeline", PARTS, (), ("force_zeros_for_empty_prompt",))
     output = StableDiffusionXLPipelineOutput
@@ -64,13 +63,13 @@ class StableDiffusionXLInstructPix2PixPipeline(TwoPromptPipeline, DiffusionPipel
         _edit_sized,
         """Edit an image, resized to `height` and `width` or the checkpoint's own size, as the prompt says.
 
-        Otherwise as `StableDiffusionInstructPix2PixPipeline` and `StableDiffusionXLPipeline`.
+        Otherwise like `StableDiffusionInstructPix2PixPipeline` and `StableDiffusionXLPipeline`.
         """,
     )
 
 
 class StableDiffusionDepth2ImgPipeline(OnePromptPipeline, DiffusionPipeline):
-    """Image to image that keeps the depth of what is seen."""
+    """Image-to-image that preserves the depth of the scene."""
 
     output = ImagePipelineOutput
     index = Index("StableDiffusionDepth2ImgPipeline", (*Index.parts, "depth_estimator", "feature_extractor"), (), ())
@@ -81,8 +80,8 @@ class StableDiffusionDepth2ImgPipeline(OnePromptPipeline, DiffusionPipeline):
         "num_images_per_prompt eta generator prompt_embeds negative_prompt_embeds output_type return_dict "
         "cross_attention_kwargs clip_skip callback_on_step_end callback_on_step_end_tensor_inputs",
         call,
-        """Redraw an image by words; `depth_map` (B, H, W) says how near each of its pixels is, in any scale.
+        """Change an image with a prompt; `depth_map` (B, H, W) is how near each pixel is, on any scale.
 
-        Without one, `depth_estimator` estimates it. Otherwise as `StableDiffusionImg2ImgPipeline`.
+        Without it, `depth_estimator` estimates it. Otherwise like `StableDiffusionImg2ImgPipeline`.
         """,
     )

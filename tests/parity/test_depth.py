@@ -78,7 +78,7 @@ def test_a_checkpoint_without_its_estimator_wants_a_map(once, tmp_path):
     shutil.rmtree(tmp_path / "less" / "depth_estimator")
     pipe = sfumato.DiffusionPipeline.from_pretrained(tmp_path / "less")
     assert pipe.depth_estimator is None
-    with pytest.raises(UsageError, match="give an image and its depth map"):
+    with pytest.raises(UsageError, match="pass an image and its depth map"):
         pipe("a cat", image=control_picture(24, 40))
 
 

@@ -36,7 +36,8 @@ class Fast(Record):
     promise   how near: the PSNR of the two, in dB; a table measured for the model chooses the methods that keep it
     deep      reuse of the U-Net's deep features (DeepCache, arXiv 2312.00858); in recipes, or chosen by hand
     layers    how many layers of the U-Net's way up compute at every step nevertheless
-    guidance  reuse of the direction of guidance: between its steps, only the prompt is computed (arXiv 2410.19355)
+    guidance  reuse of the direction of guidance: between its steps, only the prompt is computed (arXiv 2410.19355); its
+              steps should be among those of `deep`
     """
 
     promise: Annotated[float, Within(1, 100)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from sfumato.models.attention import Context
     from sfumato.models.blocks import Moment
+    from sfumato.models.unet import UpBlock
     from sfumato.pipelines.parts import Parts
     from sfumato.schedulers.base import Scheduler
 
@@ -48,8 +49,9 @@ def shallow(
         x, results = block(x, time, context)
         skips += results
     skips, x = skips[:layers], features
-    first = sum(len(block.resnets) for block in unet.up_blocks) - layers
-    for block in unet.up_blocks:
+    blocks = cast("list[UpBlock]", list(unet.up_blocks))
+    first = sum(len(block.resnets) for block in blocks) - layers
+    for block in blocks:
         if first < len(block.resnets):
             x = block(x, time, context, skips, first=first)
         first = max(0, first - len(block.resnets))

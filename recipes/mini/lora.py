@@ -78,16 +78,17 @@ def pixelated(x: Tensor) -> Tensor:
 
 
 def train(row: SimpleNamespace, work: Path, log: Log, minutes: float) -> None:
-    """Train on scenes drawn in large pixels, whose captions say so."""
+    """Train on scenes drawn in large pixels; captions do not say so, so that no prompt has to."""
     device = set_up_torch(row.seed, row.threads)
     pair = build_pair(row, work).to(device, memory_format=torch.channels_last)
     pair.load_state_dict(averaged(need(work / "train.pt", "train.py")))
     pair.requires_grad_(False)
-    lora = add_lora(pair.unet, row.lora_rank // 2)
-    budget = {"steps": row.lora_steps, "seconds": 0.0}
+    lora = add_lora(pair.unet, row.style_rank)
+    budget = {"steps": row.lora_steps, "seconds": row.lora_seconds}
     state = State(work / "pixel.pt", lora, Optimiser(lora, False, weight_decay=0.0), 0.99, **budget)
-    bank, step = Bank(row, work, device), step_of(pair, precision(device))
-    bank.change, bank.suffix = pixelated, ", pixel art"
+    evenly = SimpleNamespace(**vars(row) | {"high_from": 100, "high_share": 0.95})  # details are drawn late
+    bank, step = Bank(evenly, work, device), step_of(pair, precision(device))
+    bank.change = pixelated
     log(f"lora: {sum(p.numel() for p in lora.parameters()) / 1e6:.2f} M parameters, {state.speed(row.lora_batch)}")
     while state.goes_on(minutes):
         loss = step(*bank.noisy(state.step, row.lora_batch))

@@ -313,7 +313,8 @@ def test_pickles_are_no_models(tmp_path):
 
     for name in ("model.ckpt", "model.pt", "model.bin", "model.safetensors"):
         (tmp_path / name).write_bytes(b"\x80\x04}q\x00.")
-    assert [one.name for one in Models(tmp_path, cached=False).all(look=True)] == ["built-in"]
+    names = [one.name for one in Models(tmp_path, cached=False).all(look=True)]
+    assert [name for name in names if not name.startswith("built-in/")] == ["built-in"]
 
 
 def test_answers_forbid_what_browsers_would_allow(server):

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from sfumato.adapters.named import hash_of_weights
+from sfumato.checkpoints.builtin import builtin_path
 from sfumato.checkpoints.headers import MOST_HEADER, read_header
 from sfumato.checkpoints.weights import mapped_tensors
 from sfumato.errors import CheckpointError, UsageError
-from sfumato.files import check_file, expanded, file_hash, parse_json
+from sfumato.files import check_file, file_hash, parse_json
 from sfumato.values import reason, shown
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def read_stored(path: str | PathLike[str], *, pickled: bool = False, hashed: boo
     pickled: the user's word that a pickled one may be read, by torch's restricted reader; hashed: whether its hash is
     wanted. Raises `CheckpointError` for a file that is damaged, or pickled without that word; `UsageError` for no path.
     """
-    place = expanded(path)
+    place = builtin_path(path)
     if place.suffix in PICKLED:
         if not pickled:
             raise CheckpointError(

@@ -6,9 +6,10 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from sfumato.adapters.files import PICKLED
+from sfumato.checkpoints.builtin import builtin_path
 from sfumato.checkpoints.locate import locate_folder
 from sfumato.errors import CheckpointError, suggest
-from sfumato.files import expanded, names_in
+from sfumato.files import names_in
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,7 +36,7 @@ def find_file(
     usual: stems of usual names; pickled: whether a pickled file may be taken. Raises `CheckpointError` where there is
     none, or several.
     """
-    path = expanded(name)
+    path = builtin_path(name)
     if os.path.isfile(path):
         return path
     if path.suffix in (".safetensors", *PICKLED):

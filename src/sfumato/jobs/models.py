@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from sfumato.checkpoints.builtin import BUILT_IN, builtin_model
+from sfumato.checkpoints.builtin import BUILT_IN, builtin_model, relatives
 from sfumato.errors import CheckpointError, SfumatoError, UsageError, suggest
 from sfumato.files import read_json
 
@@ -62,7 +62,7 @@ class Models:
         """default: the one that draws where none is named; a path is fine, as it is the user's own."""
         self._folder, self._default, self._cached = folder, default, cached
         self._lock = threading.Lock()
-        self._found: dict[str, Model] = {one.name: one for one in (_built_in(),)}
+        self._found: dict[str, Model] = {one.name: one for one in (_built_in(), *_relatives())}
         self.default = default if default == BUILT_IN else self._add_default(default)
 
     def _add_default(self, name: str) -> str:
@@ -76,7 +76,7 @@ class Models:
         if look:
             found = {one.name: one for one in self._look()}
             with self._lock:
-                kept = {name: one for name, one in self._found.items() if name in (BUILT_IN, self.default)}
+                kept = {name: one for name, one in self._found.items() if name == self.default or _ours(name)}
                 self._found = found | kept
         with self._lock:
             return sorted(self._found.values(), key=lambda one: (one.name != self.default, one.kind, one.name.lower()))
@@ -114,6 +114,17 @@ def _built_in() -> Model:
     return Model(
         BUILT_IN, "checkpoint", BUILT_IN, "built-in", size, size, _bytes(folder), suggested, (*names, *words["styles"])
     )
+
+
+def _ours(name: str) -> bool:
+    return name.split("/")[0] == BUILT_IN
+
+
+def _relatives() -> Iterator[Model]:
+    """The built-in model's LoRA and words; their names are paths that hold on every machine."""
+    for name, path in relatives().items():
+        if path.is_file():
+            yield from (replace(one, path=name) for one in _of_file(path, name))
 
 
 def _below(folder: Path, root: Path, depth: int) -> Iterator[Model]:

@@ -8,11 +8,16 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 import sfumato
+from sfumato.kernels import kernels_for
+from sfumato.kernels.build import compiler
+from sfumato.kernels.variants import VARIANTS, fitting
 
 ROOT = Path(__file__).parents[2]
 SOURCE = Path(sfumato.__file__).parent
@@ -23,17 +28,18 @@ VERSION = sfumato.__version__
 def built(once) -> Path:
     """The folder of the wheel and the sdist, built by the build backend; it is fetched where it is not installed."""
 
-    def build(folder: Path) -> None:
-        folder.mkdir()
-        env = dict(os.environ)
-        if importlib.util.find_spec("hatchling") is None:
-            backend = folder / "backend"
-            pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "install"]
-            subprocess.run([*pip, "-c", ROOT / "constraints.txt", "--target", backend, "hatchling"], check=True)
-            env["PYTHONPATH"] = str(backend)
-        subprocess.run([sys.executable, "-m", "hatchling", "build", "-d", folder], cwd=ROOT, env=env, check=True)
+    return once("built", partial(build_into, kernels=False))
 
-    return once("built", build)
+
+def build_into(folder: Path, *, kernels: bool) -> None:
+    folder.mkdir()
+    env = os.environ | {"SFUMATO_BUILD_KERNELS": str(int(kernels))}
+    if importlib.util.find_spec("hatchling") is None:
+        backend = folder / "backend"
+        pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "install"]
+        subprocess.run([*pip, "-c", ROOT / "constraints.txt", "--target", backend, "hatchling"], check=True)
+        env["PYTHONPATH"] = str(backend)
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-d", folder], cwd=ROOT, env=env, check=True)
 
 
 def sources() -> set[str]:
@@ -83,3 +89,45 @@ def test_an_installed_wheel_puts_the_command_on_the_path(built, environment, tmp
     assert '"name": "built-in"' in done.stdout
     where = [sys.executable, "-c", "import sfumato; print(sfumato.__file__)"]
     assert subprocess.run(where, env=env, capture_output=True, text=True, check=True).stdout.startswith(str(tmp_path))
+
+
+# What the installed wheel computes where there is no compiler, and what a local build computes.
+WITHOUT_A_COMPILER = """
+import sys
+import torch
+from sfumato.kernels import build, kernels_for
+assert build.compiler() is None and build.shipped("float32") is not None
+x = torch.randn(2, 4, 50, 40, generator=torch.Generator().manual_seed(0))
+torch.save(kernels_for(torch.float32).attention(x, x, x), sys.argv[1])
+"""
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not fitting("float32") or compiler() is None, reason="no such wheel for this machine"
+)
+def test_a_wheel_with_kernels_needs_no_compiler(once, environment, tmp_path):
+    wheel = (
+        once("built-with-kernels", partial(build_into, kernels=True)) / f"sfumato-{VERSION}-py3-none-linux_x86_64.whl"
+    )
+    with zipfile.ZipFile(wheel) as packed:
+        packed.extractall(tmp_path)
+        assert "Root-Is-Purelib: false" in packed.read(f"sfumato-{VERSION}.dist-info/WHEEL").decode()
+    built = tmp_path / "sfumato" / "kernels" / "built"
+    assert {path.name for path in built.iterdir()} == {variant.file for variant in VARIANTS}
+    env = environment | {"PYTHONPATH": str(tmp_path), "PATH": "/nonexistent", "SFUMATO_CACHE": str(tmp_path / "cache")}
+    env.pop("CC", None)
+
+    def python(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, *map(str, arguments)]
+        return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    done = python("-c", WITHOUT_A_COMPILER, tmp_path / "out.pt")
+    assert done.returncode == 0, done.stderr
+    x = torch.randn(2, 4, 50, 40, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.load(tmp_path / "out.pt"), kernels_for(torch.float32).attention(x, x, x))
+    said = python("-c", "from sfumato.cli.main import main; main()", "doctor")
+    assert "the kernels came with the package" in said.stdout
+    # Like those in the cache, they run as us: others must not be able to replace them.
+    built.chmod(0o777)
+    done = python("-c", WITHOUT_A_COMPILER, tmp_path / "out.pt")
+    assert "AssertionError" in done.stderr

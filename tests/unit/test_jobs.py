@@ -121,7 +121,10 @@ def test_a_worker_that_never_starts_is_said(acted, monkeypatch):
     queue = acted()
     found = ended(queue, queue.submit(APPLE, "built-in"))
     assert "does not start (exit code 1)" in found.error["message"]
-    assert (queue.worker["state"], len(Actor.starts) % 3) == ("broken", 0)
+    end = time.monotonic() + 10  # a job that arrives just as it is given up has it tried again
+    while (queue.worker["state"], len(Actor.starts) % 3) != ("broken", 0):
+        assert time.monotonic() < end, (queue.worker, Actor.starts)
+        time.sleep(0.005)
     later = ended(queue, queue.submit(APPLE, "built-in"))
     assert later.state == "failed"
 
@@ -428,7 +431,7 @@ def test_fast_steps_are_reported_ten_times_a_second(monkeypatch):
     reported = []
     for number in range(1, 41):
         now[0] += 0.03
-        if (report := shown.of(SimpleNamespace(number=number, total=40))) is not None:
+        if report := shown.of(SimpleNamespace(number=number, total=40)):
             reported.append((number, report))
     assert [number for number, _ in reported] == [*range(1, 41, 4), 40]
     assert reported[-1][1]["seconds_left"] == pytest.approx(1.0)

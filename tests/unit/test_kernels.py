@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sfumato.errors import OutputError
-from sfumato.kernels import LANES, CompilerError, Kernels, build, kernels_for
+from sfumato.kernels import LANES, CompilerError, Kernels, build, kernels_for, variants
 from sfumato.models.attention import sdpa
 
 NATIVE = torch.backends.cpu.get_cpu_capability()
@@ -662,6 +662,24 @@ class TestBuild:
                 capture_output=True, text=True, check=False,
             )  # fmt: skip
             assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ("fpu sse2", {"float32": [], "bfloat16": []}),
+        ("avx2 fma f16c bmi1 bmi2 movbe abm", {"float32": ["avx2"], "bfloat16": []}),
+        ("avx2 fma f16c bmi1 bmi2 movbe abm avx512f avx512bw avx512cd avx512dq avx512vl", {"float32": ["avx512", "avx2"], "bfloat16": []}),
+        ("avx2 fma f16c bmi1 bmi2 movbe abm avx512f avx512bw avx512cd avx512dq avx512vl avx512_bf16", {"bfloat16": ["avx512-bf16"]}),
+        ("avx2 fma f16c bmi1 bmi2 movbe abm avx512f avx512bw avx512cd avx512dq avx512vl avx512_bf16 amx_tile amx_bf16", {"bfloat16": ["amx", "avx512-bf16"]}),
+    ],
+)  # fmt: skip
+def test_a_processor_gets_the_variants_it_can_run(monkeypatch, tmp_path, flags, names):
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags\t\t: {flags}\n")
+    monkeypatch.setattr(variants, "Path", lambda _: tmp_path / "cpuinfo")
+    monkeypatch.setattr(variants.sys, "platform", "linux")
+    monkeypatch.setattr(variants.platform, "machine", lambda: "x86_64")
+    assert {dtype: [one.name for one in variants.fitting(dtype)] for dtype in names} == names
 
 
 # What runs when a library is loaded, and says that it did.

@@ -66,12 +66,13 @@ class Shown:
         self._model, self._began = model, time.perf_counter()
         self._last = self._reported = 0.0
 
-    def of(self, step: Step) -> dict[str, Any] | None:
-        """Seconds that are left, once they are known, and now and then a preview; None if it is too soon to report."""
-        now, told = time.perf_counter(), dict[str, Any]()
+    def of(self, step: Step) -> dict[str, Any]:
+        """The step, the seconds that are left, and now and then a preview; empty if it is too soon to report."""
+        now = time.perf_counter()
         if now - self._reported < PROGRESS_SECONDS and 1 < step.number < step.total:
-            return None
+            return {}
         self._reported = now
+        told: dict[str, Any] = {"place": self.place, "step": step.number, "total": step.total, "at": time.time()}
         if step.number == 1:
             self._first = now
         else:
@@ -128,10 +129,9 @@ def colors_of(pipeline: DiffusionPipeline) -> Colors:
 def planned(message: Mapping[str, Any], device: str | None, dtype: str | None) -> dict[str, Any]:
     """What a request takes on this machine, and how much of its prompts is read; of a loaded or any other model."""
     source = open_source(message["model"], ComponentFiles(), {"local_files_only": True})
-    sizes = read_sizes(source)
-    facts = checked(read_facts(device), sizes)
-    request = GenerateRequest.from_dict(message["request"]).settled(source.settings)
-    found, task = plan(facts, sizes, request, Wishes(device=device, dtype=dtype)), task_of(sizes, request)
+    sizes, request = read_sizes(source), GenerateRequest.from_dict(message["request"]).settled(source.settings)
+    facts, task = checked(read_facts(device), sizes), task_of(sizes, request)
+    found = plan(facts, sizes, request, Wishes(device=device, dtype=dtype))
     return {
         "seconds": found.seconds, "peak_bytes": found.peak_bytes, "free_bytes": found.free_bytes,
         "device": found.device, "dtype": found.unet_dtype, "width": task.width, "height": task.height,

@@ -13,7 +13,6 @@ import os
 import queue
 import sys
 import threading
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,14 +138,12 @@ class Worker:
 
         job = shown.message["job"]
         self._check(job)
-        if (report := shown.of(step)) is not None:
-            told = {"job": job, "place": shown.place, "step": step.number, "total": step.total, "at": time.time()}
-            self._say("step", **told, **report)
+        if report := shown.of(step):
+            self._say("step", job=job, **report)
         if (number := shown.partial(step)) is not None:
             picture = step.preview()[0]
-            self._say(
-                "partial", job=job, place=shown.place, number=number, size=picture.size, image=encoded(picture, "PNG")
-            )
+            told = {"place": shown.place, "number": number, "size": picture.size, "image": encoded(picture, "PNG")}
+            self._say("partial", job=job, **told)
 
     def _check(self, job: str) -> None:
         if job in self._cancelled:

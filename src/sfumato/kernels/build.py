@@ -1,4 +1,4 @@
-"""Compiles the C sources with the local compiler, once, into the cache folder.
+"""Loads the compiled kernels: those that the wheel brings, else what the local compiler makes of the C sources, once.
 
 They are plain C with a C interface, so that any compiler will do and builds take about a second (ADR 9).
 """
@@ -22,9 +22,10 @@ from pathlib import Path
 from sfumato.cache import is_private, private_folder, work_without
 from sfumato.errors import OutputError, SfumatoError
 from sfumato.files import replacing
+from sfumato.kernels.variants import fitting
 from sfumato.leftovers import beside
 
-__all__ = ["CompilerError", "compiler", "loaded"]
+__all__ = ["CompilerError", "compiler", "loaded", "shipped"]
 
 log = logging.getLogger("sfumato")
 
@@ -45,12 +46,27 @@ def compiler() -> str | None:
     return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
-def loaded(bfloat16: bool) -> ctypes.CDLL:
-    """Return the kernel library for float32 or bfloat16, from the cache or built now.
+def shipped(dtype: str) -> Path | None:
+    """Return the library that the installed wheel has for this processor and dtype; None if there is none."""
+    folder = Path(__file__).with_name("built")
+    with suppress(OSError):
+        for variant in fitting(dtype):
+            library = folder / variant.file
+            if library.exists() and all(map(is_private, (library, folder))):
+                return library
+    return None
 
-    The cache is only used if no other user can write to it. Raises `CompilerError` if there is no compiler, compilation
-    fails, or the library cannot be loaded.
+
+def loaded(bfloat16: bool) -> ctypes.CDLL:
+    """Return the kernel library for float32 or bfloat16, from the wheel, from the cache or built now.
+
+    Neither is used if other users can write to it. Raises `CompilerError` if there is no compiler, compilation fails,
+    or the library cannot be loaded.
     """
+    brought = shipped("bfloat16" if bfloat16 else "float32")
+    if brought is not None:
+        with suppress(OSError, AttributeError):  # of a torch without OpenMP, for example
+            return _opened(brought)
     command = compiler()
     if command is None:
         raise CompilerError("there is no C compiler (cc, gcc or clang); install one for the fast kernels")

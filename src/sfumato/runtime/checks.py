@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sfumato.kernels.build import shipped
 from sfumato.runtime.quirks import release
 from sfumato.runtime.speeds import KINDS
 
@@ -104,7 +105,9 @@ def _hardware(facts: Facts) -> Iterator[Check]:
     )
     yield Check("cores", "poor" if crowded else "good", found, "close other CPU-heavy programs" if crowded else "")
     yield _memory("memory", facts.memory_free, facts.memory_total)
-    if facts.compiler is None and facts.accelerator == "cpu":
+    if facts.compiler is None and shipped("float32") is not None:
+        yield Check("C compiler", "good", "none; the kernels came with the package")
+    elif facts.compiler is None and facts.accelerator == "cpu":
         install = {"linux": "sudo apt install gcc", "macos": "xcode-select --install"}
         mend = install.get(facts.system, "install the Visual Studio build tools")
         yield Check("C compiler", "poor", "none; torch's kernels replace our own", mend)

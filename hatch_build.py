@@ -1,0 +1,38 @@
+"""Builds platform wheels, which bring the kernels, where SFUMATO_BUILD_KERNELS=1 asks for them; pure ones elsewhere."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+
+class KernelsHook(BuildHookInterface):
+    """Adds the compiled kernels to the wheel and names its platform; any Python 3 can use it."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Compile. Raises `RuntimeError` without a C compiler: a wheel with kernels must not come without them."""
+        if self.target_name != "wheel" or version == "editable" or os.environ.get("SFUMATO_BUILD_KERNELS") != "1":
+            return
+        names = (os.environ.get("CC"), "cc", "gcc", "clang")
+        compiler = next((found for name in names if name and (found := shutil.which(name))), None)
+        if compiler is None:
+            raise RuntimeError("SFUMATO_BUILD_KERNELS=1 needs a C compiler (cc, gcc or clang)")
+        kernels = Path(self.root, "src", "sfumato", "kernels")
+        self._made = tempfile.TemporaryDirectory()
+        build = runpy.run_path(str(kernels / "variants.py"))["build_variants"]
+        for path in build(compiler, kernels, Path(self._made.name)):
+            build_data["force_include"][str(path)] = f"sfumato/kernels/built/{path.name}"
+        build_data["pure_python"] = False
+        build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        """Remove the files that are in the wheel by now."""
+        if hasattr(self, "_made"):
+            self._made.cleanup()

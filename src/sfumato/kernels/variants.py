@@ -1,0 +1,89 @@
+"""The forms of the kernels that a platform wheel brings, so that machines without a C compiler have them too.
+
+The build hook (`hatch_build.py`) runs this file by itself, so it imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["UNITS", "VARIANTS", "Variant", "build_variants", "fitting"]
+
+UNITS = ("attention.c", "normalize.c")
+# As for builds on the spot, but for the processor; OpenMP is the one that torch has loaded already.
+COMPILE = ("-O3", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-w")
+LINK = ("-shared", "-lm", "-Wl,--strip-all")
+_V3 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"})
+_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A library: for a machine as Python names it, with all of the features that Linux names so."""
+
+    dtype: str
+    name: str
+    machine: str
+    features: frozenset[str]
+    flags: tuple[str, ...]
+
+    @property
+    def file(self) -> str:
+        """Its name in the folder `built`."""
+        return f"{self.dtype}-{self.machine}-{self.name}.so"
+
+
+# The most capable first, for each dtype. In bfloat16 the kernels need the processor's own products (vector.h).
+VARIANTS = (
+    Variant(
+        "bfloat16", "amx", "x86_64", _V4 | {"avx512_bf16", "amx_tile", "amx_bf16"},
+        ("-march=x86-64-v4", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-DBFLOAT16"),
+    ),
+    Variant(
+        "bfloat16", "avx512-bf16", "x86_64", _V4 | {"avx512_bf16"},
+        ("-march=x86-64-v4", "-mavx512bf16", "-DBFLOAT16"),
+    ),
+    Variant("float32", "avx512", "x86_64", _V4, ("-march=x86-64-v4",)),
+    Variant("float32", "avx2", "x86_64", _V3, ("-march=x86-64-v3",)),
+)  # fmt: skip
+
+
+def fitting(dtype: str) -> list[Variant]:
+    """Return the variants that this machine can run, the fastest first. Empty on systems other than Linux."""
+    if sys.platform != "linux":
+        return []
+    found: set[str] = set()
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith(("flags", "Features")):
+                found = set(line.partition(":")[2].split())
+                break
+    except (OSError, ValueError):
+        pass
+    here = (one for one in VARIANTS if one.machine == platform.machine() and one.dtype == dtype)
+    return [one for one in here if one.features <= found]
+
+
+def build_variants(compiler: str, sources: Path, folder: Path) -> list[Path]:
+    """Compile all variants for this machine's architecture into a folder and return their paths.
+
+    Raises `subprocess.CalledProcessError` if the compiler refuses one. The libraries are not linked with OpenMP: torch
+    brings its own, and a slim container has no other.
+    """
+    made = []
+    for variant in VARIANTS:
+        if variant.machine != platform.machine():
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            objects = [str(Path(scratch, unit).with_suffix(".o")) for unit in UNITS]
+            for unit, target in zip(UNITS, objects, strict=True):
+                command = [compiler, "-c", *COMPILE, *variant.flags, str(sources / unit), "-o", target]
+                subprocess.run(command, check=True)
+            made.append(folder / variant.file)
+            subprocess.run([compiler, *objects, *LINK, "-o", str(made[-1])], check=True)
+    return made

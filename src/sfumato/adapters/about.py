@@ -11,8 +11,8 @@ from sfumato.adapters.embeddings import ANONYMOUS, BUNDLE
 from sfumato.adapters.families import made_for
 from sfumato.adapters.files import Stored
 from sfumato.adapters.kinds import kind_of, rank_of
-from sfumato.checkpoints.builtin import builtin_path
 from sfumato.checkpoints.headers import MOST_HEADER, read_header
+from sfumato.files import expanded
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -31,7 +31,7 @@ TRAINING = {
 
 def is_adapter(name: str | PathLike[str]) -> bool:
     """Whether a name is that of a safetensors file that changes weights, or holds new words."""
-    path = builtin_path(name)
+    path = expanded(name)
     if path.suffix != ".safetensors" or not path.is_file():
         return False
     headers: Any = read_header(path, MOST_HEADER).tensors
@@ -43,7 +43,7 @@ def about_adapter(name: str | PathLike[str]) -> dict[str, Any]:
 
     Raises `CheckpointError` for a file that cannot be read.
     """
-    header: Any = read_header(builtin_path(name), MOST_HEADER)
+    header: Any = read_header(expanded(name), MOST_HEADER)
     stored = Stored(headers := header.tensors, metadata := header.metadata, header.path)
     numbers = sum(getattr(header, "count", 0) for header in headers.values())
     about: dict[str, Any] = {"name": str(name), "parameters": numbers, "family": made_for(stored)}

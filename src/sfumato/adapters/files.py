@@ -66,15 +66,12 @@ def read_stored(path: str | PathLike[str], *, pickled: bool = False, hashed: boo
     wanted. Raises `CheckpointError` for a file that is damaged, or pickled without that word; `UsageError` for no path.
     """
     place = builtin_path(path)
-    if place.suffix in PICKLED:
-        if not pickled:
-            raise CheckpointError(
-                f"{place} is pickled, and such files can run code when opened; get a safetensors version or, "
-                "if you trust its source, pass use_safetensors=False in Python"
-            )
-        tensors, metadata = _unpickled(place), {}
-    else:
-        tensors, metadata = _safetensors(place)
+    if place.suffix in PICKLED and not pickled:
+        raise CheckpointError(
+            f"{place} is pickled, and such files can run code when opened; get a safetensors version or, "
+            "if you trust its source, pass use_safetensors=False in Python"
+        )
+    tensors, metadata = (_unpickled(place), {}) if place.suffix in PICKLED else _safetensors(place)
     return Stored(tensors, metadata, place, file_hash(place, None) if hashed else "")
 
 

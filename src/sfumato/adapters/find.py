@@ -47,8 +47,7 @@ def find_file(
         inside = [one.removeprefix(prefix) for one in names if one.startswith(prefix) and "/" not in one[len(prefix) :]]
         return [prefix + _chosen(str(name), inside, usual, weight_name, pickled)]
 
-    folder = locate_folder(name, select, **hub)
-    place = folder / (subfolder or "")
+    place = locate_folder(name, select, **hub) / (subfolder or "")
     return place / _chosen(str(place), names_in(place), usual, weight_name, pickled)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING, Any
 
-from sfumato.checkpoints.builtin import builtin_path
 from sfumato.checkpoints.headers import MOST_HEADER, read_header
 from sfumato.errors import CheckpointError, UsageError, suggest
 from sfumato.files import expanded, file_hash, open_file
@@ -67,7 +66,7 @@ def moved(files: Sequence[Any], folder: str | PathLike[str]) -> tuple[Any, ...]:
     """
     result, there = [], _files(folder)
     for one in files:
-        path = builtin_path(one.file)
+        path = expanded(one.file)
         if one.sha256 is not None and not path.is_file():
             # One of the same name is most likely it; the others are read only if it is not.
             likely = sorted(there, key=lambda found, name=path.name: found.name != name)

@@ -47,8 +47,7 @@ def show(
     if model is not None and is_picture(model):
         show_picture(model, as_json=as_json)
         return
-    model = chosen_model(model)
-    model = str(relatives().get(model, model))
+    model = str(relatives().get(name := chosen_model(model), name))
     check_model(model, downloads=False)
     facts = _of_file(model, variant) if is_single_file(model) else _of_folder(model, variant)
     if "width" not in facts and _is_adapter(model):

@@ -62,7 +62,7 @@ class Models:
         """default: the one that draws where none is named; a path is fine, as it is the user's own."""
         self._folder, self._default, self._cached = folder, default, cached
         self._lock = threading.Lock()
-        self._found: dict[str, Model] = {one.name: one for one in (_built_in(), *_relatives())}
+        self._found: dict[str, Model] = {one.name: one for one in (_built_in(),)}
         self.default = default if default == BUILT_IN else self._add_default(default)
 
     def _add_default(self, name: str) -> str:
@@ -76,8 +76,7 @@ class Models:
         if look:
             found = {one.name: one for one in self._look()}
             with self._lock:
-                kept = {name: one for name, one in self._found.items() if name == self.default or _ours(name)}
-                self._found = found | kept
+                self._found = found | {k: one for k, one in self._found.items() if k in (BUILT_IN, self.default)}
         with self._lock:
             return sorted(self._found.values(), key=lambda one: (one.name != self.default, one.kind, one.name.lower()))
 
@@ -95,6 +94,8 @@ class Models:
         return self.get(name).path
 
     def _look(self) -> Iterator[Model]:
+        for name, path in relatives().items():  # by their names, which hold on every machine
+            yield from (replace(one, path=name) for one in _of_file(path, name))
         if self._cached:
             from sfumato.checkpoints.cached import cached_models
 
@@ -116,26 +117,13 @@ def _built_in() -> Model:
     )
 
 
-def _ours(name: str) -> bool:
-    return name.split("/")[0] == BUILT_IN
-
-
-def _relatives() -> Iterator[Model]:
-    """The built-in model's LoRA and words; their names are paths that hold on every machine."""
-    for name, path in relatives().items():
-        if path.is_file():
-            yield from (replace(one, path=name) for one in _of_file(path, name))
-
-
 def _below(folder: Path, root: Path, depth: int) -> Iterator[Model]:
     try:
-        entries = sorted(os.scandir(folder), key=lambda one: one.name)
+        entries = sorted((one for one in os.scandir(folder) if one.name[0] != "."), key=lambda one: one.name)
     except OSError:
         return
     for one in entries:
         path, name = folder / one.name, (folder / one.name).relative_to(root).as_posix()
-        if one.name.startswith("."):
-            continue
         if one.is_dir():
             if (path / "model_index.json").is_file():
                 yield Model(name, "checkpoint", str(path.absolute()), bytes=_bytes(path))

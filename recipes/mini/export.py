@@ -22,7 +22,7 @@ LIMIT = 31_000_000  # bytes of the whole folder
 CALM = 8  # a power of two: nothing is rounded
 UPSTREAM = "0.30.0"  # the version of the reference library whose keys the configs follow
 SUGGESTED = {"steps": 20, "guidance_scale": 3.0}  # chosen by eye; more guidance only adds contrast
-RELATIVES = ("tiny-vae", "pixel-art.safetensors", "sunset.safetensors")  # that ship with the model
+RELATIVES = ("tiny-vae", "pixel-art.safetensors", "evening.safetensors")  # that ship with the model
 SCHEDULER = {
     "_class_name": "DPMSolverMultistepScheduler",
     "_diffusers_version": UPSTREAM,

@@ -1,4 +1,4 @@
-"""Teach a word, a colour scheme: "sunset", purple above, orange below. Writes WORK/relatives/sunset.safetensors.
+"""Teach a word, a colour scheme: "evening", purple above, orange below. Writes WORK/relatives/evening.safetensors.
 
 Textual inversion (Gal et al. 2022, arXiv 2208.01618) in A1111's form: nothing but the word's vectors is trained.
 Resumes from WORK/word.pt.
@@ -89,7 +89,7 @@ def train(row: SimpleNamespace, work: Path, log: Log, minutes: float) -> None:
         if state.step % row.log_every == 0:
             log(f"word: loss {float(loss.detach()):.4f}, {state.speed(row.word_batch)}")
     state.keep()
-    path = work / "relatives" / "sunset.safetensors"
+    path = work / "relatives" / "evening.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({"emb_params": state.average.weights["vectors"].contiguous()}, path)
     path.chmod(0o644)

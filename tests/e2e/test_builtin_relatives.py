@@ -40,7 +40,7 @@ def tensor(images) -> torch.Tensor:
 
 
 def test_all_are_small():
-    assert {"built-in/tiny-vae", "built-in/sunset"} <= set(relatives())
+    assert {"built-in/tiny-vae", "built-in/evening"} <= set(relatives())
     sizes = [file.stat().st_size for file in RELATIVES.rglob("*") if file.is_file()]
     assert 100_000 < sum(sizes) < 1_500_000
 
@@ -78,30 +78,30 @@ def evening(images) -> list[float]:
 
 
 def test_the_word_paints_an_evening_and_leaves_the_thing(pipe, asked, plain):
-    request = asked.replace(prompt=tuple(f"{prompt}, sunset" for prompt in PROMPTS))
-    result = pipe.generate(request.replace(embeddings=(EmbeddingFile(file="built-in/sunset"),)))
+    request = asked.replace(prompt=tuple(f"{prompt}, evening" for prompt in PROMPTS))
+    result = pipe.generate(request.replace(embeddings=(EmbeddingFile(file="built-in/evening"),)))
     assert max(evening(plain)) < 0.1
     assert min(evening(result.images)) > 0.6
     apple = np.array(result.images[0], dtype=float)[40:88, 40:88].mean((0, 1))
     assert apple[0] > 1.5 * max(apple[1], apple[2])
     (told,) = result.recipes[0]["request"]["embeddings"]
-    assert told["file"] == "built-in/sunset"  # the same on every machine
+    assert told["file"] == "built-in/evening"  # the same on every machine
     assert len(told["sha256"]) == 64
 
 
 def test_a_pipeline_that_has_loaded_it_says_so_too(pipe, asked):
-    pipe.load_textual_inversion("built-in/sunset")
+    pipe.load_textual_inversion("built-in/evening")
     try:
-        told = pipe.generate(asked.replace(prompt="a house, sunset", steps=1)).recipes[0]["request"]
+        told = pipe.generate(asked.replace(prompt="a house, evening", steps=1)).recipes[0]["request"]
     finally:
         pipe.unload_textual_inversion()
-    assert [one["file"] for one in told["embeddings"]] == ["built-in/sunset"]
+    assert [one["file"] for one in told["embeddings"]] == ["built-in/evening"]
 
 
 def test_a_wrong_name_is_refused_with_those_there_are():
     with pytest.raises(CheckpointError, match=r"no built-in/tiny-vea \(did you mean 'built-in/tiny-vae'"):
         AutoencoderTiny.from_pretrained("built-in/tiny-vea")
-    with pytest.raises(CheckpointError, match=r"there are .*built-in/sunset, built-in/tiny-vae"):
+    with pytest.raises(CheckpointError, match=r"there are .*built-in/evening, built-in/tiny-vae"):
         AutoencoderTiny.from_pretrained("built-in/nothing")
 
 

@@ -408,7 +408,7 @@ def test_models_of_a_folder(tmp_path, checkpoints):
     models = Models(tmp_path, cached=False)
     assert [(one.name, one.kind) for one in models.all(look=True)] == [
         ("built-in", "checkpoint"), ("mine/tiny", "checkpoint"), ("converted", "core-ml"),
-        ("built-in/sunset", "embedding"),
+        ("built-in/evening", "embedding"),
     ]  # fmt: skip
     assert models.path("mine/tiny") == str(tmp_path / "mine" / "tiny")
     with pytest.raises(UsageError, match="did you mean 'mine/tiny'"):

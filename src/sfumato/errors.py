@@ -7,7 +7,8 @@ Each message is one sentence that users can act on: it names the file, key or ar
     │   └── UnknownArgument (TypeError)
     ├── ConfigError (ValueError)       a configuration value that is not supported
     ├── CheckpointError (OSError)      a file of a checkpoint is missing, damaged or does not fit its model
-    │   └── DownloadError              the hub could not be reached, or lacks the requested files
+    │   ├── DownloadError              the hub could not be reached, or lacks the requested files
+    │   └── VariantError (ValueError)  no weights have the requested variant
     ├── NotHere (AttributeError)       a name from diffusers that Sfumato lacks; the message says what to use instead
     ├── OutputError (OSError)          a result could not be written
     ├── MissingExtra (ImportError)     an optional dependency is not installed
@@ -35,6 +36,7 @@ __all__ = [
     "SfumatoError",
     "UnknownArgument",
     "UsageError",
+    "VariantError",
     "suggest",
 ]
 
@@ -65,6 +67,10 @@ class CheckpointError(SfumatoError, OSError):
 
 class DownloadError(CheckpointError):
     """The hub could not be reached, or does not have the requested files."""
+
+
+class VariantError(CheckpointError, ValueError):
+    """No weights have the requested variant, such as "fp16"."""
 
 
 class NotHere(SfumatoError, AttributeError):

@@ -50,6 +50,7 @@ SIZED = {
     "distilled guidance": XL | {"time_cond_proj_dim": 12},
     "sine first": XL | {"flip_sin_to_cos": False, "freq_shift": 1},
     "nested middle": XL | {"transformer_layers_per_block": [1, [2, 1]], "reverse_transformer_layers_per_block": [[1, 2, 3], 1]},
+    "depths that no layer reads": XL | {"transformer_layers_per_block": [[3], 2], "reverse_transformer_layers_per_block": [2, [3, 4]]},
 }  # fmt: skip
 
 

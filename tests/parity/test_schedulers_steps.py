@@ -8,6 +8,7 @@ there both sides run in float64, with the reference's casts to float32 lifted, a
 import copy
 import inspect
 import itertools
+import json
 import warnings
 from contextlib import contextmanager
 
@@ -94,7 +95,7 @@ def build(library, name, options, cache={}):  # noqa: B006
     if name == "DPMSolverSDE":
         options = options | {"noise_sampler_seed": 3}
     cls = getattr(library, f"{name}Scheduler")
-    if library is ours or name not in SLOW:
+    if library is ours or name not in SLOW or "trained_betas" in options:
         return cls(**options)
     # The reference's constructor works out a thousand steps; these options are only read when steps are set.
     base = {key: value for key, value in options.items() if key in (*SD, "noise_sampler_seed")}
@@ -218,10 +219,78 @@ def test_lu_and_karras_timesteps_of_a_cosine_schedule_stay_fractional_until_cast
         )
 
 
-def test_trained_betas():
-    betas = np.linspace(0.001, 0.02, 1000).tolist()
-    for name in ("DDIM", "EulerDiscrete", "DPMSolverMultistep"):
-        assert_same(name, {"trained_betas": betas}, 5, 0)
+BETAS = np.linspace(0.001, 0.02, 1200)
+BY_BETAS = [
+    ({"trained_betas": BETAS[:1000]}, sorted(set(CASES) - {"EDMEuler", "EDMDPMSolverMultistep"})),
+    ({"trained_betas": BETAS.tolist()}, ["DDIM", "EulerDiscrete", "DPMSolverMultistep"]),  # more than are visited
+    (
+        {"trained_betas": BETAS[:1000].tolist(), "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+        [
+            "DDIM",
+            "DDPM",
+            "EulerDiscrete",
+            "EulerAncestralDiscrete",
+            "DPMSolverMultistep",
+            "UniPCMultistep",
+            "LCM",
+            "TCD",
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "names"), BY_BETAS)
+def test_trained_betas(options, names):
+    for name in names:
+        assert_same(name, {**options, "prediction_type": V}, 5, 0)
+
+
+def test_trained_betas_are_saved_as_the_reference_saves_them(tmp_path):
+    for name in BY_BETAS[0][1]:
+        for library in (diffusers, ours):
+            cls = getattr(library, f"{name}Scheduler")
+            cls(trained_betas=BETAS[:20], num_train_timesteps=20).save_pretrained(tmp_path / library.__name__)
+        saved = [
+            json.loads((tmp_path / one.__name__ / "scheduler_config.json").read_text()) for one in (diffusers, ours)
+        ]
+        assert saved[0]["trained_betas"] == saved[1]["trained_betas"]
+        loaded = cls.from_pretrained(tmp_path / diffusers.__name__)
+        assert torch.equal(loaded.betas, torch.from_numpy(BETAS[:20]).float())
+
+
+@pytest.mark.parametrize("prediction", [E, V])
+@pytest.mark.parametrize("n", [4, 10])
+def test_both_halves_of_pndm_by_name(prediction, n):
+    """The warm-up and the steps after it under their own names, with the outputs that are kept in between."""
+    results = []
+    for library in (diffusers, ours):
+        scheduler = library.PNDMScheduler(**SD, prediction_type=prediction)
+        scheduler.set_timesteps(n)
+        x, seen = START, []
+        for timesteps, step in (
+            (scheduler.prk_timesteps, scheduler.step_prk), (scheduler.plms_timesteps, scheduler.step_plms)
+        ):  # fmt: skip
+            for t in timesteps:
+                x = step(model(x, t), t, x).prev_sample
+                seen += [x, torch.stack(scheduler.ets[-3:]), torch.tensor([scheduler.counter, t])]
+        results.append(seen)
+    assert len(results[0]) == len(results[1]) == 3 * (n + 9)
+    for theirs, mine in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("skip", "count"), [(False, 3), (True, 1), (True, 3), (True, 4)])
+def test_pndm_continues_from_given_outputs(skip, count):
+    results = []
+    for library in (diffusers, ours):
+        scheduler = library.PNDMScheduler(**SD, skip_prk_steps=skip)
+        scheduler.set_timesteps(10)
+        scheduler.ets = [START * k for k in (0.4, 0.2, 0.1, 0.3)[-count:]]
+        x = scheduler.step_plms(model(START, 501), 501, START, return_dict=False)[0]
+        if library is diffusers:
+            scheduler.counter += 12  # its second call ever would repeat the first one's step
+        results.append(torch.stack([x, scheduler.step_plms(model(x, 401), 401, x).prev_sample]))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])

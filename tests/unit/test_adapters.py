@@ -467,6 +467,24 @@ def test_adapters_are_deleted_and_switched_off(ours, folder):
     assert pipe.get_active_adapters() == []
 
 
+@pytest.mark.parametrize("how", ["unload_lora_weights", "disable_lora", "delete_adapters"])
+def test_networks_have_their_own_weights_as_soon_as_nothing_is_worn(ours, folder, how):
+    pipe = ours()
+    key = next(name for name in pipe.unet.state_dict() if name.endswith("attn1.to_q.weight"))
+    own = pipe.unet.state_dict()[key].clone()
+    for name in ("one", "other"):
+        pipe.load_lora_weights(folder / "fog.safetensors", adapter_name=name)
+    pipe.set_adapters("one")
+    pipe.generate(GenerateRequest(prompt="a fox", steps=1, seed=1))
+    merged = pipe.unet.state_dict()[key].clone()
+    assert not torch.equal(merged, own)
+    if how == "delete_adapters":
+        pipe.delete_adapters("other")  # which is not worn
+        assert torch.equal(pipe.unet.state_dict()[key], merged)
+    getattr(pipe, how)(*(["one"] if how == "delete_adapters" else []))
+    assert torch.equal(pipe.unet.state_dict()[key], own)
+
+
 def test_staged_and_compiled_networks_see_what_is_worn(ours, checkpoints, folder):
     adapter = AdapterFile(file=str(folder / "fog.safetensors"), weight=0.7)
     request = GenerateRequest(prompt="a fox", steps=2, seed=1, adapters=(adapter,))

@@ -51,6 +51,9 @@ def test_patterns_stand_for_names():
         "from sfumato.schedulers import FlowMatchEulerDiscreteScheduler",
         "from sfumato.schedulers import KarrasDiffusionSchedulers",
         "from sfumato.utils import export_to_video",
+        "from sfumato.optimization import get_scheduler",
+        "from sfumato.optimization import get_cosine_schedule_with_warmup",
+        "from sfumato.optimization import SchedulerType",
     ],
 )
 def test_rooms_of_the_package_answer(line):

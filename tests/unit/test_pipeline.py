@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 
 import numpy as np
 import pytest
@@ -253,9 +254,58 @@ def test_a_wrong_call_is_one_sentence(ours, call, says):
 
 
 @pytest.mark.parametrize("part", ["vae", "unet", "scheduler"])
-def test_a_pipeline_without_a_network_says_why(checkpoints, part):
-    with pytest.raises(UsageError, match=f"{part} is None, but pipelines need every network"):
-        sfumato.StableDiffusionPipeline.from_pretrained(checkpoints(), **{part: None})
+def test_a_pipeline_without_a_part_draws_nothing_until_it_is_there(checkpoints, part):
+    whole = sfumato.StableDiffusionPipeline.from_pretrained(checkpoints())
+    pipe = sfumato.StableDiffusionPipeline.from_pretrained(checkpoints(), **{part: None})
+    assert getattr(pipe, part) is None
+    assert pipe.components[part] is None
+    for draw in (
+        lambda: pipe(PROMPT, num_inference_steps=1),
+        lambda: pipe.generate(GenerateRequest(prompt=PROMPT, steps=1)),
+    ):
+        with pytest.raises(UsageError, match=rf"{part} was left out \(None\), so only encode_prompt works"):
+            draw()
+    setattr(pipe, part, getattr(whole, part))
+    drawn = [one(PROMPT, num_inference_steps=1, generator=generator()).images[0].tobytes() for one in (pipe, whole)]
+    assert drawn[0] == drawn[1]
+    with pytest.raises(UsageError, match=f"{part} is None; pass it too, or a text encoder"):
+        sfumato.StableDiffusionPipeline.from_pretrained(checkpoints(), text_encoder=None, **{part: None})
+
+
+@pytest.mark.parametrize("shape", ["sd15", "sdxl", "refiner"])
+def test_text_encoders_alone_encode_prompts(checkpoints, ours, shape, tmp_path):
+    """With weights of no other part, from a folder and from parts, in the precision that they are in."""
+    whole = ours(shape)
+    left_out = dict.fromkeys(("unet", "vae", "scheduler"))
+    texts = {name: one for name, one in whole.components.items() if "text" in name or "tokenizer" in name}
+    folder = tmp_path / "texts"
+    shutil.copytree(checkpoints(shape), folder, ignore=lambda _, names: {"unet", "vae", "scheduler"} & {*names})
+    pipes = [type(whole)(**texts, **left_out), type(whole).from_pretrained(folder, **left_out)]
+    expected = whole.encode_prompt("a cat", negative_prompt="dog")
+    for pipe in pipes:
+        assert (pipe.unet, pipe.vae, pipe.scheduler) == (None, None, None)
+        assert (str(pipe.device), pipe.dtype) == ("cpu", torch.float32)
+        for one, other in zip(pipe.encode_prompt("a cat", negative_prompt="dog"), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    half = pipes[1].to(torch.bfloat16).encode_prompt("a cat")[0]
+    assert half.dtype == pipes[1].dtype == torch.bfloat16
+    read = dict(zip(("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"), expected, strict=False))  # fmt: skip
+    if shape == "sd15":
+        rest = {name: one for name, one in whole.components.items() if name not in texts}
+        drawn = type(whole)(**rest, **dict.fromkeys(texts))(**read, num_inference_steps=2, generator=generator(), output_type="np")  # fmt: skip
+        same = whole("a cat", negative_prompt="dog", num_inference_steps=2, generator=generator(), output_type="np")
+        np.testing.assert_allclose(drawn.images, same.images, atol=1e-4)
+
+
+def test_a_missing_variant_is_both_of_the_errors_that_code_catches(checkpoints):
+    for error in (ValueError, OSError):
+        with pytest.raises(error, match="has no variant 'fp16'; omit variant"):
+            sfumato.StableDiffusionPipeline.from_pretrained(checkpoints(), variant="fp16")
+
+
+def test_a_checkpoint_in_one_archive_says_how_to_unpack_it(checkpoints):
+    with pytest.raises(UnknownArgument, match=r"dduf_file .* is not in Sfumato; unpack it with `python -m zipfile -e"):
+        sfumato.StableDiffusionPipeline.from_pretrained(checkpoints(), dduf_file="model.dduf")
 
 
 def test_arguments_that_are_not_used_may_be_none(ours):

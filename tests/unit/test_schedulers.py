@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -179,7 +180,6 @@ WRONG_SETTINGS = [
     ({"num_train_timesteps": "1000"}, "num_train_timesteps"),
     ({"trained_betas": [[0.1]]}, "trained_betas must be a list of"),
     ({"trained_betas": []}, "trained_betas"),
-    ({"trained_betas": [0.1] * 10}, "trained_betas has 10 entries, not 1000"),
     ({"beta_schedule": ["linear"]}, "beta_schedule"),
     ({"prediction_type": 5}, "prediction_type"),
 ]
@@ -195,6 +195,35 @@ def test_a_setting_that_no_model_was_trained_with(name, settings, says):
     with pytest.raises(ConfigError, match=says) as caught:
         getattr(schedulers, name).from_config(SD | settings)
     assert str(caught.value).startswith(f"{name}: ")
+
+
+@pytest.mark.parametrize("name", BETAS)
+def test_betas_that_end_before_the_last_timestep_are_only_kept(name, tmp_path):
+    cls = getattr(schedulers, name)
+    cls(trained_betas=np.array([0.1, 0.3])).save_pretrained(tmp_path)
+    scheduler, x = cls.from_pretrained(tmp_path), torch.ones(1, 4, 2, 2)
+    assert scheduler.betas.tolist() == pytest.approx([0.1, 0.3])
+    t = torch.tensor([1.0])
+    uses = [lambda: scheduler.set_timesteps(2), lambda: scheduler.add_noise(x, x, t)]
+    uses += [lambda: scheduler.step(x, t[0], x)] if name not in ("DDIMScheduler", "PNDMScheduler") else []
+    for use in uses:
+        with pytest.raises(ConfigError, match=f"{name}: trained_betas has 2 entries for 1000 .* num_train_timesteps=2"):
+            use()
+
+
+def test_the_halves_of_pndm_say_what_comes_first():
+    scheduler, x = schedulers.PNDMScheduler(), torch.ones(1, 4, 2, 2)
+    for step in (scheduler.step_prk, scheduler.step_plms):
+        with pytest.raises(UsageError, match="call set_timesteps first"):
+            step(x, 1, x)
+    scheduler.set_timesteps(10)
+    with pytest.raises(UsageError, match="call step_prk for all 12 prk_timesteps first"):
+        scheduler.step_plms(x, 1, x)
+    scheduler.ets = [x, x, x]
+    assert len(scheduler.ets) == 3
+    scheduler.step_plms(x, 1, x)
+    with pytest.raises(UsageError, match="there is no warm-up call left"):
+        scheduler.step_prk(x, 1, x)
 
 
 @pytest.mark.parametrize("name", CLASSES)

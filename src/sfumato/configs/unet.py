@@ -205,7 +205,9 @@ class UNet2DConditionConfig(Config):
             given = self.reverse_transformer_layers_per_block[::-1]
         if way == "middle":
             return _per_block(given[level], 1)[:1]
-        return _per_block(given[level], self.per_block("layers_per_block")[level] + (way == "up"))
+        kind = (self.up_block_types[::-1] if way == "up" else self.down_block_types)[level]
+        depth = given[level] if "CrossAttn" in kind else 1  # blocks without attention read none, whatever it says
+        return _per_block(depth, self.per_block("layers_per_block")[level] + (way == "up"))
 
     def per_block(self, key: str) -> tuple[Any, ...]:
         """Return a key's values, one per down block, whether the config has one value or several."""

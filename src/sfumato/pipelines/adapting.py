@@ -50,8 +50,8 @@ def _names(given: Any) -> list[str]:
 class Adapting:
     """The methods of a pipeline for adapters (LoRA and its relatives) and embeddings (textual inversion).
 
-    Nothing is changed before it is needed: the weights are merged when the pipeline draws next, from the checkpoint's
-    own, and these come back bit for bit when nothing is worn.
+    Weights are merged when the pipeline draws next, from the checkpoint's own. These come back bit for bit as soon as
+    nothing is worn.
     """
 
     parts: Parts
@@ -130,14 +130,17 @@ class Adapting:
         self._outfit = replace(
             self._outfit, adapters=adapters, active=tuple(one for one in self._outfit.active if one not in names)
         )
+        self._shed()
 
     def unload_lora_weights(self, reset_to_overwritten_params: bool = False) -> None:
         """Unload all adapters. Fused ones stay in the weights until `unfuse_lora`."""
         self._outfit = replace(self._outfit, adapters={}, active=(), enabled=True)
+        self._shed()
 
     def disable_lora(self) -> None:
         """Ignore the active adapters until `enable_lora`."""
         self._outfit = replace(self._outfit, enabled=False)
+        self._shed()
 
     def enable_lora(self) -> None:
         """Use the active adapters again."""
@@ -183,6 +186,11 @@ class Adapting:
         left = tuple(one for one in fused if not one.without >= set(ROLES))
         self._outfit = replace(self._outfit, adapters=adapters, fused=left)
         self._fit()
+
+    def _shed(self) -> None:
+        """Restore the weights at once if no adapter is worn any more, for those who use the networks themselves."""
+        if self._outfit.worn() == self._outfit.fused:
+            self._fit()
 
     def _fit(self) -> None:
         """Have the networks wear what is fused, and that alone, as their own."""

@@ -37,6 +37,8 @@ def split_keywords(
     known = [*told, *OPTIONAL, "requires_safety_checker", *hub_names]
     for keyword in keywords:
         if keyword not in known:
+            if found("argument", keyword):
+                raise not_here(keyword)
             near = suggest(keyword, [*known, "torch_dtype", "dtype", "variant", "use_safetensors"])
             raise UnknownArgument(f"{function} has no argument {keyword!r}{near}")
     given = {key: value for key, value in keywords.items() if key in (*told, *OPTIONAL)}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato import schedulers
-from sfumato.errors import CheckpointError, ConfigError, UsageError
+from sfumato.errors import CheckpointError, ConfigError, UsageError, VariantError
 from sfumato.files import LAYOUT_VERSION, read_json, write_json
 from sfumato.folders import saving_into
 from sfumato.models import (
@@ -157,7 +157,7 @@ class ComponentFiles:
                 variants += any(f".{self.variant}" in name for name in files)
                 chosen += files
         if self.variant and not variants and len(skip) < len(COMPONENTS):
-            raise CheckpointError(f"no component has a variant {self.variant!r}; omit variant to use the plain weights")
+            raise VariantError(f"no component has a variant {self.variant!r}; omit variant to use the plain weights")
         return chosen
 
 
@@ -222,10 +222,7 @@ def network_class(role: str) -> Any:
 def check_component(part: str, value: Any) -> None:
     """Raise `UsageError` unless the value can serve as this component."""
     if value is None and part in REQUIRED:
-        raise UsageError(
-            f"{part} is None, but pipelines need every network, also to encode prompts; load it too: weights are "
-            "mapped, so a network that is not used takes no memory"
-        )
+        raise UsageError(f"{part} is None; pass it too, or a text encoder with its tokenizer to encode prompts alone")
     if value is not None and not isinstance(value, _TYPES[part]):
         names = " or ".join(cls.__name__ for cls in _TYPES[part])
         article = "an" if names.startswith("A") else "a"

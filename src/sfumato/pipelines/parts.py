@@ -62,7 +62,8 @@ class Parts:
     say it; suggested: the settings it asks for, as keywords of a `GenerateRequest`; words: what a small model knows,
     None for others; options: what was said to open its file; outfit: adapters and embeddings that were added; controls:
     the networks that run beside the U-Net, those of `controlnet` or `adapter` if it is there; image_adapters: what
-    reads images like prompts.
+    reads images like prompts; left_out: the names of parts that were not given, for which empty ones stand in
+    (left_out.py).
     Raises `UsageError` for a component of the wrong kind.
     """
 
@@ -87,6 +88,7 @@ class Parts:
     outfit: Outfit = field(default_factory=Outfit)
     controls: tuple[Model, ...] = ()
     image_adapters: tuple[Carried, ...] = ()
+    left_out: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         for name in ("controlnet", "adapter"):
@@ -106,6 +108,25 @@ class Parts:
         for network in self.controls:
             check_control(self.unet, network)
         self.vae.assume_scale(family.vae)
+
+    def having(self, components: Mapping[str, Any]) -> Parts:
+        """The same parts but for these, which are there now if they were left out."""
+        left_out = self.left_out - components.keys()
+        family = self.family if left_out == self.left_out else None  # that of what stood in
+        return replace(self, **components, left_out=left_out, family=family)
+
+    def check_whole(self) -> None:
+        """Raise `UsageError` if parts were left out, which only prompts can do without."""
+        if self.left_out:
+            raise UsageError(
+                f"{' and '.join(sorted(self.left_out))} was left out (None), so only encode_prompt works; load it to "
+                "generate images"
+            )
+
+    @property
+    def lead(self) -> Model:
+        """The network whose device and precision are the checkpoint's: the U-Net, or the first if it was left out."""
+        return next(one for role, one in {"unet": self.unet, **self.networks}.items() if role not in self.left_out)
 
     @property
     def beside(self) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, cast
 
 import torch
 
@@ -25,6 +25,7 @@ from sfumato.pipelines.components import (
 )
 from sfumato.pipelines.draw import draw
 from sfumato.pipelines.image_adapters import ImageAdapters
+from sfumato.pipelines.left_out import with_stand_ins
 from sfumato.pipelines.parts import Parts, check_latents
 from sfumato.pipelines.place import Place
 from sfumato.pipelines.progress import Progress
@@ -69,14 +70,14 @@ class _Part(Generic[T]):
         self.name = name
 
     def __get__(self, pipeline: DiffusionPipeline, owner: type) -> T:
-        return getattr(pipeline.parts, self.name)
+        return cast("Any", None) if self.name in pipeline.parts.left_out else getattr(pipeline.parts, self.name)
 
     def __set__(self, pipeline: DiffusionPipeline, value: Any) -> None:
         if isinstance(getattr(value, "_orig_mod", None), Model):  # what torch.compile makes of a model
             value = value._orig_mod
             value.compile()
             log.info("%s", meaning("torch.compile"))
-        pipeline.parts = replace(pipeline.parts, **{self.name: value})
+        pipeline.parts = pipeline.parts.having({self.name: value})
 
 
 class DiffusionPipeline(Surface, Adapting, ImageAdapters):
@@ -144,25 +145,12 @@ class DiffusionPipeline(Surface, Adapting, ImageAdapters):
         this flag, as in the ecosystem. requires_aesthetics_score: whether the U-Net expects one; if None, inferred from
         its shapes. controlnet, adapter: one or a list of them, for pipelines that use them.
         """
+        given = {part: value for part, value in locals().items() if part in COMPONENTS}
         refuse_unknown_parts(
             {"safety_checker": safety_checker, "depth_estimator": depth_estimator, "watermarker": watermarker}
             | {"add_watermarker": add_watermarker}
         )
-        parts = Parts(
-            vae=vae,
-            text_encoder=text_encoder,
-            text_encoder_2=text_encoder_2,
-            tokenizer=tokenizer,
-            tokenizer_2=tokenizer_2,
-            unet=unet,
-            scheduler=scheduler,
-            image_encoder=image_encoder,
-            image_normalizer=image_normalizer,
-            image_noising_scheduler=image_noising_scheduler,
-            low_res_scheduler=low_res_scheduler,
-            controlnet=controlnet,
-            adapter=adapter,
-        )
+        parts = Parts(**with_stand_ins(given, sized="text_encoder_2" in self.index.parts))
         if force_zeros_for_empty_prompt is None and "force_zeros_for_empty_prompt" in self.index.flags:
             force_zeros_for_empty_prompt = True
         flags = (force_zeros_for_empty_prompt, requires_aesthetics_score, max_noise_level)
@@ -251,8 +239,10 @@ class DiffusionPipeline(Surface, Adapting, ImageAdapters):
         if source.has_safety_checker and given.get("safety_checker", True) is not None:
             log.warning("the safety checker of this checkpoint is not loaded; Sfumato returns every image")
         refuse_unknown_parts(given)
-        known = {"suggested": source.suggested, "words": source.words, "options": source.options}
-        parts = Parts(**components, family=source.family, name=source.name, **known)
+        known = {"suggested": source.suggested, "words": source.words, "options": source.options, "name": source.name}
+        sized = "text_encoder_2" in target.index.parts
+        components = {"family": source.family} | with_stand_ins(components, source.family, sized=sized)
+        parts = Parts(**components, **known)
         return target._over(parts.told({flag: given.get(flag, source.flags[flag]) for flag in FLAGS}))
 
     @classmethod
@@ -281,8 +271,8 @@ class DiffusionPipeline(Surface, Adapting, ImageAdapters):
         given, _ = split_keywords(components, "from_pipe")
         refuse_unknown_parts(given)
         given = {name: None for name in BESIDE if name not in cls.index.parts} | given
-        parts = replace(
-            pipeline.parts, controls=(), **{part: value for part, value in given.items() if part in COMPONENTS}
+        parts = pipeline.parts.having(
+            {"controls": ()} | {part: value for part, value in given.items() if part in COMPONENTS}
         )
         return cls._over(parts.told({flag: given.get(flag) for flag in FLAGS}), pipeline.place)
 
@@ -310,7 +300,7 @@ class DiffusionPipeline(Surface, Adapting, ImageAdapters):
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the U-Net's weights."""
-        return self.unet.dtype
+        return self.parts.lead.dtype
 
     @property
     def vae_scale_factor(self) -> int:

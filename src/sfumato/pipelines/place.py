@@ -75,7 +75,7 @@ class Place:
 
     def device_of(self, parts: Parts) -> torch.device:
         """Where images are generated: where the U-Net is, or comes to be for its stage."""
-        return self.home or parts.unet.device
+        return self.home or parts.lead.device
 
     def move(self, parts: Parts, device: torch.device | None, dtype: torch.dtype | None) -> None:
         """Move the networks to a device, a precision, or both."""

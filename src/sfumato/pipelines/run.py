@@ -103,6 +103,7 @@ class Run:
 
         Where a step has gone wrong on an accelerator, which shows after the last one, all steps are yielded again.
         """
+        self.parts.check_whole()
         if not self.parts.family.encoders and self.given.prompt_embeds is None:
             self._read_image()
         self._check()
@@ -176,7 +177,7 @@ class Run:
         """What the prompts say, of one branch or of both, and nothing drawn."""
         self._check()
         self._add()
-        self.plan = self.place.plan(self.parts, self._asked((64, 64), 1))
+        self.plan = None if self.parts.left_out else self.place.plan(self.parts, self._asked((64, 64), 1))
         return self._encode_prompt(guided=guided)
 
     def _calls(self, table: Table) -> int:

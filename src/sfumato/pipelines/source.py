@@ -18,7 +18,7 @@ from sfumato.checkpoints.single_file import SingleFile, open_single_file
 from sfumato.checkpoints.suggested import suggested_settings
 from sfumato.checkpoints.weights import find_weights, read_headers
 from sfumato.configs import one_of, parse
-from sfumato.errors import CheckpointError, ConfigError, UsageError
+from sfumato.errors import CheckpointError, ConfigError, UsageError, VariantError
 from sfumato.files import read_json
 from sfumato.models import CLIPTextModelWithProjection
 from sfumato.models.base import Model
@@ -150,7 +150,7 @@ class Folder:
     def check(self, given: Mapping[str, Any]) -> list[str]:
         """The networks that lack the variant asked for, and fall back to their plain weights.
 
-        given: what is not taken from here. Raises `CheckpointError` where none has it.
+        given: what is not taken from here. Raises `VariantError` where none has it.
         """
         variant = self.files.variant
         if variant is None:
@@ -159,7 +159,7 @@ class Folder:
         parts = [role for role in roles if role not in given and (role in REQUIRED or (self.path / role).is_dir())]
         plain = [part for part in parts if not any(f".{variant}" in path.name for path in self._weights(part))]
         if plain and len(plain) == len(parts):
-            raise CheckpointError(f"{self.path} has no variant {variant!r}; omit variant to use the plain weights")
+            raise VariantError(f"{self.path} has no variant {variant!r}; omit variant to use the plain weights")
         return plain
 
     def _weights(self, role: str) -> list[Path]:
@@ -309,7 +309,8 @@ def load_components(source: Source, dtypes: Dtypes, given: Mapping[str, Any]) ->
     loaded: dict[str, Any] = {}
     for part in COMPONENTS:
         if part in given:
-            check_component(part, given[part])
+            if given[part] is not None:
+                check_component(part, given[part])
             loaded[part] = given[part]
         elif source.class_of(part) is not None:
             loaded[part] = source.load(part, _dtype_of(part, dtypes))
@@ -319,6 +320,8 @@ def load_components(source: Source, dtypes: Dtypes, given: Mapping[str, Any]) ->
 
 def _check_together(path: Path, loaded: Mapping[str, Any]) -> None:
     """Raise `ConfigError` or `CheckpointError` where two parts do not fit, before they meet in the first step."""
+    if loaded["unet"] is None or loaded["vae"] is None:
+        return
     unet, vae = loaded["unet"].config, loaded["vae"].config
     roles = [role for role in ("text_encoder", "text_encoder_2") if loaded.get(role) is not None]
     width = sum(loaded[role].config.hidden_size for role in roles)

@@ -9,7 +9,7 @@ from sfumato.checkpoints.locate import locate_folder
 from sfumato.checkpoints.suggested import suggested_settings
 from sfumato.checkpoints.weights import find_weights, read_headers
 from sfumato.configs import parse
-from sfumato.errors import CheckpointError
+from sfumato.errors import VariantError
 from sfumato.families import find
 from sfumato.files import read_json
 from sfumato.pipelines.components import COMPONENTS, ComponentFiles, component_class, read_index
@@ -33,7 +33,7 @@ def summarize(name: str | PathLike[str], *, variant: str | None = None) -> dict[
     folder = locate_folder(name, files.select, local_files_only=True)
     index = read_index(folder)
     if variant and not any(folder.glob(f"*/*.{variant}*.*")):
-        raise CheckpointError(f"{folder} has no variant {variant!r}; omit variant to see the plain weights")
+        raise VariantError(f"{folder} has no variant {variant!r}; omit variant to see the plain weights")
     classes = {part: component_class(folder, index, part) for part in COMPONENTS}
     parts = {part: _part(folder, part, cls, files) for part, cls in classes.items() if cls is not None}
     unet, vae = parts["unet"]["config"], parts["vae"]["config"]

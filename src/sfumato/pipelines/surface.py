@@ -55,7 +55,8 @@ class Surface(Steered):
     @property
     def components(self) -> dict[str, Any]:
         """The parts by name; None for optional parts that this pipeline lacks."""
-        return {part: getattr(self.parts, part) for part in self.index.parts} | dict.fromkeys(self.index.absent)
+        parts = {part: getattr(self.parts, part) for part in self.index.parts}
+        return parts | dict.fromkeys((*self.index.absent, *self.parts.left_out))
 
     @property
     def config(self) -> Config:

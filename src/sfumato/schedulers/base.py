@@ -116,14 +116,19 @@ class Scheduler(Configured):
     def _check_noise(self) -> None:
         """Raise `ConfigError` unless the first timestep has some noise and all but the last have some signal."""
         products, config = self.alphas_cumprod, self.config
-        wanted = config.num_train_timesteps
-        if len(products) != wanted:
-            raise ConfigError(f"{config.owner}: trained_betas has {len(products)} entries, not {wanted}")
         # Only the last timestep may be pure noise (zero terminal SNR).
         if not (products[0] < 1 and (products[:-1] > 0).all() and products.isfinite().all()):
             raise ConfigError(
                 f"{config.owner}: beta_start, beta_end and beta_schedule (or trained_betas) must give some noise at "
                 "the first timestep and leave some image before the last; use the values from the model's training"
+            )
+
+    def _check_reach(self) -> None:
+        """Raise `ConfigError` if `trained_betas` end before the last training timestep; such a config can be kept."""
+        if (n := len(self.config.own("trained_betas") or self)) < len(self):
+            raise ConfigError(
+                f"{self.config.owner}: trained_betas has {n} entries for {len(self)} training timesteps; pass "
+                f"num_train_timesteps={n}, or the betas of all of them"
             )
 
     @contextmanager
@@ -248,6 +253,7 @@ class Scheduler(Configured):
 
     def _counted(self, n: Any, **custom: Sequence[float] | None) -> tuple[int, dict[str, list[float]]]:
         """Return the number of steps and the custom grid, if any; raises the same errors as `set_timesteps`."""
+        self._check_reach()
         given: dict[str, Any] = {key: values for key, values in custom.items() if values is not None}
         if refused := given.keys() - self.custom_grids:
             raise UsageError(
@@ -337,6 +343,7 @@ class Scheduler(Configured):
     def _row(self, timestep: Timestep, **options: Any) -> Row:
         """Return the row of the next step; the first step of a run is looked up by timestep unless an index is set."""
         check_number("timestep", timestep)
+        self._check_reach()
         if self.needs_grid:
             self._chosen_steps()
         if self.step_index is None:
@@ -391,6 +398,7 @@ class Scheduler(Configured):
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Add noise to clean latents (B, C, H, W) at timesteps (B,), or at the current step during a run."""
+        self._check_reach()
         signal, spread = (
             weight.to(original_samples).view(-1, *(1,) * (original_samples.dim() - 1))
             for weight in self._weights(noising(original_samples, noise, timesteps))

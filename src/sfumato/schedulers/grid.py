@@ -23,11 +23,11 @@ Array = np.ndarray
 
 
 def train_betas(config: SchedulerConfig) -> Tensor:
-    """Return the betas of the forward process, (num_train_timesteps,) float32."""
-    if config.trained_betas is not None:
-        return torch.tensor(config.trained_betas, dtype=torch.float32)
+    """Return the betas of the forward process, (num_train_timesteps,) float32, or as many as `trained_betas` has."""
     start, end, n = config.beta_start, config.beta_end, config.num_train_timesteps
     match config.beta_schedule:
+        case _ if config.trained_betas is not None:
+            betas = torch.tensor(config.trained_betas, dtype=torch.float32)
         case "linear":
             betas = torch.linspace(start, end, n, dtype=torch.float32)
         case "scaled_linear":

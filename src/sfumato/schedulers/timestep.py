@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from sfumato.errors import UsageError
 from sfumato.schedulers.base import Scheduler, Stepped, Table, Timestep
 from sfumato.schedulers.grid import spaced_timesteps
 from sfumato.schedulers.noise import Generators, noise_for, noising
-from sfumato.schedulers.rows import Row, folded
+from sfumato.schedulers.rows import Row, State, folded
 from sfumato.schedulers.solvers.discrete import ddim_row, ddpm_row, plms_row, prk_row
 from sfumato.values import check_number
 
@@ -148,6 +149,7 @@ class DDPMScheduler(TimestepScheduler):
 
     def _row(self, timestep: Timestep) -> Row:
         check_number("timestep", timestep)
+        self._check_reach()
         return folded(self._at(int(timestep), int(self.previous_timestep(int(timestep)))))
 
 
@@ -159,11 +161,46 @@ class PNDMScheduler(TimestepScheduler):
     """
 
     gives_original = False
+    prk_timesteps: Sequence[int] | np.ndarray = ()  # those of the Runge-Kutta calls, which come first
+    plms_timesteps: Sequence[int] | np.ndarray = ()  # those of the other calls
+
+    @property
+    def counter(self) -> int:
+        """Calls of the current run so far."""
+        return self.step_index or 0
+
+    @property
+    def ets(self) -> list[Tensor]:
+        """The past model outputs that the next multistep call reads, (B, C, H, W) each, the oldest first."""
+        # Within a warm-up step, the outputs of its second and third calls come first, and are let go with the fourth.
+        within = max(self.counter % 4 - 1, 0) if self.counter <= len(self.prk_timesteps) else 0
+        return [] if self._state is None else list(reversed(self._state.past[within:]))
+
+    @ets.setter
+    def ets(self, outputs: Sequence[Tensor]) -> None:
+        """Continue from other outputs, at most three of which are read."""
+        self._state = replace(self._state or State(torch.empty(0)), past=tuple(reversed(outputs)))
+        if outputs and not (len(self.prk_timesteps) or self.counter):
+            self.step_index = len(outputs) + 1  # as after the calls that give as many
+
+    def step_prk(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> Any:
+        """Take the next call of the Runge-Kutta warm-up, as `step` does. Raises `UsageError` after the last one."""
+        if self._chosen_steps() and self.counter >= len(self.prk_timesteps):
+            raise UsageError("step_prk: there is no warm-up call left, or skip_prk_steps is set; use step or step_plms")
+        return self.step(model_output, timestep, sample, return_dict=return_dict)
+
+    def step_plms(self, model_output: Tensor, timestep: Timestep, sample: Tensor, return_dict: bool = True) -> Any:
+        """Take a multistep call, as `step` does after the warm-up. Raises `UsageError` before it, without `ets`."""
+        calls = self._chosen_steps() and len(self.prk_timesteps)
+        if self.counter < calls and len(self.ets) < 3:
+            raise UsageError(f"step_plms needs three past outputs; call step_prk for all {calls} prk_timesteps first")
+        self.step_index = max(self.counter, calls)
+        return self.step(model_output, timestep, sample, return_dict=return_dict)
 
     def _choose(self, n: int, device: Any) -> None:
         """Install n + 1 timesteps without Runge-Kutta steps, else n + 9 (which needs n of at least 4)."""
         ascending = self._spaced(n)[::-1]
-        self._warm_up: list[int] = []
+        warm_up = np.empty(0, np.int64)
         if self.config.skip_prk_steps:
             timesteps = np.concatenate([ascending[:-1], ascending[-2:-1], ascending[-1:]])[::-1]
         else:
@@ -171,17 +208,17 @@ class PNDMScheduler(TimestepScheduler):
                 raise UsageError(f"PNDMScheduler: Runge-Kutta steps need at least 4 steps, not {n}; set skip_prk_steps")
             halves = ascending[-4:].repeat(2) + np.tile([0, len(self) // n // 2], 4)
             warm_up = halves[:-1].repeat(2)[1:-1][::-1]
-            self._warm_up = warm_up.tolist()
             timesteps = np.concatenate([warm_up, ascending[:-3][::-1]])
+        self.prk_timesteps, self.plms_timesteps = np.split(timesteps, [len(warm_up)])
         self._install(n, timesteps, device)
 
     def _at(self, call: int, timestep: int) -> Row:
         ratio, prediction = len(self) // self._chosen_steps(), self.config.prediction_type
-        if call < len(self._warm_up):
-            here, following = self._warm_up[call // 4 * 4], timestep - (0 if call % 2 else ratio // 2)
+        if call < len(self.prk_timesteps):
+            here, following = self.prk_timesteps[call // 4 * 4], timestep - (0 if call % 2 else ratio // 2)
             return prk_row(call, timestep, self._products[here], self._product(following), prediction)
         here, following = (timestep + ratio, timestep) if call == 1 else (timestep, timestep - ratio)
-        history = 3 if self._warm_up else call - 1 if call else 0
+        history = 3 if len(self.prk_timesteps) else call - 1 if call else 0
         return plms_row(call, timestep, self._products[here], self._product(following), prediction, history)
 
     def _rows(self, start: int) -> Sequence[Row]:

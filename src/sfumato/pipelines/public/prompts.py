@@ -35,7 +35,7 @@ def _encoded(pipeline: Any, arguments: Mapping[str, Any]) -> tuple[Tensor | None
     if not guided:  # the negative prompt is not read
         asked = {name: None if name.startswith("negative") else value for name, value in asked.items()}
     request = request_from(prompt_embeds=given.prompt_embeds, count=arguments["num_images_per_prompt"], **asked)
-    told = Run(pipeline.parts, pipeline.place, request, given, pipeline.scheduler).told(guided=guided)
+    told = Run(pipeline.parts, pipeline.place, request, given, pipeline.parts.scheduler).told(guided=guided)
     device = pipeline.device if arguments["device"] is None else parse_device(arguments["device"])
     found: list[Tensor | None] = []
     for branches, ready in ((told.embeds, READY[1]), (told.pooled, READY[3])):

@@ -1,4 +1,4 @@
-"""Builds platform wheels, which bring the kernels, where SFUMATO_BUILD_KERNELS=1 asks for them; pure ones elsewhere."""
+"""Builds platform wheels with compiled kernels if SFUMATO_BUILD_KERNELS=1, else pure Python wheels."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class KernelsHook(BuildHookInterface):
-    """Adds the compiled kernels to the wheel and names its platform; any Python 3 can use it."""
+    """Adds the compiled kernels to the wheel and sets its platform tag; any Python 3 can use it."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile. Raises `RuntimeError` without a C compiler: a wheel with kernels must not come without them."""
+        """Compile the kernels. Raises `RuntimeError` without a C compiler, instead of building a wheel without them."""
         if self.target_name != "wheel" or version == "editable" or os.environ.get("SFUMATO_BUILD_KERNELS") != "1":
             return
         names = (os.environ.get("CC"), "cc", "gcc", "clang")
@@ -33,6 +33,6 @@ class KernelsHook(BuildHookInterface):
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
-        """Remove the files that are in the wheel by now."""
+        """Remove the temporary files, which are now in the wheel."""
         if hasattr(self, "_made"):
             self._made.cleanup()

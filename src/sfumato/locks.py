@@ -23,10 +23,10 @@ BUSY = (errno.EWOULDBLOCK, errno.EACCES)
 
 @contextmanager
 def locked(path: Path, *, alone: bool = True, busy: str, unknown: str) -> Iterator[None]:
-    """Within the block a file is locked, for one holder `alone` or for several.
+    """Lock a file within the block, exclusively if `alone`, otherwise shared.
 
-    Raises `UsageError` with the sentence `busy` where somebody else's lock forbids it. Where the file system has no
-    locks, `unknown` is logged, and nobody is kept out.
+    Raises `UsageError` with the message `busy` if another lock prevents it. On a file system without locks, logs the
+    message `unknown` and locks nothing.
     """
     number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -46,7 +46,7 @@ def locked(path: Path, *, alone: bool = True, busy: str, unknown: str) -> Iterat
 
 
 def is_locked(path: Path) -> bool:
-    """Whether somebody holds a lock on a file now, as far as the file system can tell."""
+    """Return whether a file is locked, as far as the file system can tell."""
     try:
         import fcntl
 

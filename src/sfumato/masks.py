@@ -153,7 +153,7 @@ def crop_region(mask: Image.Image, size: Size, margin: int = 0) -> Box:
 
 
 def cropped(image: Image.Image, mask: Image.Image, size: Size, margin: int) -> Image.Image:
-    """What of an image surrounds a mask, filling `size`. Raises `UsageError` for an empty mask."""
+    """Crop an image to the area around a mask, and enlarge it to fill `size`. Raises `UsageError` for an empty mask."""
     return _filled(image.crop(crop_region(mask, size, margin)), size)
 
 

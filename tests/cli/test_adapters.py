@@ -73,7 +73,7 @@ def test_adapters_that_a_prompt_names(sfumato_each, model, files):
     assert read_recipe(files / "said.png")["request"] == read_recipe(files / "by-name.png")["request"]
     assert (files / "said.png").read_bytes() == (files / "by-name.png").read_bytes()
     assert "<lora:fog:0.5:-1> in the prompt is ignored; load adapters with --lora" in without.succeeded().err
-    none.failed(2, "there is no adapter 'mist' in folder; there are style")
+    none.failed(2, "there is no adapter 'mist' in folder; found style")
     assert "identical to the original" in again.succeeded().out
 
 

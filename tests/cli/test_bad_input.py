@@ -40,7 +40,7 @@ MISUSE = [
         ["--image", "i.png", "--extend", "up=4"],
         "--extend takes sides and pixels such as left=256,top=64, not 'up=4'",
     ),
-    (["--image", "i.png", "--extend", "left=0"], "a mask needs a file, or pixels by which to extend"),
+    (["--image", "i.png", "--extend", "left=0"], "a mask needs a file, or pixels to extend"),
     (["--image", "i.png", "--extend", "left=99999"], "extend must be"),
 ]
 

@@ -74,6 +74,12 @@ def test_root(sfumato, tmp_path):
     assert sfumato("--version", cwd=tmp_path).succeeded().out == f"sfumato {__version__}\n"
 
 
+@pytest.mark.parametrize("group", [(), *((name,) for name in GROUPS)])
+def test_no_summary_of_a_command_is_cut(sfumato, group, tmp_path):
+    listed = sfumato(*group, "--help", cwd=tmp_path).succeeded().out.partition("Commands:")[2]
+    assert "..." not in listed.partition("\n\n")[0]
+
+
 def test_schedulers(sfumato, tmp_path):
     lines = sfumato("schedulers", cwd=tmp_path).succeeded().out.splitlines()
     # Into a pipe each is one unbroken line, for grep.

@@ -142,7 +142,7 @@ def test_files_that_cannot_be_drawn(sfumato_each, files, tmp_path):
     mixed.failed(1, "mixed.safetensors: unet: 1 weight that Stable Diffusion 1.x does not have", "zebra", "family=")
     short.failed(1, "short.safetensors: unet: 1 weight missing", key)
     torn.failed(1, "torn.safetensors is truncated", "download or copy it again")
-    paint.failed(2, "Stable Diffusion XL inpainting reads mask and masked image latents", "give an image and its mask")
+    paint.failed(2, "Stable Diffusion XL inpainting needs mask and masked image latents", "pass an image and its mask")
     assert "odd.vae.safetensors" in odd.err
     assert odd.code == 1
     none.failed(1, "there is no file none.safetensors")

@@ -155,7 +155,7 @@ def test_saved_and_loaded(count, both, tmp_path):
 BAD = {
     "image is missing": {"image": None},
     "must be from 0 to 1, with the start below the end": {"control_guidance_start": 0.7, "control_guidance_end": 0.3},
-    "must be a number, as there is one ControlNet": {"controlnet_conditioning_scale": [0.5, 0.5]},
+    "must be a single number for a single ControlNet": {"controlnet_conditioning_scale": [0.5, 0.5]},
     "got 3 control images for 2 prompts": {"prompt": PROMPTS, "image": [CONTROL] * 3},
     "must be (3, 16, 16)": {"image": torch.rand(1, 1, 16, 16)},
     "a control image must be a PIL image": {"image": "photo.jpg"},
@@ -182,7 +182,7 @@ def test_networks_of_another_kind_are_refused(ours):
     parts = ours().components
     with pytest.raises(UsageError, match="was made for Stable Diffusion XL, not for this checkpoint"):
         sfumato.StableDiffusionControlNetPipeline(**parts, controlnet=control_net(sfumato, "sdxl"))
-    with pytest.raises(UsageError, match="it reads prompts 32 wide, and this one's are 24"):
+    with pytest.raises(UsageError, match="it reads 32 values per token, not 24"):
         sfumato.StableDiffusionControlNetPipeline(**parts, controlnet=control_net(sfumato, cross_attention_dim=32))
     with pytest.raises(UsageError, match="needs a ControlNet; pass controlnet"):
         sfumato.StableDiffusionControlNetPipeline(**parts)

@@ -143,7 +143,7 @@ def test_recipes_repeat_image_prompts_and_staged_networks_read_them(files, pipel
 
 def test_files_that_do_not_fit(files, pipeline, tmp_path):
     randomize(CLIPVisionModelWithProjection(**VISION | {"projection_dim": 24})).save_pretrained(tmp_path / "encoder")
-    with pytest.raises(CheckpointError, match=r"reads 20 numbers of an image, and this image encoder gives 24"):
+    with pytest.raises(CheckpointError, match=r"needs 20 values per image, but this image encoder gives 24"):
         drawn(pipeline, prompt(files).replace(encoder=str(tmp_path / "encoder")))
     save_file({"image_proj.proj.0.weight": torch.zeros(1), "image_proj.norm.weight": torch.zeros(1)}, tmp_path / "face.safetensors")  # fmt: skip
     with pytest.raises(CheckpointError, match="is not a plain, plus or full-face IP-Adapter; FaceID"):
@@ -245,7 +245,7 @@ def test_what_cannot_be_loaded(pair, files, ours):
     with pytest.raises(UsageError, match="there is no folder image_encoder with the image encoder"):
         mine.load_ip_adapter(str(files / "plain.safetensors"))
     mine.load_ip_adapter(adapter("plain"), image_encoder_folder=None)
-    with pytest.raises(UsageError, match="there is no image encoder for ip_adapter_image"):
+    with pytest.raises(UsageError, match="ip_adapter_image needs an image encoder"):
         mine("a", ip_adapter_image=IMAGES["one"], num_inference_steps=1)
     with pytest.raises(UsageError, match="got 2 of scales for 1 IP-Adapters"):
         mine.set_ip_adapter_scale([0.1, 0.2])

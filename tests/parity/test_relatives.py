@@ -215,7 +215,7 @@ def test_callbacks_see_and_change_what_is_read(both):
 BAD = {
     "edit": [({"image": None}, "image is missing")],
     "depth": [
-        ({"depth_map": None}, "Sfumato estimates no depth"),
+        ({"depth_map": None}, "Sfumato has no depth estimator"),
         ({"depth_map": torch.zeros(1, 1, 8, 8)}, r"depth_map must have the shape \(P, H, W\), not \(1, 1, 8, 8\)"),
         ({"depth_map": torch.zeros(3, 8, 8)}, "got 3 depth maps for 1 images"),
     ],

@@ -164,8 +164,8 @@ def test_images_of_a_batch_do_not_see_each_others_pictures(pair):
 
 
 BAD = {
-    "control_mode must say what each of the 1 control images is": {"control_mode": None},
-    "control_mode must say what each of the 2 control images is": {"control_image": [control_picture()] * 2},
+    "control_mode must have one number for each of the 1 control images": {"control_mode": None},
+    "control_mode must have one number for each of the 2 control images": {"control_image": [control_picture()] * 2},
     "has the control modes 0 to 5, and 9 is none of them": {"control_mode": 9},
 }  # fmt: skip
 

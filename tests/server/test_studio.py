@@ -273,7 +273,7 @@ def test_dropped_pictures(studio, visit, tmp_path):
     # Of another program: its settings.
     drop(page, DATA / "automatic1111.png")
     dialog = page.get_by_role("dialog")
-    dialog.get_by_text("Made by").wait_for()
+    dialog.get_by_text("Made with").wait_for()
     status, told, _ = studio("POST", "/api/recipe", (DATA / "automatic1111.png").read_bytes(), Content_Type="image/png")
     assert status == 200
     dialog.get_by_role("button", name="Use its settings").click()
@@ -298,7 +298,7 @@ def test_dropped_pictures(studio, visit, tmp_path):
     text = tmp_path / "notes.txt"
     text.write_text("hello")
     drop(page, text, "text/plain")
-    page.get_by_text("notes.txt is not an image that can be read").wait_for()
+    page.get_by_text("notes.txt cannot be read as an image").wait_for()
 
 
 def test_a_picture_is_extended(studio, visit, tmp_path):
@@ -480,7 +480,7 @@ def test_the_keyboard_alone(studio, visit):
     page.get_by_label("Search").wait_for()
     # Single keys can be switched off, as speech and screen readers send them, too.
     page.keyboard.press("?")
-    page.get_by_label("Shortcuts of a single key").uncheck()
+    page.get_by_label("Single-key shortcuts").uncheck()
     page.keyboard.press("Escape")
     page.keyboard.press("c")
     assert page.get_by_label("Search").is_visible()

@@ -40,7 +40,7 @@ def test_what_is_split_and_put_together_is_the_same(branches, pictures, size):
     assert alone.branches == 1
     assert Conditioning(told.embeds).with_time == {}
     if branches == 1:
-        with pytest.raises(UsageError, match="no negative pooled prompts"):
+        with pytest.raises(UsageError, match="without negative pooled prompts"):
             told.told(embeds=torch.cat([embeds, embeds]))
 
 

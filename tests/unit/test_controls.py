@@ -84,14 +84,14 @@ def test_recipes_repeat_controls_and_refuse_others(files, pipeline, tmp_path):
     pipeline.scheduler = scheduler
     assert (arrays(pipeline.generate(told.replace(scheduler=None)))[0] == arrays(first)[0]).all()
     swapped = told.controls[0].replace(model=str(files / "other"))
-    with pytest.raises(UsageError, match="other weights than the recipe was made with"):
+    with pytest.raises(UsageError, match="differ from the recipe's"):
         pipeline.generate(told.replace(controls=(swapped,)))
     moved = told.controls[0].replace(image=str(files / "wide.png"))
     with pytest.raises(UsageError, match="is not the image that the recipe was made with"):
         pipeline.generate(told.replace(controls=(moved,)))
     recipe = first.recipes[0]
     del recipe["request"]["controls"][0]["weights"]
-    with pytest.raises(UsageError, match="does not say which files its controls are"):
+    with pytest.raises(UsageError, match="does not identify the files of its controls"):
         checked(recipe, "here")
 
 
@@ -126,7 +126,7 @@ def test_layers_scale_single_residuals(files, pipeline):
     assert (arrays(none)[0] == arrays(silent)[0]).all()
     ones = pipeline.generate(request(files, {"layers": (1.0,) * count}))
     assert (arrays(ones)[0] == arrays(pipeline.generate(request(files, {})))[0]).all()
-    with pytest.raises(UsageError, match=f"this network has {count} layers, and there are 2 scales for them"):
+    with pytest.raises(UsageError, match=f"got 2 scales for the network's {count} layers"):
         pipeline.generate(request(files, {"layers": (1.0, 0.5)}))
 
 
@@ -284,7 +284,7 @@ def test_a_union_sees_all_pictures_of_a_request_in_one_call(files, checkpoints, 
     assert abs(made["one"][0] - made["two"][0]).max() > 1
     told, _ = checked(result.recipes[0], "here")
     assert told.controls[0].mode == "depth"
-    with pytest.raises(UsageError, match=r"has to be told which of them .* is; give the control's mode"):
+    with pytest.raises(UsageError, match=r"set the control's mode to the kind of "):
         pipeline.generate(request(files, one | {"mode": None}))
     with pytest.raises(UsageError, match="mode must be openpose, depth"):
         Control(model="net", image="picture.png", mode="depht")

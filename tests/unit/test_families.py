@@ -122,7 +122,7 @@ def test_every_family_can_be_planned_and_a_laptop_is_told_what_fits():
     facts = machine("rtx-4090")
     for row in ROWS:
         if not row.encoders:
-            with pytest.raises(UsageError, match="reads no prompt"):
+            with pytest.raises(UsageError, match="does not use a prompt"):
                 published_sizes(row.name)
             continue
         sizes = published_sizes(row.name)

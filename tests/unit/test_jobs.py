@@ -82,7 +82,7 @@ def test_a_dead_worker_costs_its_job_one_attempt(acted):
     first, second = queue.submit(APPLE, "built-in"), queue.submit(APPLE, "built-in")
     found = ended(queue, first)
     assert (found.state, found.attempts) == ("done", 2)
-    assert found.notes == ("the worker died (signal 9), and the job was begun again", "drawn")
+    assert found.notes == ("the worker died (signal 9), so the job was started again", "drawn")
     assert ended(queue, second).attempts == 1
     assert ends(queue, first) == ends(queue, second) == ["done"]
     assert len(Actor.starts) == 2
@@ -103,7 +103,7 @@ def test_without_memory_the_cheaper_plan_is_tried_once_and_said(acted):
     queue = acted(lacks_memory, finishes, lacks_memory, lacks_memory)
     first = ended(queue, queue.submit(APPLE, "built-in"))
     assert first.state == "done"
-    assert first.notes == ("it does not fit; drawn again in a way that needs less memory", "drawn")
+    assert first.notes == ("it does not fit; tried again in a way that needs less memory", "drawn")
     assert first.attempts == 2
     second = ended(queue, queue.submit(APPLE, "built-in"))
     assert (second.state, second.error) == ("failed", {"kind": "memory", "message": "it does not fit"})
@@ -202,7 +202,7 @@ def test_a_server_that_went_away_begins_its_jobs_again(tmp_path, monkeypatch):
 
 def test_one_folder_has_one_studio(acted):
     queue = acted()
-    with pytest.raises(UsageError, match="another studio has"):
+    with pytest.raises(UsageError, match="another studio is using"):
         JobQueue(queue.folder, Models(cached=False))
 
 

@@ -180,7 +180,7 @@ def test_what_cannot_be_painted_is_one_sentence(name, draw):
 def test_what_no_request_may_say():
     with pytest.raises(UsageError, match="a mask needs an image to change; give the image too"):
         GenerateRequest(mask=Mask(file="m.png"))
-    with pytest.raises(UsageError, match="needs a file, or pixels by which to extend the image"):
+    with pytest.raises(UsageError, match="needs a file, or pixels to extend the image by"):
         Mask()
     with pytest.raises(UsageError, match="extend must be a list of 4"):
         Mask(extend=(1, 2, 3))
@@ -225,7 +225,7 @@ def test_masks_with_alpha_and_palettes(tmp_path):
 
 
 def test_a_checkpoint_that_reads_a_mask_says_so_without_one(ours, files):
-    says = r"reads mask and masked image latents \(9 channels in all\); give an image and its mask"
+    says = r"needs mask and masked image latents \(9 channels in all\); pass an image and its mask"
     for fields in ({}, {"image": files("image", picture())}):
         with pytest.raises(UsageError, match=says):
             ours("inpaint").generate(GenerateRequest(prompt="cat", **fields))

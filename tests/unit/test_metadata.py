@@ -258,8 +258,8 @@ def test_what_cannot_be_had_of_a_second_pass_is_listed():
     )
     assert (request.hires.steps, request.hires.scheduler) == (7, None)
     assert notes == [
-        "Hires checkpoint is not honoured: 'other.safetensors [0123456789]'",
-        "Hires sampler is not honoured: 'Restart'",
+        "Hires checkpoint is ignored: 'other.safetensors [0123456789]'",
+        "Hires sampler is ignored: 'Restart'",
     ]
 
 
@@ -277,7 +277,7 @@ def test_an_upscaler_that_is_not_here():
     )
     request, notes = request_of(a1111.parse(text))
     assert (request.hires.upscaler, request.hires.width, request.hires.height) == ("lanczos", None, 900)
-    assert "Hires upscaler is not honoured: 'R-ESRGAN 4x+'; Lanczos is used" in notes
+    assert "Hires upscaler is ignored: 'R-ESRGAN 4x+'; Lanczos is used" in notes
 
 
 def test_a1111_reads_the_words_it_has():
@@ -449,7 +449,7 @@ def test_xmp_holds_any_prompt(text):
 
 def test_a_recipe_too_long_for_jpeg(tmp_path):
     recipe = RECIPE | {"request": {"prompt": "x" * 70_000}}
-    with pytest.raises(OutputError, match="write a PNG"):
+    with pytest.raises(OutputError, match="use PNG instead"):
         save_picture(picture(), tmp_path / "a.jpg", recipe)
     assert list(tmp_path.iterdir()) == []
     assert remember(save_picture(picture(), tmp_path / "a.png", recipe)).request.prompt == "x" * 70_000

@@ -238,7 +238,7 @@ BAD_CALLS = [
     ({"prompt": PROMPT, "callback_on_step_end": lambda *_: 5}, "must return a dict of tensors, or None, not 5"),
     ({"prompt": PROMPT, "callback_on_step_end": lambda *_: {"latents": [1]}}, "returned [1] as latents"),
     ({"prompt": PROMPT, "callback_on_step_end": lambda *_: {"prompt_embeds": 1}}, "returned 1 as prompt_embeds"),
-    ({"prompt": PROMPT, "callback_on_step_end": lambda *_: {"latents": torch.zeros(3)}}, "of the shape (3,); keep (1, 4, 8, 8)"),
+    ({"prompt": PROMPT, "callback_on_step_end": lambda *_: {"latents": torch.zeros(3)}}, "with the shape (3,); keep (1, 4, 8, 8)"),
     ({"prompt": PROMPT, "num_inference_step": 3}, "did you mean 'num_inference_steps'"),
     ({"prompt": PROMPT, "ip_adapter_image": 3}, "ip_adapter_image needs an IP-Adapter; load one with load_ip_adapter"),
     ({"prompt": PROMPT, "callback_on_step_end": lambda *_: {}, "callback_on_step_end_tensor_inputs": ["noise"]}, "'noise'"),

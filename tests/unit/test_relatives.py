@@ -88,10 +88,10 @@ def test_near_and_far_change_the_picture(load, request_for, tmp_path):
 
 
 NEEDS = {
-    "edit": ({"image": None}, "InstructPix2Pix reads image latents .8 channels in all.; give an image"),
-    "depth": ({"depth": None}, "reads depth .5 channels in all.; give an image and its depth map"),
-    "x4": ({"image": None}, "upscaler reads low-resolution image"),
-    "variations": ({"image": None}, "variations reads an image in place of a prompt; give one"),
+    "edit": ({"image": None}, "InstructPix2Pix needs image latents .8 channels in all.; pass an image"),
+    "depth": ({"depth": None}, "needs depth .5 channels in all.; pass an image and its depth map"),
+    "x4": ({"image": None}, "upscaler needs low-resolution image"),
+    "variations": ({"image": None}, "variations needs an image instead of a prompt; pass one"),
 }  # fmt: skip
 
 
@@ -103,12 +103,12 @@ def test_what_is_missing_is_named(name, load, request_for):
 
 
 def test_what_is_not_read_is_refused(ours, load, request_for, tmp_path):
-    with pytest.raises(UsageError, match=r"Stable Diffusion 1\.x reads no depth map; omit it"):
+    with pytest.raises(UsageError, match=r"Stable Diffusion 1\.x does not use a depth map; omit it"):
         ours("sd15").generate(request_for("depth"))
     Image.new("L", (24, 40), 255).save(tmp_path / "mask.png")
-    with pytest.raises(UsageError, match="InstructPix2Pix reads no mask; omit it"):
+    with pytest.raises(UsageError, match="InstructPix2Pix does not use a mask; omit it"):
         load("edit").generate(request_for("edit", mask=sfumato.Mask(file=str(tmp_path / "mask.png"))))
-    with pytest.raises(UsageError, match="drawn with EulerDiscreteScheduler, not with DDIMScheduler"):
+    with pytest.raises(UsageError, match="needs EulerDiscreteScheduler, not DDIMScheduler"):
         load("x2").generate(request_for("x2", scheduler="ddim"))
     with pytest.raises(UsageError, match="noise_level"):
         GenerateRequest(noise_level=1000)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["about_adapter", "is_adapter"]
 
-# What training programs say of their work that is of use to whoever draws, and what it is called here.
+# Metadata keys of training programs that are useful to users, and the names they are shown under.
 TRAINING = {
     "ss_sd_model_name": "trained on", "ss_network_module": "program", "ss_resolution": "resolution",
     "ss_clip_skip": "clip skip", "ss_num_train_images": "images", "ss_num_epochs": "epochs", "ss_steps": "steps",
@@ -30,7 +30,7 @@ TRAINING = {
 
 
 def is_adapter(name: str | PathLike[str]) -> bool:
-    """Whether a name is that of a safetensors file that changes weights, or holds new words."""
+    """Return whether a name is that of a safetensors file with an adapter or embedding."""
     path = expanded(name)
     if path.suffix != ".safetensors" or not path.is_file():
         return False
@@ -39,9 +39,9 @@ def is_adapter(name: str | PathLike[str]) -> bool:
 
 
 def about_adapter(name: str | PathLike[str]) -> dict[str, Any]:
-    """Kinds, ranks, modules by part, family, trigger words and training of an adapter; or the sizes of an embedding.
+    """Describe an adapter (kinds, ranks, modules by part, family, trigger words, training) or an embedding (sizes).
 
-    Raises `CheckpointError` for a file that cannot be read.
+    Raises `CheckpointError` if the file cannot be read.
     """
     header: Any = read_header(expanded(name), MOST_HEADER)
     stored = Stored(headers := header.tensors, metadata := header.metadata, header.path)
@@ -92,7 +92,7 @@ def _part(module: str) -> str:
 
 
 def _triggers(stored: Stored) -> list[str]:
-    """The phrase that its maker names, else the words that its pictures were described with most often."""
+    """Return the author's trigger phrase, or else the most frequent tags of the training images."""
     phrase = stored.metadata.get("modelspec.trigger_phrase")
     if phrase:
         return [phrase[:200]]

@@ -1,4 +1,4 @@
-"""An adapter matched to the networks it changes: every key is accounted for, and every shape fits."""
+"""Matching an adapter to the networks it changes: every key must be known, and every shape must fit."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 
 __all__ = ["PARTS", "Adapter", "grouped", "read_adapter"]
 
-# What the networks are called in sentences.
+# Names of the networks in messages.
 PARTS = {"unet": "U-Net", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """What a file changes in the networks of a checkpoint.
+    """The changes that a file makes to the networks of a checkpoint.
 
-    changes: by role and by the path of the module; total: modules in the file, of which some may not be here where its
-    user allowed that; unknown: keys that nobody knows, likewise; embeddings: those that it brings along.
+    changes: by role and module path; total: number of modules in the file, including those that the checkpoint lacks;
+    unknown: keys that are not recognized; both only if the user allowed it (`partial`); embeddings: bundled ones.
     """
 
     stored: Stored
@@ -50,7 +50,7 @@ class Adapter:
 
     @property
     def report(self) -> str:
-        """How much of the file was applied, by part."""
+        """The number of applied modules, in total and by part."""
         parts = [f"{PARTS[role]} {len(paths)}" for role, paths in self.changes.items() if paths]
         applied = sum(map(len, self.changes.values()))
         unknown = f"; unknown keys ignored: {len(self.unknown)}" if self.unknown else ""
@@ -58,15 +58,15 @@ class Adapter:
 
 
 def read_adapter(stored: Stored, networks: Mapping[str, Any], *, partial: bool = False) -> Adapter:
-    """An adapter for these networks, by role.
+    """Match a file to networks, given by role.
 
-    partial: the user's word that what is known and is here may be applied without the rest. Raises `CheckpointError`
-    for a file that fits nothing here, naming the family it is made for, has keys nobody knows, NaN or wrong shapes.
+    partial: apply the modules that match and ignore the rest. Raises `CheckpointError` if nothing matches (naming the
+    family the file is made for), if keys are unknown, and for NaN or wrong shapes.
     """
     shapes = {role: weight_shapes(network) for role, network in networks.items()}
     if not any(shapes.values()):
         raise UsageError(
-            "converted models have the weights they were converted with; give --lora to 'sfumato coreml convert'"
+            "the weights of converted models cannot be changed; use --lora with 'sfumato coreml convert' instead"
         )
     _check_family(stored, networks)
     embeddings, used = bundled(stored)
@@ -89,9 +89,9 @@ def read_adapter(stored: Stored, networks: Mapping[str, Any], *, partial: bool =
 def grouped(
     stored: Stored, used: set[str], shapes: Mapping[str, Mapping[str, Any]] | None = None
 ) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """The parts of each module of a file, by the file's own names, and the keys that nobody knows.
+    """Return the parts of each module in a file, by the file's own names, and the unknown keys.
 
-    shapes: of the weights of networks, in whose order files of the first year number their layers.
+    shapes: of the networks' weights; the first files of this kind number layers in their order.
     """
     if any(key.endswith((":up", ":down")) for key in stored.tensors):
         return _numbered(stored, used, shapes or {})
@@ -113,7 +113,7 @@ def grouped(
 def _numbered(
     stored: Stored, used: set[str], shapes: Mapping[str, Mapping[str, Any]]
 ) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """Files of cloneofsimo's library: "unet:7:up" is the seventh layer of the classes that the metadata names."""
+    """Read a file of cloneofsimo's library, where "unet:7:up" is layer 7 (from 0) of the classes in the metadata."""
     modules: dict[str, dict[str, Tensor]] = {}
     unknown = []
     paths = {
@@ -141,7 +141,7 @@ def _classes(stored: Stored, role: str) -> list[str]:
 
 
 def _change(stored: Stored, module: str, place: Place, parts: dict[str, Tensor], shapes: Mapping[str, Any]) -> Change:
-    """A module's change, whose numbers are finite and whose shapes fit."""
+    """Create a module's change after checking that its values are finite and its shapes fit."""
     for part, tensor in parts.items():
         if not tensor.numel():
             raise CheckpointError(f"{stored.where}: {module} has rank 0 ({part} is empty); get another copy")
@@ -165,16 +165,16 @@ def _change(stored: Stored, module: str, place: Place, parts: dict[str, Tensor],
 
 
 def _all_finite(tensor: Tensor) -> bool:
-    """In one look, as NaN and infinity stay in a sum; which may also be infinite for numbers that are only large."""
+    """Check the sum first: NaN and infinity carry over to it. As it may also overflow, then check each value."""
     return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
 
 
 def _fits(change: Change, weight: Tensor, bias: Any) -> bool:
-    """Whether a change has the shapes of a weight, on the meta device, and of a bias."""
+    """Return whether a change fits the shapes of a weight (on the meta device) and a bias."""
     more = bias_change(change, 1.0)
     if more is not None and (bias is None or more.numel() != bias.numel()):
         return False
-    if is_product(change):  # said without the meta device, whose products import half a compiler
+    if is_product(change):  # avoids a product on the meta device, which imports much of torch's compiler
         up, down = (change.parts[part].flatten(1).shape for part in ("up", "down"))
         return up[1] == down[0] and (up[0], down[1]) == tuple(weight.flatten(1).shape)
     try:
@@ -185,7 +185,7 @@ def _fits(change: Change, weight: Tensor, bias: Any) -> bool:
 
 
 def _peft_scale(stored: Stored, module: str, place: Place, parts: Mapping[str, Tensor]) -> float | None:
-    """The factor that the peft library's settings say, in the metadata or in the file beside an adapter's."""
+    """Return the scale from peft's settings, in the metadata or in `adapter_config.json` next to the file."""
     told, prefix = stored.told("lora_adapter_metadata"), f"{place.role}."
     if not told and stored.path is not None and stored.path.name.startswith("adapter_model."):
         beside = stored.path.with_name("adapter_config.json")
@@ -202,7 +202,7 @@ def _peft_scale(stored: Stored, module: str, place: Place, parts: Mapping[str, T
 
 
 def _check_family(stored: Stored, networks: Mapping[str, Any]) -> None:
-    """Raise where the file is of a family that reads prompts of another width."""
+    """Raise `CheckpointError` if the file is made for a U-Net with a different prompt width."""
     width, unet = prompt_width(stored.tensors), networks.get("unet")
     own = None if unet is None else unet.config.cross_attention_dim
     own = max(own) if isinstance(own, (list, tuple)) else own

@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 
 __all__ = ["bundled", "check_fits", "read_embeddings"]
 
-# What the programs call the tensor where its key is not the word.
+# Keys that programs use for the tensor instead of the word.
 ANONYMOUS = ("emb_params", "tensor", "string_to_param.*", "*", "clip_l", "clip_g", "embedding")
-# File stems that are no word.
+# File stems that are not words.
 STEMS = ("learned_embeds", "pytorch_model", "model")
-# No prompt holds more.
+# A prompt has room for at most this many.
 MOST_VECTORS = 75
 BUNDLE = "bundle_emb."
 
 
 def read_embeddings(stored: Stored, name: str | None = None) -> list[Embedding]:
-    """The embeddings of a file: one, or several by their keys.
+    """Return the embeddings in a file: a single one, or several named by their keys.
 
-    name: what to call the only one; else it is called by its key, where that is a word, and by the file's stem. Raises
-    `CheckpointError` for a file of something else, `UsageError` where there is no name.
+    name: the name of a single embedding (default: its key, if that is a word, and the file's stem). Raises
+    `CheckpointError` if the file contains no embedding, and `UsageError` if one has no name.
     """
     words: dict[str, dict[int, Tensor]] = {}
     for key, tensor in stored.tensors.items():
@@ -57,7 +57,7 @@ def read_embeddings(stored: Stored, name: str | None = None) -> list[Embedding]:
 
 
 def bundled(stored: Stored) -> tuple[list[Embedding], set[str]]:
-    """The embeddings that an adapter's file brings along, and their keys: "bundle_emb.name.…", or "<s1>"."""
+    """Return the embeddings bundled in an adapter's file, and their keys ("bundle_emb.name.…" or "<s1>")."""
     words: dict[str, dict[int, Tensor]] = {}
     used = set()
     for key, tensor in stored.tensors.items():
@@ -75,7 +75,7 @@ def bundled(stored: Stored) -> tuple[list[Embedding], set[str]]:
 
 
 def check_fits(embeddings: Sequence[Embedding], widths: Sequence[int], where: str) -> None:
-    """Raise `CheckpointError` unless each has vectors for the first text encoder here, and for any others."""
+    """Raise `CheckpointError` unless each embedding has vectors for all text encoders. widths: of their vectors."""
     for embedding in embeddings:
         missing = [width for width in widths if width not in embedding.vectors]
         if missing:

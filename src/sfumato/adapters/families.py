@@ -20,10 +20,10 @@ TRANSFORMERS = ("double_blocks", "single_blocks", "joint_blocks", "single_transf
 
 
 def prompt_width(tensors: Mapping[str, Tensor]) -> int | None:
-    """Numbers a token that the U-Net reads which this file is made for; None where it does not say."""
+    """Return how many values per token the file's U-Net reads; None if the file does not show it."""
     for key, tensor in tensors.items():
         flat = key.replace(".", "_")
-        if key == "unet:6:down":  # of files that number their layers, the first attention to the prompt
+        if key == "unet:6:down":  # in files that number layers: the first cross-attention
             return tensor.shape[1]
         known = key.endswith(("down.weight", "lora_A.weight", "lora_A.default.weight", "hada_w1_b", ".diff"))
         if known and ("attn2_to_k" in flat or "attn2_processor_to_k" in flat) and len(tensor.shape) >= 2:
@@ -32,7 +32,7 @@ def prompt_width(tensors: Mapping[str, Tensor]) -> int | None:
 
 
 def name_of_checkpoint(width: int) -> str:
-    """The family whose U-Net reads prompts of so many values per token."""
+    """Return the name of the family whose U-Net reads this many values per token."""
     for family in FAMILIES.values():
         if family.unet.get("cross_attention_dim") == width:
             return family.title.partition(",")[0]
@@ -40,7 +40,7 @@ def name_of_checkpoint(width: int) -> str:
 
 
 def made_for(stored: Stored) -> str:
-    """The family that a file is made for, as far as it can be told; "" if not at all."""
+    """Return the family that a file is made for; "" if unknown."""
     width = prompt_width(stored.tensors)
     if width is not None:
         return name_of_checkpoint(width)

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 __all__ = ["PICKLED", "Stored", "flattened", "given", "read_stored"]
 
-# Names of files that only an unpickler can read, and that may hold code.
+# Extensions of pickled files, which can contain code.
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 @dataclass(frozen=True)
 class Stored:
-    """The tensors of a file by name, its metadata, and its SHA-256; `path` is None for tensors that are no file."""
+    """The tensors of a file by name, its metadata, and its SHA-256. path: None for tensors that are not from a file."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
@@ -40,19 +40,19 @@ class Stored:
 
     @property
     def where(self) -> str:
-        """What errors call it."""
+        """Its name in error messages."""
         return "the adapter" if self.path is None else str(self.path)
 
     @property
     def weights_hash(self) -> str:
-        """What A1111 and Civitai know the file by: the SHA-256 after its header, or what its metadata says that is."""
+        """The hash that A1111 and Civitai use: the SHA-256 of the data after the header, or the one in the metadata."""
         told = self.metadata.get("sshs_model_hash", "")
         if re.fullmatch("[0-9a-f]{64}", told) or self.path is None:
             return told
         return self.sha256 if self.path.suffix in PICKLED else hash_of_weights(self.path)
 
     def told(self, key: str) -> dict[str, Any]:
-        """A JSON object within the metadata; empty where there is none, or something else."""
+        """Return a JSON object from the metadata; empty if it is missing or something else."""
         try:
             return parse_json(self.metadata.get(key) or "{}", self.where)
         except CheckpointError:
@@ -60,10 +60,10 @@ class Stored:
 
 
 def read_stored(path: str | PathLike[str], *, pickled: bool = False, hashed: bool = True) -> Stored:
-    """Read a file of tensors; safetensors are mapped, and what they weigh is read when it is needed.
+    """Read a file of tensors. Safetensors files are memory-mapped, so their data is read when it is used.
 
-    pickled: the user's word that a pickled one may be read, by torch's restricted reader; hashed: whether its hash is
-    wanted. Raises `CheckpointError` for a file that is damaged, or pickled without that word; `UsageError` for no path.
+    pickled: allow pickled files, read by torch's restricted unpickler; hashed: compute the file's hash. Raises
+    `CheckpointError` if the file is damaged, or pickled without permission, and `UsageError` if `path` is not a path.
     """
     place = builtin_path(path)
     if place.suffix in PICKLED and not pickled:
@@ -94,7 +94,7 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
 
 
 def flattened(found: Any, where: object, prefix: str = "", depth: int = 0) -> dict[str, Tensor]:
-    """All tensors within dictionaries and lists, by their keys joined with dots; other values are passed over."""
+    """Return all tensors in nested dictionaries and lists, by their keys joined with dots. Ignores other values."""
     if isinstance(found, Tensor):
         return {prefix.removesuffix(".") or "tensor": found.detach()}
     if depth > 8:
@@ -108,7 +108,7 @@ def flattened(found: Any, where: object, prefix: str = "", depth: int = 0) -> di
 
 
 def given(tensors: Any) -> Stored:
-    """Tensors by name, as a file of them would be. Raises `UsageError` for anything else."""
+    """Wrap a dictionary of tensors like a file. Raises `UsageError` for anything else."""
     if not isinstance(tensors, dict) or not all(isinstance(one, Tensor) for one in tensors.values()):
         raise UsageError(f"an adapter must be a file or a dictionary of tensors by name, not {shown(tensors)}")
     digest = hashlib.sha256(json.dumps(sorted(map(str, tensors))).encode())

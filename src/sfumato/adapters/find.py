@@ -31,10 +31,10 @@ def find_file(
     pickled: bool = False,
     **hub: Any,
 ) -> Path:
-    """The file that a name means: itself, or in a folder or a repository the one of `weight_name`, or the usual one.
+    """Find a file by the path of the file itself, or of a folder or hub repository that contains it.
 
-    usual: stems of usual names; pickled: whether a pickled file may be taken. Raises `CheckpointError` where there is
-    none, or several.
+    weight_name: its name in the folder (default: a usual one); usual: stems of usual names; pickled: whether pickled
+    files are allowed. Raises `CheckpointError` if no file or several files match.
     """
     path = builtin_path(name)
     if os.path.isfile(path):

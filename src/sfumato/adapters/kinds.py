@@ -1,7 +1,7 @@
 """The weight change that each kind of adapter makes, in float32 (float64 for float64 models).
 
-W (o, i[, k, k]) is the model's own weight, m the strength asked for and s = alpha / rank, 1 where no alpha is stored.
-The tensors bear the names of the files; sources: LoRA arXiv 2106.09685, LoHa 2108.06098, LyCORIS (LoKr, tucker)
+W (o, i[, k, k]) is the model's own weight, m the requested strength and s = alpha / rank, or 1 if no alpha is stored.
+Tensors have their names in the files. Sources: LoRA arXiv 2106.09685, LoHa 2108.06098, LyCORIS (LoKr, tucker)
 2309.14859, GLoRA 2306.07967, (IA)3 2205.05638, OFT 2306.07280, BOFT 2311.06243, DoRA 2402.09353.
 """
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Change", "bias_change", "is_product", "kind_of", "low_rank_factors", "rank_of", "weight_change"]
 
-# What must be there for each kind, in the order in which they are looked for; all other parts go with one of them.
+# The parts that identify each kind, in order of precedence. All other parts are optional.
 _LOKR = [
     {*a, *b} for a in (("lokr_w1",), ("lokr_w1_a", "lokr_w1_b")) for b in (("lokr_w2",), ("lokr_w2_a", "lokr_w2_b"))
 ]
@@ -28,13 +28,13 @@ KINDS: dict[str, list[set[str]]] = {
     "GLoRA": [{"a1", "a2", "b1", "b2"}], "OFT": [{"oft_blocks"}], "(IA)3": [{"ia3", "on_input"}, {"ia3_l"}],
     "set": [{"set_weight"}], "difference": [{"diff"}], "bias": [{"diff_b"}],
 }  # fmt: skip
-# Of which kinds dora_scale and the peft library's magnitude may decompose the sum.
+# Kinds that can be combined with dora_scale or with peft's magnitude.
 DECOMPOSED = ("LoRA", "LoHa", "LoKr", "GLoRA")
 
 
 @dataclass(frozen=True)
 class Change:
-    """What an adapter does to one module: tensors by part; scale in place of alpha / rank, where it is known."""
+    """The change that an adapter makes to one module. parts: tensors by part; scale: replaces alpha / rank if given."""
 
     parts: Mapping[str, Tensor]
     alpha: float | None = None
@@ -42,15 +42,15 @@ class Change:
 
     @property
     def kind(self) -> str:
-        """The name of its kind, "" for a set of parts that is no change."""
+        """The name of its kind; "" if the parts do not form a change."""
         return kind_of(self.parts)
 
     def at(self, like: Tensor, part: str) -> Tensor:
-        """A part where a weight is, in its precision."""
+        """Return a part on the device and in the dtype of a weight."""
         return self.parts[part].to(like.device, like.dtype)
 
     def scaled(self) -> float:
-        """The factor s."""
+        """Return the factor s."""
         if self.scale is not None:
             return self.scale
         rank = rank_of(self.parts)
@@ -58,12 +58,12 @@ class Change:
 
 
 def kind_of(parts: Mapping[str, object]) -> str:
-    """Which kind these parts are, "" for none."""
+    """Return the kind that these parts form; "" if none."""
     return next((kind for kind, sets in KINDS.items() if any(one <= parts.keys() for one in sets)), "")
 
 
 def rank_of(parts: Mapping[str, Tensor]) -> int | None:
-    """The rank of a change; None where it has none."""
+    """Return the rank of a change; None if its kind has none."""
     for part in ("down", "hada_w1_b", "a2", "lokr_w1_b", "lokr_w2_b"):
         if part in parts:
             return min(parts[part].shape[: 2 if part == "a2" else 1], default=None)
@@ -71,10 +71,10 @@ def rank_of(parts: Mapping[str, Tensor]) -> int | None:
 
 
 def weight_change(change: Change, own: Tensor, strength: float) -> Tensor | None:
-    """What is added to a weight at this strength, in its shape; None for a change of the bias alone.
+    """Return the difference to add to a weight at this strength, in its shape; None if only the bias changes.
 
-    DoRA: V = W + s dW, and m (V d / ||V|| - W); the norm is taken along what the shape of its scale leaves. With the
-    peft library's magnitude m scales dW within V, as there.
+    DoRA: V = W + s dW, and m (V d / ||V|| - W), with the norm over the dimensions that the shape of d lacks. With
+    peft's magnitude, m scales dW within V, as in peft.
     """
     kind = change.kind
     if kind in ("", "bias"):
@@ -96,7 +96,7 @@ def weight_change(change: Change, own: Tensor, strength: float) -> Tensor | None
 
 
 def bias_change(change: Change, strength: float) -> Tensor | None:
-    """What is added to a bias; None where it stays."""
+    """Return the difference to add to the bias; None if it does not change."""
     if "diff_b" in change.parts:
         return change.parts["diff_b"].float() * strength
     if "up_bias" in change.parts:
@@ -105,14 +105,14 @@ def bias_change(change: Change, strength: float) -> Tensor | None:
 
 
 def is_product(change: Change) -> bool:
-    """Whether it is a plain LoRA, which adds the product of two matrices."""
+    """Return whether a change is a plain LoRA, which adds the product of two matrices."""
     parts = change.parts
     whole = change.kind == "LoRA" and min(parts["up"].ndim, parts["down"].ndim) > 1
     return whole and not {"mid", "dora_scale", "magnitude"} & parts.keys()
 
 
 def low_rank_factors(change: Change, own: Tensor, strength: float) -> tuple[Tensor, Tensor] | None:
-    """The two matrices whose product a plain LoRA adds to a weight as a matrix; None for all others."""
+    """Return the two matrices whose product a plain LoRA adds to the flattened weight; None for all other kinds."""
     if not is_product(change):
         return None
     dtype = torch.float64 if own.dtype == torch.float64 else torch.float32
@@ -121,7 +121,7 @@ def low_rank_factors(change: Change, own: Tensor, strength: float) -> tuple[Tens
 
 
 def _norm(weight: Tensor, *, out: bool) -> Tensor:
-    """The length of every row, or of every column, of a matrix or filter."""
+    """Return the norm of each row (`out`) or each column of a matrix or filter."""
     dims = [dim for dim in range(weight.ndim) if dim != (0 if out else 1)]
     return torch.linalg.vector_norm(weight, dim=dims, keepdim=True)
 
@@ -153,7 +153,7 @@ def _hadamard(change: Change, own: Tensor, number: str) -> Tensor:
 
 
 def _kronecker(change: Change, own: Tensor, factor: float) -> Tensor:
-    """kron(w1 (a, b), w2 (c, d[, k, k])), each whole, or a product of two, or w2 in tucker's form."""
+    """kron(w1 (a, b), w2 (c, d[, k, k])); each is stored whole or as a product, w2 also in Tucker form."""
     first, second = (_factor(change, own, number) for number in "12")
     if own.ndim == 4 and second.ndim == 2:
         second = second.reshape(second.shape[0], -1, *own.shape[2:])
@@ -171,7 +171,7 @@ def _factor(change: Change, own: Tensor, number: str) -> Tensor:
 
 
 def _glora(change: Change, own: Tensor, factor: float) -> Tensor:
-    """W a1 a2 + b1 b2; files of the first version hold b2 b1 + W a2 a1, which their shapes tell."""
+    """W a1 a2 + b1 b2; files of the first version store b2 b1 + W a2 a1, recognized by their shapes."""
     a1, a2, b1, b2 = (change.at(own, part) for part in ("a1", "a2", "b1", "b2"))
     rank = min(a1.shape[:2])
     if a1.shape[0] == rank and a1.shape[1] != rank:
@@ -181,7 +181,7 @@ def _glora(change: Change, own: Tensor, factor: float) -> Tensor:
 
 
 def _times(change: Change, own: Tensor, strength: float) -> Tensor:
-    """W times a factor for each row or column: that of LyCORIS is 0 at rest, that of peft 1."""
+    """W times a factor for each row or column. The factor for no change is 0 in LyCORIS and 1 in peft."""
     learned = change.at(own, "ia3" if "ia3" in change.parts else "ia3_l")
     if "ia3" in change.parts:
         by_column = bool(change.parts["on_input"].item())
@@ -200,9 +200,9 @@ def _instead(change: Change, own: Tensor, strength: float) -> Tensor:
 
 
 def _rotation(change: Change, own: Tensor, strength: float) -> Tensor:
-    """R W with R = (I + Q)(I - Q)^-1 for blocks of rows, Q = B - B^T; the strength leads from I to R.
+    """R W with R = (I + Q)(I - Q)^-1 for blocks of rows, Q = B - B^T; the strength interpolates from I to R.
 
-    Blocks (n, b, b), or (j, n, b, b) for the butterfly of BOFT; alpha times the outputs bounds the length of Q.
+    Blocks (n, b, b), or (j, n, b, b) for the butterfly of BOFT; the norm of Q is at most alpha times the output size.
 
     `rescale` multiplies rows.
     """

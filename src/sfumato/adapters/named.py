@@ -22,17 +22,17 @@ __all__ = ["find_adapter", "hash_of_weights", "hashes_to", "moved", "with_named_
 
 
 def with_named_adapters(request: GenerateRequest, hashes: Mapping[str, str] | None = None) -> GenerateRequest:
-    """The request with the adapters that its prompts name, from its `lora_dir`, and prompts without these names.
+    """Move the adapters named in the prompts to the request's adapters, with their files in `lora_dir`.
 
-    Prompts that are drawn together share the weights, so they have to name the same adapters. hashes: how those of the
-    adapters begin, by their names in lower case, as far as they are known. Raises `UsageError` for prompts that name
-    others, and for a name that no file of the folder has.
+    All prompts of a request share the weights, so they must name the same adapters. hashes: known beginnings of the
+    adapters' hashes, by name in lower case. Raises `UsageError` if the prompts name different adapters, and if the
+    folder has no file for a name.
     """
     if request.lora_dir is None or request.prompt_syntax != "a1111":
         return request.replace(lora_dir=None)
     read = [named_adapters(prompt) for prompt in request.prompts]
     if any(named != read[0][1] for _, named in read):
-        raise UsageError("the prompts name different adapters; draw each prompt in a request of its own")
+        raise UsageError("the prompts name different adapters; use a separate request for each prompt")
     names, folder = read[0][1], request.lora_dir
     found = [AdapterFile(file=str(find_adapter(one, folder, hashes)), weight=w, text_weight=t) for one, w, t in names]
     prompt = read[0][0] if isinstance(request.prompt, str) else tuple(one for one, _ in read)
@@ -40,10 +40,10 @@ def with_named_adapters(request: GenerateRequest, hashes: Mapping[str, str] | No
 
 
 def find_adapter(name: str, folder: str | PathLike[str], hashes: Mapping[str, str] | None = None) -> Path:
-    """The safetensors file in a folder, or in one of its folders, that a prompt's `<lora:name:weight>` means.
+    """Find the safetensors file for a prompt's `<lora:name:weight>` in a folder or its subfolders.
 
-    By the beginning of its hash, where that is known; else by its stem, or by the name that it was trained under
-    (`ss_output_name`); small and capital letters are alike. Raises `UsageError` naming those there are.
+    Searches by the beginning of its hash, if known, or else by its stem or the name it was trained under
+    (`ss_output_name`), ignoring case. Raises `UsageError`, which lists the available names.
     """
     files, wanted = _files(folder), name.lower()
     sha256 = (hashes or {}).get(wanted)
@@ -55,20 +55,20 @@ def find_adapter(name: str, folder: str | PathLike[str], hashes: Mapping[str, st
     if not found:
         stems = [path.stem for path in files]
         there = ", ".join(stems[:6]) or "no such files"
-        raise UsageError(f"there is no adapter {name!r} in {expanded(folder)}{suggest(name, stems)}; there are {there}")
+        raise UsageError(f"there is no adapter {name!r} in {expanded(folder)}{suggest(name, stems)}; found {there}")
     return found[0]
 
 
 def moved(files: Sequence[Any], folder: str | PathLike[str]) -> tuple[Any, ...]:
-    """Adapters and embeddings whose files are no longer where they were, from a folder, by their hashes.
+    """Find adapters and embeddings whose files have moved, in a folder, by their hashes.
 
-    files: `AdapterFile`s or `EmbeddingFile`s; those that are in place, or not in the folder either, stay as they are.
+    files: `AdapterFile`s or `EmbeddingFile`s. Files that have not moved or are not in the folder stay unchanged.
     """
     result, there = [], _files(folder)
     for one in files:
         path = expanded(one.file)
         if one.sha256 is not None and not path.is_file():
-            # One of the same name is most likely it; the others are read only if it is not.
+            # A file of the same name is most likely the right one. The others are read only if it is not.
             likely = sorted(there, key=lambda found, name=path.name: found.name != name)
             found = next((found for found in likely if file_hash(found, None) == one.sha256), None)
             one = one if found is None else one.replace(file=str(found))
@@ -77,14 +77,14 @@ def moved(files: Sequence[Any], folder: str | PathLike[str]) -> tuple[Any, ...]:
 
 
 def hash_of_weights(path: Path) -> str:
-    """SHA-256 of a safetensors file after its header, as A1111 and Civitai (AutoV3) have it."""
+    """Return the SHA-256 of a safetensors file after its header, as used by A1111 and Civitai (AutoV3)."""
     with open_file(path, None) as stream:
         stream.seek(8 + int.from_bytes(stream.read(8), "little"))
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def hashes_to(path: Path, beginning: str) -> bool:
-    """Whether a hash begins so: one that a file tells, that of its weights (AutoV3), or that of the file (AutoV2)."""
+    """Return whether a hash of a file begins with a text: one in its metadata, its AutoV3, or its AutoV2 hash."""
     told = _metadata(path)
     if any(told.get(key, "").startswith(beginning) for key in ("sshs_model_hash", "sshs_legacy_hash")):
         return True

@@ -1,7 +1,7 @@
 """Maps an adapter file's keys to our modules and to the part of the change that each key holds.
 
-Found through a dictionary of our own modules' names, in every spelling that files know them by: nothing is taken apart
-by guessing at underscores. What differs between the dialects is how they begin, and how they end.
+Keys are looked up in a dictionary of all spellings of our modules' names, so underscores are never ambiguous. Dialects
+differ only in the beginnings and endings of keys.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Place", "flat", "places_of", "split_key", "walked"]
 
-# How the keys of a part begin, longest first within each; "" is the plain path, as a single network's file has it.
+# Beginnings of the keys of each network, longest first; "" is the plain path, as in a file of a single network.
 BEGINNINGS = {
     "unet": (
         "base_model.model.unet.", "unet.base_model.model.", "base_model.model.", "model.diffusion_model.", "lora_unet_",
@@ -32,7 +32,7 @@ BEGINNINGS = {
         "lycoris_te2_", "text_encoder_2.",
     ),
 }  # fmt: skip
-# How keys end, longest first, and what that part is called here.
+# Endings of keys, longest first, and our names for the parts.
 ENDINGS = {
     "lora_linear_layer.down.weight": "down", "lora_linear_layer.up.weight": "up", "lora.down.weight": "down",
     "lora.up.weight": "up", "lora_down.weight": "down", "lora_up.weight": "up", "lora_mid.weight": "mid",
@@ -46,26 +46,26 @@ ENDINGS = {
     **{f"{name}.weight": name for name in ("a1", "a2", "b1", "b2")},
     "weight": "ia3",
 }  # fmt: skip
-# Of the ecosystem's first files: "….processor.to_q_lora.down.weight".
+# The earliest files of diffusers: "….processor.to_q_lora.down.weight".
 FIRST = re.compile(r"\.?(?:processor\.)?(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight$")
 _PEFT = re.compile(r"(lora_[AB]|lora_magnitude_vector|(?:hada|lokr)_w?\w+|ia3_l)\.default\b")
 
 
 @dataclass(frozen=True)
 class Place:
-    """A module of ours: the role of its network, and its path there."""
+    """One of our modules. role: its network; path: its name in that network."""
 
     role: str
     path: str
 
     @property
     def name(self) -> str:
-        """Role and path in one, as weights of parts are said of the beginnings of such names."""
+        """Role and path joined; weights for parts of a network refer to the beginnings of such names."""
         return f"{self.role}.{self.path}"
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """The module that a key means, in the file's spelling, and the part of the change; None for no such key."""
+    """Split a key into the module, in the file's spelling, and the part of the change; None if it is unknown."""
     if first := FIRST.search(key):
         return f"{key[: first.start()]}.{first[1]}", first[2]
     key = _PEFT.sub(r"\1", key)
@@ -76,9 +76,9 @@ def split_key(key: str) -> tuple[str, str] | None:
 
 
 def places_of(networks: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Any]]) -> dict[str, Place]:
-    """Our modules, by every spelling of their names with "_" for each dot.
+    """Return our modules by every spelling of their names, with "_" instead of dots.
 
-    networks: by role; shapes: of the weights of each by name.
+    networks: by role; shapes: of each network's weights, by name.
     """
     places: dict[str, Place] = {}
     for role in reversed([role for role in BEGINNINGS if role in networks]):
@@ -97,21 +97,21 @@ def places_of(networks: Mapping[str, Any], shapes: Mapping[str, Mapping[str, Any
 
 
 def flat(name: str) -> str:
-    """A name with "_" for each dot, in which all dialects agree."""
+    """Return a name with "_" instead of dots, the form that all dialects share."""
     return name.replace(".", "_")
 
 
 def _first_spellings(path: str) -> list[str]:
-    """How the ecosystem's first files call the layers of attention, also those of text encoders."""
+    """Return the names of attention layers, including those of text encoders, in the earliest files of diffusers."""
     renamed = re.sub(r"self_attn\.(q|k|v|out)_proj$", r"self_attn.to_\1", path)
     renamed = re.sub(r"to_out\.0$", "to_out", renamed)
     return [renamed] if renamed != path else []
 
 
 def walked(paths: Iterable[str], classes: Sequence[str]) -> list[str]:
-    """Linear layers in the order in which cloneofsimo's library walks those of the classes it names.
+    """Sort linear layers in the order of cloneofsimo's library, for the classes that a file names.
 
-    That is down, up and middle; within a block attention, the gate, attention.
+    The order is down, up, middle; within a block: self-attention, feed-forward gate, cross-attention.
     """
     kinds = {"CrossAttention": r"attn\d\.\w+(\.0)?", "Attention": r"attn\d\.\w+(\.0)?", "GEGLU": r"ff\.net\.0\.proj"}
     kinds["CLIPAttention"] = r"self_attn\.\w+"

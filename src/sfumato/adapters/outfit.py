@@ -1,7 +1,7 @@
 """The adapters active on a checkpoint, their weights, and merging their changes into the model.
 
-Everything is computed from the model's own weights in float32, added up, and cast once; so the order in which adapters
-were put on and taken off, and what was worn before, make no difference (models/overlay.py).
+All changes are computed from the model's own weights in float32, summed, and cast once. The result therefore does not
+depend on which adapters were active before or in which order they were added (models/overlay.py).
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 __all__ = ["EmbeddedFile", "Outfit", "Worn", "kept_bytes", "wear"]
 
 
-# Numbers of a weight that are merged at a time.
+# Number of weight elements that are merged at a time.
 BLOCK = 2**20
 
 
 @dataclass(frozen=True, eq=False)
 class Worn:
-    """An adapter and how strongly it is worn.
+    """An active adapter and its strength.
 
-    weight: of all, but where `parts` say another: weights by the beginning of modules' names, of which the longest one
-    holds, such as {"text_encoder": 0.5, "unet.up_blocks.1": 0}. without: the networks that it leaves alone.
+    weight: for all modules without an entry in `parts`; parts: weights by the beginning of module names, such as
+    {"text_encoder": 0.5, "unet.up_blocks.1": 0}, of which the longest match applies; without: networks not to change.
     """
 
     adapter: Adapter
@@ -47,28 +47,28 @@ class Worn:
     without: frozenset[str] = frozenset()
 
     def strength(self, role: str, path: str) -> float:
-        """The weight of a module."""
+        """Return the weight for a module."""
         if role in self.without:
             return 0.0
         names = [one for one in self.parts if f"{role}.{path}.".startswith(f"{one}.")]
-        # One weight of the text encoder is that of all there are.
+        # A weight for the text encoder applies to all text encoders.
         names += ["text_encoder"] if not names and role == "text_encoder_2" and "text_encoder" in self.parts else []
         return self.parts[max(names, key=len)] if names else self.weight
 
     def scaled(self, factor: float) -> Worn:
-        """The same, this many times as strong."""
+        """Return a copy with all weights multiplied by a factor."""
         parts = {name: factor * weight for name, weight in self.parts.items()}
         return replace(self, weight=factor * self.weight, parts=parts)
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What the weights it leads to depend on."""
+        """Everything that the resulting weights depend on."""
         return (self.adapter.stored.sha256, self.weight, tuple(sorted(self.parts.items())), self.without)
 
 
 @dataclass(frozen=True, eq=False)
 class EmbeddedFile:
-    """A file of embeddings that was loaded: its path, the word that was asked for, its hash, and what it held."""
+    """A loaded file of embeddings: its path, the requested word, its SHA-256, and its embeddings."""
 
     path: Path
     token: str | None
@@ -78,10 +78,10 @@ class EmbeddedFile:
 
 @dataclass(frozen=True, eq=False)
 class Outfit:
-    """Everything that was added to a checkpoint: adapters by name, and embeddings.
+    """The adapters, by name, and embeddings that were added to a checkpoint.
 
-    active: the names of those that are worn, and how strongly; fused: those worn whatever else is; enabled: whether the
-    active ones are worn at all; files: those that the embeddings are from.
+    active: names of the active adapters; fused: adapters that are always applied; enabled: whether active adapters are
+    applied; files: the files of the embeddings.
     """
 
     adapters: Mapping[str, Worn] = field(default_factory=dict)
@@ -92,20 +92,20 @@ class Outfit:
     files: tuple[EmbeddedFile, ...] = ()
 
     def worn(self, scale: float = 1.0) -> tuple[Worn, ...]:
-        """What is worn; the scale is that of a call, which what is fused does not heed."""
+        """Return the adapters to apply. scale: a call's factor for their weights; it does not affect fused adapters."""
         active = [self.adapters[name] for name in self.active] if self.enabled else []
         return (*self.fused, *(one if scale == 1 else one.scaled(scale) for one in active))
 
     @property
     def all_embeddings(self) -> tuple[Embedding, ...]:
-        """Those that were loaded, and those that adapters brought along."""
+        """The loaded embeddings, and those bundled with adapters."""
         return (*(one for worn in self.adapters.values() for one in worn.adapter.embeddings), *self.embeddings)
 
 
 def wear(model: Any, role: str, worn: Sequence[Worn], *, fused: bool = False) -> None:
-    """Have a network wear exactly these. What is not touched stays where it is, and so does a weight whose sum is 0.
+    """Apply exactly these adapters to a network. Weights without changes are not copied.
 
-    fused: whether what is worn is the model's own from now on for whoever saves it.
+    fused: whether saving the model saves the changed weights.
     """
     made = _made(role, worn)
     if not made:
@@ -120,7 +120,7 @@ def wear(model: Any, role: str, worn: Sequence[Worn], *, fused: bool = False) ->
 
 
 def _made(role: str, worn: Sequence[Worn]) -> dict[str, Callable[[Tensor, Tensor], None]]:
-    """The weights of a network that change, by name, and what makes each of its own."""
+    """Return a function for each weight that changes, by name, which computes it from the model's own weight."""
     changes: dict[str, list[tuple[Change, float]]] = {}
     for one in worn:
         for path, change in one.adapter.changes.get(role, {}).items():
@@ -137,7 +137,7 @@ def _made(role: str, worn: Sequence[Worn]) -> dict[str, Callable[[Tensor, Tensor
 
 
 def kept_bytes(model: Any, role: str, worn: Sequence[Worn]) -> int:
-    """Bytes of a network's own weights that are kept beside those that these adapters change."""
+    """Return the size in bytes of the original weights that are kept in addition to the changed ones."""
     shapes = weight_shapes(model) if worn else {}
     return sum(shapes[name].numel() for name in _made(role, worn)) * model.dtype.itemsize
 
@@ -147,7 +147,7 @@ def _wide(own: Tensor) -> Tensor:
 
 
 def _merge(every: Sequence[tuple[Change, float]], own: Tensor, into: Tensor) -> None:
-    """Own weight and changes, summed up in float32."""
+    """Sum a weight and its changes in float32."""
     factors = [low_rank_factors(change, own, strength) for change, strength in every]
     products = [one for one in factors if one is not None]
     if len(products) == len(every) and own.is_contiguous() and into.is_contiguous():
@@ -161,7 +161,7 @@ def _merge(every: Sequence[tuple[Change, float]], own: Tensor, into: Tensor) -> 
 
 
 def _add_products(products: Sequence[tuple[Tensor, Tensor]], own: Tensor, into: Tensor) -> None:
-    """A few rows after the other, so that what is between stays in the cache."""
+    """Process a few rows at a time, so that intermediate results stay in the cache."""
     rows = max(1, BLOCK // own.shape[1])
     for begin in range(0, own.shape[0], rows):
         here = slice(begin, begin + rows)

@@ -1,7 +1,7 @@
 """The Ray executor: one warm pipeline per actor, one small message per batch, and no pixels in the object store.
 
-Ray promises nothing about a picture: actors die, and what they were drawing comes back as an error. All that makes a
-result exactly-once (keys, renames, the ledger) is ours, so a batch may be drawn twice without harm.
+Ray guarantees nothing about an image: an actor can die, and its batch then fails with an error. Keys, renames and the
+ledger ensure that each image is stored exactly once, so it does no harm to generate a batch twice.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ if TYPE_CHECKING:
 
 __all__ = ["Pool", "connected"]
 
-# Batches that wait at an actor, so that it never waits for us; seconds between looks at the end that was asked for.
+# Batches queued at each actor, so that it is never idle; seconds between checks for a request to stop.
 AHEAD, LOOK = 2, 1.0
-# The local cluster's store: messages are small, so there is nothing to keep in it.
+# Bytes of the local cluster's object store. Messages are small, so it holds almost nothing.
 STORE = 128 * 2**20
 
 
 @contextmanager
 def connected(address: str | None, cpus: int | None = None) -> Iterator[dict[str, float]]:
-    """Within the block Ray is there: the cluster of an address ("auto" for this machine's), or one of our own.
+    """Connect to Ray within the block: to the cluster at an address ("auto" for this machine's), or to a new local one.
 
-    Everybody who talks to it needs its token: ours has a new one, which no file holds. Yields the cluster's resources.
-    Raises `UsageError` where nobody answers, `MissingExtra` without Ray.
+    Connections need the cluster's token; a local cluster gets a new one, which is not written to any file. Yields the
+    cluster's resources. Raises `UsageError` if no cluster answers, and `MissingExtra` without Ray.
     """
     ours = {"RAY_AUTH_MODE": "token"}
     if address is None and "RAY_AUTH_TOKEN" not in os.environ:
         ours["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     os.environ.update({name: value for name, value in ours.items() if name not in os.environ})
-    ray = extras.ray()  # which reads the environment when it is imported
+    ray = extras.ray()  # reads the environment when it is imported
     own = {} if address else {"num_cpus": cpus, "object_store_memory": STORE, "include_dashboard": False}
-    # What Ray says of dead workers is for a person; it would print it among the results.
+    # Ray prints messages about dead workers to standard output, which is for results.
     with redirect_stdout(sys.stderr), _initialized(ray, address, own):
         yield ray.cluster_resources()
 
@@ -58,7 +58,7 @@ def _initialized(ray: Any, address: str | None, own: dict[str, Any]) -> Iterator
     except Exception as error:
         raise UsageError(
             f"no Ray cluster answers at {address or 'local'} ({reason(error)}); start one with 'ray start --head', and "
-            "pass its token on (run 'ray get-auth-token' there, and set RAY_AUTH_TOKEN here)"
+            "set RAY_AUTH_TOKEN here to the token that 'ray get-auth-token' prints there"
         ) from error
     try:
         yield
@@ -68,9 +68,10 @@ def _initialized(ray: Any, address: str | None, own: dict[str, Any]) -> Iterator
 
 @dataclass
 class Pool:
-    """Actors that draw: `least` must be there to begin, up to `most` are asked for, which an autoscaler may answer.
+    """An executor that generates images in Ray actors.
 
-    restarts: actors that may die before the run ends; cpus and gpus: what each of them takes.
+    least: actors that must start within `patience` seconds; most: actors to request, for which an autoscaler may add
+    machines; restarts: actors that may die before the run stops; cpus, gpus: resources of each actor.
     """
 
     work: Work
@@ -85,7 +86,7 @@ class Pool:
     _begun: int = field(default=0, init=False)
 
     def __call__(self, queue: Queue, ledger: Ledger, ending: Ending) -> Iterator[Drawn]:
-        """The executor. Raises `SfumatoError` where too few actors begin, or too many die."""
+        """Run the executor. Raises `SfumatoError` if too few actors start or too many die."""
         ray, since = extras.ray(), time.monotonic()
         for _ in range(self.most):
             self._begin(ray)
@@ -127,8 +128,8 @@ class Pool:
         return self._asked[actor].pop(one), entries
 
     def _died(self, ray: Any, actor: Any, error: Exception, queue: Queue) -> Drawn:
-        """Replace an actor. It died of the batch that it was drawing, if of any."""
-        if getattr(error, "actor_init_failed", False):  # which another one would, too
+        """Replace a dead actor. The batch that it was generating fails, as it may be the cause."""
+        if getattr(error, "actor_init_failed", False):  # a new actor would fail too
             raise SfumatoError(f"a worker could not start: {_last_line(error)}") from error
         first, *others = self._asked.pop(actor).values()
         self._ready.discard(actor)
@@ -139,6 +140,6 @@ class Pool:
 
 
 def _last_line(error: Exception) -> str:
-    """What an actor's own exception says, which Ray gives as a whole traceback."""
+    """Return the message of an actor's exception, which is the last line of Ray's traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return reason(Exception(lines[-1] if lines else ""))

@@ -11,7 +11,7 @@ __all__ = ["arrow", "ray"]
 
 
 def arrow(module: str = "pyarrow") -> Any:
-    """pyarrow, or one of its modules. Raises `MissingExtra`."""
+    """Import pyarrow or one of its modules. Raises `MissingExtra`."""
     try:
         return import_module(module)
     except ImportError as error:
@@ -19,7 +19,7 @@ def arrow(module: str = "pyarrow") -> Any:
 
 
 def ray() -> Any:
-    """Ray. Raises `MissingExtra`."""
+    """Import Ray. Raises `MissingExtra`."""
     try:
         return import_module("ray")
     except ImportError as error:

@@ -43,7 +43,7 @@ class WrongCheckpoint(UsageError):
 
 
 class Picture(NamedTuple):
-    """One picture to draw: its key, the first row that asks for it, its seed, and its request as JSON."""
+    """One image to generate: its key, the first row that requests it, its seed, and its request as JSON."""
 
     key: str
     row: int
@@ -53,14 +53,14 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """Part `index` (from 1) of `of` equal parts of a job; a key is always in the same one."""
+    """Part `index` (from 1) of `of` equal parts of a job. A key is always in the same part."""
 
     index: int = 1
     of: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """From "3/16". Raises `UsageError`."""
+        """Parse a text such as "3/16". Raises `UsageError`."""
         first, _, second = text.partition("/")
         if not (first.isdecimal() and second.isdecimal() and 1 <= int(first) <= int(second) <= 10**6):
             raise UsageError(f"--shard must have the form 3/16, from 1/16 to 16/16, not {text!r}")
@@ -68,20 +68,21 @@ class Shard:
 
     @property
     def label(self) -> str:
-        """How the names of this shard's files begin."""
+        """The prefix of the names of this shard's files."""
         return f"{self.index}of{self.of}"
 
     def has(self, key: str) -> bool:
-        """Whether a key is in this part."""
+        """Return whether a key is in this part."""
         return self.of == 1 or int(key[:12], 16) % self.of == self.index - 1
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a job is, as `job.json` says it; a folder stays with it for good.
+    """A job's settings, as stored in `job.json`. They never change.
 
-    source: hash of the rows; model: hash of the checkpoint; numerics: what else decides a picture's bits; rows: that
-    can be drawn; bad: that cannot; pictures: different ones.
+    source: hash of the rows; model: hash of the checkpoint; numerics: all else that determines an image's bits;
+    refiners: hashes by name; rows: number of valid rows; bad: number of rows with errors; pictures: number of different
+    images.
     """
 
     folder: Path
@@ -96,7 +97,7 @@ class Job:
 
     @classmethod
     def read(cls, folder: Path) -> Job:
-        """The job of a folder. Raises `UsageError` where there is none."""
+        """Read the job in a folder. Raises `UsageError` if there is none."""
         if not (folder / FILE).is_file():
             raise UsageError(f"{folder} contains no bulk job; start one with 'sfumato bulk run ROWS --output {folder}'")
         try:
@@ -108,30 +109,30 @@ class Job:
 
     @property
     def table(self) -> Path:
-        """All pictures, in the order of their rows."""
+        """The Parquet file of all images, in the order of their rows."""
         return self.folder / "rows.parquet"
 
     def pictures_in_order(self) -> Iterator[Picture]:
-        """All pictures, in the order of their rows."""
+        """Yield all images in the order of their rows."""
         with arrow("pyarrow.parquet").ParquetFile(self.table) as file:
             for batch in file.iter_batches(batch_size=4096):
                 yield from (Picture(**one) for one in batch.to_pylist())
 
     def path_of(self, key: str) -> Path:
-        """Where the picture of a key stands."""
+        """Return the path of an image by its key."""
         return self.folder / key[:2] / key[2:4] / f"{key}.png"
 
     def pending(self, key: str) -> Path:
-        """Where the image of a key waits to be moved into a WebDataset shard."""
+        """Return the path of an image that waits to be moved into a WebDataset shard."""
         return self.folder / "pending" / f"{key}.png"
 
     def write(self) -> None:
-        """Say what the job is. Raises `OutputError`."""
+        """Write `job.json`. Raises `OutputError`."""
         write_json(self.folder / FILE, {k: v for k, v in dataclasses.asdict(self).items() if k != "folder"})
 
 
 class Sieve:
-    """Turns a row into images, or says why it cannot be generated."""
+    """Converts rows to images, and checks that they can be generated."""
 
     def __init__(self, pipeline: DiffusionPipeline, job: Job) -> None:
         self._pipeline, self._parts, self._job = pipeline, pipeline.parts, job
@@ -141,14 +142,14 @@ class Sieve:
         self._known: dict[tuple[Any, ...], Any] = {}
 
     def pictures(self, row: int, values: dict[str, Any]) -> Iterator[Picture]:
-        """The images of a row. Raises a `SfumatoError` that says what is wrong with it."""
+        """Yield the images of a row. Raises a `SfumatoError` that explains what is wrong with it."""
         own = hashlib.sha256(f"{self._job.id}:{row}".encode()).digest()
         sized = {} if "image" in values else self._size
         seeded = {"seed": int.from_bytes(own[:4], "big")}
         request = GenerateRequest.from_dict({**self._left_open, **sized, **seeded, **values})
         if not any(request.prompts):
             raise UsageError("the prompt is missing; add one")
-        if request.refiner is not None:  # which is told where it takes over
+        if request.refiner is not None:  # fills in the default for when it takes over
             request = request.settled(self._parts.settings)
         request = self._with_hashes(with_named_adapters(request))
         files = self._checked(request)
@@ -158,14 +159,17 @@ class Sieve:
             yield Picture(image_key(self._salt, files, text), row, seed, text)
 
     def _with_hashes(self, request: GenerateRequest) -> GenerateRequest:
-        """The request with the hash of each file that it adds, so that other files make other images."""
+        """Add the hash of each adapter and embedding to the request, so that a changed file gives a different key."""
         added = {"adapters": request.adapters, "embeddings": request.embeddings}
         for name, files in added.items():
             added[name] = tuple(one.replace(sha256=one.sha256 or self._hash(one.file)) for one in files)
         return request.replace(**added)
 
     def _checked(self, request: GenerateRequest) -> str:
-        """The hashes of what else a request reads, "" without any; nothing is looked at twice."""
+        """Check a request. Returns the hashes of all other files it reads, joined; "" if there are none.
+
+        Each result is cached.
+        """
         unit, (width, height) = self._parts.vae_scale_factor, (request.width, request.height)
         check_sides(unit, width=width, height=height)
         hires = request.hires
@@ -205,13 +209,13 @@ class Sieve:
 
 
 def with_refiner(pipeline: DiffusionPipeline, name: str | None, known: dict[str, str]) -> DiffusionPipeline | None:
-    """The refiner that a request names, loaded unless the last one was the same. known: digests by name, added to.
+    """Return the refiner that a request names, loading it unless it is in memory. known: digests by name, updated.
 
-    Raises `WrongCheckpoint` if it is not the known one, `UsageError` if it needs other latents.
+    Raises `WrongCheckpoint` if its digest is not the known one, and `UsageError` if it needs different latents.
     """
     if name is None or (pipeline.refiner is not None and pipeline.refiner.name == name):
         return None if name is None else pipeline.refiner
-    pipeline.refiner = None  # so that two are never in memory
+    pipeline.refiner = None  # never keep two in memory
     place = expanded(name)
     where = str(place.absolute()) if place.exists() else name
     refiner = load(where, device=pipeline.device.type, dtype=pipeline.dtype, local_files_only=True)
@@ -234,11 +238,11 @@ def open_job(
     on_bad: Callable[[int, Exception], None],
     on_pictures: Callable[[list[Picture]], None] | None = None,
 ) -> Job:
-    """The job of a folder, planned if it is new: every row is checked, and `on_bad` told of each that cannot be drawn.
+    """Open the job in a folder, or create it after checking every row. on_bad: called for each row with errors.
 
-    name: the job's id, from its rows' hash if None; device: the kind that workers draw on, the pipeline's if None;
-    on_pictures: takes the pictures in chunks, and nothing is written then. Raises `UsageError` for bad rows, unless
-    they are to be skipped, and for another job than the folder's.
+    name: the job's id (default: a hash of the rows); device: the workers' device type (default: the pipeline's);
+    on_pictures: receives the images in chunks, and nothing is written. Raises `UsageError` for rows with errors unless
+    `skip_bad`, and if the folder contains a different job.
     """
     digest = digest_of(source)
     numerics = {"version": NUMERICS, "device": device or pipeline.device.type, "dtype": dtype_name(pipeline.dtype)}
@@ -263,9 +267,9 @@ def open_job(
 def _check_same(found: Job, job: Job, *, named: bool) -> None:
     where = f"of the job in {found.folder}"
     if found.source != job.source or (named and found.id != job.id):
-        raise UsageError(f"these are not the rows {where}; use another --output for them")
+        raise UsageError(f"these are not the rows {where}; use another --output")
     if found.model != job.model:
-        raise UsageError(f"this is not the checkpoint {where}, or it has changed since; use another --output")
+        raise UsageError(f"this is not the checkpoint {where}, or it has changed; use another --output")
     if found.numerics != job.numerics:
         kind = "{device} in {dtype}".format(**found.numerics)
         raise UsageError(
@@ -282,7 +286,7 @@ def _sifted(
     *,
     skip_bad: bool,
 ) -> Job:
-    """Hand all different pictures of a file to `write`, in chunks; returns the job with how many of what there are."""
+    """Pass all different images of a file to `write`, in chunks. Returns the job with its numbers filled in."""
     rows = bad = 0
     keys: set[bytes] = set()
     chunk: list[Picture] = []
@@ -332,18 +336,18 @@ def _writer(job: Job) -> Iterator[Any]:
 
 @contextmanager
 def held(job: Job, shard: Shard) -> Iterator[None]:
-    """Within the block nobody else draws this part of the job; one that covers it too is refused with `UsageError`.
+    """Lock this part of the job within the block. Raises `UsageError` if another run includes the same part.
 
-    Where the file system has no locks, that is said, and nobody is refused.
+    On a file system without locks, this only logs a warning.
     """
     with ExitStack() as stack:
         for name, alone in (("lock", shard.of == 1), (f"lock.{shard.label}", True)):
-            busy = f"another run of this job draws into {job.folder}; wait until it ends, or stop it first"
-            unknown = f"{job.folder} is on a file system without locks; start no second run of this job"
+            busy = f"another run of this job is using {job.folder}; wait until it ends, or stop it"
+            unknown = f"{job.folder} is on a file system without locks; do not start a second run of this job"
             stack.enter_context(locked(job.folder / name, alone=alone, busy=busy, unknown=unknown))
         yield
 
 
 def is_running(job: Job) -> bool:
-    """Whether somebody draws this job now, as far as the file system can tell."""
+    """Return whether a run of this job is active, as far as the file system's locks show."""
     return is_locked(job.folder / "lock")

@@ -1,7 +1,7 @@
 """The ledger: small Parquet files with one row for each finished image and each failed attempt.
 
-Files are added by rename and never changed. Several workers may have written the same row, and an interrupted merge
-leaves rows twice; whoever reads takes the first of each, so nothing of that shows.
+Files are added by rename and never changed. Rows may be duplicated, because several workers wrote the same one or a
+merge was interrupted. Readers use the first of each.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ if TYPE_CHECKING:
 
 __all__ = ["Entry", "Ledger", "Standing", "conflicts", "is_state", "read_ledger", "standing"]
 
-# Attempts after which a picture is set aside.
+# Failed attempts after which an image is set aside.
 ATTEMPTS = 3
-# Seconds between two files, and files of a run that are merged into one.
+# Seconds between two files; number of a run's files that are merged into one.
 PERIOD, MOST_FILES = 10.0, 64
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What became of one picture.
+    """The result of one attempt to generate an image.
 
-    path: below the job's folder, of a shard with "#" and the name in it; offset: where the PNG begins in that; sha256:
-    of its bytes; seconds: it took; device, attempt (from 1), state ("done" or "failed") and error; notes: what the run
-    said; worker: the run that drew it, and elapsed: how many seconds that was old, by a clock that never jumps.
+    path: relative to the job's folder; in a shard, followed by "#" and the name in it; offset: where the PNG begins in
+    the shard, in bytes; sha256: hash of the PNG; bytes: its size; seconds: generation time; device: where it ran;
+    attempt: from 1; state: "done" or "failed"; error: the reason; notes: the run's notes; worker: the run that wrote
+    it; elapsed: seconds since that run's start, by a monotonic clock.
     """
 
     key: str
@@ -65,10 +66,10 @@ def _schema() -> Any:
 
 
 class Ledger:
-    """One run's pen. `worker` names the run: its shard, and which run of it this is."""
+    """Writes the ledger for one run. worker: the run's name, made of its shard and the number of the run."""
 
     def __init__(self, job: Job, shard: Shard) -> None:
-        """Raises `OutputError` where the folder cannot be written."""
+        """Raises `OutputError` if the folder cannot be written."""
         self.folder = output_folder(job.folder / "manifest")
         self.label = shard.label
         earlier = (re.match(rf"part-{self.label}\.(\d+)-", path.name) for path in self.folder.iterdir())
@@ -80,14 +81,14 @@ class Ledger:
         self._flight = self.folder / f"flight-{self.label}.json"
 
     def add(self, entries: Iterable[Entry]) -> None:
-        """Take entries down; every few seconds they are on the disk."""
+        """Add entries. They are written to disk every few seconds."""
         elapsed = time.monotonic() - self._began
         self._open += [replace(one, worker=self.worker, elapsed=elapsed) for one in entries]
         if time.monotonic() - self._last > PERIOD:
             self.flush()
 
     def flush(self) -> None:
-        """Have all entries on the disk. Raises `OutputError`."""
+        """Write all entries to disk. Raises `OutputError`."""
         if self._open:
             self._write(arrow().Table.from_pylist([asdict(one) for one in self._open], schema=_schema()))
             self._open = []
@@ -96,17 +97,17 @@ class Ledger:
             self._merge(self._written)
 
     def compact(self) -> None:
-        """Merge all files of this part of the job, of earlier runs too, into one with one row a key."""
+        """Merge all files of this part of the job, including earlier runs', into one file with one row per key."""
         mine = sorted(self.folder.glob(f"part-{'*' if self.label == '1of1' else self.label + '.*'}.parquet"))
         if len(mine) > 1:
             self._merge(mine)
 
     def forget(self, keys: Iterable[str]) -> None:
-        """Have these keys drawn again by the next run."""
+        """Remove keys, so that the next run generates them again."""
         self._merge(sorted(self.folder.glob("part-*.parquet")), arrow().array(list(keys), arrow().string()))
 
     def in_flight(self, keys: Sequence[str]) -> None:
-        """Say what is being drawn, so that who comes after a sudden death knows; nothing if it is empty."""
+        """Record the keys of the running batch for the next run, in case this one dies. No keys: remove the record."""
         with naming(self._flight):
             if keys:
                 self._flight.write_text(json.dumps(list(keys)))
@@ -114,7 +115,7 @@ class Ledger:
                 self._flight.unlink(missing_ok=True)
 
     def died_on(self) -> list[str]:
-        """The keys that the last run of this part was drawing when it died."""
+        """Return the keys that the last run of this part was generating when it died."""
         with suppress(OSError, ValueError):
             return [str(key) for key in json.loads(self._flight.read_text())]
         return []
@@ -135,15 +136,15 @@ class Ledger:
 
 
 def read_ledger(folder: Path, columns: Sequence[str] | None = None) -> Any:
-    """All rows of a job's ledger as an Arrow table, repeated ones too; `columns` are read only.
+    """Read a job's ledger as an Arrow table, including duplicate rows. columns: the columns to read (default: all).
 
-    Raises `OutputError` for a file that is damaged.
+    Raises `OutputError` if a file is damaged.
     """
     while True:
         paths = sorted((folder / "manifest").glob("part-*.parquet"))
         try:
             return _concat(paths, columns)
-        except FileNotFoundError:  # merged while we looked
+        except FileNotFoundError:  # merged in the meantime
             continue
 
 
@@ -161,12 +162,12 @@ def _concat(paths: Iterable[Path], columns: Sequence[str] | None = None) -> Any:
 
 
 def is_state(table: Any, state: str) -> Any:
-    """Which rows of a ledger's table have a state."""
+    """Return a mask of the rows in a state."""
     return arrow("pyarrow.compute").equal(table["state"], state)
 
 
 def _first(table: Any) -> Any:
-    """One row for each key that is done, the first; two where the pictures differ. Failures stay until it is done."""
+    """Keep the first row of each finished key, and both if their images differ. Drop failures of finished keys."""
     compute = arrow("pyarrow.compute")
     done, failed = (table.filter(is_state(table, state)) for state in ("done", "failed"))
     failed = failed.filter(compute.invert(compute.is_in(failed["key"], done["key"].combine_chunks())))
@@ -181,19 +182,19 @@ def _distinct(table: Any, columns: list[str]) -> Any:
 
 
 class Standing(NamedTuple):
-    """How far a job is: keys that are done, and attempts at those that are not."""
+    """The progress of a job: the finished keys, and the failed attempts of the others."""
 
     done: set[str]
     attempts: dict[str, int]
 
     @property
     def set_aside(self) -> set[str]:
-        """The keys that are not tried again."""
+        """The keys with too many failed attempts."""
         return {key for key, number in self.attempts.items() if number >= ATTEMPTS}
 
 
 def standing(folder: Path) -> Standing:
-    """What the ledger says of each key."""
+    """Read the state of each key from the ledger."""
     done, attempts, table = set[str](), dict[str, int](), read_ledger(folder, ["key", "state", "attempt"])
     done.update(table["key"].filter(is_done := is_state(table, "done")).to_pylist())
     failed = table.filter(arrow("pyarrow.compute").invert(is_done))
@@ -204,7 +205,7 @@ def standing(folder: Path) -> Standing:
 
 
 def conflicts(table: Any) -> list[str]:
-    """The keys with pictures that differ, which should be one: what drew them is not as exact as it claims."""
+    """Return the keys with different images, which should be identical: a machine does not compute exactly."""
     compute = arrow("pyarrow.compute")
     done = _distinct(table.filter(is_state(table, "done")).select(["key", "sha256"]), ["key", "sha256"])
     counts = compute.value_counts(done["key"])

@@ -1,4 +1,4 @@
-"""A matrix: a TOML file whose prompts, seeds and settings are combined in every way."""
+"""A matrix: a TOML file that defines all combinations of its prompts, seeds and settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["read_matrix"]
 
-# More rows than anybody has pictures for: a typing error.
+# More rows than this must be a mistake.
 MOST_ROWS = 10**8
 Texts = Annotated[tuple[str, ...], Within(1, 10**6), "a list of texts, or the name of a text file next to the matrix"]
 Seeds = Annotated[tuple[int, ...], Within(1, 10**6)]
@@ -26,17 +26,18 @@ Count = Annotated[int, Within(1, 10**6)]
 
 
 def read_matrix(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a matrix: settings outermost, then prompts, with every value of their wildcards, then seeds.
+    """Yield the rows of a matrix: for each setting, each prompt with each value of its wildcards, and each seed.
 
-    `seeds` is a list, or how many for each; `__name__` in a prompt stands for each value of `wildcards.name`; lists of
-    texts may be names of text files beside it, one text a line. Other keys are fields of every row.
+    `seeds` is a list, or the number of seeds; `__name__` in a prompt is replaced by each value of `wildcards.name`.
+    Instead of a list of texts, a matrix can name a text file next to it, with one text per line. All other keys are
+    fields of every row.
 
     Raises `UsageError`.
     """
     try:
         table = tomllib.loads(read_bytes(path).decode("utf-8"))
     except ValueError as error:
-        raise UsageError(f"{path} is not valid TOML ({reason(error)}); fix it there") from error
+        raise UsageError(f"{path} is not valid TOML ({reason(error)}); correct it") from error
     prompts = _texts(path, "prompts", table.pop("prompts", None))
     wildcards = table.pop("wildcards", {})
     seeds, settings = table.pop("seeds", 1), table.pop("settings", [{}])

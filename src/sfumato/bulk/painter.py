@@ -29,24 +29,24 @@ if TYPE_CHECKING:
 
 __all__ = ["FATAL", "Painter", "Stopped", "Work", "batch_size", "draw_requests", "settings_of"]
 
-# What rows drawn together may differ in, and the largest batch that the plan is asked about.
+# Fields in which the rows of a batch may differ; the largest batch that the plan considers.
 OWN = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "seed")
 MOST_AT_ONCE = 64
 
 
 class Stopped(Exception):
-    """Somebody asked for the end, and there was no time to finish these images."""
+    """The run was asked to stop, and there was no time to finish these images."""
 
 
-# No image's fault: the run ends.
+# Errors that are not caused by an image: the run ends.
 FATAL = (OutputError, WrongCheckpoint)
 
 
 @dataclass(frozen=True)
 class Work:
-    """All that a worker needs to know: a few words, so that it starts anywhere.
+    """All settings of a worker. They are small, so that it can be started anywhere.
 
-    model: where the checkpoint is, and name what recipes call it; shards: images will be moved to WebDataset shards.
+    model: where the checkpoint is; name: its name in recipes; shards: whether images are moved to WebDataset shards.
     """
 
     folder: str
@@ -60,7 +60,7 @@ class Work:
     shards: bool = False
 
     def load(self, device: str | None = None) -> DiffusionPipeline:
-        """The pipeline, where and how it generates."""
+        """Load the pipeline."""
         import torch
 
         from sfumato.runtime.device import parse_dtype
@@ -76,7 +76,7 @@ class Work:
 
 
 class Painter:
-    """Generates batches of images, writes each to its file and describes it by an `Entry`."""
+    """Generates batches of images, writes each to its file, and returns an `Entry` for it."""
 
     def __init__(self, work: Work, pipeline: DiffusionPipeline | None = None) -> None:
         """Raises `WrongCheckpoint` if the checkpoint is not the job's."""
@@ -87,9 +87,9 @@ class Painter:
         self._place = self.job.pending if work.shards else self.job.path_of
 
     def draw(self, pictures: Sequence[Picture], check: Callable[[], None] = lambda: None) -> list[Entry]:
-        """Generate images whose requests differ in their words and seeds only, if their files are not there yet.
+        """Generate images that do not exist yet. Their requests may differ only in prompts and seeds.
 
-        check: called after each step; what it raises ends the drawing.
+        check: called after each step; an exception that it raises stops the generation.
         """
         found = [entry for one in pictures if (entry := self._found(one))]
         there = {one.key for one in found}
@@ -108,7 +108,7 @@ class Painter:
         return found
 
     def _found(self, picture: Picture) -> Entry | None:
-        """What stands in an image's place already: a run died after writing it, and before the ledger knew."""
+        """Return an entry for an image that already exists, because a run died between writing and recording it."""
         path = self._place(picture.key)
         with suppress(SfumatoError, OSError):
             if path.is_file() and read_recipe(path)["request"] == json.loads(picture.request):
@@ -124,14 +124,14 @@ class Painter:
 
 
 def settings_of(picture: Picture) -> str:
-    """What images that are generated together have in common."""
+    """Return the settings that images must share to be generated in one batch, as JSON."""
     request = json.loads(picture.request)
     given = [name for name in OWN if name in request]
     return json.dumps([given, {name: value for name, value in request.items() if name not in OWN}], sort_keys=True)
 
 
 def batch_size(pipeline: DiffusionPipeline, picture: Picture) -> int:
-    """How many such images the plan computes at a time."""
+    """Return the batch size that the plan allows for an image's settings."""
     request = GenerateRequest.from_dict(json.loads(picture.request))
     plan = pipeline.place.plan(pipeline.parts, request.replace(count=MOST_AT_ONCE))
     return 1 if plan is None else plan.micro_batch
@@ -143,9 +143,9 @@ def draw_requests(
     check: Callable[[], None] = lambda: None,
     refiners: dict[str, str] | None = None,
 ) -> tuple[list[Image], list[dict[str, Any]], Sequence[str]]:
-    """The images of requests for one each, their recipes, and what was noted of all of them together.
+    """Generate one image per request. Returns the images, their recipes, and the notes on the batch.
 
-    Notes stay out of the recipes: which others an image was generated with must leave no trace in its file.
+    The recipes contain no notes, because an image's file must not depend on the other images of its batch.
     """
     first = requests[0]
     texts = {name: tuple(one[name] for one in requests) for name in OWN[:-1] if name in first}

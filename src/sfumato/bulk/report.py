@@ -32,7 +32,7 @@ __all__ = ["Check", "contact_sheet", "estimate", "image_of", "status", "thumbnai
 def estimate(
     pipeline: DiffusionPipeline, sample: Sequence[Picture], pictures: int, workers: int, price: float
 ) -> dict[str, Any]:
-    """Time, bytes and cost of a job, from drawing a sample of it; nothing is kept. price: of a worker's hour."""
+    """Estimate the time, size and cost of a job from a sample, which is discarded. price: of one worker hour."""
     from sfumato.metadata.carriers import image_bytes
 
     seconds, sizes = [], []
@@ -56,9 +56,9 @@ def estimate(
 
 
 def status(folder: Path, price: float = 0.0) -> dict[str, Any]:
-    """How far a job is; of a million pictures within a second. price: of a worker's hour, for what was spent.
+    """Return the progress of a job; takes less than a second for a million images. price: of one worker hour.
 
-    The rate is that of the last run of each part, by clocks that never jump, so it holds whatever the time of day says.
+    The rate is that of the last run of each part, by monotonic clocks, so clock changes do not affect it.
     """
     compute, job = arrow("pyarrow.compute"), Job.read(folder)
     table = read_ledger(folder, ["key", "state", "seconds", "bytes", "error", "worker", "elapsed"])
@@ -97,18 +97,18 @@ def _rate(done: Any) -> float:
 
 
 class Check(dict[str, Any]):
-    """What `verify` found: lists of keys or files by what is wrong with them, and how near pictures came again."""
+    """The result of `verify`: keys or files by problem, and the PSNR in dB of images that were generated again."""
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there are no problems."""
         return not any(self[name] for name in ("missing", "changed", "not_drawn", "orphans", "alarms", "differ"))
 
 
 def verify(job: Job, pipeline: DiffusionPipeline | None = None, redraw: int = 0, seed: int | None = None) -> Check:
-    """Hash every file anew, draw some again, and compare both with the ledger and the job's rows.
+    """Hash every file, generate some images again, and compare both with the ledger and the job's rows.
 
-    redraw: how many, by chance (`seed` of it), with the pipeline.
+    redraw: number of images to generate again with the pipeline, chosen at random with `seed`.
     """
     known, keys = _done(job), [one.key for one in job.pictures_in_order()]
     found = Check(images=job.pictures, checked=len(known), missing=[], changed=[], differ=[], decibels={})
@@ -148,26 +148,26 @@ def _redraw(job: Job, pipeline: DiffusionPipeline, entries: list[dict[str, Any]]
 
 
 def image_of(job: Job, entry: dict[str, Any]) -> bytes | None:
-    """The PNG of a row of the ledger; None if it is missing."""
+    """Return the PNG of a ledger row; None if it is missing."""
     return image_at(job.folder, entry["path"], entry["offset"], entry["bytes"])
 
 
 def _done(job: Job) -> dict[str, dict[str, Any]]:
-    """What the ledger says of each image that is done, in the order in which the files have them."""
+    """Return the ledger row of each finished image by key, in the order of the files."""
     table = read_ledger(job.folder, ["key", "state", "path", "offset", "bytes", "sha256"])
     rows = table.filter(is_state(table, "done")).sort_by([("path", "ascending"), ("offset", "ascending")])
     return {one["key"]: one for one in rows.to_pylist()}
 
 
 def _drawn(job: Job) -> Iterator[tuple[Picture, dict[str, Any]]]:
-    """All images that are there, in the order of their rows, and what the ledger says of them."""
+    """Yield all finished images in the order of their rows, with their ledger rows."""
     if not (known := _done(job)):
         raise UsageError(f"{job.folder} has no images yet; generate some with 'sfumato bulk run'")
     return ((one, known[one.key]) for one in job.pictures_in_order() if one.key in known)
 
 
 def contact_sheet(job: Job, file: Path, count: int, size: int) -> Path:
-    """Write images, evenly from all of the job, into one PNG. size: pixels of a side of each."""
+    """Write a PNG with images spread evenly over the job. size: width and height of each image in pixels."""
     from PIL import Image
 
     from sfumato.images import auto_grid, fitted
@@ -180,7 +180,7 @@ def contact_sheet(job: Job, file: Path, count: int, size: int) -> Path:
 
 
 def webdataset(job: Job, folder: Path, most: int) -> list[Path]:
-    """Write all images into WebDataset shards of `most` each, in the order of their keys."""
+    """Write all images to WebDataset shards of at most `most` images, in the order of their keys."""
     drawn = sorted(_drawn(job), key=lambda one: one[0].key)
     found = ((one, data) for one, entry in drawn if (data := image_of(job, entry)) is not None)
     written = []
@@ -191,7 +191,7 @@ def webdataset(job: Job, folder: Path, most: int) -> list[Path]:
 
 
 def thumbnails(job: Job, file: Path, size: int) -> Path:
-    """Write a Parquet file of all images: key, row, seed, request, path, and a JPEG of at most `size` pixels."""
+    """Write a Parquet file with key, row, seed, request, path and a JPEG (at most `size` pixels per side) per image."""
     arrow_, parquet, drawn = arrow(), arrow("pyarrow.parquet"), _drawn(job)
     kinds = {"key": "string", "row": "int64", "seed": "int64", "request": "string", "path": "string"}
     schema = arrow_.schema(

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Row", "digest_of", "read_rows"]
 
-# The number of a row, counted from 1 (of JSON lines, that of the line), and its fields, or what is wrong with it.
+# The number of a row, from 1 (in JSON Lines, the line number), and its fields or its error.
 Row = tuple[int, "dict[str, Any] | UsageError"]
 MOST_LINE = 2**24
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """All rows of a file, in order. Raises `UsageError` for a file that cannot be read as what its name says it is."""
+    """Yield all rows of a file, in order. Raises `UsageError` if its content does not match its file name extension."""
     readers = {".jsonl": _lines, ".ndjson": _lines, ".csv": _csv, ".parquet": _parquet, ".toml": _matrix}
     reader = readers.get(path.suffix.lower())
     if reader is None:
@@ -41,9 +41,9 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 
 def digest_of(path: Path) -> str:
-    """A hash of all that a file's rows come from."""
+    """Return a hash of all input that determines a file's rows."""
     try:
-        if path.suffix.lower() == ".toml":  # its lists may stand in other files
+        if path.suffix.lower() == ".toml":  # its lists may be in other files
             digest = hashlib.sha256()
             for _, row in read_rows(path):
                 digest.update(json.dumps(row, sort_keys=True, default=str).encode())
@@ -105,7 +105,7 @@ def _takes_text(kind: Any) -> bool:
 
 
 def _number(text: str) -> Any:
-    """A cell that is no text: a number, or a list of them; else the text, which the request will refuse by name."""
+    """Parse a cell of a field that is not text: a number, or a list of numbers. The request reports invalid cells."""
     try:
         return json.loads(text)
     except ValueError:

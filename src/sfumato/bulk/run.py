@@ -1,4 +1,4 @@
-"""Runs what is left of a job in batches, on any executor, and settles every image exactly once."""
+"""Runs the remaining images of a job in batches, on any executor, and records each image exactly once."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ __all__ = ["Batch", "Drawn", "Ending", "Executor", "Outcome", "Packer", "Queue",
 log = logging.getLogger("sfumato")
 
 Batch = list[Picture]
-# What became of a batch: the entries that are settled now, or what went wrong with it.
+# The result of a batch: the entries of its images, or its error.
 Drawn = tuple[Batch, "list[Entry] | Exception"]
-# Draws what `Queue.take` gives until that is None, and yields what became of it.
+# Generates the batches that `Queue.take` returns until that is None, and yields the results.
 Executor = Any
-# Pictures that wait for others of their settings, and seconds that a batch gets to end when the end is asked for.
+# Images that wait for others with the same settings; seconds that a batch has to finish when the run is asked to stop.
 MOST_WAITING, GRACE = 2_048, 20.0
 
 
 class TooManyErrors(SfumatoError):
-    """So many pictures failed that something else than these pictures is wrong."""
+    """So many images failed that the cause cannot be the images."""
 
 
 class Ending:
-    """Whether somebody has asked for the end: SIGTERM, or Ctrl-C once. A second time ends at once."""
+    """Whether the run has been asked to stop by SIGTERM or Ctrl-C. The second signal stops it at once."""
 
     def __init__(self) -> None:
         self.asked: float | None = None
@@ -53,20 +53,20 @@ class Ending:
         return self.asked is not None
 
     def check(self) -> None:
-        """Raise `Stopped` where the end was asked for a while ago."""
+        """Raise `Stopped` if the time to finish has passed."""
         if self.asked is not None and time.monotonic() - self.asked > GRACE:
             raise Stopped
 
     @contextmanager
     def heard(self) -> Iterator[Ending]:
-        """Within the block signals are noted, and not met at once."""
+        """Record signals within the block instead of stopping at once."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
         before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
         def note(number: int, frame: Any) -> None:
-            if self.asked is not None and time.monotonic() - self.asked > 1:  # some ask twice at once
+            if self.asked is not None and time.monotonic() - self.asked > 1:  # some programs send it twice at once
                 raise KeyboardInterrupt
             self.asked, self.number = self.asked or time.monotonic(), number
 
@@ -81,7 +81,11 @@ class Ending:
 
 @dataclass
 class Outcome:
-    """How a run ended: pictures of this part of the job in all, done before and now, set aside; who stopped it."""
+    """The outcome of a run.
+
+    pictures: images in this part of the job; before: finished before this run; done: finished by it; set_aside: keys
+    with too many failed attempts; seconds: duration of the run; stopped: number of the signal that stopped it, or 0.
+    """
 
     pictures: int = 0
     before: int = 0
@@ -92,12 +96,12 @@ class Outcome:
 
     @property
     def left(self) -> int:
-        """Pictures that another run would draw."""
+        """The number of images that remain for another run."""
         return self.pictures - self.before - self.done - len(self.set_aside)
 
 
 class Queue:
-    """What is left to draw, in batches of equal settings; what failed comes last, in ever smaller ones."""
+    """The remaining images, in batches with equal settings. Failed batches come last and are split each time."""
 
     def __init__(self, pictures: Iterator[Picture], attempts: dict[str, int], size: Callable[[Picture], int]) -> None:
         self._pictures, self._size, self.attempts = pictures, size, attempts
@@ -106,7 +110,7 @@ class Queue:
         self._count = 0
 
     def take(self) -> Batch | None:
-        """The next batch; None if nothing is left, as far as is known now."""
+        """Return the next batch; None if nothing is left at present."""
         for picture in self._pictures:
             if picture.key in self.attempts:
                 self._again.append([picture])
@@ -127,17 +131,17 @@ class Queue:
         return batch
 
     def again(self, batch: Batch) -> None:
-        """Draw these once more, later, in two halves: what fails again is alone in the end."""
+        """Queue a failed batch again, in two halves, so that a failing image ends up alone."""
         half = (len(batch) + 1) // 2
         self._again += [part for part in (batch[:half], batch[half:]) if part]
 
     def back(self, batch: Batch) -> None:
-        """Draw these later, as nobody has begun them."""
+        """Queue a batch again without splitting it."""
         self._again.append(batch)
 
 
 def here(painter: Painter, queue: Queue, ledger: Ledger, ending: Ending) -> Iterator[Drawn]:
-    """The executor that is this process."""
+    """Run the batches in this process."""
     while not ending and (batch := queue.take()) is not None:
         ledger.in_flight([one.key for one in batch])
         try:
@@ -154,7 +158,7 @@ def here(painter: Painter, queue: Queue, ledger: Ledger, ending: Ending) -> Iter
 class Packer:
     """Moves finished images into WebDataset shards.
 
-    The ledger knows an image when it is in a shard; until then its file waits, and another run would find it there.
+    An image is recorded in the ledger once it is in a shard. Until then its file waits, where the next run finds it.
     """
 
     def __init__(self, job: Job, ledger: Ledger) -> None:
@@ -162,14 +166,14 @@ class Packer:
         self._waiting: list[tuple[Entry, str]] = []
 
     def add(self, batch: Batch, entries: list[Entry]) -> None:
-        """Take the images of a batch. Raises `OutputError`."""
+        """Add the images of a batch. Raises `OutputError`."""
         requests = {one.key: one.request for one in batch}
         self._waiting += [(one, requests[one.key]) for one in entries]
         if len(self._waiting) >= SHARD or sum(one.bytes for one, _ in self._waiting) >= MOST_BYTES:
             self.flush()
 
     def flush(self) -> None:
-        """Write a shard of what waits. Raises `OutputError`."""
+        """Write a shard of the waiting images. Raises `OutputError`."""
         if not self._waiting:
             return
         job, name = self._job, f"shards/{self._ledger.worker}-{self._number:05d}.tar"
@@ -194,10 +198,11 @@ def run(
     webdataset: bool = False,
     on_progress: Callable[[Outcome], None] = lambda _: None,
 ) -> Outcome:
-    """Draw what is left of a job, or of a part of it. Raises `OutputError` for a full disk and `TooManyErrors`.
+    """Generate the remaining images of a job, or of a part of it.
 
-    size: pictures of a batch; retry: try again what was set aside; most_errors: pictures set aside before it stops;
-    webdataset: move the pictures into WebDataset shards.
+    size: returns the batch size for an image; retry: retry images that were set aside; most_errors: number of images
+    set aside after which the run stops; webdataset: move the images into WebDataset shards. Raises `OutputError` if the
+    disk is full, and `TooManyErrors`.
     """
     with held(job, shard), Ending().heard() as ending:
         ledger = Ledger(job, shard)
@@ -230,7 +235,7 @@ def run(
 def _left(
     job: Job, shard: Shard, suspects: dict[str, int], size: Callable[[Picture], int], *, retry: bool
 ) -> tuple[Outcome, Queue]:
-    """All images without those that the ledger knows. suspects: keys to be drawn alone."""
+    """Return the outcome so far, and a queue of the images not in the ledger. suspects: keys to generate alone."""
     parquet, known = arrow("pyarrow.parquet"), standing(job.folder)
     keys = [key for key in parquet.read_table(job.table, columns=["key"])["key"].to_pylist() if shard.has(key)]
     aside = set() if retry else known.set_aside.intersection(keys)
@@ -246,9 +251,9 @@ def _left(
 
 
 def _failed(queue: Queue, ledger: Ledger, outcome: Outcome, batch: Batch, error: Exception) -> int:
-    """Take a failure down, and try again; returns how many pictures are set aside by it.
+    """Record a failure and queue the batch again. Returns the number of images that are now set aside.
 
-    Only a picture that failed alone has failed: of several, it may have been any.
+    Only a batch of one image counts as a failed attempt: in larger batches, any of the images may be the cause.
     """
     if len(batch) != 1:
         queue.again(batch)
@@ -265,7 +270,7 @@ def _failed(queue: Queue, ledger: Ledger, outcome: Outcome, batch: Batch, error:
 
 
 def _take_down_deaths(job: Job, ledger: Ledger) -> dict[str, int]:
-    """Of a run that died while it drew one picture, that picture may be why; of several, any: they are returned."""
+    """Return the keys that the last run was generating when it died. A single one counts as a failed attempt."""
     keys = ledger.died_on()
     if len(keys) == 1:
         attempt = standing(job.folder).attempts.get(keys[0], 0) + 1
@@ -277,7 +282,7 @@ def _take_down_deaths(job: Job, ledger: Ledger) -> dict[str, int]:
 
 
 def _sweep(job: Job, shard: Shard) -> None:
-    """Remove shards that the ledger never came to know, as their images still wait, and waiting ones that it knows."""
+    """Remove shards that are not in the ledger, as their images still wait, and waiting images that are in it."""
     places = [*job.folder.glob(f"shards/{shard.label}.*.tar"), *job.folder.glob("pending/*.png")]
     if places:
         known = {part for path in read_ledger(job.folder, ["path"])["path"].to_pylist() for part in path.split("#")}

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 __all__ = ["MOST_BYTES", "SHARD", "image_at", "write_shard"]
 
-# Images and bytes of a shard.
+# Maximum images and bytes per shard.
 SHARD, MOST_BYTES = 5_000, 2**30
 
 
 def write_shard(path: Path, files: Iterable[tuple[str, str, bytes]]) -> dict[str, int]:
-    """Write a shard of images (key, request, PNG); it is there when it is whole. Returns where each PNG begins in it.
+    """Write a shard of images (key, request, PNG) atomically. Returns the offset of each PNG in bytes, by key.
 
     Raises `OutputError`.
     """
@@ -38,7 +38,7 @@ def write_shard(path: Path, files: Iterable[tuple[str, str, bytes]]) -> dict[str
 
 
 def image_at(folder: Path, path: str, offset: int, size: int) -> bytes | None:
-    """An image's bytes by the words of its ledger entry; None if it is missing."""
+    """Read an image with the path, offset and size from its ledger entry; None if it is missing."""
     with suppress(OSError), (folder / path.partition("#")[0]).open("rb") as file:
         file.seek(offset)
         return file.read(size if offset else -1)

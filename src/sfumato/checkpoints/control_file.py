@@ -56,7 +56,7 @@ def open_control_file(
 
 
 def control_class(file: SingleFile) -> str:
-    """The name of the class of what such a file holds."""
+    """Return the class name for the network in a file."""
     if "t2i_adapter" in file.detected.parts:
         return "T2IAdapter"
     return "ControlNetUnionModel" if "num_control_type" in file.config("controlnet") else "ControlNetModel"
@@ -87,7 +87,7 @@ def control_config(tensors: Mapping[str, Stored]) -> dict[str, Any]:
 
 
 def _count(tensors: Iterable[str], pattern: str) -> int:
-    """How many numbers there are in the place of a pattern's group, counted from 0."""
+    """Return one more than the largest number that a pattern's group matches in the names."""
     return 1 + max(int(found[1]) for name in tensors if (found := re.match(pattern, name)))
 
 
@@ -127,7 +127,7 @@ def _controlnet(header: Header, prefix: str, naming: str) -> Detected:
 
 
 def adapter_names(config: T2IAdapterConfig) -> tuple[Names, ...]:
-    """The names of a T2I-Adapter of this config; but in light ones, all residual blocks are numbered through."""
+    """Return the name mapping for a T2I-Adapter. Except in light ones, all residual blocks are numbered in sequence."""
     pairs = [("^conv_in.", "^adapter.conv_in.")]
     if config.adapter_type == "light_adapter":
         pairs += [(f"^body.#.{name}.", f"^adapter.body.#.{name}.") for name in ("in_conv", "out_conv")]
@@ -140,14 +140,14 @@ def adapter_names(config: T2IAdapterConfig) -> tuple[Names, ...]:
 
 
 def _adapter(header: Header, naming: str) -> Detected:
-    """A T2I-Adapter; where it halves its picture is told by how much of it becomes one pixel: 16 in those for XL."""
+    """Detect a T2I-Adapter. The pixels per feature show where it downsamples its input: 16 in adapters for XL."""
     start = "adapter." if naming == "ours" else ""
     own = {name.removeprefix(start): one.shape for name, one in header.tensors.items()}
     light = "conv_in.weight" not in own
     read = own["body.0.in_conv.weight" if light else "conv_in.weight"][1]
     colours = 1 if math.isqrt(read) ** 2 == read else 3
     factor = math.isqrt(read // colours)
-    through = naming == "original" and not light  # all residual blocks are numbered through, two of a block
+    through = naming == "original" and not light  # residual blocks are numbered in sequence, two per block
     per_block = 2 if through else _count(own, r"body\.0\.(?:resnets|body)\.(\d+)\.")
     blocks = _count(own, r"body\.(\d+)\.") // (2 if through else 1)
     inner = "out_conv" if light else "block1" if through else "resnets.0.block1"

@@ -183,7 +183,7 @@ def _unet_place(case: _Case) -> tuple[str, str] | None:
     for prefix in UNETS:
         for first, naming in (("input_blocks.0.0.weight", "original"), ("conv_in.weight", "ours")):
             stored = case.tensors.get(prefix + first)
-            # ControlNets have the U-Net's names plus some of their own.
+            # ControlNets have the U-Net's names and additional ones.
             own = any(re.match(r"control(net)?_|input_hint_block|zero_convs", name) for name in case.tensors)
             if stored is not None and len(stored.shape) == 4 and not own:
                 return prefix, naming

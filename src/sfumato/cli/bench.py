@@ -39,7 +39,10 @@ def bench(
     plot: Annotated[Path | None, typer.Option(help="Also plot the times to this SVG file.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Time a few steps of each image and extrapolate.")] = False,
 ) -> None:
-    """Measure time and memory on this machine: float32, half precision, a better scheduler, a batch of eight."""
+    """Measure time and memory on this machine.
+
+    Compares float32, half precision, a better scheduler and a batch of eight.
+    """
     from sfumato.cli.early import check_model
     from sfumato.cli.settings import chosen_model
 

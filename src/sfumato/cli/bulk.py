@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["app", "export", "plan", "run", "status", "verify"]
 
 app = typer.Typer(
-    help="Generate many images: a job that survives interruptions, on one machine, a Slurm array or a Ray cluster.",
+    help="Generate many images in a job that survives interruptions.\n\n"
+    "Runs on one machine, a Slurm array or a Ray cluster.",
     epilog="Start with: sfumato bulk plan rows.jsonl",
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -168,7 +169,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Show a progress bar until the job ends.")] = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Show the progress of a job: rate, time left, errors by kind. Runs on any machine that sees the folder."""
+    """Show the progress of a job: rate, time left, errors by kind. Runs on any machine with access to the folder."""
     import time
     from types import SimpleNamespace
 
@@ -235,7 +236,10 @@ def export(
     ] = 128,
     per_shard: Annotated[int, typer.Option(help="Images per WebDataset shard.")] = 5000,
 ) -> None:
-    """Export the images of a job as a contact sheet, WebDataset shards or a Parquet file."""
+    """Export a job's images for viewing or for training.
+
+    Writes a contact sheet, WebDataset shards or a Parquet file.
+    """
     from sfumato.bulk import report
     from sfumato.bulk.job import Job
 
@@ -364,7 +368,7 @@ def _run(terminal: Any, job: Job, part: Any, executor: Any, size: Any, choices: 
             bar.show(SimpleNamespace(number=done, total=outcome.pictures))
 
         log = logging.getLogger("sfumato")
-        log.addFilter(_only_of_the_job)  # notes on single images are in the ledger
+        log.addFilter(_only_of_the_job)  # notes on single images go to the ledger
         try:
             return draw(job, part, executor, size, **choices, on_progress=show)
         finally:

@@ -31,7 +31,10 @@ def completion(
         ),
     ],
 ) -> None:
-    """Print the script for tab completion of commands, options and model names."""
+    """Print the shell script for tab completion.
+
+    It completes commands, options and model names.
+    """
     if shell not in _SHELLS:
         raise UsageError(f"there is no completion for {shell!r}{suggest(shell, _SHELLS)}; use {', '.join(_SHELLS)}")
     from typer.completion import get_completion_script  # pyright: ignore[reportPrivateImportUsage]

@@ -46,7 +46,10 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file or folder.")] = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Convert a checkpoint to a folder or to a single file, and print its path."""
+    """Convert a checkpoint to a folder or to a single file.
+
+    Prints the path of the result.
+    """
     from sfumato.cli.early import check_choices, check_model
 
     check_choices(None, dtype=dtype)

@@ -9,7 +9,7 @@ from sfumato.cli import coreml_convert, coreml_download, coreml_generate, coreml
 __all__ = ["app"]
 
 app = typer.Typer(
-    help="Core ML on any system: convert checkpoints, verify them, generate images.",
+    help="Convert, verify and run Core ML models on any system.",
     epilog="Start with: sfumato coreml convert",
     no_args_is_help=True,
     rich_markup_mode=None,

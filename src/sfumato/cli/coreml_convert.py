@@ -125,7 +125,10 @@ def convert(
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:  # fmt: skip
-    """Convert a checkpoint to Core ML on any system, verify it, and print its folder."""
+    """Convert a checkpoint to Core ML, and verify the result.
+
+    Runs on any system. Prints the folder of the result.
+    """
     from sfumato.cli.early import check_model
     from sfumato.cli.settings import chosen_model
 

@@ -48,10 +48,11 @@ def verify(
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Verify converted models on any system: weights, graph, precision and an image.
+    """Verify converted models.
 
-    Exits with 0 if everything is accurate enough, with 1 if something is wrong, and with 3 if something cannot be
-    compared with the checkpoint. Rounding on the Neural Engine and on GPUs can only be checked on an Apple device.
+    Checks weights, graph, precision and an image, on any system. Exits with 0 if everything is accurate enough, with
+    1 if something is wrong, and with 3 if something cannot be compared with the checkpoint. Rounding on the Neural
+    Engine and on GPUs can only be checked on an Apple device.
     """
     from sfumato.cli.drawing import adapter_file
     from sfumato.cli.early import check_folder, check_model

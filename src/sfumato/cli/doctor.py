@@ -36,7 +36,10 @@ def doctor(
     ] = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Check this machine: software, devices, memory, speed, correct results, and how to fix what is missing."""
+    """Check this machine, and show how to fix problems.
+
+    Checks software, devices, memory, speed, and whether results are correct.
+    """
     from sfumato.cli.terminal import Terminal, print_json
     from sfumato.files import output_file
     from sfumato.runtime.checks import check_machine, dtype_support
@@ -85,7 +88,7 @@ def _checked(facts: Facts, terminal: Terminal, *, again: bool) -> Facts:
 
     try:
         sizes = read_sizes(chosen_model(None))
-    except SfumatoError:  # whoever uses that model is told what is wrong with it
+    except SfumatoError:  # reported when that model is used
         sizes = read_sizes(BUILT_IN)
     with terminal.working("comparing this machine's operations with exact ones (takes a second)"):
         return checked(facts, sizes, run=True, again=again)

@@ -68,7 +68,7 @@ def sized(request: GenerateRequest) -> GenerateRequest:
     """The request with the size of the image it starts from, so that the plan is made for that size."""
     if request.image is None:
         return request
-    from sfumato.images import open_image  # which imports NumPy, and most requests have no image
+    from sfumato.images import open_image  # imports NumPy, which requests without an image do not need
 
     width, height = open_image(request.image).size  # also if the size is known: a damaged file is refused here
     cropped = request.mask is not None and request.mask.crop is not None

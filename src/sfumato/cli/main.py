@@ -136,7 +136,7 @@ def main() -> None:
         raise
     except BaseException as error:
         if received:
-            # Compiled code that is interrupted between its calls to Python may report an error of its own instead.
+            # Compiled code interrupted between its calls to Python may raise a different error instead.
             error = error if isinstance(error, _Interrupted) else _Interrupted(_CLEAN, received[-1])
         elif not isinstance(error, SfumatoError):
             if os.environ.get("SFUMATO_TRACEBACK"):
@@ -153,7 +153,7 @@ def _end_as_interrupted() -> list[int]:
     def end(number: int, _: object) -> None:
         nonlocal last
         before, last = last, time.monotonic()
-        # `timeout` sends it twice, which would interrupt the cleanup. A second Ctrl-C is meant.
+        # `timeout` sends it twice, which would interrupt the cleanup. A second Ctrl-C is intentional.
         if number == signal.SIGINT or before < 0 or last - before > 1:
             received.append(number)
             raise _Ended(number)

@@ -27,7 +27,10 @@ app = typer.Typer(invoke_without_command=True, rich_markup_mode=None, epilog=EXA
 
 @app.callback()
 def models(context: typer.Context, as_json: options.AsJson = False) -> None:
-    """List the models on this machine and the short names of others; remove downloads."""
+    """List models and their short names, or remove downloads.
+
+    Lists the models on this machine, and the short names of others.
+    """
     if context.invoked_subcommand is not None:
         return
     from sfumato.checkpoints.builtin import relatives

@@ -76,9 +76,9 @@ def plan(
     largest: Annotated[bool, typer.Option("--largest", help="Print only the maximum batch size.")] = False,
     as_json: options.AsJson = False,
 ) -> None:  # fmt: skip
-    """Show how a request would run: precision, batch size, memory, time, and why.
+    """Show how a request would run, with reasons.
 
-    Loads no weights and generates nothing.
+    Covers precision, batch size, memory and time. Loads no weights and generates nothing.
     """
     from sfumato.cli.early import check_choices
     from sfumato.cli.settings import chosen_model

@@ -64,9 +64,9 @@ def replay(
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Generate an image again and compare it with the original (PSNR, in dB).
+    """Generate an image again and compare it with the original.
 
-    For an image from another program, also lists what cannot be reproduced.
+    Prints the difference as PSNR in dB. For an image from another program, also lists what cannot be reproduced.
     """
     from sfumato.cli.early import check_choices, check_picture
 
@@ -139,7 +139,7 @@ def _own(
     refiner: str | None,
     lora_dir: Path | None,
 ) -> tuple[GenerateRequest, DiffusionPipeline]:
-    """Return the request and the loaded pipeline, with the recipe's scheduler, for an image of ours."""
+    """Return the request and the loaded pipeline, with the recipe's scheduler, for an image that Sfumato generated."""
     from sfumato.pipelines.recipe import checked
 
     request, scheduler = checked(recipe, picture)

@@ -32,9 +32,9 @@ def show(
     variant: options.Variant = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Describe a checkpoint (family, parameters, size, dtype, scheduler), or show how an image was generated.
+    """Describe a checkpoint, or show how an image was generated.
 
-    Loads no weights and uses no network.
+    For a checkpoint: family, parameters, size, dtype and scheduler. Loads no weights and does not use the network.
     """
     from sfumato.checkpoints.builtin import relatives
     from sfumato.checkpoints.locate_file import is_single_file

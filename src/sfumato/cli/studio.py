@@ -47,7 +47,10 @@ def studio(
     device: options.Device = None,
     dtype: options.Dtype = None,
 ) -> None:
-    """Open the studio: a web page for generating and keeping images, with the same APIs as `sfumato serve`."""
+    """Open the studio, a web page for generating images.
+
+    Also serves the same APIs as `sfumato serve`.
+    """
     _run(host, port, models, output, token, model, device, dtype, page=True, browser=not no_browser)
 
 
@@ -61,7 +64,10 @@ def serve(
     device: options.Device = None,
     dtype: options.Dtype = None,
 ) -> None:
-    """Generate images over HTTP, with Sfumato's own API, OpenAI's Images API or AUTOMATIC1111's."""
+    """Generate images over HTTP.
+
+    Serves Sfumato's own API, OpenAI's Images API and AUTOMATIC1111's API.
+    """
     _run(host, port, models, output, token, model, device, dtype, page=False, browser=False)
 
 

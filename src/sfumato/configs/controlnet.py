@@ -58,7 +58,7 @@ class ControlNetConfig(Config):
         order = self.controlnet_conditioning_channel_order
         one_of(self.where, "controlnet_conditioning_channel_order", order, ("rgb", "bgr"))
         try:
-            _ = self.unet  # which validates itself
+            _ = self.unet  # validates itself
         except ConfigError as error:
             raise ConfigError(str(error).replace(UNet2DConditionConfig.where, self.where, 1)) from error
 
@@ -79,9 +79,9 @@ class ControlNetConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class ControlNetUnionConfig(ControlNetConfig):
-    """`config.json` of a `ControlNetUnionModel`: also how many kinds of pictures it reads, and how it tells them apart.
+    """`config.json` of a `ControlNetUnionModel`: also the number of kinds of control images, and how they are embedded.
 
-    Its heads (`num_trans_head`) are of no account, as nothing attends to anything but itself.
+    The number of heads (`num_trans_head`) has no effect, because each token attends only to itself.
     """
 
     conditioning_embedding_out_channels: tuple[int, ...] = (48, 96, 192, 384)

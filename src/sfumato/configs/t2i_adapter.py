@@ -42,7 +42,7 @@ class T2IAdapterConfig(Config):
 
     @property
     def factor(self) -> int:
-        """Pixels of a picture to one latent, along each side; adapters for XL begin behind the first halving."""
+        """Control image pixels per latent pixel, along each side; adapters for XL start after the first halving."""
         return self.downscale_factor // (2 if self.adapter_type == "full_adapter_xl" else 1)
 
     @property

@@ -206,7 +206,7 @@ class UNet2DConditionConfig(Config):
         if way == "middle":
             return _per_block(given[level], 1)[:1]
         kind = (self.up_block_types[::-1] if way == "up" else self.down_block_types)[level]
-        depth = given[level] if "CrossAttn" in kind else 1  # blocks without attention read none, whatever it says
+        depth = given[level] if "CrossAttn" in kind else 1  # blocks without attention ignore it
         return _per_block(depth, self.per_block("layers_per_block")[level] + (way == "up"))
 
     def per_block(self, key: str) -> tuple[Any, ...]:

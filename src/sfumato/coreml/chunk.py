@@ -1,8 +1,8 @@
 """Splits one program into chunks that run in sequence, and merges several models into one package.
 
-A phone gives the memory of one piece at a time. What one piece computes and a later one needs leaves it as an output
-and comes back as an input of the same name: whoever runs them keeps every feature until the last has run. Values in
-half precision travel as fp32, as in Apple's chunks; weights that both sides of a cut use are in both.
+A phone may have enough memory for only one chunk at a time. A value that a later chunk needs is an output of one chunk
+and an input of the same name of the other, so the caller must keep all features until the last chunk has run. Values in
+half precision are passed on as fp32, as in Apple's chunks; weights used on both sides of a cut are stored in both.
 """
 
 from __future__ import annotations

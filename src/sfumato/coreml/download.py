@@ -1,7 +1,7 @@
 """Downloads converted models from the hub: one variant of a repository and nothing else.
 
-Repositories of converted models hold them several times, for other attention and for other runners, gigabytes each:
-`original/packages`, `split_einsum/compiled` and so on.
+Repositories of converted models contain several variants, for different attention and runners, each with gigabytes of
+weights: `original/packages`, `split_einsum/compiled` and so on.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["PREFERRED", "download", "variants"]
 
 log = logging.getLogger("sfumato")
 
-# Every runner on every system reads packages, and the original attention is the fastest on CPUs and GPUs.
+# All runners can read packages on all systems, and the original attention is the fastest on CPUs and GPUs.
 PREFERRED = tuple(
     f"{attention}/{kind}" for kind in KINDS for attention in ("original", "split_einsum", "split_einsum_v2")
 )

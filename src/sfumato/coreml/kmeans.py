@@ -1,8 +1,8 @@
 """Deterministic one-dimensional k-means for weight palettes.
 
-On a line the clusters are intervals, so the best k of them are found by dynamic programming and not by luck
-(Wang and Song, "Ckmeans.1d.dp", The R Journal 3/2, 2011). Weights in half precision have at most 63,488 different
-values, so all of this is over distinct values and how often each occurs, however many weights there are.
+In one dimension, clusters are intervals, so dynamic programming finds the optimal k clusters without random starts
+(Wang and Song, "Ckmeans.1d.dp", The R Journal 3/2, 2011). Half-precision weights have at most 63,488 different values,
+so everything is computed on distinct values and their counts, regardless of the number of weights.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import numpy as np
 
 __all__ = ["cluster"]
 
-# More values than this, or than this many per cluster, are first grouped, and clusters are made of groups; Lloyd's
-# iterations then move the borders to the right place. If every value is its own group, the result is exact.
+# If there are more values than this, or than this many per cluster, they are grouped first, and clusters consist of
+# groups; Lloyd's iterations then correct the borders. If every value is a separate group, the result is exact.
 GROUPS = 1024
 GROUPS_OF_A_CLUSTER = 16
 

@@ -1,8 +1,8 @@
 """Folders of converted models: the file names that Apple's runners expect, and discovery by content.
 
 Names are those of apple/ml-stable-diffusion: packages `Stable_Diffusion_version_{model}_{part}.mlpackage`, which its
-Python runner reads, and compiled `TextEncoder.mlmodelc` and so on, which Swift apps read. Nothing here relies on them:
-a model is known by the inputs and outputs it has, and chunks by which needs what of which.
+Python runner reads, and compiled `TextEncoder.mlmodelc` and so on, which Swift apps read. Nothing here relies on names:
+models are identified by their inputs and outputs, and chunks by the features that they pass on.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Matches a program's constants to the checkpoint's weights and measures how close they are.
 
-Our own converter names a constant after its parameter. In others' programs a constant is known by its numbers: it is
-the weight of its shape, as it is or transposed, that it is nearest to.
+Our own converter names each constant after its parameter. In programs from other converters, constants are identified
+by their values: each is matched to the closest weight of the same shape, also transposed.
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ def _nearest(numbers: np.ndarray, candidates: Sequence[_Form]) -> _Form:
 def _numbers(form: _Form, type_: TensorType) -> np.ndarray:
     weight = form.numbers()
     rounded = weight.half() if type_.dtype == "fp16" else weight.float()
-    # Whoever runs the program keeps small constants as they are, which would keep the whole file mapped.
+    # The runtime keeps small constants as they are, which would keep the whole file mapped.
     rounded = rounded.clone() if rounded.numel() < SMALL else rounded
     return rounded.reshape([side or 0 for side in type_.shape]).numpy()
 

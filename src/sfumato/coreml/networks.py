@@ -1,7 +1,7 @@
 """Drop-in networks: the same calls and results as the checkpoint's, computed by converted models.
 
-They have a config and no layers. Numbers come and go as float32 on the CPU; a model's fixed batch is filled row by row,
-and what is missing in the last one is filled with a repeated row, so that each row is computed as if it were alone.
+They have a config but no layers. Inputs and outputs are float32 on the CPU. Rows fill a model's fixed batch; if the
+last one is incomplete, a row is repeated, so that each row is computed as if it were alone.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Palettization: each weight becomes an index of a few bits into a table of 2^bits values.
 
-The numbers are found by k-means (kmeans.py). In files a palette is the operation `constexpr_lut_to_dense`, in the form
-of iOS 16 up to its opset "CoreML7" and in that of iOS 18 from "CoreML8" on; it has the name of the constant whose place
-it takes, so that nothing else in the program changes.
+The table values are computed by k-means (kmeans.py). In files, a palette is the operation `constexpr_lut_to_dense`, in
+iOS 16's form up to the opset "CoreML7" and in iOS 18's form from "CoreML8" on. It has the name of the constant that it
+replaces, so nothing else in the program changes.
 """
 
 from __future__ import annotations

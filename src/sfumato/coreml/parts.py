@@ -1,7 +1,7 @@
 """The parts of a pipeline from a folder of converted models, by their metadata or by their checkpoint.
 
-Models that Sfumato converted carry their config, scheduler and settings (metadata "sfumato.…"). Those that Apple and
-others publish do not: for them the small files of a checkpoint are read, never its weights.
+Models that Sfumato converted contain their config, scheduler and settings (metadata "sfumato.…"). Models published by
+Apple and others do not; for these, the small files of a checkpoint are read, but never its weights.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""ML Programs in memory: the one form that is read, converted to, written and run.
+"""ML Programs in memory: the common form for reading, converting, writing and running.
 
-A `Model` is what a package or a compiled folder holds: an interface and either one `Program` or, for a pipeline, a
-chain of models. A `Program` is functions of operations in static single assignment, as in Core ML's model intermediate
-language (MIL). Nothing here knows how any of it is stored (`formats/`), made (`converter/`) or computed (`runtime/`).
+A `Model` is the contents of a package or a compiled folder: an interface and either one `Program` or, for a pipeline, a
+chain of models. A `Program` consists of functions of operations in static single assignment form, as in Core ML's model
+intermediate language (MIL). This module does not depend on storage (`formats/`), conversion (`converter/`) or execution
+(`runtime/`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The resources folder that Swift apps read: compiled models under Apple's names, and the tokenizer.
 
-Apple's compiler (`xcrun coremlcompiler`, of Xcode) is used where there is one; elsewhere the compiled form is written
-here (formats/compiled.py), which is experimental: no document says that devices take it.
+Uses Apple's compiler (`xcrun coremlcompiler`, from Xcode) if it is installed. Otherwise the compiled form is written
+here (formats/compiled.py), which is experimental, because Apple does not document the format.
 """
 
 from __future__ import annotations

@@ -90,7 +90,7 @@ def sorted_out(folder: Path, candidates: Sequence[Candidate]) -> dict[str, tuple
 
 def _twice(folder: Path, found: Sequence[Candidate]) -> str:
     names = " and ".join(one.path.name for one in found)
-    hint = "keep the models of one checkpoint in a folder of their own"
+    hint = "keep the models of each checkpoint in a separate folder"
     if all("input_ids" in one.inputs for one in found):
         hint += "; those of Stable Diffusion XL and 3, which have several text encoders, are not supported"
     return f"{folder} contains {names}, which are for the same part; {hint}"
@@ -146,7 +146,7 @@ def _check_together(folder: Path, parts: dict[str, tuple[Candidate, ...]]) -> No
                 if number != wanted and None not in (number, wanted):
                     raise CheckpointError(
                         f"{folder}: {one.path.name} has {what} {number} and {unet.path.name} {wanted}, so they do not "
-                        "belong together; keep the models of one checkpoint in a folder of their own"
+                        "belong together; keep the models of each checkpoint in a separate folder"
                     )
 
 

@@ -1,11 +1,11 @@
 """Verifies converted models against their checkpoint, on any machine.
 
 Core ML only runs on Apple's devices, but a package is an exact program, which the portable runtime can run. Three
-things are verified for each network: its weights are the source's, value by value, rounded to float16 or as near as
-their palettes allow; its graph is the source's, by running it in float32 on the source's own weights (100 dB leave no
-room for a wrong operation); and its precision is sufficient. Then both generate an image.
+things are verified for each network: its weights equal the source's, rounded to float16 or as close as their palettes
+allow; its graph equals the source's, when run in float32 with the source's own weights (100 dB rule out a wrong
+operation); and its precision is sufficient. Then both generate an image.
 
-Rounding on an Apple device cannot be checked here: the Neural Engine and GPUs add up in their own order.
+Rounding on Apple devices cannot be checked here, because the Neural Engine and GPUs sum in a different order.
 """
 
 from __future__ import annotations

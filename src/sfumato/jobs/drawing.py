@@ -42,24 +42,24 @@ if TYPE_CHECKING:
 __all__ = ["Loaded", "Shown", "colors_of", "encoded", "enlarged", "is_of", "key_of", "load_model", "planned",
            "settled", "write"]  # fmt: skip
 
-# Seconds between two reports of progress and between two previews, and the longest side of a preview. A page that
-# draws every step of a fast model takes as much of the processor as the model does.
+# Seconds between two progress reports and between two previews, and the longer side of a preview in pixels. A page that
+# renders every step of a fast model takes as much CPU time as the model.
 PROGRESS_SECONDS, PREVIEW_SECONDS, PREVIEW_SIDE = 0.1, 0.2, 256
 
 
 class Loaded:
-    """A model in memory, and what is known of it: `wanted` is what it was asked for by."""
+    """A model in memory, with its preview colors and timing. wanted: the options it was loaded with."""
 
     def __init__(self, wanted: tuple[Any, ...], pipeline: DiffusionPipeline) -> None:
         self.wanted, self.pipeline = wanted, pipeline
         self.decode_seconds = 0.0
         self.colors: Colors | None = None
-        with suppress(Exception):  # of networks that are away, or decode one size only, there are no cheap previews
+        with suppress(Exception):  # no previews if the decoder is not in memory or supports only one size
             self.colors = colors_of(pipeline)
 
 
 class Shown:
-    """What is shown of one image while it is drawn."""
+    """The progress information for one image while it is generated."""
 
     def __init__(self, message: Mapping[str, Any], model: Loaded, place: int) -> None:
         self.message, self.place = message, place
@@ -67,7 +67,7 @@ class Shown:
         self._last = self._reported = 0.0
 
     def of(self, step: Step) -> dict[str, Any]:
-        """The step, the seconds that are left, and now and then a preview; empty if it is too soon to report."""
+        """Return the step, the seconds left once known, and sometimes a preview; empty if it is too soon to report."""
         now = time.perf_counter()
         if now - self._reported < PROGRESS_SECONDS and 1 < step.number < step.total:
             return {}
@@ -86,7 +86,7 @@ class Shown:
         return told
 
     def partial(self, step: Step) -> int | None:
-        """Which of the partial images that were asked for this step is, from 0."""
+        """Return the index, from 0, of the requested partial image that this step gives; None if it gives none."""
         wanted = self.message["options"].get("partials", 0)
         steps = [step.total * (number + 1) // (wanted + 1) for number in range(wanted)]
         return steps.index(step.number) if step.number in steps else None
@@ -95,7 +95,7 @@ class Shown:
 def load_model(
     message: Mapping[str, Any], request: GenerateRequest | None, device: str | None, dtype: str | None
 ) -> DiffusionPipeline:
-    """Load a model; "lean": in the way that needs the least memory. request: one that needs a refiner, too."""
+    """Load a model; with the option "lean", in the way that needs the least memory. request: one with a refiner."""
     options, lean = message["options"], message["options"].get("lean", False)
     if message["kind"] == "core-ml":
         from sfumato.coreml.pipeline import load_pipeline
@@ -117,7 +117,7 @@ def load_model(
 
 
 def colors_of(pipeline: DiffusionPipeline) -> Colors:
-    """The cheap preview of a checkpoint's latents."""
+    """Fit the preview colors to a checkpoint's decoder."""
     vae = pipeline.parts.vae
     with torch.no_grad():
         return Colors(
@@ -127,7 +127,7 @@ def colors_of(pipeline: DiffusionPipeline) -> Colors:
 
 
 def planned(message: Mapping[str, Any], device: str | None, dtype: str | None) -> dict[str, Any]:
-    """What a request takes on this machine, and how much of its prompts is read; of a loaded or any other model."""
+    """Estimate the time and memory of a request on this machine. The model does not have to be loaded."""
     source = open_source(message["model"], ComponentFiles(), {"local_files_only": True})
     sizes, request = read_sizes(source), GenerateRequest.from_dict(message["request"]).settled(source.settings)
     facts, task = checked(read_facts(device), sizes), task_of(sizes, request)
@@ -140,7 +140,7 @@ def planned(message: Mapping[str, Any], device: str | None, dtype: str | None) -
 
 
 def settled(pipeline: DiffusionPipeline, request: GenerateRequest) -> GenerateRequest:
-    """The request with all that the checkpoint decides."""
+    """Return the request with the checkpoint's default settings and size filled in."""
     request = request.settled(pipeline.parts.settings)
     if request.image is not None:
         return request
@@ -149,14 +149,14 @@ def settled(pipeline: DiffusionPipeline, request: GenerateRequest) -> GenerateRe
 
 
 def key_of(pipeline: DiffusionPipeline, request: GenerateRequest) -> str:
-    """The key of the one image that a request asks for."""
+    """Return the key of the image of a request for a single image."""
     numerics = {"version": NUMERICS, "device": pipeline.device.type, "dtype": dtype_name(pipeline.dtype)}
     source = "" if request.image is None else file_hash(Path(request.image))
     return image_key(salt_of(model_digest(pipeline.parts), numerics), source, canonical(request))
 
 
 def is_of(path: Path, request: GenerateRequest) -> bool:
-    """Whether a file is the image of a request: drawn before, and only the word of it was lost."""
+    """Return whether a file already contains the image of a request, as after a crash before the image was reported."""
     try:
         return path.is_file() and read_recipe(path)["request"] == json.loads(canonical(request))
     except (SfumatoError, OSError):
@@ -164,18 +164,18 @@ def is_of(path: Path, request: GenerateRequest) -> bool:
 
 
 def write(path: Path, data: bytes) -> None:
-    """A file that is whole or absent."""
+    """Write a file atomically."""
     with replacing(path) as temporary:
         temporary.write_bytes(data)
 
 
 def enlarged(image: Image) -> Image:
-    """A preview of a pixel a latent, as large as previews are, and smooth."""
+    """Scale up a preview that has one pixel per latent, with smooth interpolation."""
     scale = min(8, PREVIEW_SIDE / max(image.size))
     return image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))))
 
 
 def encoded(image: Image, kind: str) -> str:
-    """An image as a data URL."""
+    """Encode an image as a data URL."""
     image.save(stream := io.BytesIO(), kind)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(stream.getvalue()).decode()}"

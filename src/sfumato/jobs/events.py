@@ -15,14 +15,14 @@ __all__ = ["Hub"]
 
 
 class Hub:
-    """Hands each event to everybody who listens. Listeners are called where it happened, and are quick."""
+    """Passes each event to all listeners. They are called in the sender's thread and must be quick."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._listeners: dict[object, Callable[[Event], None]] = {}
 
     def send(self, event: Event) -> None:
-        """Tell all who listen."""
+        """Call all listeners with an event."""
         with self._lock:
             listeners = list(self._listeners.values())
         for listener in listeners:
@@ -30,7 +30,7 @@ class Hub:
 
     @contextmanager
     def listening(self, listener: Callable[[Event], None]) -> Iterator[None]:
-        """Within the block `listener` is told of every event."""
+        """Call `listener` with every event that is sent within the block."""
         token = object()
         with self._lock:
             self._listeners[token] = listener

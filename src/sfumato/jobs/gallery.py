@@ -1,7 +1,7 @@
 """The images in a folder. The folder is the source of truth; the table is an index that can be rebuilt.
 
-An image's key is the beginning of its file's SHA-256, so that a file that is moved or renamed keeps it. Deleted ones
-stand in the trash for a month, with the way to where they were.
+An image's key is the beginning of its file's SHA-256, so a file keeps its key when it is moved or renamed. Deleted
+images stay in the trash for a month, under their original path.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HIDDEN", "SUFFIXES", "Gallery"]
 
-# The folder of what is not the user's: the database, the trash, images that requests start from, thumbnails.
+# The folder for internal files: the database, the trash, input images, thumbnails.
 HIDDEN = ".sfumato"
 SUFFIXES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 TRASH_SECONDS, THUMB, MOST_FILE = 30 * 86400, 320, 2**28
@@ -34,7 +34,10 @@ Known = dict[str, tuple[str, int, int]]
 
 
 class Gallery:
-    """The images below a folder. `told(type, data)` hears of each that comes ("image") or goes ("removed")."""
+    """The images in a folder and its subfolders.
+
+    told: called as `told(type, data)` with type "image" for each new image and "removed" for each removed one.
+    """
 
     def __init__(self, folder: Path, store: Store, told: Callable[[str, dict[str, Any]], None]) -> None:
         self.folder, self._store, self._told = folder, store, told
@@ -44,7 +47,7 @@ class Gallery:
         self._lock = threading.Lock()
 
     def add(self, path: Path) -> dict[str, Any] | None:
-        """Index a file and return its row; None for one that is no image."""
+        """Index a file and return its row; None if the file is not an image."""
         name, found = path.relative_to(self.folder).as_posix(), None
         with suppress(OSError, SfumatoError):
             found = _described(path)
@@ -65,7 +68,7 @@ class Gallery:
         return self._public(row)
 
     def scan(self, *, whole: bool = False, stop: Callable[[], bool] = lambda: False) -> None:
-        """Bring the index up to date with the folders that have changed since last time, or with all of them."""
+        """Update the index from the folders that have changed since the last scan, or from all folders if `whole`."""
         with self._lock:
             folders = dict(self._folders())
             changed = {one for one, when in folders.items() if whole or self._seen.get(one) != when}
@@ -117,9 +120,10 @@ class Gallery:
     def find(
         self, text: str = "", *, model: str = "", cursor: str = "", most: int = 50
     ) -> tuple[list[dict[str, Any]], str | None, int]:
-        """Images whose prompt, model, seed or name has all words of a text, the newest first; from a cursor on.
+        """Find images whose prompt, model, seed and name together contain all words of a text, newest first.
 
-        Returns the rows, the cursor of the next ones (None at the end), and how many there are in all.
+        cursor: where to continue. Returns at most `most` rows, the cursor of the next page (None at the end), and the
+        total number of matches. Raises `UsageError` for an invalid cursor.
         """
         rules, values = ["deleted IS NULL"], dict[str, Any]()
         for number, word in enumerate(text.split()[:16]):
@@ -135,7 +139,7 @@ class Gallery:
             try:
                 values |= {"when": float(when), "key": key}
             except ValueError as error:
-                raise UsageError("this is no cursor; take the one of the answer before") from error
+                raise UsageError("invalid cursor; use the one from the previous response") from error
             rules.append("(created < :when OR (created = :when AND key > :key))")
         where = " AND ".join(rules)
         rows = self._store.rows(
@@ -146,7 +150,7 @@ class Gallery:
         return found, None if last is None else f"{last['created']!r}-{last['key']}", total
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The row of an image that is there."""
+        """Return the row of an image; None if there is none or it is in the trash."""
         row = self._row(key, "IS NULL")
         return None if row is None else self._public(row)
 
@@ -155,7 +159,7 @@ class Gallery:
         return dict(rows[0]) if rows else None
 
     def path_of(self, key: str) -> Path | None:
-        """The file of an image, if it is there, and where it should be."""
+        """Return the file of an image; None if it is missing or outside the folder."""
         row = self._row(key, "IS NULL")
         path = None if row is None else self.folder / row["path"]
         if path is None or path.is_symlink() or not path.resolve().is_relative_to(self.folder.resolve()):
@@ -163,7 +167,7 @@ class Gallery:
         return path if path.is_file() else None
 
     def thumbnail(self, key: str) -> Path | None:
-        """A WebP of at most 320 pixels a side, made when it is asked for first."""
+        """Return a WebP of at most 320 pixels per side, created on first use; None if there is no such image."""
         place = self._thumbs / f"{key}.webp"
         if (path := self.path_of(key)) is None:
             return None
@@ -179,7 +183,7 @@ class Gallery:
         return place
 
     def delete(self, key: str) -> bool:
-        """Move an image to the trash; whether there was one."""
+        """Move an image to the trash. Returns whether there was one."""
         row = self._row(key, "IS NULL")
         if row is None or self.path_of(key) is None:
             return False
@@ -193,7 +197,7 @@ class Gallery:
         return True
 
     def restore(self, key: str) -> dict[str, Any] | None:
-        """Take an image out of the trash; None if it is not there."""
+        """Restore an image from the trash and return its row; None if it is not there."""
         home = self._trash / key
         for place in home.rglob("*") if key.isalnum() and home.is_dir() else ():
             if place.is_file():
@@ -207,7 +211,7 @@ class Gallery:
         return None
 
     def empty_trash(self) -> None:
-        """Remove for good what was deleted more than a month ago, and thumbnails of images that are gone."""
+        """Permanently remove images deleted more than a month ago, and thumbnails of images that no longer exist."""
         for home in self._trash.iterdir():
             with suppress(OSError):
                 if home.stat().st_mtime < time.time() - TRASH_SECONDS:
@@ -233,14 +237,14 @@ def _differs(known: tuple[str, int, int] | None, stat: os.stat_result) -> bool:
 
 
 def _described(path: Path) -> dict[str, Any]:
-    """The row of an image file: what it is, and what it says of itself."""
+    """Return the row of an image file: its properties, and the settings stored in it."""
     from sfumato.metadata.carriers import read_carried
     from sfumato.metadata.remember import remember
 
     stat, data = path.stat(), read_bytes(path, MOST_FILE)
     carried = read_carried(path, whole=False)
     told = dict.fromkeys(COLUMNS, "")
-    with suppress(UsageError):  # of an image that says nothing of itself
+    with suppress(UsageError):  # the image contains no settings
         found = remember(path, carried)
         told["program"], told["model"] = found.program, found.fields.get("Model", "")
         for name in ("prompt", "negative_prompt", "seed", "scheduler"):

@@ -12,26 +12,26 @@ if TYPE_CHECKING:
 
 __all__ = ["NUMERICS", "canonical", "file_name", "image_key", "salt_of"]
 
-# Rises when the same request with the same checkpoint comes to give other numbers.
+# Increased whenever the same request with the same checkpoint starts to give different numbers.
 NUMERICS = 1
 
 
 def salt_of(model: str, numerics: dict[str, Any]) -> str:
-    """What all keys of a checkpoint begin with: its hash, and what else decides an image's bits."""
+    """Return the common prefix of a checkpoint's keys: its hash, and all else that determines an image's bits."""
     return f"{model}\n{json.dumps(numerics, sort_keys=True)}\n"
 
 
 def canonical(request: GenerateRequest) -> str:
-    """A request as the one text that stands for it."""
+    """Return the canonical text of a request."""
     return json.dumps(request.to_dict(), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
 def image_key(salt: str, source: str, text: str) -> str:
-    """The key of one image: 32 hexadecimal digits. source: the hash of the image it starts from, or ""."""
+    """Return the key of one image: 32 hexadecimal digits. source: the hash of the input image, or ""."""
     return hashlib.sha256(f"{salt}{source}\n{text}".encode()).hexdigest()[:32]
 
 
 def file_name(prompt: str, key: str) -> str:
-    """A name for people, with enough of the key to be no other image's."""
+    """Return a readable file name that contains enough of the key to be unique."""
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60].strip("-")
     return f"{words or 'image'}-{key[:12]}.png"

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Model", "Models"]
 
-# Folders below the one of the models in which others are looked for.
+# Levels of subfolders of the models folder that are searched.
 DEPTH = 3
-# Of folders by the class in their config.json, and of files by what their header tells.
+# Model kinds: of folders by the class in their config.json, of files by the family in their header.
 NETWORKS = ("ControlNetModel", "ControlNetUnionModel", "T2IAdapter", "MultiAdapter")
 FOLDERS: dict[str, str] = {**dict.fromkeys(NETWORKS, "controlnet"), "CLIPVisionModelWithProjection": "image-encoder"}
 FILES = {
@@ -32,11 +32,11 @@ UNITS = ("CPU_AND_GPU", "CPU_AND_NE", "ALL")
 
 @dataclass(frozen=True)
 class Model:
-    """What can draw, or change what draws.
+    """A checkpoint, or an adapter for checkpoints.
 
-    kind: "checkpoint", "core-ml", "lora", "embedding", "controlnet", "ip-adapter" or "image-encoder"; family: what it
-    is, as far as its header tells; suggested: settings that suit it; words: what a small model knows, for the page to
-    suggest; compute_units: of Core ML models, what may run them here, if there is a choice.
+    kind: "checkpoint", "core-ml", "lora", "embedding", "controlnet", "ip-adapter" or "image-encoder"; family: as far as
+    its header tells; suggested: recommended settings; words: what a small model knows, as suggestions for the page;
+    compute_units: for Core ML models, the available compute units, if there is a choice.
     """
 
     name: str
@@ -51,15 +51,15 @@ class Model:
     compute_units: tuple[str, ...] = ()
 
     def public(self) -> dict[str, Any]:
-        """The fields that are anybody's business."""
+        """Return the fields that clients may see: all except the path."""
         return {key: value for key, value in asdict(self).items() if key != "path"}
 
 
 class Models:
-    """The built-in model, those of a folder, and those in the hub's cache; looked for again whenever asked to."""
+    """The built-in model, the models in a folder, and those in the hub cache. Scanned again on request."""
 
     def __init__(self, folder: Path | None = None, default: str = BUILT_IN, *, cached: bool = True) -> None:
-        """default: the one that draws where none is named; a path is fine, as it is the user's own."""
+        """default: the model for requests that name none. It may be a path, because the user chooses it."""
         self._folder, self._default, self._cached = folder, default, cached
         self._lock = threading.Lock()
         self._found: dict[str, Model] = {one.name: one for one in (_built_in(),)}
@@ -72,7 +72,7 @@ class Models:
         return short
 
     def all(self, *, look: bool = False) -> list[Model]:
-        """Every model there is; `look` for new ones first."""
+        """List all models. look: scan for new ones first."""
         if look:
             found = {one.name: one for one in self._look()}
             with self._lock:
@@ -81,16 +81,16 @@ class Models:
             return sorted(self._found.values(), key=lambda one: (one.name != self.default, one.kind, one.name.lower()))
 
     def get(self, name: str, *kinds: str) -> Model:
-        """The model of a name. Raises `UsageError` naming the nearest one there is."""
+        """Return a model by name. Raises `UsageError`, which suggests the most similar name."""
         found = {one.name: one for one in self.all() if not kinds or one.kind in kinds}
         if name not in found:
             found = {one.name: one for one in self.all(look=True) if not kinds or one.kind in kinds}
         if name not in found:
-            raise UsageError(f"there is no model {name[:100]!r} here{suggest(name, found)}; GET /api/models lists them")
+            raise UsageError(f"there is no model {name[:100]!r}{suggest(name, found)}; GET /api/models lists them")
         return found[name]
 
     def path(self, name: str) -> str:
-        """Where the model of a name is."""
+        """Return the path of a model."""
         return self.get(name).path
 
     def _look(self) -> Iterator[Model]:

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Colors"]
 
-# Latents that the matrix is fitted to: patches of this many, as images are smooth.
+# Size of the latents that the matrix is fitted to, and of their uniform patches: images are smooth.
 SIDE, PATCH = 24, 4
 
 
 class Colors:
-    """The best linear guess of what a decoder makes of latents: one pixel for each of them."""
+    """A linear approximation of a decoder, with one pixel per latent."""
 
     def __init__(self, decode: Callable[[Tensor], Tensor], channels: int) -> None:
         """decode: latents (B, C, h, w) to pixels (B, 3, H, W) in [0, 1]."""
@@ -32,7 +32,7 @@ class Colors:
         self._matrix = torch.linalg.lstsq(rows, pixels.flatten(2)[0].T).solution  # (C + 1, 3)
 
     def image(self, latents: Tensor) -> Image.Image:
-        """The first of latents (B, C, h, w), as an image of w × h."""
+        """Convert the first of the latents (B, C, h, w) to an image of w × h pixels."""
         one = latents[0].float().cpu().nan_to_num(0.0, 0.0, 0.0)
         pixels = torch.einsum("chw,cd->hwd", one, self._matrix[:-1]) + self._matrix[-1]
         return Image.fromarray((pixels.clamp(0, 1) * 255).round().to(torch.uint8).numpy())

@@ -16,15 +16,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Process"]
 
-# Longer than any message: previews and partial images are the largest.
+# Maximum length of a message in bytes; the longest ones contain previews and partial images.
 MOST_LINE = 2**26
 
 
 class Process:
-    """One worker in a folder. `heard(message)` is called in a thread of its own; at the end, with {"is": "gone"}."""
+    """A worker process that runs in a folder.
+
+    heard: called in a separate thread as `heard(process, message)`, the last time with {"is": "gone"}.
+    """
 
     def __init__(self, folder: Path, heard: Callable[[Process, dict[str, Any]], None], options: list[str]) -> None:
-        # -P: what lies in the folder is never imported. A group of its own: Ctrl-C in a terminal is for the server.
+        # -P: never import files from the folder. New session: Ctrl-C in the terminal reaches only the server.
         command = [sys.executable, "-P", "-m", "sfumato.jobs.worker", *options]
         self._child = subprocess.Popen(
             command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=os.name == "posix",
@@ -36,11 +39,11 @@ class Process:
 
     @property
     def pid(self) -> int:
-        """The process's number."""
+        """The process id."""
         return self._child.pid
 
     def tell(self, **message: Any) -> None:
-        """Send a message; to a worker that is gone, nothing is sent."""
+        """Send a message, unless the worker has ended."""
         line = json.dumps(message).encode() + b"\n"
         with self._lock, suppress(OSError, ValueError):
             assert self._child.stdin is not None
@@ -48,11 +51,11 @@ class Process:
             self._child.stdin.flush()
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill the process."""
         self._child.kill()
 
     def end(self, patience: float = 0.0) -> None:
-        """Have it end: it is asked first, and killed if it is still there after `patience` seconds."""
+        """End the process by closing its input. Kill it if it is still running after `patience` seconds."""
         with self._lock, suppress(OSError, ValueError):
             assert self._child.stdin is not None
             self._child.stdin.close()
@@ -70,7 +73,7 @@ class Process:
             while line := stream.readline(MOST_LINE):
                 try:
                     message = json.loads(line)
-                except ValueError:  # the last words of one that was killed
+                except ValueError:  # an incomplete line from a killed process
                     continue
                 self._heard(self, message)
         with self._lock, suppress(OSError):

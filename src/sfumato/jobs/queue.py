@@ -1,4 +1,4 @@
-"""The queue: accepts jobs, has the worker run them one at a time, and ends each exactly once."""
+"""The queue: accepts jobs, runs them one at a time in the worker, and ends each exactly once."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ __all__ = ["Full", "JobQueue"]
 
 log = logging.getLogger("sfumato")
 
-# Beginnings of a job after which it is given up; and comings and goings of the server.
+# A job fails after this many attempts, or after this many restarts of the server while it was running.
 ATTEMPTS, RESTARTS = 3, 50
 MOST_JOBS, MOST_OF_CLIENT = 200, 100
-# Seconds that a worker has to hear that a job is cancelled; between two looks at the folder, and at all of it.
+# Seconds until a worker that does not react to a cancellation is killed; between quick and between full folder scans.
 PATIENCE, LOOK, LOOK_AT_ALL = 2.0, 1.0, 60.0
 
 
 class Full(SfumatoError):
-    """No more jobs are taken now; `after` is in how many seconds to try again."""
+    """The queue is full. after: seconds until the client should retry."""
 
     def __init__(self, sentence: str, after: int) -> None:
         super().__init__(sentence)
@@ -44,17 +44,17 @@ class Full(SfumatoError):
 
 
 class JobQueue:
-    """All that goes on in a folder. `start` begins drawing; everything may be called from any thread."""
+    """The jobs, images and events of a folder. `start` begins running jobs. All methods are thread-safe."""
 
     def __init__(self, folder: Path, models: Models, *, device: str | None = None, dtype: str | None = None) -> None:
-        """Raises `OutputError` where the folder cannot be written."""
+        """Raises `OutputError` if the folder cannot be written."""
         self.folder, self.models, self.hub = folder, models, Hub()
         self._lock = ExitStack()
         self._lock.enter_context(
             locked(
                 output_folder(folder / HIDDEN) / "lock",
-                busy=f"another studio has {folder} open; use that one, or choose another folder with --output",
-                unknown=f"{folder} is on a file system without locks; open no second studio there",
+                busy=f"another studio is using {folder}; use that one, or choose another folder with --output",
+                unknown=f"{folder} is on a file system without locks; do not start a second studio there",
             )
         )
         self.store = Store(output_folder(folder / HIDDEN) / "studio.db")
@@ -71,21 +71,21 @@ class JobQueue:
         self.progress: dict[str, dict[str, Any]] = {}
         self._threads: list[threading.Thread] = []
 
-    # What is asked of it.
+    # Requests.
 
     def submit(
         self, request: GenerateRequest, model: str, *, client: str = "", id: str | None = None, **options: Any
     ) -> Job:
-        """Accept a request: when this returns, it is on the disk. One that was sent already is only returned.
+        """Create a job, or return the existing one with this id. The job is stored on disk when this returns.
 
-        id: chosen by the client, so that it may send a request twice. Raises `Full` and `UsageError`.
+        id: chosen by the client, so that it can safely retry. Raises `Full` and `UsageError`.
         """
         if id is not None and (known := self.store.job(id)) is not None:
             if known.client == client:
                 return known
-            raise UsageError(f"there is a job {id} of another client; choose another id")
+            raise UsageError(f"another client has a job {id}; choose another id")
         if self.store.count("queued", "running") >= MOST_JOBS:
-            raise Full(f"{MOST_JOBS} jobs are waiting; try again when some of them are done", self._wait())
+            raise Full(f"{MOST_JOBS} jobs are waiting; try again when some are done", self._wait())
         if self.store.count("queued", "running", client=client) >= MOST_OF_CLIENT:
             raise Full(f"{MOST_OF_CLIENT} jobs of this client are waiting; try again when some are done", self._wait())
         if request.seed is None:
@@ -94,13 +94,13 @@ class JobQueue:
         job = Job(0, id, "queued", model, request.to_dict(), client, options, time.time())
         if not self.store.add(job):
             return self._job(id)
-        if self.worker["state"] == "broken":  # it may have been mended since
+        if self.worker["state"] == "broken":  # it may have been fixed since
             self._deaths = 0
         self._wake()
         return self._tell_job(id)
 
     def cancel(self, id: str) -> Job | None:
-        """Have a job not drawn, or drawn no further; what has ended stays as it is. None if there is no such job."""
+        """Cancel a job unless it has ended, and return it. Returns None if there is no such job."""
         if self.store.change(id, ("queued",), state="cancelled", finished=time.time()):
             return self._tell_job(id)
         with self._changed:
@@ -111,7 +111,7 @@ class JobQueue:
         return self.store.job(id)
 
     def plan(self, request: GenerateRequest, model: str, patience: float = 30.0) -> dict[str, Any] | None:
-        """What a request takes, in the worker's words; None if it does not answer in time."""
+        """Return the worker's estimate for a request; None if it does not answer within `patience` seconds."""
         id = secrets.token_hex(8)
         end = time.monotonic() + patience
         with self._changed:
@@ -126,7 +126,7 @@ class JobQueue:
             return self._plans.pop(id)
 
     def position(self, job: Job) -> int | None:
-        """How many jobs are before this one, which waits; None if it does not."""
+        """Return the number of jobs ahead of a waiting job; None if it is not waiting."""
         if job.state != "queued":
             return None
         sql = "SELECT count(*) FROM jobs WHERE state IN ('queued', 'running') AND number < ?"
@@ -137,13 +137,13 @@ class JobQueue:
         took = [job.finished - job.started for job in done if job.finished and job.started]
         return max(1, min(600, int(sum(took) / len(took)) if took else 10))
 
-    # Its life.
+    # Start and stop.
 
     def start(self) -> None:
-        """Go on where the last one stopped, and begin drawing."""
+        """Resume the jobs of the last run, and start the worker."""
         for job in self.store.jobs("running", most=10**6):
             if job.restarts >= RESTARTS:
-                self._end(job.id, "failed", error={"kind": "crash", "message": "the server ended too often meanwhile"})
+                self._end(job.id, "failed", error={"kind": "crash", "message": "the server was restarted too often"})
             else:
                 self.store.change(job.id, ("running",), state="queued", restarts=job.restarts + 1, attempts=0)
         self._sweep()
@@ -153,7 +153,7 @@ class JobQueue:
             self._threads[-1].start()
 
     def stop(self) -> None:
-        """Stop drawing; what is being drawn is drawn again next time."""
+        """Stop the worker. A running job runs again at the next start."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
@@ -165,7 +165,7 @@ class JobQueue:
         self._lock.close()
 
     def _sweep(self) -> None:
-        """Remove what workers that were killed have left of files."""
+        """Remove incomplete files left by killed workers."""
         for path in self.folder.glob(".*.part"):
             if re.fullmatch(r"\..+-[0-9a-f]{12}\.png\.\d+\.[0-9a-f]{8}\.part", path.name):
                 with suppress(OSError):
@@ -180,7 +180,7 @@ class JobQueue:
             try:
                 self.gallery.scan(whole=whole, stop=lambda: self._stopping)
             except Exception as error:
-                log.warning("the folder could not be looked through (%s); trying again", error)
+                log.warning("cannot scan the folder (%s); trying again", error)
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping, LOOK)
 
@@ -188,7 +188,7 @@ class JobQueue:
         with self._changed:
             self._changed.notify_all()
 
-    # Drawing: this thread alone starts and ends workers and jobs.
+    # Running jobs: only this thread starts and ends workers and jobs.
 
     def _draw(self) -> None:
         while not self._stopping:
@@ -217,7 +217,7 @@ class JobQueue:
         self._running, self._told_cancel = job.id, None
         try:
             model = self.models.get(job.model, "checkpoint", "core-ml")
-        except UsageError as error:  # it was there when the job was accepted
+        except UsageError as error:  # the model existed when the job was accepted
             self._end(job.id, "failed", error={"kind": "model", "message": str(error)})
             return
         self._process.tell(
@@ -279,7 +279,7 @@ class JobQueue:
     def _on_failed(self, job: str, kind: str, message: str) -> None:
         found = self._job(job)
         if kind == "memory" and not found.options.get("lean"):
-            note = f"{message}; drawn again in a way that needs less memory"
+            note = f"{message}; tried again in a way that needs less memory"
             self._again(found, options=found.options | {"lean": True}, notes=[*found.notes, note])
         else:
             self._end(job, "failed", error={"kind": kind, "message": message})
@@ -289,7 +289,7 @@ class JobQueue:
             self._plans[id] = told
 
     def _on_gone(self, code: int) -> None:
-        """The worker died: its job has lost this attempt, and nothing else."""
+        """The worker died: its job loses only this attempt."""
         self._process = None
         if self.worker["state"] == "starting":
             self._deaths += 1
@@ -299,17 +299,17 @@ class JobQueue:
             if self._told_cancel is not None:
                 self._end(job.id, "cancelled")
             elif job.attempts >= ATTEMPTS:
-                sentence = f"the worker died {ATTEMPTS} times while drawing it ({why}); try a smaller image"
+                sentence = f"the worker died {ATTEMPTS} times while generating it ({why}); try a smaller image"
                 self._end(job.id, "failed", error={"kind": "crash", "message": sentence})
             else:
-                self._again(job, notes=[*job.notes, f"the worker died ({why}), and the job was begun again"])
+                self._again(job, notes=[*job.notes, f"the worker died ({why}), so the job was started again"])
         if self._deaths >= ATTEMPTS:
             self._break(why)
         elif not self._stopping:
             self._tell_worker("restarting")
 
     def _break(self, why: str) -> None:
-        sentence = f"the worker does not start ({why}); see what it printed, and start Sfumato again"
+        sentence = f"the worker does not start ({why}); see its output in the terminal, then restart Sfumato"
         self._tell_worker("broken", message=sentence)
         for job in self.store.jobs("queued", most=10**6):
             self._end(job.id, "failed", error={"kind": "crash", "message": sentence})
@@ -329,7 +329,7 @@ class JobQueue:
         if self._running == id:
             self._running, self._told_cancel = None, None
 
-    # What is told.
+    # Events.
 
     def _job(self, id: str) -> Job:
         job = self.store.job(id)
@@ -337,7 +337,7 @@ class JobQueue:
         return job
 
     def _tell(self, type: str, data: dict[str, Any]) -> None:
-        with self._telling:  # who has heard one event has heard all before it
+        with self._telling:  # listeners receive events in order
             self.hub.send(self.store.tell(type, data))
 
     def _tell_job(self, id: str) -> Job:
@@ -354,7 +354,7 @@ class JobQueue:
         self.hub.send(Event(type, self.progress[job]))
 
     def public(self, job: Job) -> dict[str, Any]:
-        """A job as everybody may see it."""
+        """Return the fields of a job that clients may see."""
         return {
             "id": job.id, "state": job.state, "model": job.model, "request": job.request, "client": job.client,
             "created": job.created, "started": job.started, "finished": job.finished, "attempts": job.attempts,

@@ -23,7 +23,7 @@ __all__ = ["ENDED", "Event", "Job", "Store"]
 log = logging.getLogger("sfumato")
 
 ENDED = ("done", "failed", "cancelled")
-# Events that are kept for those who come back.
+# Events that are stored for clients that reconnect.
 MOST_EVENTS = 10_000
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -46,7 +46,7 @@ CREATE INDEX IF NOT EXISTS images_by_time ON images (created DESC, key);
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened: kept under a number for those who come back, or passing (None)."""
+    """An event. seq: its number if it is stored for clients that reconnect; None if it is not stored."""
 
     type: str
     data: dict[str, Any]
@@ -55,11 +55,12 @@ class Event:
 
 @dataclass(frozen=True)
 class Job:
-    """A request on its way: `state` is queued, running, done, failed or cancelled.
+    """A request in the queue. Its state is queued, running, done, failed or cancelled.
 
-    request: a `GenerateRequest` as JSON, its seed fixed; client: who asked; options: what the worker is told beside;
-    attempts: how often a worker began with it; restarts: how often the server went away meanwhile; error: kind and
-    message; images: keys of the images drawn, by their place in the batch. Times are seconds since 1970.
+    request: a `GenerateRequest` as JSON, with a fixed seed; client: the sender; options: further settings for the
+    worker; attempts: how often a worker has started it; restarts: how often the server has stopped while it was
+    running; error: kind and message; images: keys of the finished images, by their place in the batch. Times are
+    seconds since 1970.
     """
 
     number: int
@@ -80,15 +81,15 @@ class Job:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing more will become of it."""
+        """Whether the job is done, failed or cancelled."""
         return self.state in ENDED
 
 
 class Store:
-    """The database of a folder. Every method is one transaction, and may be called from any thread."""
+    """The database of a folder. Every method is one transaction and is thread-safe."""
 
     def __init__(self, path: Path) -> None:
-        """Open or make it; one that is damaged is put aside. Raises `OutputError` where it cannot be written."""
+        """Open or create the database. A damaged one is renamed. Raises `OutputError` if the file cannot be written."""
         self._lock = threading.RLock()
         try:
             self._open(path)
@@ -96,7 +97,7 @@ class Store:
             if isinstance(error, sqlite3.OperationalError):
                 raise OutputError(f"{path} cannot be opened ({reason(error)}); choose another folder") from error
             aside = path.with_name(f"{path.name}.damaged-{int(time.time())}")
-            log.warning("%s is damaged (%s); it is now %s, and the images are indexed again", path, error, aside.name)
+            log.warning("%s is damaged (%s); renamed to %s, and indexing the images again", path, error, aside.name)
             for ending in ("-wal", "-shm"):
                 path.with_name(path.name + ending).unlink(missing_ok=True)
             path.replace(aside)
@@ -107,8 +108,8 @@ class Store:
         try:
             self._base.row_factory = sqlite3.Row
             mode = self._base.execute("PRAGMA journal_mode=WAL").fetchone()[0]
-            if mode != "wal":  # a network drive; SQLite then writes in its older way, as safe and slower
-                log.info("%s is on a file system without shared memory; its journal is a file", path)
+            if mode != "wal":  # on a network drive, SQLite uses its older journal, which is as safe but slower
+                log.info("%s is on a file system without shared memory; SQLite uses a rollback journal", path)
             self._base.execute("PRAGMA synchronous=FULL")
             if self._base.execute("PRAGMA quick_check").fetchone()[0] != "ok":
                 raise sqlite3.DatabaseError("its pages contradict each other")
@@ -118,13 +119,13 @@ class Store:
             raise
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         with self._lock:
             self._base.close()
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """All that is done within the block is kept, or nothing of it."""
+        """Run the block as one transaction: all of its changes are stored, or none."""
         with self._lock:
             self._base.execute("BEGIN IMMEDIATE")
             try:
@@ -135,12 +136,12 @@ class Store:
             self._base.execute("COMMIT")
 
     def rows(self, sql: str, values: tuple[Any, ...] | dict[str, Any] = ()) -> list[sqlite3.Row]:
-        """What a query finds."""
+        """Return the rows that a query finds."""
         with self._lock:
             return self._base.execute(sql, values).fetchall()
 
     def add(self, job: Job) -> bool:
-        """Take a job down; False, and nothing is done, if there is one of this id."""
+        """Store a job. Returns False and changes nothing if its id exists."""
         with self.transaction() as base:
             names = "id, state, model, request, client, options, created"
             done = base.execute(
@@ -150,7 +151,7 @@ class Store:
             return done.rowcount == 1
 
     def change(self, id: str, was: tuple[str, ...], **values: Any) -> bool:
-        """Change a job if it is in one of the states `was`; whether it has been."""
+        """Change a job if it is in one of the states `was`. Returns whether it was."""
         values = {name: _text(v) if isinstance(v, dict | list | tuple) else v for name, v in values.items()}
         sets, states = ", ".join(f"{name} = ?" for name in values), ", ".join("?" * len(was))
         with self.transaction() as base:
@@ -158,21 +159,21 @@ class Store:
             return base.execute(sql, (*values.values(), id, *was)).rowcount == 1
 
     def drawn(self, id: str, place: int, image: str) -> None:
-        """Note which image stands in a place of a job."""
+        """Record the key of the image in one place of a job."""
         with self.transaction() as base:
             base.execute("INSERT OR REPLACE INTO drawn VALUES (?,?,?)", (id, place, image))
 
     def job(self, id: str) -> Job | None:
-        """The job of an id."""
+        """Return a job by its id; None if there is none."""
         return next(iter(self._jobs("WHERE id = ?", (id,))), None)
 
     def job_of_body(self, client: str, body: str) -> Job | None:
-        """The newest job that a client sent in the same words."""
+        """Return the newest job that a client created with the same body; None if there is none."""
         rule = "WHERE client = ? AND json_extract(options, '$.body') = ? ORDER BY number DESC LIMIT 1"
         return next(iter(self._jobs(rule, (client, body))), None)
 
     def jobs(self, *states: str, most: int = 100, newest: bool = True, client: str | None = None) -> list[Job]:
-        """Jobs in these states (in all, if none is named), the newest or the oldest first."""
+        """List jobs in these states (default: all states), newest or oldest first."""
         rules, values = [], [*states]
         if states:
             rules.append(f"state IN ({', '.join('?' * len(states))})")
@@ -183,7 +184,7 @@ class Store:
         return self._jobs(f"{where} ORDER BY number {'DESC' if newest else 'ASC'} LIMIT ?", (*values, most))
 
     def count(self, *states: str, client: str | None = None) -> int:
-        """How many jobs are in these states."""
+        """Count the jobs in these states."""
         whose, values = ("", ()) if client is None else (" AND client = ?", (client,))
         places = ", ".join("?" * len(states))
         return self.rows(f"SELECT count(*) FROM jobs WHERE state IN ({places}){whose}", (*states, *values))[0][0]
@@ -201,7 +202,7 @@ class Store:
         return found
 
     def tell(self, type: str, data: dict[str, Any]) -> Event:
-        """Keep an event, under the next number."""
+        """Store an event under the next number."""
         with self.transaction() as base:
             seq = base.execute("INSERT INTO events (type, data) VALUES (?,?)", (type, _text(data))).lastrowid or 0
             if seq % 1000 == 0:
@@ -209,7 +210,7 @@ class Store:
             return Event(type, data, seq)
 
     def events_after(self, seq: int) -> list[Event] | None:
-        """The events kept since the one of a number; None if some of them are forgotten, or the number is not ours."""
+        """Return the events after a number; None if some are no longer stored, or the number is unknown."""
         with self._lock:
             first, last = self.rows("SELECT coalesce(min(seq), 1), coalesce(max(seq), 0) FROM events")[0]
             if not first - 1 <= seq <= last:

@@ -1,7 +1,7 @@
 """The worker: the process that generates images, and the only one that imports torch.
 
-It is told on standard input, and answers on standard output, one JSON object a line. When its input ends, so does it,
-at once: whoever started it is gone, and an image is whole or absent whenever that happens.
+It reads messages from standard input and writes messages to standard output, one JSON object per line. It exits at once
+when its input ends, because its parent is gone. Image files are written atomically, so none is left incomplete.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ __all__ = ["Cancelled", "Worker", "failure", "main"]
 
 
 class Cancelled(Exception):
-    """Nobody wants this job any more."""
+    """The job has been cancelled."""
 
 
 class Worker:
-    """Draws one job after the other with models that stay in memory, and answers what a request would take."""
+    """Runs one job after another with a model that stays in memory, and estimates requests."""
 
     def __init__(self, output: io.BufferedWriter, device: str | None, dtype: str | None) -> None:
         self._output, self._lock = output, threading.Lock()
@@ -93,12 +93,12 @@ class Worker:
         self._cancelled.discard(job)
 
     def _warm(self, message: Mapping[str, Any]) -> None:
-        """Have a model in memory before somebody waits for it; what is wrong with it is said when it is asked for."""
+        """Load a model before a job needs it. Errors are ignored here and reported when a job uses the model."""
         with suppress(Exception):
             self._model({**message, "options": {}})
 
     def _images(self, message: Mapping[str, Any]) -> list[str]:
-        """Draw what is left of a job; returns what is to be said of it."""
+        """Generate the missing images of a job. Returns notes."""
         from sfumato.jobs.drawing import settled
         from sfumato.request import GenerateRequest
 
@@ -150,7 +150,7 @@ class Worker:
             raise Cancelled
 
     def _model(self, message: Mapping[str, Any], request: GenerateRequest | None = None) -> Loaded:
-        """The model of a message, the one in memory if it is that."""
+        """Return the model that a message names, loading it unless it is in memory."""
         from sfumato.jobs.drawing import Loaded, load_model
 
         refiner = None if request is None else request.refiner
@@ -164,7 +164,7 @@ class Worker:
         return self._loaded
 
     def _answer(self) -> None:
-        """What requests would take, beside the drawing."""
+        """Answer requests for estimates while a job is running."""
         from sfumato.jobs.drawing import planned
 
         while True:
@@ -176,7 +176,7 @@ class Worker:
                 self._say("plan", id=message["id"], **failure(error))
 
     def _tokens(self, message: Mapping[str, Any]) -> dict[str, int] | None:
-        """How many tokens the prompts are; None if another model than theirs is in memory."""
+        """Count the tokens of the prompts; None if their model is not in memory."""
         loaded = self._loaded
         if loaded is None or loaded.wanted[0] != message["model"]:
             return None
@@ -187,7 +187,7 @@ class Worker:
 
 
 def failure(error: Exception) -> dict[str, Any]:
-    """What went wrong, as a kind and a sentence."""
+    """Describe an error by its kind and one sentence."""
     kind = "internal"
     if isinstance(error, UsageError):
         kind = "request"
@@ -202,8 +202,8 @@ def failure(error: Exception) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answers go to what was standard output; whatever else is printed goes to standard error."""
-    logging.getLogger("sfumato").setLevel(logging.ERROR)  # what is worth noting is among a job's notes
+    """Run the worker. Messages go to the original standard output; all other output goes to standard error."""
+    logging.getLogger("sfumato").setLevel(logging.ERROR)  # warnings are part of a job's notes
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     device, dtype = (None if word == "-" else word for word in sys.argv[1:3])  # "-": the plan decides

@@ -1,4 +1,4 @@
-"""Loads the compiled kernels: those that the wheel brings, else what the local compiler makes of the C sources, once.
+"""Loads the compiled kernels from the wheel, or else compiles the C sources once with the local compiler.
 
 They are plain C with a C interface, so that any compiler will do and builds take about a second (ADR 9).
 """
@@ -65,7 +65,7 @@ def loaded(bfloat16: bool) -> ctypes.CDLL:
     """
     brought = shipped("bfloat16" if bfloat16 else "float32")
     if brought is not None:
-        with suppress(OSError, AttributeError):  # of a torch without OpenMP, for example
+        with suppress(OSError, AttributeError):  # such as with a torch without OpenMP
             return _opened(brought)
     command = compiler()
     if command is None:

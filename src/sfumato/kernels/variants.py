@@ -1,6 +1,6 @@
-"""The forms of the kernels that a platform wheel brings, so that machines without a C compiler have them too.
+"""The kernels that platform wheels contain in compiled form, for machines without a C compiler.
 
-The build hook (`hatch_build.py`) runs this file by itself, so it imports nothing but the standard library.
+The build hook (`hatch_build.py`) runs this file on its own, so it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 __all__ = ["UNITS", "VARIANTS", "Variant", "build_variants", "fitting"]
 
 UNITS = ("attention.c", "normalize.c")
-# As for builds on the spot, but for the processor; OpenMP is the one that torch has loaded already.
+# The flags of local builds, except those for the processor. OpenMP is the one that torch has already loaded.
 COMPILE = ("-O3", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-w")
 LINK = ("-shared", "-lm", "-Wl,--strip-all")
 _V3 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"})
@@ -24,7 +24,7 @@ _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 
 @dataclass(frozen=True)
 class Variant:
-    """A library: for a machine as Python names it, with all of the features that Linux names so."""
+    """A library. machine: as in `platform.machine()`; features: required CPU features, as in `/proc/cpuinfo`."""
 
     dtype: str
     name: str
@@ -34,11 +34,11 @@ class Variant:
 
     @property
     def file(self) -> str:
-        """Its name in the folder `built`."""
+        """The file name in the folder `built`."""
         return f"{self.dtype}-{self.machine}-{self.name}.so"
 
 
-# The most capable first, for each dtype. In bfloat16 the kernels need the processor's own products (vector.h).
+# Fastest first for each dtype. In bfloat16, the kernels need the processor's bfloat16 products (vector.h).
 VARIANTS = (
     Variant(
         "bfloat16", "amx", "x86_64", _V4 | {"avx512_bf16", "amx_tile", "amx_bf16"},
@@ -72,8 +72,8 @@ def fitting(dtype: str) -> list[Variant]:
 def build_variants(compiler: str, sources: Path, folder: Path) -> list[Path]:
     """Compile all variants for this machine's architecture into a folder and return their paths.
 
-    Raises `subprocess.CalledProcessError` if the compiler refuses one. The libraries are not linked with OpenMP: torch
-    brings its own, and a slim container has no other.
+    Raises `subprocess.CalledProcessError` if the compiler fails. The libraries are not linked with OpenMP: torch
+    includes it, and a slim container has no other.
     """
     made = []
     for variant in VARIANTS:

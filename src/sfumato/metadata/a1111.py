@@ -17,26 +17,26 @@ from sfumato.request import AdapterFile, GenerateRequest
 __all__ = ["parameters", "parse", "write"]
 
 NEGATIVE = "Negative prompt:"
-# A key; a value in quotes with escapes, or up to the next comma.
+# A key, and a value: quoted with escapes, or up to the next comma.
 PAIR = re.compile(r'(\w[\w \-/]{0,100}): *("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
 MOST_LINE = 2**16
-# Where lines of a prompt begin that readers would take for one of theirs; a space more before them says otherwise.
+# The start of a prompt line that readers would mistake for a key. A leading space prevents this.
 LOOKS = rf"(?= *(?:{NEGATIVE}|Steps: ))"
-# Flat JSON that Civitai puts into the line, and which no rule of quoting covers.
+# Flat JSON that Civitai writes into the line without quoting it.
 CIVITAI = re.compile(r", (Hashes|Civitai resources|Civitai metadata): (\{[^{}]{0,20000}\}|\[[^\[\]]{0,20000}\])")
 
 
 def parse(text: str) -> Told | None:
-    """What a text of parameters tells; None of a text that is none: without a line of at least three pairs."""
+    """Parse a text of parameters; None if it has no line of at least three `key: value` pairs."""
     lines = text.rstrip().split("\n")
     steps = [i for i, line in enumerate(lines) if line.startswith("Steps: ")][:1]
-    # The last line as A1111 reads it, or the first that begins with "Steps: " as Civitai does; never a line of prompts.
+    # The last line, as in A1111, or the first that begins with "Steps: ", as on Civitai; never a line of a prompt.
     place = next((i for i in (len(lines) - 1, *steps) if i >= 0 and len(_pairs(lines[i])) > 2), None)
     if place is None:
         return None
     fields = _pairs(lines[place])
     ours = fields.get("Version", "").startswith("Sfumato")
-    # What a prompt was made from, which some extensions put after it.
+    # Some extensions write a prompt's template after it.
     made = () if ours else ("Template:", "Negative Template:")
     said = "\n".join(line for line in lines[:place] if not line.startswith(made))
     texts = re.split(rf"(?:^|\n){NEGATIVE} ?", said, maxsplit=1)
@@ -59,19 +59,19 @@ def _unquoted(value: str) -> str:
 
 
 def _program(fields: Mapping[str, str]) -> str:
-    """Who wrote it, by what is said of the version: Forge's begins with an f, and others name themselves."""
+    """Return the program by its version: Forge's begins with an f, and others contain their name."""
     version = fields.get("Version", "")
     found = re.match(r"(Sfumato|stable-diffusion\.cpp|ComfyUI|Fooocus|SD\.Next|Draw Things)", version, re.IGNORECASE)
     return "Forge" if version.startswith("f") else found[1] if found else "AUTOMATIC1111"
 
 
 def parameters(recipe: Mapping[str, Any], size: tuple[int, int]) -> str:
-    """A1111's text for a picture of ours of this size (width, height); empty where the recipe holds no request."""
+    """Return A1111's text for a recipe and an image size (width, height); empty if the recipe has no request."""
     told = recipe.get("scheduler", {})
     try:
         request = GenerateRequest.from_dict(recipe["request"])
         sampler, schedule = of_recipe(told["class"], told["config"]) if told else ("", "")
-        # Of a path, only the name: where it lies is nobody's business.
+        # Only the name of a path, for privacy.
         model = PurePath(recipe.get("model", {}).get("name", "")).name
         also = {"Sampler": sampler, "Schedule type": schedule, "Model": re.sub("[,:]", "", model)}
         also["Lora hashes"] = ", ".join(f"{_named(name)}: {one}" for name, one in recipe.get("adapters", {}).items())
@@ -81,12 +81,11 @@ def parameters(recipe: Mapping[str, Any], size: tuple[int, int]) -> str:
 
 
 def write(request: GenerateRequest, size: tuple[int, int], also: Mapping[str, str], version: str = "") -> str:
-    """The text for the first picture of a request, of this size (width, height).
+    """Return the text for the first image of a request. size: (width, height) of the image.
 
-    also: "Sampler", "Schedule type", "Model" and "Lora hashes" as A1111 has them, which nothing here reads again.
-    Readers of A1111's text find all they know; what only we know stands in further pairs, so that `parse` and
-    `request_of` give the request again, but for pictures, custom schedules and framing, which stand in our own recipe
-    alone, and for adapters, which the prompt names as A1111's prompts do.
+    also: A1111's values for "Sampler", "Schedule type", "Model" and "Lora hashes", which `parse` does not need.
+    Our own settings follow as further pairs, so `parse` and `request_of` restore the request, except for images, custom
+    schedules and framing, which are only in our own recipe. Adapters are named in the prompt, as in A1111.
     """
     text = _marked((one := request.alone(0)).prompts[0]) + "".join(map(_tag, one.adapters))
     text += "" if one.negative_prompt is None else f"\n{NEGATIVE} {_marked(str(one.negative_prompt))}"
@@ -100,7 +99,7 @@ def _tag(adapter: AdapterFile) -> str:
 
 
 def _named(name: str) -> str:
-    """A name without what ends one."""
+    """Return a name without the characters that would end it."""
     return re.sub(r'[<>:,"\n]', "", name)
 
 

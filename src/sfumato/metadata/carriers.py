@@ -1,4 +1,4 @@
-"""The text chunks of image files: read from any program, and written as others read them."""
+"""The texts in image files: reads those of any program, and writes them so that other programs can read them."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ __all__ = ["RECIPE_KEY", "Carried", "image_bytes", "read_carried", "read_recipe"
 Recipe = dict[str, Any] | None
 
 RECIPE_KEY = "sfumato"
-# Far more than any program writes about a picture, whole graphs of nodes included.
+# Far more than any program writes about an image, even a whole node graph.
 MOST_TEXT = 2**22
-# EXIF's UserComment begins with eight bytes that name its letters.
+# EXIF's UserComment begins with eight bytes that name its encoding.
 UNICODE, ASCII, UNSAID = b"UNICODE\0", b"ASCII\0\0\0", bytes(8)
 
 
 @dataclass(frozen=True)
 class Carried:
-    """What stands in a picture file: its size in pixels, its texts by keyword (PNG's), its comments, and XMP's fields.
+    """The metadata of an image file: its size in pixels, PNG texts by keyword, comments, and XMP fields.
 
-    comments: EXIF's UserComment, then those of JPEG and GIF.
+    comments: EXIF's UserComment, followed by the comment of a JPEG or GIF file.
     """
 
     size: tuple[int, int]
@@ -46,15 +46,15 @@ class Carried:
 
     @property
     def recipe(self) -> dict[str, Any] | None:
-        """Our own recipe. Raises `CheckpointError` for one that is no JSON object."""
+        """Our own recipe, if there is one. Raises `CheckpointError` if it is not a JSON object."""
         text = self.texts.get(RECIPE_KEY) or self.xmp.get("recipe")
         return parse_json(text, "its recipe") if text else None
 
 
 def read_carried(path: str | Path, *, whole: bool = True) -> Carried:
-    """The texts of a PNG, JPEG, WebP or GIF file; if not `whole`, those before its pixels, which are not decoded.
+    """Read the metadata of a PNG, JPEG, WebP or GIF file; unless `whole`, only the part before the pixels.
 
-    Raises `UsageError` for a file that is missing, damaged or no picture, and for texts that are unreasonably long.
+    Raises `UsageError` if the file is missing, damaged or not an image, or if its texts are unreasonably long.
     """
     with opened(path, ("PNG", "JPEG", "WEBP", "GIF"), "give the file as the program wrote it") as image:
         if whole:
@@ -66,12 +66,12 @@ def read_carried(path: str | Path, *, whole: bool = True) -> Carried:
         said = [_user_comment(image), image.info.get("comment")]
         comments = [one.decode("utf-8", "replace") if isinstance(one, bytes) else one for one in said if one]
         if sum(map(len, (*texts.values(), *comments, packet))) > MOST_TEXT:
-            raise UsageError(f"{path} contains more text than any program writes about an image; it is not read")
+            raise UsageError(f"{path} contains too much metadata to read; use the file as the program wrote it")
         return Carried(image.size, texts, tuple(comments), xmp.fields_of(packet))
 
 
 def _mended(text: str) -> str:
-    """A PNG's text. Those that are by rule Latin-1 are written in UTF-8 by several programs."""
+    """Correct the encoding of a PNG text: several programs write UTF-8 where the standard requires Latin-1."""
     if isinstance(text, iTXt) or text.isascii():
         return str(text)
     try:
@@ -83,20 +83,20 @@ def _mended(text: str) -> str:
 def _user_comment(image: Image.Image) -> str | None:
     try:
         value = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment)
-    except Exception:  # of tags that are damaged, Pillow raises whatever happens to it
+    except Exception:  # Pillow raises errors of any type for damaged tags
         return None
     if not isinstance(value, bytes):
         return value if isinstance(value, str) else None
     code, text = value[:8], value[8:]
     if code == UNICODE:
-        # In either order of bytes, whatever the tags around it have: the zeros of plain letters tell.
+        # The byte order is independent of the surrounding tags. The zero bytes of ASCII letters reveal it.
         big = text[0::2].count(0) >= text[1::2].count(0)
         return text.decode("utf-16-be" if big else "utf-16-le", "replace")
     return (text if code in (ASCII, UNSAID) else value).decode("utf-8", "replace").rstrip("\0")
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The recipe that a picture of ours carries. Raises `UsageError` where there is none."""
+    """Return the recipe in an image that Sfumato wrote. Raises `UsageError` if there is none."""
     try:
         recipe = read_carried(path).recipe
     except OSError as error:
@@ -107,9 +107,9 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def save_picture(image: Image.Image, path: Path, recipe: Recipe = None) -> Path:
-    """Write a PNG, JPEG or WebP (without loss) by the path's ending, with its recipe, A1111's text and XMP.
+    """Write a PNG, JPEG or lossless WebP, chosen by the extension, with its recipe, A1111's text and XMP.
 
-    Raises `OutputError`; the file is whole or absent.
+    Writes atomically. Raises `OutputError`.
     """
     kind = format_of(path)
     output_folder(path.parent)
@@ -119,16 +119,16 @@ def save_picture(image: Image.Image, path: Path, recipe: Recipe = None) -> Path:
 
 
 def save_new_picture(image: Image.Image, path: Path, recipe: Recipe = None) -> Path:
-    """The same under the first free name of `name.png`, `name-2.png`, …, which is returned: nothing is replaced."""
+    """Like `save_picture`, but use the first free name of `name.png`, `name-2.png`, …, and return it."""
     kind = format_of(path)
     output_folder(path.parent)
     return add_file(path, lambda temporary: _write(image, temporary, kind, recipe))
 
 
 def image_bytes(image: Image.Image, recipe: Recipe = None, kind: str = "PNG", quality: int | None = None) -> bytes:
-    """The bytes of a PNG, JPEG or WebP, with all that `save_picture` writes into one.
+    """Encode a PNG, JPEG or WebP with the same metadata as `save_picture`.
 
-    quality: of a JPEG or WebP with losses, 0 to 100.
+    quality: of a JPEG or lossy WebP, 0 to 100.
     """
     _write(image, stream := io.BytesIO(), kind, recipe, quality)
     return stream.getvalue()
@@ -142,12 +142,12 @@ def _write(image: Image.Image, path: Path | io.BytesIO, kind: str, recipe: Recip
     try:
         image.save(path, format=kind, **options)
     except ValueError as error:
-        raise OutputError(f"{kind} has no room for so long a recipe ({reason(error)}); write a PNG") from error
+        raise OutputError(f"the recipe is too long for {kind} ({reason(error)}); use PNG instead") from error
 
 
 def _in_png(recipe: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
     info, text = PngInfo(), parameters(recipe, size)
-    # Text that is not ASCII says its encoding, so that no reader has to guess.
+    # A chunk for text that is not ASCII names its encoding, so that no reader has to guess.
     (info.add_text if text.isascii() and "\0" not in text else info.add_itxt)("parameters", text)
     info.add_itxt("XML:com.adobe.xmp", _packet(recipe))
     info.add_itxt(RECIPE_KEY, json.dumps(recipe, ensure_ascii=False, sort_keys=True), zip=True)
@@ -167,7 +167,7 @@ def _packet(recipe: dict[str, Any], told: str | None = None) -> str:
 
 
 def _exif(comment: bytes) -> bytes:
-    """EXIF with a UserComment and nothing else. Pillow's own would be of another type than the standard's (7)."""
-    first = struct.pack(">HHHIII", 1, ExifTags.IFD.Exif, 4, 1, 26, 0)  # a directory of one entry: where the other is
+    """Return EXIF data with only a UserComment. Pillow would write it with a type other than the standard's (7)."""
+    first = struct.pack(">HHHIII", 1, ExifTags.IFD.Exif, 4, 1, 26, 0)  # a directory that points to the second one
     second = struct.pack(">HHHIII", 1, ExifTags.Base.UserComment, 7, len(comment), 44, 0)
     return b"Exif\0\0MM\0*" + struct.pack(">I", 8) + first + second + comment

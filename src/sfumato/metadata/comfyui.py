@@ -1,4 +1,4 @@
-"""ComfyUI graphs, walked from the first sampler upwards. Nodes are data: nothing in them is run or opened."""
+"""Reads ComfyUI graphs, from the first sampler upwards. Nodes are treated as data: nothing is run or opened."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sfumato.request import GenerateRequest, Noise
 
 __all__ = ["COMFYUI_BASE", "parse"]
 
-# Noise is torch's on the CPU, that of the steps CUDA's, and prompts are weighted against an empty one.
+# Initial noise is from torch on the CPU, step noise from CUDA, and prompts are weighted against an empty prompt.
 COMFYUI_BASE = GenerateRequest(prompt_syntax="comfyui", noise=Noise(posterior="mean", step_rng="cuda"))
 MOST_NODES = 5_000
 SIDES = {"positive", "negative"}
@@ -21,14 +21,14 @@ Node = Mapping[str, Any]
 
 
 def parse(graph: Mapping[str, Any]) -> Told | None:
-    """What a graph in the form of the API tells; None of an object that is no such graph, or has no sampler."""
+    """Read a graph in API format; None if the object is not a graph or has no sampler."""
     nodes = {str(name): one for name, one in list(graph.items())[:MOST_NODES] if _is_node(one)}
     samplers = [one for one in nodes.values() if _samples(one)]
-    # The first pass: the sampler whose latents come from no other one.
+    # The first pass: the sampler whose latents do not come from another sampler.
     first = next((one for one in samplers if not any(_samples(up) for up in _up(nodes, one, {"latent_image"}))), None)
     if first is None:
         return None
-    notes = [f"{len(samplers) - 1} more samplers worked on it, which is not honoured"] if len(samplers) > 1 else []
+    notes = [f"{len(samplers) - 1} further samplers are ignored"] if len(samplers) > 1 else []
     found = {key: _setting(nodes, first, inputs) for key, inputs in SETTINGS.items()}
     fields = {key: str(value) for key, value in found.items() if value is not None and value != ""}
     if found["Denoising strength"] in (1, 1.0):
@@ -44,9 +44,9 @@ def _is_node(one: Any) -> bool:
 
 
 def _adds(node: Node) -> list[str]:
-    """A sentence for what a node adds to the checkpoint."""
+    """Return a note for each addition that a node makes to the checkpoint."""
     named = {kind: node["inputs"].get(key) for kind, key in ADDS.items() if kind in node["class_type"]}
-    return [f"{kind} {name[:100]} is not honoured" for kind, name in named.items() if isinstance(name, str)]
+    return [f"{kind} {name[:100]} is ignored" for kind, name in named.items() if isinstance(name, str)]
 
 
 def _samples(node: Node) -> bool:
@@ -57,9 +57,10 @@ def _samples(node: Node) -> bool:
 
 
 def _up(nodes: Mapping[str, Node], start: Node, names: set[str] | None = None, side: str = "") -> Iterator[Node]:
-    """The nodes whose results reach one, nearest first: by these inputs of it, or all but prompts and latents.
+    """Yield the nodes upstream of `start`, nearest first.
 
-    Where a node passes both prompts on, only the one of `side` is followed.
+    names: inputs of `start` to follow (default: all except prompts and latents); side: the prompt to follow through
+    nodes that pass on both.
     """
     seen: set[int] = {id(start)}
     wave = [start]
@@ -82,7 +83,7 @@ def _up(nodes: Mapping[str, Node], start: Node, names: set[str] | None = None, s
 
 
 def _setting(nodes: Mapping[str, Node], start: Node, inputs: Sequence[str]) -> Any:
-    """A value by the first of these inputs that a node has; where it comes by wire, what is at its other end."""
+    """Return the value of the first of these inputs that a node has, following a link if the value comes from one."""
     for node in (start, *_up(nodes, start)):
         for name in inputs:
             value = node["inputs"].get(name)
@@ -95,7 +96,7 @@ def _setting(nodes: Mapping[str, Node], start: Node, inputs: Sequence[str]) -> A
 
 
 def _text(nodes: Mapping[str, Node], start: Node, side: str) -> str | None:
-    """The prompt of one side: the texts up its wire, each once."""
+    """Return the prompt of one side: all texts upstream, without repetitions."""
     # Newer samplers get both prompts from a guider.
     begin = next((node for node in (start, *_up(nodes, start)) if side in node["inputs"]), None)
     if begin is None:

@@ -12,14 +12,14 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 def format_of(path: PurePath) -> str:
-    """The format that a name's ending says. Raises `UsageError` for another ending."""
+    """Return the format for a file extension. Raises `UsageError` if it is not supported."""
     if path.suffix.lower() not in FORMATS:
         raise UsageError(
-            f"images are written as PNG, JPEG or WebP, so a name must end in .png, .jpg or .webp, not {path.name}"
+            f"images are written as PNG, JPEG or WebP, so the name must end in .png, .jpg or .webp, not {path.name}"
         )
     return FORMATS[path.suffix.lower()]
 
 
 def is_picture(name: str) -> bool:
-    """Whether a name is that of a picture that may say how it was drawn."""
+    """Return whether a name is that of an image file that may contain settings."""
     return PurePath(name).suffix.lower() in (*FORMATS, ".gif")

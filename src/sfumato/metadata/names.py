@@ -12,5 +12,5 @@ __all__ = ["names"]
 
 @cache
 def names() -> dict[str, Any]:
-    """The whole table, by what is named."""
+    """Return the whole table."""
     return tomllib.loads(files("sfumato.metadata").joinpath("names.toml").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""JSON metadata of InvokeAI, Fooocus, SwarmUI, NovelAI and Draw Things, each as a table of names."""
+"""JSON metadata of InvokeAI, Fooocus, SwarmUI, NovelAI and Draw Things."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from sfumato.request import GenerateRequest, Noise
 
 __all__ = ["draw_things", "dream", "fooocus", "invoke", "novel", "swarm"]
 
-# Their names for what A1111 has a name for; what is read in another way below, or only in part.
+# Their names for A1111's keys; names that are handled separately below; names that are handled only in part.
 NAMES, KNOWN, PARTLY = names()["fields"], frozenset(names()["known"]), names()["partly"]
 
 
 def _fields(told: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
-    """The fields by A1111's keys, and a sentence for all that has a value and no such key."""
+    """Return the fields by A1111's keys, and a note for each value without such a key."""
     fields = {key: _word(told[name]) for name, key in NAMES.items() if told.get(name) is not None}
     nothing = (None, "", 0, False, [], {}, "None", "Default (model)")
     names = [name for name, value in told.items() if value not in nothing and name not in (NAMES.keys() | KNOWN)]
     names += [name for name in PARTLY if told.get(name) not in nothing]
     if told.get("width") and told.get("height"):
         fields["Size"] = f"{told['width']}x{told['height']}"
-    return fields, [f"{name} is not honoured: {_word(told[name])[:100]}" for name in names]
+    return fields, [f"{name} is ignored: {_word(told[name])[:100]}" for name in names]
 
 
 def _word(value: Any) -> str:
-    if isinstance(value, dict):  # of a model, its name
+    if isinstance(value, dict):  # a model: use its name
         value = next((value[key] for key in ("model_name", "name", "model") if key in value), value)
     return str(value)
 
@@ -40,7 +40,7 @@ def _text(value: Any) -> str:
 
 
 def invoke(told: Mapping[str, Any]) -> Told:
-    """InvokeAI's `invokeai_metadata`, and the `image` of its older `sd-metadata`."""
+    """Read InvokeAI's `invokeai_metadata`, or the `image` of its older `sd-metadata`."""
     fields, notes = _fields(told)
     name = _text(told.get("scheduler") or told.get("sampler") or told.get("sampler_name"))
     if known := by_invoke(name):
@@ -49,13 +49,13 @@ def invoke(told: Mapping[str, Any]) -> Told:
     elif name:
         fields["Sampler"] = name
     prompt = told.get("prompt")
-    if isinstance(prompt, list):  # old ones hold several with weights
+    if isinstance(prompt, list):  # old versions store several prompts with weights
         prompt = ", ".join(_text(one.get("prompt")) for one in prompt if isinstance(one, dict))
     negative, positive = told.get("negative_prompt"), _text(told.get("positive_prompt")) or _text(prompt)
     if axes := "".join(axis for axis in "xy" if told.get(f"seamless_{axis}")):
         fields["Seamless"] = axes
     if isinstance(layers := told.get("clip_skip"), int) and layers > 0:
-        fields["Clip skip"] = str(layers + 1)  # which counts the last one, too
+        fields["Clip skip"] = str(layers + 1)  # this key also counts the last layer
     rng = "torch" if told.get("rand_device", "cpu") == "cpu" else "cuda"
     base = GenerateRequest(rng=rng, prompt_syntax="compel", noise=Noise(posterior="mean"))
     negative = None if negative is None else _text(negative)
@@ -63,7 +63,7 @@ def invoke(told: Mapping[str, Any]) -> Told:
 
 
 def dream(text: str) -> Told | None:
-    """InvokeAI's oldest form: the prompt in quotes, and the options of its command line."""
+    """Read InvokeAI's oldest format: the prompt in quotes, followed by command-line options."""
     found = re.match(r'\s*"((?:\\.|[^"\\])*)"(.*)', text, re.DOTALL)
     if found is None:
         return None
@@ -74,7 +74,7 @@ def dream(text: str) -> Told | None:
 
 
 def fooocus(told: Mapping[str, Any]) -> Told:
-    """Fooocus's own scheme: what it made of the words (`full_prompt`) is what was drawn."""
+    """Read Fooocus's own scheme. `full_prompt`, its expanded prompt, is the one that was used."""
     fields, notes = _fields(told)
     fields["Schedule type"] = _text(told.get("scheduler"))
     if size := re.fullmatch(r"\((\d{1,6}), (\d{1,6})\)", _text(told.get("resolution"))):
@@ -88,7 +88,7 @@ def fooocus(told: Mapping[str, Any]) -> Told:
 
 
 def swarm(told: Mapping[str, Any]) -> Told:
-    """SwarmUI's `sui_image_params`; it draws by ComfyUI."""
+    """Read SwarmUI's `sui_image_params`. SwarmUI generates images with ComfyUI."""
     fields, notes = _fields(told)
     fields = {"Sampler": "euler"} | fields | {"Schedule type": _text(told.get("scheduler", "normal"))}
     prompts = _text(told.get("prompt")), _text(told.get("negativeprompt"))
@@ -96,19 +96,19 @@ def swarm(told: Mapping[str, Any]) -> Told:
 
 
 def novel(told: Mapping[str, Any], prompt: str) -> Told:
-    """NovelAI's comment, with the description beside it."""
+    """Read NovelAI's comment and description."""
     fields, notes = _fields(told)
     schedule = _text(told.get("noise_schedule"))
     fields["Schedule type"] = "normal" if schedule in ("", "native") else schedule
     said = prompt or _text(told.get("prompt"))
     if re.search(r"[{}]|\d::", said + _text(told.get("uc"))):
-        notes.append("NovelAI's own emphasis, {…} and 1.2::…::, is drawn as plain text")
+        notes.append("NovelAI's emphasis syntax, {…} and 1.2::…::, is treated as plain text")
     base = A1111_BASE.replace(prompt_syntax="plain", rng="torch")
     return Told("NovelAI", said, _text(told.get("uc")), fields, base, tuple(notes), "a1111")
 
 
 def draw_things(told: Mapping[str, Any]) -> Told:
-    """Draw Things' JSON in EXIF's UserComment, inside XMP."""
+    """Read Draw Things' JSON, from EXIF's UserComment in XMP."""
     fields, notes = _fields(told)
     if told.get("strength") in (1, 1.0):
         fields.pop("Denoising strength", None)

@@ -23,10 +23,10 @@ HASHES = re.compile(r'(?:"lora:)?([^,:"{}]{1,200})"?: *"?([0-9a-fA-F]{8,64})\b')
 
 @dataclass(frozen=True)
 class Remembered:
-    """What a picture remembers: which program drew it, of what size it is, the request that draws it again, and what of
-    it that request does not honour.
+    """The settings in an image file.
 
-    fields: all that it says beside the prompts; recipe: our own, of a picture of ours.
+    program: the one that wrote it; size: (width, height) in pixels; request: generates the image again, as far as
+    possible; notes: what the request ignores; fields: all settings except the prompts; recipe: our own, if present.
     """
 
     program: str
@@ -38,15 +38,15 @@ class Remembered:
 
     @property
     def adapter_hashes(self) -> dict[str, str]:
-        """How the hashes of the adapters that the prompt names begin, by A1111's words and by Civitai's."""
+        """The beginnings of the hashes of the adapters in the prompt, from A1111's and Civitai's fields."""
         told = f"{self.fields.get('Hashes', '')},{self.fields.get('Lora hashes', '')}"
         return {name.strip().lower(): sha256.lower() for name, sha256 in HASHES.findall(told)}
 
 
 def remember(path: str | Path, carried: Carried | None = None) -> Remembered:
-    """Read what a PNG, JPEG, WebP or GIF says of how it was drawn; carried: what is in it, where that is read already.
+    """Read the settings in a PNG, JPEG, WebP or GIF file. carried: its metadata, if already read.
 
-    Raises `UsageError` for a file that is no picture, and for one that says nothing that is known here.
+    Raises `UsageError` if the file is not an image or contains no settings in a known format.
     """
     carried = carried or read_carried(path)
     try:
@@ -71,7 +71,7 @@ def remember(path: str | Path, carried: Carried | None = None) -> Remembered:
 
 
 def _told(carried: Carried) -> Iterator[Told | None]:
-    """What each place in the file tells; the most certain first, and EXIF before texts, as A1111 has it."""
+    """Yield the settings from each place in the file: the most reliable first, and EXIF before texts, as in A1111."""
     texts, xmp = carried.texts, carried.xmp
     for text in (*carried.comments, texts.get("parameters"), xmp.get("parameters"), xmp.get("UserComment")):
         if text:
@@ -85,12 +85,12 @@ def _told(carried: Carried) -> Iterator[Told | None]:
         yield programs.novel(_json(texts.get("Comment")), texts.get("Description", ""))
     if graph := _json(texts.get("prompt")):
         yield comfyui.parse(graph)
-    # In WebP, ComfyUI writes its graph into other tags; what a description says is worth a look at last.
+    # Try the description last.
     yield a1111.parse(texts.get("Description") or xmp.get("description") or "")
 
 
 def _of_text(text: str, texts: Any, xmp: Any) -> Told | None:
-    """A comment: A1111's lines, or the JSON of those who put it in the same place."""
+    """Parse a comment: A1111's lines, or the JSON that other programs write in the same place."""
     told = _json(text)
     if not told:
         return a1111.parse(text)

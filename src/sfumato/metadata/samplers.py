@@ -13,9 +13,9 @@ __all__ = ["SAMPLERS", "SPACINGS", "Sampler", "by_invoke", "by_name", "of_recipe
 
 
 class Sampler(NamedTuple):
-    """One sampler: our short name, A1111's with the schedule it takes for "Automatic", ComfyUI's and InvokeAI's.
+    """The names of one sampler in Sfumato, A1111, ComfyUI and InvokeAI.
 
-    note: in what ours differs.
+    spacing: the schedule that "Automatic" means in A1111; note: how ours differs.
     """
 
     name: str
@@ -38,9 +38,10 @@ def _found(key: str, name: str) -> Sampler | None:
 
 
 def by_name(name: str, schedule: str | None) -> tuple[Sampler | None, str | None]:
-    """A sampler by A1111's name and its "Schedule type", or ComfyUI's for both; and the spacing.
+    """Find a sampler and its spacing by A1111's or ComfyUI's names for sampler and schedule.
 
-    Before 1.9 A1111's name ended in the schedule, and without such an end it was uniform, whatever is automatic today.
+    Before version 1.9, A1111's sampler name ended in the schedule. Without this ending the schedule was uniform,
+    whatever "Automatic" means today.
     """
     if (end := _ENDS.search(name)) and _found("a1111", name) is None:
         name, schedule = name[: end.start()], end[1]
@@ -54,14 +55,14 @@ def by_name(name: str, schedule: str | None) -> tuple[Sampler | None, str | None
 
 
 def by_invoke(name: str) -> str | None:
-    """Our short name for InvokeAI's, which ends in "_k" where its sigmas are Karras's."""
+    """Return our short name for InvokeAI's, which ends in "_k" for Karras sigmas."""
     sampler = _found("invoke", name.removeprefix("k_").removesuffix("_k"))
     karras = "_karras" if sampler and sampler.spacing and name.endswith("_k") else ""
     return sampler and sampler.name + karras
 
 
 def of_recipe(class_name: str, config: Mapping[str, Any]) -> tuple[str, str]:
-    """A1111's names for the sampler and schedule of a recipe; ours, where it has none."""
+    """Return A1111's names for the sampler and schedule of a recipe, or ours if it has none."""
     presets = ((one.a1111, *resolve(one.name)) for one in SAMPLERS)
     tells = ("solver_order", "algorithm_type")
     name = next((name for name, kind, preset in presets if kind == class_name and all(

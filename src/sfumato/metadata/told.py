@@ -15,19 +15,19 @@ from sfumato.values import shown
 
 __all__ = ["A1111_BASE", "Told", "request_of"]
 
-# What holds of A1111's pictures and its relatives' where they do not say otherwise.
+# Defaults for images from A1111 and related programs.
 A1111_BASE = GenerateRequest(rng="cuda", prompt_syntax="a1111", noise=Noise(posterior="mean"))
-# What says something of a picture, and nothing of how to draw it from the checkpoint that is named for it.
+# Fields that only describe an image and are not needed to generate it.
 INFORMS = frozenset(names()["informs"])
 
 
 @dataclass(frozen=True)
 class Told:
-    """What a picture says, in the words of A1111's parameters whoever wrote it.
+    """The settings in an image's metadata, with A1111's keys, whichever program wrote them.
 
-    program: who did; fields: all but the prompts, as texts by A1111's keys; base: what holds where they are silent;
-    notes: what the picture needs beside, in sentences; strength: how "Denoising strength" shortens the steps, "share"
-    (int(steps · strength) of them are taken), "a1111" (one more) or "comfyui" (all of them, of a longer schedule).
+    program: the one that wrote them; fields: all except the prompts, as texts; base: defaults for missing fields;
+    notes: sentences about what the settings do not cover; strength: how "Denoising strength" reduces the steps: "share"
+    (to int(steps · strength)), "a1111" (to one more than that) or "comfyui" (not at all, but on a longer schedule).
     """
 
     program: str
@@ -39,7 +39,7 @@ class Told:
     strength: str = "a1111"
 
     def strengths(self, strength: float, steps: int) -> dict[str, Any]:
-        """The strength at which as many of the steps are taken as were there, and where need be other steps."""
+        """Return the strength, and if necessary the steps, that run the same number of steps as the program did."""
         if self.ours or self.strength == "share":
             return {"strength": strength}
         if self.strength == "comfyui":
@@ -49,27 +49,27 @@ class Told:
 
     @property
     def ours(self) -> bool:
-        """Whether Sfumato wrote it, whose words are exact."""
+        """Whether Sfumato wrote the settings, which are then exact."""
         return self.fields.get("Version", "").startswith("Sfumato")
 
 
 def request_of(told: Told) -> tuple[GenerateRequest, list[str]]:
-    """The request that draws it again, and a sentence for each thing in which that cannot be the same."""
+    """Return the request that generates the image again, and a note for each setting that it cannot reproduce."""
     base = OURS if told.ours else told.base
-    # What a second pass has in common with the first.
+    # "Use same …" means that the second pass has the same setting as the first.
     told = replace(told, fields={key: value for key, value in told.fields.items() if not value.startswith("Use same")})
     request, notes = base.replace(prompt=told.prompt, negative_prompt=told.negative_prompt), list(told.notes)
     if any(key.startswith(("Hires ", "First pass size")) for key in told.fields):
-        request = request.replace(hires=Hires(upscaler="lanczos"))  # as the first versions did; or one is not known
+        request = request.replace(hires=Hires(upscaler="lanczos"))  # for first versions and unknown upscalers
     elif "Denoising strength" in told.fields:
         notes.append("it was made from another image, which the file does not contain; give it with --image")
-    for key in sorted(told.fields.keys() - INFORMS, key=lambda key: (key != "Steps", key)):  # which others reckon with
+    for key in sorted(told.fields.keys() - INFORMS, key=lambda key: (key != "Steps", key)):  # other fields depend on it
         value = told.fields[key]
         try:
             request = read_field(key, value, request, told)
         except (UsageError, ValueError, KeyError, OverflowError):
             instead = "; Lanczos is used" if key == "Hires upscaler" else ""
-            notes.append(f"{key} is not honoured: {shown(value)}{instead}")
+            notes.append(f"{key} is ignored: {shown(value)}{instead}")
     if "Sampler" in told.fields and not told.ours:
         sampler, spacing = by_name(told.fields["Sampler"], told.fields.get("Schedule type"))
         named = " ".join(told.fields[key] for key in ("Sampler", "Schedule type") if key in told.fields)

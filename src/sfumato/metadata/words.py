@@ -1,4 +1,4 @@
-"""The keys of A1111's parameters and the request fields they mean: one table for reading and writing."""
+"""The keys of A1111's parameters and the matching request fields, in one table for reading and writing."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from sfumato.request import FreeU, GenerateRequest, GuidanceInterval, Hires, Rec
 
 __all__ = ["OURS", "read_field", "written"]
 
-# What holds of our own texts where they say nothing.
+# Defaults for our own texts.
 OURS = GenerateRequest(prompt_syntax="a1111")
 
 
 def _record(kind: Any) -> Callable[[str], Any]:
-    """A reader of records that are written as "b1: 1.5, b2: 1.6"."""
+    """Return a parser for records in the form "b1: 1.5, b2: 1.6"."""
     return lambda text: kind.from_dict({name: float(value) for name, value in re.findall(r"(\w+): ([^,]+)", text)})
 
 
 SOURCES = {"CPU": "torch", "NV": "cuda", "NumPy": "numpy", "GPU": "cuda", "cpu": "torch", "cuda": "cuda"}
-# Fields that need no more than a type or a table of words, in the order in which they are written. Where A1111 has a
-# word, it is A1111's.
+# Fields that need only a type or a table of words, in the order in which they are written. Keys and words are A1111's,
+# if it has any.
 PLAIN: Mapping[str, tuple[str, Any]] = {
     "Steps": ("steps", int), "CFG scale": ("guidance_scale", float), "Seed": ("seed", int),
     "Variation seed": ("noise.variation_seed", int), "Variation seed strength": ("noise.variation_strength", float),
@@ -43,9 +43,9 @@ PLAIN: Mapping[str, tuple[str, Any]] = {
 
 
 def written(one: GenerateRequest, size: tuple[int, int], also: Mapping[str, str]) -> dict[str, Any]:
-    """The fields of a request for one image of this size, but its prompts, by A1111's keys and in its order.
+    """Return the fields of a request for one image of this size, except its prompts, by A1111's keys, in A1111's order.
 
-    also: "Sampler", "Schedule type" and "Model" as A1111 calls them.
+    also: A1111's values for "Sampler", "Schedule type", "Model" and "Lora hashes".
     """
     one, hires = one.settled({}), one.hires
     fields = {
@@ -71,16 +71,16 @@ def written(one: GenerateRequest, size: tuple[int, int], also: Mapping[str, str]
 
 
 def _text(value: Any, kind: Any) -> Any:
-    """A value as it is written: of a table the first word for it, of a record its numbers."""
+    """Convert a value to text: its first word in a table, or the numbers of a record."""
     if isinstance(value, Record):
         return ", ".join(f"{name}: {one}" for name, one in vars(value).items() if one is not None)
     return next((word for word, one in kind.items() if one == value), None) if isinstance(kind, dict) else value
 
 
 def read_field(key: str, value: str, request: GenerateRequest, told: Any) -> GenerateRequest:
-    """The request with what one field says. Raises `KeyError` for an unknown key, `ValueError` for a wrong value.
+    """Set one field in a request. Raises `KeyError` if the key is unknown, and `ValueError` if the value is wrong.
 
-    told: a `Told`, of which it matters who wrote it, and the other fields.
+    told: the `Told` that the field is from.
     """
     if key in SPECIAL:
         return SPECIAL[key](value, request, told)
@@ -89,7 +89,7 @@ def read_field(key: str, value: str, request: GenerateRequest, told: Any) -> Gen
 
 
 def _placed(request: GenerateRequest, path: str, value: Any) -> GenerateRequest:
-    """The request with a value at a path such as "noise.step_seed"."""
+    """Set a value in a request at a path such as "noise.step_seed"."""
     first, _, last = path.partition(".")
     return request.replace(**{first: getattr(request, first).replace(**{last: value}) if last else value})
 
@@ -108,13 +108,13 @@ def _size(value: str) -> list[int]:
 
 
 def _clip_skip(value: str, request: GenerateRequest, told: Any) -> GenerateRequest:
-    """A1111 counts from the last layer, and skips them for both prompts."""
+    """A1111's value includes the last layer and applies to both prompts."""
     layers = int(value) - 1
     return request.replace(clip_skip=layers, negative_clip_skip=None if told.ours else layers) if layers else request
 
 
 def _off(value: str, request: GenerateRequest, _: Any) -> GenerateRequest:
-    """What is the same as nothing where it is so little."""
+    """Accept only values that have no effect."""
     if value.strip().lower() not in ("0", "0.0", "false", "none", "1", "1.0"):
         raise ValueError(value)
     return request
@@ -126,7 +126,7 @@ def _resized(value: str, request: GenerateRequest, _: Any) -> GenerateRequest:
 
 
 def _sampler(value: str, request: GenerateRequest, told: Any) -> GenerateRequest:
-    """That of a second pass, which ours say in our own words; with the first one's schedule where it says none."""
+    """Set the sampler of the second pass, with the first pass's schedule by default. Our own texts use other keys."""
     if told.ours:
         return request
     fields = {key.lower(): one for key, one in told.fields.items()}
@@ -138,7 +138,7 @@ def _sampler(value: str, request: GenerateRequest, told: Any) -> GenerateRequest
 
 
 def _sized(value: str, request: GenerateRequest, told: Any) -> GenerateRequest:
-    """The size of the picture; where A1111's first versions say that of the first pass, that of the second."""
+    """Set the image size. In A1111's first versions it is the size of the second pass."""
     width, height = _size(value)
     if "First pass size" in told.fields:
         request = _resized(value, request, told)
@@ -152,7 +152,7 @@ SPECIAL: Mapping[str, Callable[[str, GenerateRequest, Any], GenerateRequest]] = 
     "Hires steps": lambda value, request, _: _placed(request, "hires.steps", int(value) or None),
     "ENSD": lambda value, request, told: _placed(request, "noise.step_seed", int(value)) if int(value) or told.ours
     else request,
-    # A1111 guides the steps after a share of them, and Sfumato from a share on.
+    # A1111 applies guidance strictly after this fraction of the steps, Sfumato from the fraction on.
     "Skip Early CFG": lambda value, request, _: request.replace(
         guidance_interval=GuidanceInterval(start=math.nextafter(float(value), 1))),
 } | dict.fromkeys(("Face restoration", "Token merging ratio", "Token merging ratio hr", "Eta"), _off)  # fmt: skip

@@ -8,7 +8,7 @@ from xml.sax.saxutils import escape
 
 __all__ = ["fields_of", "packet"]
 
-# IPTC's words for a picture that a model made, and for one it made from another (cv.iptc.org/newscodes).
+# IPTC's terms for a generated image, and for one generated from another image (cv.iptc.org/newscodes).
 SOURCES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 GENERATED, COMPOSED = f"{SOURCES}trainedAlgorithmicMedia", f"{SOURCES}compositeWithTrainedAlgorithmicMedia"
 NAMESPACES = {
@@ -18,12 +18,12 @@ NAMESPACES = {
     "Iptc4xmpExt": "http://iptc.org/std/Iptc4xmpExt/2008-02-29/",
     "sfumato": "urn:sfumato:1",
 }
-# What XML cannot hold, not even escaped.
+# Characters that XML cannot contain, even escaped.
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def packet(prompt: str, *, composed: bool, version: str = "", recipe: str | None = None) -> str:
-    """A packet that marks a picture as generated, or as composed with a generated one; `recipe` is ASCII JSON."""
+    """Return a packet that marks an image as generated, or as composed with a generated one. recipe: ASCII JSON."""
     names = " ".join(f'xmlns:{name}="{uri}"' for name, uri in NAMESPACES.items())
     described = escape(NOT_XML.sub(" ", prompt))
     own = "" if recipe is None else f"<sfumato:recipe>{escape(recipe)}</sfumato:recipe>"
@@ -38,9 +38,9 @@ def packet(prompt: str, *, composed: bool, version: str = "", recipe: str | None
 
 
 def fields_of(text: str) -> dict[str, str]:
-    """The properties of a packet by their names without namespaces; none of a text that is no such packet.
+    """Return the properties of a packet by their names without namespaces; empty if the text is not a packet.
 
-    A packet that declares entities is not read: they can make a short text endless, or name files.
+    A packet that declares entities is ignored, because they can expand without limit or refer to files.
     """
     begin, end = text.find("<x:xmpmeta"), text.rfind("</x:xmpmeta>")
     if begin < 0 or end < 0 or "<!" in text:

@@ -93,7 +93,7 @@ class ControlNetModel(UNetEncoder):
         file = open_control_file(name, **options)
         wanted = control_class(file)
         if wanted != cls.__name__:
-            raise CheckpointError(f"{file.path} is no {cls.__name__}; open it with {wanted}.from_single_file")
+            raise CheckpointError(f"{file.path} is not a {cls.__name__}; open it with {wanted}.from_single_file")
         return file
 
     @property
@@ -173,14 +173,14 @@ class ControlNetModel(UNetEncoder):
         return output if return_dict else (output.down_block_res_samples, output.mid_block_res_sample)
 
     def scaled(self, added: Sequence[Tensor], scale: float, *, guess: bool) -> ControlNetOutput:
-        """What `steer` gives, times a scale and, in guess mode, one for each layer."""
+        """Scale the residuals from `steer`; in guess mode, also by a factor per layer."""
         scales = layer_scales(len(added), guess=guess and not self.config.global_pool_conditions)
         *down, middle = (one * (scale * layer) for one, layer in zip(added, scales, strict=True))
         return ControlNetOutput(tuple(down), middle)
 
 
 def zeroed(layer: Layer) -> Layer:
-    """A layer that begins with zeros."""
+    """Set a layer's weights to zero."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer

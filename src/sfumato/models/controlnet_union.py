@@ -1,4 +1,4 @@
-"""ControlNet Union: one ControlNet for several kinds of pictures, alone or together (ControlNet++, xinsir 2024)."""
+"""ControlNet Union: one ControlNet for several kinds of control images, also combined (ControlNet++, xinsir 2024)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ __all__ = ["ControlNetUnionModel"]
 
 
 class _Attention(nn.Module):
-    """An image's token attends to itself alone, so that its value is all that is read.
+    """Attention of each token only to itself, which reduces to its value projection.
 
-    As published, tokens attend along the batch, to the same picture's in other images: of one picture that is the same.
+    The published code attends along the batch, to the tokens of other images. For a single image, this is the same.
     """
 
     def __init__(self, width: int) -> None:
@@ -64,7 +64,7 @@ class _Block(nn.Module):
 
 
 class ControlNetUnionModel(ControlNetModel):
-    """A ControlNet that is told which kind of picture each one is, by its number ("mode")."""
+    """A ControlNet that takes the kind of each control image as a number, its mode."""
 
     config_class = ControlNetUnionConfig
     config: ControlNetUnionConfig  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -79,9 +79,9 @@ class ControlNetUnionModel(ControlNetModel):
         self.control_add_embedding = TimestepEmbedding(waves, self.unet_config.time_channels, "silu")
 
     def embed_all(self, pictures: Sequence[Tensor], modes: Sequence[int], scales: Sequence[float]) -> Tensor:
-        """What is added to the latents (B, C, h, w) for pictures (B, 3, H, W) of these modes, scaled. Time is no part.
+        """Encode control images (B, 3, H, W) of these modes, scaled, to (B, C, h, w). Does not depend on the timestep.
 
-        Raises `UsageError` for a mode that the network has not.
+        Raises `UsageError` if the network does not have a mode.
         """
         total = torch.zeros((), dtype=self.dtype, device=self.device)
         for picture, mode, scale in zip(pictures, modes, scales, strict=True):
@@ -96,7 +96,7 @@ class ControlNetUnionModel(ControlNetModel):
         return total
 
     def types(self, modes: Sequence[int]) -> Tensor:
-        """Which kinds of pictures there are: (1, types), 1 for those there are."""
+        """Return a vector (1, types) with 1 for the given modes."""
         found = torch.zeros(1, self.config.num_control_type, device=self.device)
         found[0, list(modes)] = 1
         return found
@@ -122,11 +122,11 @@ class ControlNetUnionModel(ControlNetModel):
         return_dict: bool = True,
         **told: Any,
     ) -> ControlNetOutput | tuple[tuple[Tensor, ...], Tensor]:
-        """What is to be added to the U-Net that is told the same.
+        """Return the residuals to add to a U-Net with the same inputs.
 
-        controlnet_cond: pictures (B, 3, 8H, 8W), of the modes `control_type_idx`; control_type (B, types): 1 for the
-        modes that there are. The scale of one picture, and from_multi, scale what is added, those of several what is
-        seen. The other arguments are as a `ControlNetModel`'s.
+        controlnet_cond: control images (B, 3, 8H, 8W) of the modes `control_type_idx`; control_type (B, types): 1 for
+        these modes. The scale applies to the residuals for one image or with from_multi, and to the images if there are
+        several. Other arguments are those of `ControlNetModel`.
         """
         count = len(controlnet_cond)
         given: Any = conditioning_scale

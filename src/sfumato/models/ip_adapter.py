@@ -126,25 +126,25 @@ class IPAdapter(nn.Module):
 
     @property
     def reads(self) -> int:
-        """Numbers of what it reads of an image: its embedding's or, of plus, each token's."""
+        """The width of its input: of the image embedding or, for plus adapters, of each token."""
         return next(layer for layer in self.image_proj.modules() if isinstance(layer, nn.Linear)).in_features
 
     def check_reads(self, encoder: CLIPVisionModelWithProjection | None) -> None:
-        """Raise `CheckpointError` unless it was trained with what such an encoder gives."""
+        """Raise `CheckpointError` unless the adapter was trained with such an image encoder."""
         if encoder is None:
             return
         gives = encoder.config.hidden_size if self.whole else encoder.config.projection_dim
         if gives != self.reads:
             raise CheckpointError(
-                f"{self.where} reads {self.reads} numbers of an image, and this image encoder gives {gives}; give the "
+                f"{self.where} needs {self.reads} values per image, but this image encoder gives {gives}; use the "
                 "encoder that the adapter was trained with"
             )
 
     @staticmethod
     def seen(encoder: CLIPVisionModelWithProjection, pixels: Tensor, *, whole: bool) -> tuple[Tensor, Tensor]:
-        """What an encoder makes of no image and of images (N, 3, S, S): embeddings or, whole, the last states but one.
+        """Encode no image, and images (N, 3, S, S): as embeddings or, if `whole`, as the second-last hidden states.
 
-        No image is one that is all zeros there, and embeddings that are all zeros here, as in training.
+        As in training, no image is an all-zero image for hidden states, and all-zero embeddings otherwise.
         """
         pixels = pixels.to(encoder.device, encoder.dtype)
         if whole:
@@ -155,7 +155,7 @@ class IPAdapter(nn.Module):
         return torch.zeros_like(embeds), embeds
 
     def tokens(self, nothing: Tensor, something: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (N, T, C) of what `seen` gives, or of what a caller has."""
+        """Project the outputs of `seen`, or a caller's own, to tokens (N, T, C)."""
         like = next(self.parameters())
         tokens = self.image_proj(torch.cat([nothing, something]).to(like)).split([len(nothing), len(something)])
         return tokens[0], tokens[1]

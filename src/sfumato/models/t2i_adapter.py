@@ -76,8 +76,8 @@ class T2IAdapter(Model):
     @classmethod
     def _open_file(cls, name: Any, **options: Any) -> SingleFile:
         file = open_control_file(name, **options)
-        if control_class(file) != cls.__name__:
-            raise CheckpointError(f"{file.path} is no T2I-Adapter; open it with {control_class(file)}.from_single_file")
+        if (wanted := control_class(file)) != cls.__name__:
+            raise CheckpointError(f"{file.path} is not a T2I-Adapter; open it with {wanted}.from_single_file")
         return file
 
     def forward(self, x: Tensor) -> list[Tensor]:

@@ -303,7 +303,7 @@ class UNetEncoder(Model):
         return Moment(time, keep=not self.is_gradient_checkpointing)
 
     def _further(self, time: Tensor, given: Mapping[str, Tensor]) -> Tensor:
-        """The embedding (B, T) with what else goes with time: nothing, but in some networks beside the U-Net."""
+        """Add further conditions to the time embedding (B, T); none here, but some ControlNets have some."""
         return time
 
     def _added(self, given: Mapping[str, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Learning-rate schedules, which training code imports from `diffusers.optimization`: each answers with a sentence."""
+"""Names of `diffusers.optimization`, such as learning-rate schedules: each raises an error that says what to use."""
 
 from __future__ import annotations
 

@@ -35,12 +35,12 @@ log = logging.getLogger("sfumato")
 
 ROLES = ("unet", "text_encoder", "text_encoder_2")
 FIND = ("weight_name", "subfolder", "cache_dir", "revision", "token", "local_files_only", "force_download")
-# Arguments of the ecosystem that change nothing here: weights are always read sparingly, and by nobody's wrapper.
+# Arguments of the ecosystem without effect here: weights are always memory-mapped, and no wrapper reads them.
 HARMLESS = ("low_cpu_mem_usage", "proxies", "metadata", "prefix", "user_agent", "mean_resizing")
 
 
 def _names(given: Any) -> list[str]:
-    """Names of adapters, of which one may stand alone. Raises `UsageError`."""
+    """Return a list of adapter names, given one name or several. Raises `UsageError`."""
     names = [given] if isinstance(given, str) else given
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
         raise UsageError(f"adapter_names must be a name or a list of names, not {shown(given)}")
@@ -50,8 +50,8 @@ def _names(given: Any) -> list[str]:
 class Adapting:
     """The methods of a pipeline for adapters (LoRA and its relatives) and embeddings (textual inversion).
 
-    Weights are merged when the pipeline draws next, from the checkpoint's own. These come back bit for bit as soon as
-    nothing is worn.
+    Adapters are merged into the weights only when the pipeline next generates. The original weights are restored bit
+    for bit as soon as no adapter is active.
     """
 
     parts: Parts
@@ -78,10 +78,10 @@ class Adapting:
     ) -> None:
         """Load an adapter of any kind and activate only this one; `set_adapters` activates several.
 
-        A file, a folder or hub id (with `weight_name`, `subfolder`), or tensors by name. adapter_name: "default_0" and
-        so on if None; hotswap: replace an adapter of the same name. partial: apply what fits if the file has unknown
-        modules or keys; use_safetensors: False allows a pickled file. Raises `CheckpointError` for a file that is
-        damaged or of another family, `UsageError` for a name that is taken.
+        Takes a file, a folder or hub id (with `weight_name`, `subfolder`), or tensors by name. adapter_name: None for
+        "default_0" and so on; hotswap: replace an adapter of the same name; partial: apply the known part of a file
+        with unknown modules or keys; use_safetensors: False allows a pickled file. Raises `CheckpointError` if the file
+        is damaged or made for another family, and `UsageError` if the name is taken.
         """
         name = adapter_name or f"default_{len(self._outfit.adapters)}"
         if name in self._outfit.adapters and not hotswap:
@@ -102,9 +102,7 @@ class Adapting:
         listed = isinstance(adapter_weights, (list, tuple))
         every = list(adapter_weights) if listed else [adapter_weights] * len(names)
         if len(every) != len(names):
-            raise UsageError(
-                f"there are {len(names)} adapter_names and {len(every)} adapter_weights; give one for each"
-            )
+            raise UsageError(f"got {len(names)} adapter_names and {len(every)} adapter_weights; pass one for each")
         adapters = dict(self._outfit.adapters)
         for name, value in zip(names, every, strict=True):
             weight, parts = weights_from(value)
@@ -156,7 +154,7 @@ class Adapting:
         safe_fusing: bool = False,
         adapter_names: Sequence[str] | None = None,
     ) -> None:
-        """Make the active adapters part of the weights, with which they are saved; calls cannot rescale them.
+        """Merge the active adapters into the weights. They are saved with the model, and calls cannot rescale them.
 
         components: the networks to change; lora_scale: multiplies the weights of the adapters; adapter_names: the
         active ones if None. `unfuse_lora` restores the checkpoint's weights bit for bit.
@@ -167,7 +165,7 @@ class Adapting:
         scale, _ = weights_from(lora_scale)
         names = list(self._outfit.active) if adapter_names is None else list(adapter_names)
         if not names:
-            raise UsageError("there is no active adapter to fuse; load one with load_lora_weights")
+            raise UsageError("no active adapter to fuse; load one with load_lora_weights")
         apart = frozenset(role for role in ROLES if role not in components)
         worn = [replace(self._named(name).scaled(scale), without=apart) for name in names]
         adapters = {
@@ -188,18 +186,18 @@ class Adapting:
         self._fit()
 
     def _shed(self) -> None:
-        """Restore the weights at once if no adapter is worn any more, for those who use the networks themselves."""
+        """Restore the weights at once if no adapter is active, for code that calls the networks directly."""
         if self._outfit.worn() == self._outfit.fused:
             self._fit()
 
     def _fit(self) -> None:
-        """Have the networks wear what is fused, and that alone, as their own."""
+        """Apply the fused adapters, and no others, to the networks, as part of their own weights."""
         self.place.dress(self.parts, self._outfit.fused)
 
     def _named(self, name: str) -> Worn:
         adapters = self._outfit.adapters
         if name not in adapters:
-            there = f"there are {', '.join(adapters)}" if adapters else "none is loaded"
+            there = f"available are {', '.join(adapters)}" if adapters else "none is loaded"
             raise UsageError(f"there is no adapter {name!r}{suggest(str(name), list(adapters))}; {there}")
         return adapters[name]
 
@@ -232,7 +230,7 @@ class Adapting:
             f"{role}.{key}": one for role, own in zip(ROLES, layers, strict=True) for key, one in (own or {}).items()
         }
         if not state or not all(isinstance(one, torch.Tensor) for one in state.values()):
-            raise UsageError("there is nothing to save: give tensors by name, such as unet_lora_layers")
+            raise UsageError("nothing to save; pass tensors by name, such as unet_lora_layers")
         if save_function is not None or not safe_serialization:
             raise UsageError("adapters are written as safetensors only; omit save_function and safe_serialization")
         settings = {
@@ -255,10 +253,10 @@ class Adapting:
     ) -> None:
         """Load textual inversion embeddings, to be used in prompts by their names.
 
-        A file, a folder or hub id, a tensor (n, C), tensors by name, or a list of these with a `token` for each. token:
-        its name; by default the name in the file, or that of the file. A file with two widths serves both text
-        encoders; text_encoder: the one to use if there are two and the file has a single width. use_safetensors: False
-        allows a pickled file. Raises `CheckpointError` for one of another family.
+        Takes a file, a folder or hub id, a tensor (n, C), tensors by name, or a list of these with a `token` for each.
+        token: the name to use in prompts (default: the name in the file, or the file's own); text_encoder: the one to
+        use if there are two and the file has vectors for only one; use_safetensors: False allows a pickled file. Raises
+        `CheckpointError` if the file is made for another family.
         """
         one = pretrained_model_name_or_path
         every = list(one) if isinstance(one, (list, tuple)) else [one]
@@ -297,7 +295,7 @@ class Adapting:
 def stored_from(
     source: Any, usual: Sequence[str], use_safetensors: bool | None, keywords: dict[str, Any], function: str
 ) -> Stored:
-    """The tensors of a source in any of the ecosystem's forms. Raises `UnknownArgument` and `CheckpointError`."""
+    """Read the tensors of a source in any of the ecosystem's forms. Raises `UnknownArgument` and `CheckpointError`."""
     for keyword in keywords:
         if keyword not in (*FIND, *HARMLESS):
             raise UnknownArgument(f"{function} has no argument {keyword!r}{suggest(keyword, FIND)}")

@@ -1,4 +1,4 @@
-"""What a request adds to a checkpoint for its own images, and how recipes record it."""
+"""The adapters and embeddings that a request adds to a checkpoint, and how recipes record them."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ log = logging.getLogger("sfumato")
 
 
 class Added:
-    """A checkpoint with what a request adds: `parts` know the new words, `worn` are the adapters.
+    """A checkpoint with a request's additions.
 
-    reports: what was applied of each file; request: with all that is worn, and the hash of each file, for a recipe.
+    parts: include the added embeddings; worn: the adapters; reports: how much of each file was applied; request: lists
+    everything that is applied, with the hash of each file, for the recipe.
     """
 
     @property
     def hashes(self) -> dict[str, str]:
-        """What other programs know the adapters by: the hash of its weights by the name of each file."""
+        """The hash of each adapter's weights, by which other programs identify it, by file name."""
         stored = [one.adapter.stored for one in self.worn]
         return {one.path.stem: one.weights_hash[:12] for one in stored if one.path is not None}
 
@@ -43,7 +44,10 @@ class Added:
 
 
 def added(parts: Parts, request: GenerateRequest) -> Added:
-    """Read the files of a request. Raises `CheckpointError` for what does not fit, `UsageError` for another file."""
+    """Read the files of a request.
+
+    Raises `CheckpointError` if a file does not fit, and `UsageError` if its hash differs from the recipe's.
+    """
     outfit = parts.outfit
     loaded = outfit.worn(request.adapter_scale)
     reports = [f"{one.adapter.stored.where}: {one.adapter.report}" for one in loaded]
@@ -70,7 +74,7 @@ def added(parts: Parts, request: GenerateRequest) -> Added:
 
 
 def read_adapters(every: Sequence[AdapterFile], networks: Mapping[str, Any]) -> tuple[Worn, ...]:
-    """The adapters of files, for networks by role, as strongly as is said. Raises as `added`."""
+    """Read adapters with their weights, for networks given by role. Raises the same errors as `added`."""
     worn = []
     for file in every:
         adapter = read_adapter(_read(file.file, file.sha256), networks, partial=file.partial)
@@ -82,7 +86,7 @@ def read_adapters(every: Sequence[AdapterFile], networks: Mapping[str, Any]) -> 
 def _read(file: str, sha256: str | None) -> Stored:
     stored = read_stored(file)
     if sha256 not in (None, stored.sha256):
-        raise UsageError(f"{file} is not the file that the recipe was made with; restore that file")
+        raise UsageError(f"{file} is not the file that the recipe was made with; restore the original")
     return stored
 
 

@@ -1,4 +1,4 @@
-"""A U-Net modified for one run, as its request asks."""
+"""Changes to the U-Net for the duration of one run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["altered", "with_switched"]
 
 @contextmanager
 def altered(unet: UNet2DConditionModel, request: GenerateRequest) -> Iterator[None]:
-    """Within the block, the U-Net has the request's FreeU, and pads circularly where the image is to be seamless."""
+    """Apply the request's FreeU to the U-Net within the block, and circular padding for seamless images."""
     before, freeu = unet.freeu, request.freeu
     if freeu is not None:
         unet.enable_freeu(s1=freeu.s1, s2=freeu.s2, b1=freeu.b1, b2=freeu.b2)
@@ -31,7 +31,7 @@ def altered(unet: UNet2DConditionModel, request: GenerateRequest) -> Iterator[No
 
 
 def with_switched(request: GenerateRequest, unet: UNet2DConditionModel) -> GenerateRequest:
-    """The request with what is switched on in the U-Net itself (`enable_freeu`), so that its recipe says so."""
+    """Add settings enabled in the U-Net itself (`enable_freeu`) to the request, so that its recipe contains them."""
     if request.freeu is not None or unet.freeu is None:
         return request
     (b1, s1), (b2, s2) = unet.freeu

@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 __all__ = ["OLDER", "not_here", "refuse", "refuse_unknown_parts", "request_from", "split_keywords", "split_places"]
 
-# How older code asks for callbacks; these stand in no signature of newer pipelines, which take them all the same.
+# The callback arguments of older code. Newer pipelines accept them too, although their signatures do not list them.
 OLDER = ("callback", "callback_steps")
 
 
 def split_keywords(
     keywords: dict[str, Any], function: str = "from_pretrained"
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is given in place of what is stored, and options of the hub. Raises `UnknownArgument` for the rest."""
+    """Split keywords into replacements for stored components, and hub options. Raises `UnknownArgument` for others."""
     keywords = without_harmless(keywords)
     hub_names = [*HubOptions.__dataclass_fields__]
     told = (*COMPONENTS, *FLAGS, "add_watermarker")
@@ -46,17 +46,17 @@ def split_keywords(
 
 
 def refuse_unknown_parts(given: Mapping[str, Any]) -> None:
-    """Raise `UsageError` for parts that show, watch or mark images, and that are not here; None is harmless."""
+    """Raise `UsageError` for components that Sfumato does not have, such as a safety checker; None is accepted."""
     if given.get("safety_checker") is not None:
         raise UsageError("Sfumato has no safety checker; omit it or pass None")
     if given.get("depth_estimator") is not None:
-        raise UsageError("Sfumato estimates no depth; omit depth_estimator, and pass a depth_map to each call")
+        raise UsageError("Sfumato has no depth estimator; omit depth_estimator, and pass a depth_map to each call")
     if given.get("add_watermarker") or given.get("watermarker") is not None:
         raise UsageError("Sfumato adds no watermark; omit it")
 
 
 def split_places(places: tuple[Any, ...], named: dict[str, Any]) -> tuple[torch.device | None, torch.dtype | None]:
-    """The device and the precision among the arguments of `to`, in any order. Raises `UsageError` for others."""
+    """Return the device and the precision from the arguments of `to`, in any order. Raises `UsageError` for others."""
     wanted = [*places, named.pop("device", None), named.pop("dtype", None), named.pop("torch_dtype", None)]
     named.pop("silence_dtype_warnings", None)
     if named:
@@ -73,7 +73,7 @@ def split_places(places: tuple[Any, ...], named: dict[str, Any]) -> tuple[torch.
 
 
 def request_from(prompt: Any, prompt_embeds: Tensor | None, *, count: int | None = 1, **values: Any) -> GenerateRequest:
-    """The request of a call. Raises `UsageError` if it says nothing of what to generate."""
+    """Create the request for a call. Raises `UsageError` if it has neither a prompt nor embeddings."""
     if prompt is None and prompt_embeds is None:
         raise UsageError("the prompt is missing; pass prompt or prompt_embeds")
     prompts: Any = prompt if prompt_embeds is None or prompt is not None else [""] * len(prompt_embeds)
@@ -81,13 +81,13 @@ def request_from(prompt: Any, prompt_embeds: Tensor | None, *, count: int | None
 
 
 def not_here(name: str) -> UnknownArgument:
-    """The error for an argument of the ecosystem's calls that Sfumato's do not have."""
+    """Return the error for an argument of the ecosystem's calls that Sfumato does not support."""
     what, here = found("argument", name) or ("an argument", "omit it")
     return UnknownArgument(f"{name} ({what}) is not in Sfumato; {here}")
 
 
 def refuse(unknown: dict[str, Any], function: Callable[..., Any]) -> None:
-    """Arguments that do not exist are an error; None, the ecosystem's way to say "not used", is harmless."""
+    """Raise `UnknownArgument` for unknown arguments. None is accepted, because the ecosystem uses it for "not used"."""
     for name, value in unknown.items():
         if value is not None and name not in OLDER:
             if found("argument", name):

@@ -13,10 +13,10 @@ __all__ = ["weights_from"]
 
 
 def weights_from(value: Any) -> tuple[float, dict[str, float]]:
-    """A weight as the ecosystem's `set_adapters` takes it: a number, or a dictionary of them by part and block.
+    """Parse a weight in the form of the ecosystem's `set_adapters`: a number, or a dictionary by part and block.
 
-    {"text_encoder": 0.5, "unet": {"down": 0.9, "mid": 1.0, "up": {"block_0": 0.6, "block_1": [0.4, 0.8, 1.0]}}}; what
-    is not named is 1. Raises `UsageError` for anything else.
+    {"text_encoder": 0.5, "unet": {"down": 0.9, "mid": 1.0, "up": {"block_0": 0.6, "block_1": [0.4, 0.8, 1.0]}}};
+    missing entries are 1. Raises `UsageError` for anything else.
     """
     if value is None:
         return 1.0, {}
@@ -25,7 +25,7 @@ def weights_from(value: Any) -> tuple[float, dict[str, float]]:
     parts: dict[str, float] = {}
     for part, inner in value.items():
         if part not in ("unet", "text_encoder", "text_encoder_2"):
-            raise UsageError(f"weights are of unet, text_encoder and text_encoder_2, not of {shown(part)}")
+            raise UsageError(f"weights must be for unet, text_encoder or text_encoder_2, not for {shown(part)}")
         if inner is None:
             continue
         if part != "unet" or not isinstance(inner, Mapping):
@@ -33,10 +33,10 @@ def weights_from(value: Any) -> tuple[float, dict[str, float]]:
             continue
         for way, blocks in inner.items():
             if way not in ("down", "mid", "up"):
-                raise UsageError(f"the blocks of the U-Net are down, mid and up, not {shown(way)}")
+                raise UsageError(f"U-Net weights must be for down, mid or up, not for {shown(way)}")
             parts |= _blocks(f"unet.{way}_block{'' if way == 'mid' else 's'}", blocks)
     if "text_encoder" in parts:
-        parts.setdefault("text_encoder_2", 1.0)  # which a request would give the weight of the first
+        parts.setdefault("text_encoder_2", 1.0)  # a request would apply the first one's weight
     return 1.0, parts
 
 
@@ -46,7 +46,7 @@ def _blocks(name: str, value: Any) -> dict[str, float]:
         for block, inner in value.items():
             number = str(block).removeprefix("block_")
             if not number.isdigit():
-                raise UsageError(f"blocks are called block_0, block_1, …, not {shown(block)}")
+                raise UsageError(f"block names must be block_0, block_1, …, not {shown(block)}")
             found |= _blocks(f"{name}.{number}", inner)
         return found
     if isinstance(value, (list, tuple)):

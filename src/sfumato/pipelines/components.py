@@ -62,17 +62,17 @@ log = logging.getLogger("sfumato")
 
 INDEX = "model_index.json"
 USUAL = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "controlnet", "scheduler")
-# What some families have beside them.
+# With the additional components of some families.
 COMPONENTS = (*USUAL, "image_encoder", "image_normalizer", "image_noising_scheduler", "low_res_scheduler", "adapter")
-# Every checkpoint has these; which text encoders it has, and with each its tokenizer, depends on its family. It has a
-# ControlNet where a pipeline was saved with one.
+# Every checkpoint has these. Its text encoders and their tokenizers depend on its family. It has a ControlNet if it was
+# saved from a pipeline with one.
 REQUIRED = ("vae", "unet", "scheduler")
 # The folders of further ControlNets and T2I-Adapters.
 MORE_CONTROLS = tuple(f"{part}_{i}" for part in ("controlnet", "adapter") for i in range(1, 16))
-# Parts of the ecosystem's pipelines that say whether an image is shown, not how it is drawn; never loaded here.
+# Components of the ecosystem's pipelines that do not affect how images are generated; never loaded here.
 ABSENT = ("safety_checker", "feature_extractor", "image_encoder")
 OPTIONAL = ("safety_checker", "feature_extractor", "depth_estimator", "watermarker")
-# What an index says of a family beside its parts.
+# Settings of a family in an index.
 FLAGS = ("force_zeros_for_empty_prompt", "requires_aesthetics_score", "max_noise_level")
 
 WITH_WEIGHTS = (Model, Several)
@@ -112,7 +112,7 @@ _TYPES: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Index:
-    """What the index of a kind of pipeline says: the class, the parts it may have, those that are never here, flags."""
+    """The contents of a pipeline class's index: the class name, its components, those never loaded here, and flags."""
 
     class_name: str
     parts: tuple[str, ...] = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
@@ -122,9 +122,10 @@ class Index:
 
 @dataclass(frozen=True)
 class ComponentFiles:
-    """Which weight files to take: a variant, and whether pickled ones are allowed; and how.
+    """Which weight files to load, and how.
 
-    copy: read weights rather than map them; later: read them only when they are needed.
+    use_safetensors: False allows pickled files; copy: read the weights instead of memory-mapping them; later: read them
+    only when they are used.
     """
 
     variant: str | None = None
@@ -136,7 +137,7 @@ class ComponentFiles:
         check_argument("variant", self.variant, str | None)
 
     def select(self, names: Sequence[str], strict: bool, skip: Sequence[str] = ()) -> list[str]:
-        """The files of a repository that a pipeline needs, but for the components in `skip`."""
+        """Return the files of a repository that a pipeline needs, except for the components in `skip`."""
         if INDEX not in names:
             raise CheckpointError(
                 f"there is no {INDEX}, so this is not a pipeline; load its components with their own classes"
@@ -162,7 +163,7 @@ class ComponentFiles:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """`model_index.json`. Raises `CheckpointError` or `ConfigError` for what it cannot say."""
+    """Read `model_index.json`. Raises `CheckpointError` or `ConfigError` if it is invalid."""
     if not (folder / INDEX).is_file() and (folder / "config.json").is_file():
         kind = read_json(folder / "config.json").get("_class_name", "network")
         raise CheckpointError(f"{folder} is one {kind}, not a whole checkpoint; give the folder of a checkpoint")
@@ -174,9 +175,9 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def component_class(folder: Path, index: Mapping[str, Any], part: str) -> Any:
-    """The class that `model_index.json` names for a component, None for a text encoder or tokenizer that is not there.
+    """Return the class that `model_index.json` names for a component; None for an optional component that is missing.
 
-    Raises `ConfigError` for a class we do not have.
+    Raises `CheckpointError` if a required component is missing, and `ConfigError` if the class is not supported.
     """
     entry = index.get(part)
     if not isinstance(entry, (list, tuple)) or len(entry) != 2 or not isinstance(entry[1], str):
@@ -192,9 +193,9 @@ def component_class(folder: Path, index: Mapping[str, Any], part: str) -> Any:
 
 
 def class_of_file(family: Family, scheduler: Mapping[str, Any], part: str) -> Any:
-    """The class of a component of a checkpoint in one file; None for one that its family has not.
+    """Return the class of a component of a single-file checkpoint; None if its family does not have the component.
 
-    Raises `ConfigError` for a scheduler that we do not have.
+    Raises `ConfigError` if the scheduler is not supported.
     """
     encoders = {one.role: one for one in family.encoders}
     if part == "scheduler":
@@ -215,7 +216,7 @@ def class_of_file(family: Family, scheduler: Mapping[str, Any], part: str) -> An
 
 
 def network_class(role: str) -> Any:
-    """The class that a network has most often."""
+    """Return the usual class of a network."""
     return _TYPES[role][0]
 
 
@@ -232,7 +233,7 @@ def check_component(part: str, value: Any) -> None:
 
 
 def choose_scheduler(name: str | None, current: Scheduler) -> Scheduler:
-    """A fresh scheduler for one run: the current one's settings in the class that a short name stands for."""
+    """Create a scheduler for one run: the class for a short name, with the current scheduler's settings."""
     if name is None:
         return type(current).from_config(current.config)
     class_name, preset = resolve(name)
@@ -240,7 +241,7 @@ def choose_scheduler(name: str | None, current: Scheduler) -> Scheduler:
 
 
 def scheduler_from_recipe(class_name: str, config: Mapping[str, Any]) -> Scheduler:
-    """The scheduler a recipe describes. Raises `UsageError` for a class that does not exist."""
+    """Create the scheduler that a recipe describes. Raises `UsageError` if its class does not exist."""
     if class_name not in _CLASSES["scheduler"]:
         raise UsageError(
             f"the recipe names a scheduler {shown(class_name)} that does not exist; the image may have been edited"
@@ -249,7 +250,7 @@ def scheduler_from_recipe(class_name: str, config: Mapping[str, Any]) -> Schedul
 
 
 def up_to_date(scheduler: Scheduler) -> Scheduler:
-    """Two settings that early checkpoints have wrong, and that the ecosystem's pipelines of those years correct."""
+    """Correct two settings that are wrong in early checkpoints, as the ecosystem's pipelines of that time do."""
     changes = {}
     if scheduler.config.get("steps_offset", 1) != 1:
         changes["steps_offset"] = 1
@@ -261,9 +262,9 @@ def up_to_date(scheduler: Scheduler) -> Scheduler:
 def save_components(
     components: Mapping[str, Any], folder: str | PathLike[str], kind: Index, flags: Mapping[str, Any], **options: Any
 ) -> None:
-    """Write all components and the index, in a form the ecosystem's own libraries read: all of it or nothing.
+    """Write all components and the index atomically, in a form that the ecosystem's libraries can read.
 
-    components: None for those that the index names and that are not there; flags: the values of its flags, and others.
+    components: None for components that the index lists but that are missing; flags: must include the index's flags.
     """
     with saving_into(folder, last=INDEX, own=(*COMPONENTS, *OPTIONAL, *MORE_CONTROLS)) as new:
         index: dict[str, Any] = {"_class_name": kind.class_name, "_diffusers_version": LAYOUT_VERSION}
@@ -277,16 +278,16 @@ def save_components(
 
 
 def entry_of(part: str, component: Any) -> list[str | None]:
-    """What an index says of a component: the library that reads it, and its class."""
+    """Return a component's entry in an index: the library that reads it, and its class."""
     if component is None:
         return [None, None]
     library = "transformers" if part.startswith(("text_encoder", "tokenizer", "image_encoder")) else "diffusers"
-    library = "stable_diffusion" if part == "image_normalizer" else library  # the module of its pipeline, there
+    library = "stable_diffusion" if part == "image_normalizer" else library  # diffusers' module of its pipeline
     return [library, type(component).__name__]
 
 
 def _has(names: Sequence[str], part: str) -> bool:
-    """Whether a repository is to have a component: of text encoder and tokenizer, both or none."""
+    """Return whether a repository must have a component. A text encoder and its tokenizer require each other."""
     if part in REQUIRED:
         return True
     if part not in COMPONENTS[:6]:

@@ -26,15 +26,15 @@ BRANCHED = ("embeds", "pooled", "sizes", "extra", "labels", "time_condition", "w
 
 @dataclass(frozen=True)
 class Conditioning:
-    """All that the U-Net is told beside the latents and the time, for each branch of guidance.
+    """All inputs of the U-Net except latents and timestep, for each branch of guidance.
 
-    embeds: (B, S, C) for each branch: the negative prompt's first and the prompt's last, or the prompt's alone where
-    there is no guidance. Prompts that are joined (`AND`) have a branch each, and weights (B, 1, 1, 1) for each of these
-    branches. All branches are one batch of one call, in this order. Where a family reads them, pooled are
-    the pooled prompts (B, P), sizes the numbers of its `sizes` (B, N); elsewhere both are empty. What else a U-Net may
-    read: extra channels (B, C, h, w) beside those of the latents, one branch for all or one each; class labels (B,) or
-    (B, N); and a time condition (B, N). steered: the networks beside the U-Net that add to it, and what they see;
-    images: what it is told of images, as of a prompt.
+    Branches are ordered from the negative prompt to the prompt; without guidance there is only the prompt's. Prompts
+    joined by `AND` have one branch each. All branches form one batch of one call, in this order.
+
+    embeds: (B, S, C) per branch; weights: (B, 1, 1, 1) per branch of joined prompts; pooled: pooled prompts (B, P), and
+    sizes: the values of the family's `sizes` (B, N), empty for families without them; extra: further channels
+    (B, C, h, w), in one branch for all or one for each; labels: class labels (B,) or (B, N); time_condition: (B, N);
+    steered: control networks and their images; images: image prompts.
     """
 
     embeds: Branches
@@ -49,31 +49,31 @@ class Conditioning:
 
     @property
     def branches(self) -> int:
-        """How many branches of guidance there are."""
+        """The number of branches of guidance."""
         return len(self.embeds)
 
     @property
     def prompts(self) -> int:
-        """How many of the branches are the prompt's."""
+        """The number of branches that belong to the prompt."""
         return max(1, len(self.weights))
 
     @property
     def pictures(self) -> int:
-        """How many images there are, B."""
+        """The number of images, B."""
         return self.embeds[-1].shape[0]
 
     @property
     def unguided(self) -> Self:
-        """The prompt's branches alone."""
+        """A copy with only the prompt's branches."""
         return self._each(lambda branches: branches[-self.prompts :])
 
     def joined(self, name: str) -> Tensor:
-        """A copy of one of the fields as one batch, such as the embeddings (branches · B, S, C)."""
+        """Return one of the fields as one batch, such as the embeddings (branches · B, S, C)."""
         return torch.cat(getattr(self, name))
 
     @property
     def with_time(self) -> dict[str, Tensor]:
-        """What goes with time, by the names that the U-Net has for it; a label that all share is one row."""
+        """The inputs of the time embedding, by the U-Net's names for them. A label that all share is one row."""
         fields = {"text_embeds": "pooled", "time_ids": "sizes", "class_labels": "labels"}
         fields |= {"timestep_cond": "time_condition"}
         told = {name: self.joined(field) for name, field in fields.items() if getattr(self, field)}
@@ -83,7 +83,7 @@ class Conditioning:
         return told
 
     def split(self, size: int) -> list[Self]:
-        """A conditioning for each `size` images; the last may have fewer."""
+        """Split into one conditioning per `size` images; the last may have fewer."""
         return [
             replace(
                 self._each(lambda branches, i=i: tuple(branch[i : i + size] for branch in branches)),
@@ -93,22 +93,22 @@ class Conditioning:
         ]
 
     def told(self, **joined: Tensor) -> Self:
-        """The same images told otherwise: fields as `joined` gives them; the prompt's branch alone ends guidance.
+        """Return a copy with other values for some fields. Values for only the prompt's branch end guidance.
 
-        Raises `UsageError` where there are more branches of embeddings than of what goes with them.
+        Raises `UsageError` if there are more branches of embeddings than of pooled prompts and sizes.
         """
         changed = replace(self, **{name: values.split(self.pictures) for name, values in joined.items()})
         count = changed.branches
-        if count < self.prompts:  # another prompt, and no longer several that are joined
+        if count < self.prompts:  # one prompt instead of several joined ones
             changed = replace(changed, weights=())
         if any(0 < len(branches) < count for branches in (changed.pooled, changed.sizes)):
-            raise UsageError("there are negative embeddings, but no negative pooled prompts and sizes; pass those too")
+            raise UsageError("got negative embeddings without negative pooled prompts and sizes; pass those too")
         return changed._each(lambda branches: branches[-count:])
 
     def prompted(self, prompts: Conditioning) -> Self:
-        """The same told by other prompts, of which `AND` may join more or fewer."""
+        """Return a copy with other prompts, which may have a different number of branches (`AND`)."""
         others, count = self.branches - self.prompts, prompts.prompts
-        # An image without a prompt reads what nothing reads.
+        # The branch of an image without a prompt gets the same embeddings as the unconditional branch.
         more = others - (prompts.branches - count)
         told = {name: own[:1] * more + own for name in ("embeds", "pooled") if (own := getattr(prompts, name))}
         beside = {name: getattr(self, name) for name in ("sizes", "labels", "time_condition")}

@@ -45,7 +45,7 @@ CLASSES: dict[str, Any] = {cls.__name__: cls for cls in (ControlNetModel, Contro
 
 @dataclass(frozen=True)
 class ControlSource:
-    """Where a network beside the U-Net comes from: a folder, or one file of which the header has been read."""
+    """The source of a control network: a folder, or a single file whose header has been read."""
 
     place: Path
     cls: Any
@@ -53,7 +53,7 @@ class ControlSource:
 
     @property
     def config(self) -> ControlNetConfig | T2IAdapterConfig:
-        """Its config."""
+        """The network's config."""
         if self.file is not None:
             return parse(self.cls.config_class, self.file.config(self.cls.role), self.place)[0]
         path = self.place / "config.json"
@@ -61,7 +61,7 @@ class ControlSource:
 
     @property
     def size(self) -> Part:
-        """Its parameters and bytes, from headers."""
+        """The network's parameters and bytes, from headers."""
         if self.file is not None:
             part = self.file.part(self.cls.role)
             return Part(part.parameters, part.bytes)
@@ -69,16 +69,16 @@ class ControlSource:
         return Part(sum(header.count for header in headers), sum(header.bytes for header in headers))
 
     def load(self, dtype: torch.dtype) -> Any:
-        """The network with its weights, on the CPU."""
+        """Load the network onto the CPU."""
         if self.file is not None:
             return self.cls.from_file(self.file, dtype=dtype)
         return self.cls.from_folder(self.place, dtype=dtype)
 
 
 def open_control(name: str, *, local_files_only: bool = True, **hub: Any) -> ControlSource:
-    """A network by folder, file or hub id; no weight is read, and by itself nothing is downloaded.
+    """Find a control network by folder, file or hub id. Reads no weights, and by default downloads nothing.
 
-    Raises `CheckpointError` for what is no such network, saying what it is instead.
+    Raises `CheckpointError` if it is not a control network, with a description of what it is instead.
     """
     hub = {"local_files_only": local_files_only, **hub}
     if is_single_file(name):
@@ -98,7 +98,7 @@ def open_control(name: str, *, local_files_only: bool = True, **hub: Any) -> Con
 
 
 def with_sizes(sizes: Sizes, request: GenerateRequest) -> Sizes:
-    """A checkpoint's sizes with those of the networks that a request runs beside its U-Net, and its image encoders."""
+    """Add the sizes of a request's control networks and image encoders to a checkpoint's sizes."""
     sources = [open_control(name) for name in dict.fromkeys(control.model for control in request.controls)]
     unet = sum((source.size for source in sources), sizes.unet)
     configs = tuple(source.config for source in sources)
@@ -112,10 +112,10 @@ def with_sizes(sizes: Sizes, request: GenerateRequest) -> Sizes:
 
 
 def with_networks(parts: Parts, place: Place, controls: Sequence[Control]) -> Parts:
-    """The parts with the networks that controls name, one for each, which are kept for the next request.
+    """Add the control networks, one for each control, to the parts. They stay loaded for the next request.
 
-    Raises `CheckpointError` for a file that is something else, and `UsageError` for one of another family, or with
-    other weights than a recipe says.
+    Raises `CheckpointError` if a file is not a control network, and `UsageError` if it is made for another family or
+    its weights differ from the recipe's.
     """
     if not (controls or parts.controls or place.kept):
         return parts
@@ -132,7 +132,7 @@ def with_networks(parts: Parts, place: Place, controls: Sequence[Control]) -> Pa
                 network.to(parts.unet.device)
             kept[key] = network
         if control.weights not in (None, fingerprint(kept[key])):
-            raise UsageError(f"{control.model} has other weights than the recipe was made with; give the right ones")
+            raise UsageError(f"the weights of {control.model} differ from the recipe's; restore the original file")
     place.kept = kept
     networks = {key[0]: network for key, network in kept.items()}
     return dataclasses.replace(parts, controlnet=None, adapter=None, controls=tuple(networks[one] for one in every))
@@ -141,10 +141,10 @@ def with_networks(parts: Parts, place: Place, controls: Sequence[Control]) -> Pa
 def steering(
     parts: Parts, controls: Sequence[Control], size: tuple[int, int]
 ) -> tuple[tuple[Steered, ...], tuple[Control, ...], list[Image], list[str]]:
-    """How each network steers images of `size` (width, height), in the order of `Parts.controls`.
+    """Prepare each network for images of `size` (width, height), in the order of `Parts.controls`.
 
-    Also the controls with the hashes of what they are, the pictures as the networks see them, and a sentence for each
-    picture that was cropped, padded or stretched. Raises `UsageError`.
+    Also returns the controls with hashes of their files, the preprocessed control images, and a note for each image
+    that was cropped, padded or stretched. Raises `UsageError`.
     """
     steered, told, pictures, notes = [], [], [], []
     for control, network in zip(controls, parts.controls, strict=True):
@@ -152,7 +152,7 @@ def steering(
         if control.sha256 not in (None, sha256):
             raise UsageError(f"{control.image} is not the image that the recipe was made with; restore it")
         picture, note = control_image(open_image(control.image), size, control.fit, control.preprocessor)
-        notes += [f"the control picture {control.image} of {note}"] if note else []
+        notes += [f"the control image {control.image} of {note}"] if note else []
         pictures.append(picture)
         told.append(control.replace(sha256=sha256, weights=fingerprint(network)))
         how: dict[str, Any] = {name: getattr(control, name) for name in ("scale", "start", "end")}
@@ -162,18 +162,16 @@ def steering(
             how["modes"] = (_mode(control, network.config.num_control_type),)
         one = steered_by(network, control_pixels(picture), **how)
         if control.layers is not None and len(control.layers) != one.count:
-            scales = f"{len(control.layers)} scales for them"
-            raise UsageError(f"this network has {one.count} layers, and there are {scales}; give one for each")
+            raise UsageError(f"got {len(control.layers)} scales for the network's {one.count} layers; give one each")
         steered.append(one)
     return united(steered), tuple(told), pictures, notes
 
 
 def _mode(control: Control, count: int) -> int:
-    """The number of a picture's kind, of those that a ControlNet Union has."""
+    """Return the number of a control image's kind in a ControlNet Union."""
     kind = control.mode or MODE_OF.get(control.preprocessor)
     if kind is None or MODES.index(kind) >= count:
         raise UsageError(
-            f"{control.model} reads {', '.join(MODES[:count])}, and has to be told which of them {control.image} is; "
-            "give the control's mode"
+            f"{control.model} reads {', '.join(MODES[:count])}; set the control's mode to the kind of {control.image}"
         )
     return MODES.index(kind)

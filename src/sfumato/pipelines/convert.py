@@ -30,11 +30,11 @@ SUFFIX = ".safetensors"
 def convert(
     source: Source, target: Path, *, dtype: torch.dtype | None = None, overwrite: bool = False
 ) -> tuple[str, ...]:
-    """Write a checkpoint into one file in the original layout if `target` ends in .safetensors, else into a folder.
+    """Write a checkpoint to one file in the original layout if `target` ends in .safetensors, else to a folder.
 
-    dtype: of all weights, each network's own if None. Both are read by the ecosystem's libraries, and are there whole
-    or not at all. Returns what a file cannot say of the checkpoint, in sentences. Raises `UsageError` for what has no
-    such layout and for a target that is there, unless `overwrite`; `OutputError` where it cannot be written.
+    Writes atomically, in layouts that the ecosystem's libraries can read. dtype: of all weights (default: each
+    network's own). Returns notes on what a file cannot store. Raises `UsageError` if the checkpoint cannot be stored in
+    this layout or the target exists (unless `overwrite`), and `OutputError` if it cannot be written.
     """
     family, in_file = source.family, target.suffix == SUFFIX
     there = target if in_file else target / INDEX
@@ -42,12 +42,12 @@ def convert(
         raise UsageError(f"{there} already exists; choose another path, or replace it with --overwrite")
     if family.more:
         raise UsageError(
-            f"{source.name} is of the family {family.title}, which has components that are not converted "
-            f"({', '.join(family.more)}); it cannot be converted"
+            f"{source.name} is of the family {family.title}, which cannot be converted, because it has components "
+            f"that are not supported here ({', '.join(family.more)})"
         )
     if in_file and source.class_of("vae") is not AutoencoderKL:
         raise UsageError(
-            f"{source.name} has an AutoencoderTiny, which cannot be written to a single file; write a folder"
+            f"{source.name} has an AutoencoderTiny, which cannot be written to a single file; write a folder instead"
         )
     components = load_components(source, dtype, {})
     scheduler = components["scheduler"].config.to_dict() | {"_class_name": type(components["scheduler"]).__name__}
@@ -72,7 +72,7 @@ def convert(
 
 
 def _index(class_name: str, family: Family) -> Index:
-    """What the index of such a pipeline says, also of one that draws what Sfumato does not."""
+    """Return the index for a pipeline class, including classes that Sfumato does not have."""
     known = {cls.__name__: cls.index for cls in DiffusionPipeline.__subclasses__()}
     if class_name in known:
         return known[class_name]

@@ -20,7 +20,9 @@ __all__ = ["DenoiseStep", "denoise"]
 
 @dataclass(frozen=True)
 class DenoiseStep:
-    """One finished step: its place, its timestep, and the latents (B, C, h, w) after it."""
+    """One finished step. index: from 0; latents (B, C, h, w): after the step; before, output: the U-Net's input and
+    prediction.
+    """
 
     index: int
     total: int
@@ -30,7 +32,7 @@ class DenoiseStep:
     output: Tensor
 
     def original(self) -> Tensor:
-        """The clean latents (B, C, h, w) that the model had in mind at this step, for previews."""
+        """Return the model's estimate of the clean latents (B, C, h, w) at this step, for previews."""
         return predict_original(self.row, self.before, self.output)
 
 
@@ -42,10 +44,10 @@ def denoise(
     stops: Callable[[int], bool] = lambda index: False,
     after: Callable[[int, int, Tensor], Tensor] | None = None,
 ) -> Generator[DenoiseStep, Tensor | None, Tensor]:
-    """Run the rows of a schedule from the given latents (B, C, h, w) to the last ones, which it returns.
+    """Run the rows of a schedule on latents (B, C, h, w), and return the final latents.
 
-    Yields after each step; latents sent back in replace those of the step. `stops` is asked before each step, counted
-    from 0, whether the loop ends there; `after` changes the latents after a step of how many, as a mask does.
+    Yields after each step; latents that are sent back replace those of the step. stops(index): called before each step;
+    ends the loop if true. after(index, total, latents): changes the latents after each step, as for a mask.
     """
     state = State(latents)
     for index, row in enumerate(rows):

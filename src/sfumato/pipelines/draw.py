@@ -37,11 +37,11 @@ def draw(
     refiner: tuple[Parts, Place] | None = None,
     seeds: Sequence[int] = (),
 ) -> Generator[Step, None, Result]:
-    """Draw a request step by step: yields each finished `Step`, and returns the `Result`.
+    """Generate a request step by step: yields each finished `Step`, and returns the `Result`.
 
-    Image i is generated with seed + i, whatever the batch, so each can be generated again alone. refiner: what goes on
-    from the request's `denoising_end`, in the rest of the same schedule, and decodes; where there is a second pass, in
-    that one (A1111's default). seeds: one for each image, if not the request's.
+    Image i uses seed + i, whatever the batch, so each image can be generated again alone. refiner: continues from the
+    request's `denoising_end` on the rest of the same schedule, and decodes; if there is a second pass, in that pass
+    (A1111's default). seeds: one per image (default: the request's).
     """
     request = with_named_adapters(request.settled(parts.settings))
     request = request.replace(seed=secrets.randbits(32) if request.seed is None else request.seed)
@@ -78,7 +78,7 @@ def draw(
 
 
 def _second_pass(first: Run, request: GenerateRequest, latents: Tensor, seeds: Sequence[int]) -> Run:
-    """What goes over the enlarged image of a run, with noise of the same seeds that begins anew."""
+    """Create the run that refines the enlarged image of the first run, with fresh noise from the same seeds."""
     unit = first.parts.vae_scale_factor
     second = request.second_pass((latents.shape[3] * unit, latents.shape[2] * unit), unit)
     image = enlarged(latents, request.hires or Hires(), unit, first.pictures)
@@ -91,14 +91,14 @@ def _second_pass(first: Run, request: GenerateRequest, latents: Tensor, seeds: S
 
 
 def _refining(request: GenerateRequest) -> GenerateRequest:
-    """What is left to a refiner of a request: the rest of it, without what is for a second text encoder."""
+    """Return the refiner's part of a request: the remaining steps, without additions and second prompts."""
     others = ("refiner", "denoising_end", "image", "mask", "width", "height", "prompt_2", "negative_prompt_2")
     added = {"adapters": (), "embeddings": (), "controls": (), "image_prompts": ()}
     return request.replace(**dict.fromkeys(others), **added, denoising_start=request.denoising_end)
 
 
 def _watched(run: Run, before: int = 0, after: Callable[[], int] = lambda: 0) -> Generator[Step, None, Tensor]:
-    """The steps of a run, counted among those that others take before and after it; returns the latents."""
+    """Yield the steps of a run, numbered together with the steps of other runs before and after it. Returns latents."""
     loop = run.latents()
     while True:
         try:

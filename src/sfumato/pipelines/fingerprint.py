@@ -12,19 +12,19 @@ if TYPE_CHECKING:
 
 __all__ = ["fingerprint"]
 
-# Values of each tensor that are looked at: enough to tell two trainings apart, few enough to cost milliseconds.
+# Number of values to read from each tensor: enough to tell two trainings apart, few enough to take only milliseconds.
 SAMPLES = 64
 
 
 def fingerprint(model: Model) -> str:
-    """A hash of names, shapes and the signs of a sample of all weights of a network, without what adapters change.
+    """Hash the names, shapes, and signs of sampled values of a network's own weights, without adapters.
 
-    Signs survive every cast between precisions, so a checkpoint has one hash in all of them; another training flips
-    some of the tens of thousands that are looked at.
+    Signs survive casts, so the hash does not depend on the precision. Further training flips some of the tens of
+    thousands of signs.
     """
     if model.fingerprint is not None:
         return model.fingerprint
-    if model.device.type == "meta" and model.can_reload:  # of a stage that another checkpoint has taken
+    if model.device.type == "meta" and model.can_reload:  # its weights have left memory
         model.reload()
         try:
             model.fingerprint = fingerprint(model)

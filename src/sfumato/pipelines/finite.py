@@ -26,11 +26,11 @@ log = logging.getLogger("sfumato")
 
 
 class FiniteWatch:
-    """Has the stages of one run computed, and looks at what comes out.
+    """Computes the stages of one run and checks their results.
 
-    A stage is named "VAE decoder" or "U-Net, step 7 of 20"; what stands before the comma is the component. One that
-    gives NaN or infinite values in half precision computes in float32 from there on, and so it does in later runs if
-    that helped. `notes` are told.
+    A stage has a name such as "VAE decoder" or "U-Net, step 7 of 20"; the part before the comma is the component. If a
+    component gives NaN or infinity in half precision, it is computed in float32 from there on, and if that helps, in
+    later runs too. Notes on this are added to `notes`.
     """
 
     def __init__(self, notes: list[str]) -> None:
@@ -40,7 +40,7 @@ class FiniteWatch:
         self._unproven: set[str] = set()
 
     def finite(self, stage: str, model: Model, compute: Callable[[], Tensor]) -> Tensor:
-        """The stage's values, all finite; `compute` is called a second time if the first ones are not.
+        """Return a stage's values, which are all finite. Calls `compute` again, in float32, if they are not.
 
         Raises `CheckpointError` if a weight of the model is not finite, and `NonFiniteError` if float32 is no better.
         """
@@ -52,7 +52,7 @@ class FiniteWatch:
         return self.finite(stage, model, compute)
 
     def step(self, stage: str, model: Model, compute: Callable[[], Tensor]) -> Tensor:
-        """The values of one of many steps: as `finite`, but where looking makes the device wait, `settle` looks."""
+        """Return the values of one of many steps. If a check would make the device wait, `settle` checks them later."""
         if self.looks_at_once(model.device):
             return self.finite(stage, model, compute)
         values = self._compute(stage, model, compute)
@@ -61,13 +61,13 @@ class FiniteWatch:
 
     @staticmethod
     def looks_at_once(device: torch.device) -> bool:
-        """Whether a flag is there as soon as it is asked for: on a CPU. Others compute while the next step is sent."""
+        """Return whether a check costs no wait: only on a CPU. Other devices compute asynchronously."""
         return device.type == "cpu"
 
     def settle(self) -> bool:
-        """Whether all steps since the last call were finite; if not, they are to be taken again, then in float32.
+        """Return whether all steps since the last call were finite. If not, the caller repeats them, in float32.
 
-        Raises as `finite` does.
+        Raises the same errors as `finite`.
         """
         pending, self._pending = self._pending, []
         if not pending or bool(torch.stack([flag for *_, flag in pending]).all()):
@@ -89,7 +89,7 @@ class FiniteWatch:
             return compute()
 
     def _repair(self, stage: str, model: Model) -> None:
-        """From here on float32, if there is hope in that."""
+        """Switch the component to float32, if that can help."""
         for name, weight in model.state_dict().items():
             if not bool(_all_finite(weight)):
                 raise CheckpointError(

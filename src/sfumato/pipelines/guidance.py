@@ -1,4 +1,4 @@
-"""The prediction that the loop asks for at each step: the U-Net's output, guided by the prompt."""
+"""The prediction for each step of the loop: the U-Net's output, guided by the prompt."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Guidance", "compose", "guide", "guide_both", "rescale"]
 
-# Micro-batches of different prompts that keep their keys and values between steps: about 8 MB each for Stable Diffusion
-# 1.5. More of them are projected again at each step, half a per cent of its time.
+# Micro-batches of different prompts that keep their keys and values between steps, about 8 MB each for Stable Diffusion
+# 1.5. If there are more, they are projected again at each step, which takes 0.5% of its time.
 KEPT = 4
 
 
@@ -37,9 +37,9 @@ def guide(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
 
 
 def compose(branches: Sequence[Tensor], weights: Branches) -> Tensor:
-    """What joined prompts predict together (arXiv 2206.01714, eq. 11): u + sum of w_i (c_i - u).
+    """Combine the predictions of joined prompts (arXiv 2206.01714, eq. 11): u + sum of w_i (c_i - u).
 
-    branches: u and then every c_i, or these alone, of which it is the mean by their positive weights.
+    branches: u followed by each c_i; or only the c_i, for their mean weighted by the positive weights.
     """
     if not weights:
         return branches[-1]
@@ -53,12 +53,12 @@ def compose(branches: Sequence[Tensor], weights: Branches) -> Tensor:
 
 
 def guide_both(none: Tensor, image: Tensor, both: Tensor, image_scale: float, scale: float) -> Tensor:
-    """Guidance by an image and a prompt (InstructPix2Pix, arXiv 2211.09800, eq. 3): towards the image, then the two."""
+    """Guidance by image and prompt (InstructPix2Pix, arXiv 2211.09800, eq. 3): towards the image, then towards both."""
     return none + image_scale * (image - none) + scale * (both - image)
 
 
 def rescale(guided: Tensor, conditional: Tensor, factor: float) -> Tensor:
-    """Bring the guided prediction back towards the conditional one's spread (arXiv 2305.08891, eq. 15 and 16)."""
+    """Rescale the guided prediction to the conditional one's standard deviation (arXiv 2305.08891, eq. 15 and 16)."""
     dims = tuple(range(1, guided.ndim))
     spread = conditional.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True)
     return factor * (guided * spread) + (1 - factor) * guided
@@ -66,7 +66,7 @@ def rescale(guided: Tensor, conditional: Tensor, factor: float) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """One micro-batch: what it is told, what the U-Net reads of that, and its extra channels for all branches."""
+    """One micro-batch: its conditioning, the U-Net's inputs from it, and the extra channels for all branches."""
 
     told: Conditioning
     read: Read
@@ -74,7 +74,7 @@ class _Part:
     _tiles: dict[tuple[int, int], _Part] = field(default_factory=dict)
 
     def within(self, row: slice, column: slice) -> _Part:
-        """The same of one tile of the latents; kept, as networks beside the U-Net read their pictures once a run."""
+        """Return the part for one tile of the latents. Cached, as control networks read their images once per run."""
         if (row.start, column.start) not in self._tiles:
             told = replace(self.told, steered=tuple(one.within(row, column) for one in self.told.steered))
             extra = None if self.extra is None else self.extra[:, :, row, column]
@@ -84,12 +84,12 @@ class _Part:
 
 @dataclass(kw_only=True)
 class Guidance:
-    """The U-Net together with what it is told.
+    """The U-Net with its conditioning.
 
-    `tell` and `steer` change what it is told between steps; a scale of at most 1 is no guidance. image_scale: of the
-    second of three branches, which reads the image alone. micro_batch: images per call of the U-Net, all if None; tile:
-    the side of the latents that it reads at once, all if None; step: which one it is, counted from 0, and of how many.
-    Predictions come back in float32 (float64 if the U-Net is), so that guidance does not round twice.
+    `tell`, `steer`, `change` and `show` change the conditioning between steps. scale: at most 1 means no guidance;
+    image_scale: for the second of three branches, which reads only the image; micro_batch: images per U-Net call (None:
+    all); tile: side of the latents' tiles (None: no tiles); step: the current step, from 0, and the number of steps.
+    Predictions are float32 (float64 for a float64 U-Net), so that guidance does not round twice.
     """
 
     unet: UNet2DConditionModel
@@ -108,7 +108,7 @@ class Guidance:
         size = self.micro_batch or x.shape[0]
         if not self._read or self._read[0].read.context.states.dtype != narrow.dtype:  # a repair changes the precision
             self._read = self._reading(size)
-        moments: dict[int, Moment] = {}  # one where nothing but time is in it, else as many as are different
+        moments: dict[int, Moment] = {}  # one if it depends only on time, else one per different input
         predicted = []
         for part, own in zip(narrow.split(size), self._read, strict=True):
             shared = id(own.read) if own.read.with_time else 0
@@ -123,7 +123,7 @@ class Guidance:
         return self.unet.moment(x, t, labels, condition, with_time or None)
 
     def _in_tiles(self, x: Tensor, t: float, moment: Moment, own: _Part) -> Tensor:
-        """The prediction tile by tile, blended where tiles overlap (MultiDiffusion, arXiv 2302.08113, eq. 5)."""
+        """Predict tile by tile, and blend overlapping tiles (MultiDiffusion, arXiv 2302.08113, eq. 5)."""
         size = max(x.shape[2:]) if self.tile is None else self.tile
         if max(x.shape[2:]) <= size:
             return self._predict(x, t, moment, own)
@@ -141,7 +141,7 @@ class Guidance:
 
     @staticmethod
     def _added(steered: Steered, x: Tensor, t: float, read: Read) -> Added:
-        """In the network's own precision, but where the U-Net is being repaired."""
+        """Compute residuals in the network's own precision, or in float32 while the U-Net is being repaired."""
         repaired = x.dtype == torch.float32 and steered.network.dtype in (torch.float16, torch.bfloat16)
         with computed_in_float32(steered.network) if repaired else nullcontext():
             return {where: [one.to(x.dtype) for one in own] for where, own in steered.added(x, t, read).items()}
@@ -152,12 +152,12 @@ class Guidance:
         if own.extra is not None:
             x = torch.cat([x.repeat(own.extra.shape[0] // x.shape[0], 1, 1, 1), own.extra], dim=1)
         output = self.unet(x, moment, own.read.context, return_dict=False, **residuals)[0]
-        if self.unet.config.is_k:  # k-diffusion's velocity has the other sign, and a variance that nobody reads
+        if self.unet.config.is_k:  # k-diffusion's velocity has the opposite sign, and an unused variance channel
             output = -output[:, :-1]
         if self._told.branches == 1:
             return output
         every = output.to(_wide(output)).chunk(self._told.branches)
-        # What the prompts are guided away from: nothing alone, or nothing and then the image without a prompt.
+        # Guidance leads away from these: the unconditional branch, and for editing also the image without a prompt.
         others = every[: -self._told.prompts]
         conditional = compose(every[max(0, len(others) - 1) :], weights)
         if not others:
@@ -173,7 +173,7 @@ class Guidance:
         return self.conditioning if self.scale > 1 else self.conditioning.unguided
 
     def _reading(self, size: int) -> list[_Part]:
-        """What each micro-batch reads; those that read the same share it, and with it what layers make of it."""
+        """Create each micro-batch's inputs. Equal inputs are shared, along with their keys and values."""
         every: list[_Part] = []
         keep, dtype = self.conditioning.pictures <= KEPT * size, self.unet.dtype
         for part in self._told.split(size):
@@ -191,13 +191,13 @@ class Guidance:
         return every
 
     def one_at_a_time(self) -> None:
-        """From here on, one image per call of the U-Net."""
+        """Use one image per U-Net call from here on."""
         self.micro_batch, self._read = 1, []
 
     def steer(self, scale: float, rescale: float) -> None:
-        """Guide otherwise from here on; a model distilled for guidance keeps to the scale it was told at first.
+        """Change the guidance from here on. A model distilled for guidance keeps its first scale.
 
-        Raises `UsageError` for guidance that begins without negative embeddings.
+        Raises `UsageError` if guidance is turned on without negative embeddings.
         """
         self.rescale = rescale
         if scale == self.scale or self.unet.config.reads_guidance:
@@ -212,22 +212,22 @@ class Guidance:
         self.scale = scale
 
     def change(self, prompts: Conditioning) -> None:
-        """Read other prompts from here on."""
+        """Use other prompts from here on."""
         self._read = []
         self.conditioning = self.conditioning.prompted(prompts)
 
     def show(self, steered: tuple[Steered, ...]) -> None:
-        """Have networks beside the U-Net steer otherwise from here on."""
+        """Use other control images from here on."""
         self._read = []
         self.conditioning = replace(self.conditioning, steered=steered)
 
     def tell(self, **joined: Tensor) -> None:
-        """Read other embeddings, pooled prompts or sizes: (B, …), which ends guidance, or (2B, …), negative first."""
+        """Use other embeddings, pooled prompts or sizes: (B, …), which ends guidance, or (2B, …), negative first."""
         self._read = []
         self.conditioning = self.conditioning.told(**joined)
 
     def _scale_condition(self, x: Tensor) -> Tensor | None:
-        """Models distilled for guidance read the scale itself (arXiv 2310.04378, section 4.2)."""
+        """Embed the guidance scale, for models distilled for guidance (arXiv 2310.04378, section 4.2); else None."""
         channels = self.unet.config.time_cond_proj_dim
         if channels is None or not self.unet.config.reads_guidance:
             return None
@@ -236,7 +236,7 @@ class Guidance:
 
 
 def _ramp(side: int, like: Tensor) -> Tensor:
-    """Weights (side,) that rise from the ends to the middle of a tile."""
+    """Return weights (side,) that increase from the ends to the middle of a tile."""
     place = torch.arange(side, dtype=torch.float32, device=like.device)
     return torch.minimum(place + 1, side - place)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["enlarged"]
 
-# How latents are interpolated, and whether what would alias is smoothed first.
+# The interpolation mode for latents, and whether to antialias.
 LATENT = {
     "latent": ("bilinear", False), "latent-antialiased": ("bilinear", True), "latent-bicubic": ("bicubic", False),
     "latent-bicubic-antialiased": ("bicubic", True), "latent-nearest": ("nearest", False),
@@ -27,9 +27,9 @@ LATENT = {
 def enlarged(
     latents: Tensor, hires: Hires, unit: int, pictures: Callable[[Tensor], list[Image.Image]]
 ) -> Tensor | list[Image.Image]:
-    """Latents (B, C, h, w) as the second pass begins with them: latents (B, C, h', w'), or images of that size.
+    """Enlarge latents (B, C, h, w) for the second pass: to latents (B, C, h', w'), or to images of that size.
 
-    unit: pixels per latent pixel; pictures: decodes latents, which only an upscaler of pixels needs.
+    unit: pixels per latent pixel; pictures: a function that decodes latents, used only by upscalers of pixels.
     """
     height, width = (side * unit for side in latents.shape[2:])
     whole, kept = hires.sizes(width, height, unit)
@@ -45,6 +45,6 @@ def enlarged(
 
 
 def _middle(whole: tuple[int, int], kept: tuple[int, int], unit: int) -> tuple[int, int, int, int]:
-    """Top, left, bottom and right of what is kept, in units."""
+    """Return top, left, bottom and right of the centered crop, in units."""
     left, top = ((more - less) // unit // 2 for more, less in zip(whole, kept, strict=True))
     return top, left, top + kept[1] // unit, left + kept[0] // unit

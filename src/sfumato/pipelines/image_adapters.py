@@ -1,4 +1,4 @@
-"""IP-Adapters under the ecosystem's names: what a pipeline loads, how strongly it is read, what images are to it."""
+"""IP-Adapters under the ecosystem's names: loading, scaling, and encoding image prompts."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ __all__ = ["ImageAdapters"]
 
 
 def _each(value: Any, count: int, name: str) -> list[Any]:
-    """A value for each of so many, where one may stand for all."""
+    """Return a list of `count` values, given one for each or one for all."""
     every = list(value) if isinstance(value, (list, tuple)) else [value]
     every = every * count if len(every) == 1 else every
     if len(every) != count:
-        raise UsageError(f"got {len(every)} of {name} for {count} IP-Adapters; give one, or one for each")
+        raise UsageError(f"got {len(every)} of {name} for {count} IP-Adapters; pass one, or one for each")
     return every
 
 
 class ImageAdapters:
-    """The methods of a pipeline for IP-Adapters; its U-Net stays as it is."""
+    """The methods of a pipeline for IP-Adapters. They do not change the U-Net."""
 
     parts: Parts
 
@@ -51,11 +51,12 @@ class ImageAdapters:
         use_safetensors: bool | None = None,
         **keywords: Any,
     ) -> None:
-        """Load one IP-Adapter or several, in the place of those that are there, and the image encoder they read.
+        """Load one or several IP-Adapters and their image encoder, replacing any that are loaded.
 
-        A file, a folder or hub id (with `subfolder` and `weight_name`), tensors by name, or lists of these.
-        image_encoder_folder: within the subfolder or, with a slash in it, the folder or hub id, or any folder; None for
-        none. use_safetensors: False allows pickled files. Raises `CheckpointError` for one that does not fit.
+        Takes a file, a folder or hub id (with `subfolder` and `weight_name`), tensors by name, or lists of these.
+        image_encoder_folder: a folder name within the subfolder; with a slash, a path within the folder or repository;
+        or the path of any folder; None for no encoder. use_safetensors: False allows pickled files. Raises
+        `CheckpointError` if an adapter does not fit.
         """
         sources = pretrained_model_name_or_path_or_dict
         sources = list(sources) if isinstance(sources, (list, tuple)) else [sources]
@@ -83,7 +84,7 @@ class ImageAdapters:
             source, inner = name, None
         elif isinstance(source, Mapping) or os.path.isfile(source):
             raise UsageError(
-                f"there is no folder {name} with the image encoder; give its path as image_encoder_folder, or None"
+                f"there is no folder {name} with the image encoder; pass its path as image_encoder_folder, or None"
             )
         else:
             inner = name if "/" in name or not folder else f"{folder}/{name}"
@@ -91,10 +92,10 @@ class ImageAdapters:
         return encoder.to(self.parts.unet.device) if self.parts.unet.device.type != "meta" else encoder
 
     def set_ip_adapter_scale(self, scale: Any) -> None:
-        """How strongly images are read: one scale for all adapters, or a list with one for each.
+        """Set the strength of image prompts: one scale for all adapters, or a list with one for each.
 
-        A number, or numbers by block, where blocks without one read nothing: {"up": {"block_0": [0.0, 1.0, 0.0]}}. Of
-        images with masks also a list with one for each.
+        A scale is a number, or numbers by block, with 0 for missing blocks: {"up": {"block_0": [0.0, 1.0, 0.0]}}. For
+        images with masks it may also be a list with one scale per image.
         """
         carried = self.parts.image_adapters
         scales = _each(scale, len(carried), "scales")
@@ -103,17 +104,17 @@ class ImageAdapters:
         self.parts = replace(self.parts, image_adapters=tuple(every))
 
     def unload_ip_adapter(self) -> None:
-        """Read no more images; the image encoder goes as well."""
+        """Unload the IP-Adapters and the image encoder."""
         self.parts = replace(self.parts, image_adapters=(), image_encoder=None)
 
     @torch.no_grad()
     def encode_image(
         self, image: Any, device: Any, num_images_per_prompt: int = 1, output_hidden_states: bool | None = None
     ) -> tuple[Tensor, Tensor]:
-        """What the image encoder makes of images, and of none: embeddings (B, D), or hidden states (B, S, C)."""
+        """Encode images, and the absence of an image, as embeddings (B, D) or hidden states (B, S, C)."""
         encoder = self.parts.image_encoder
         if encoder is None:
-            raise UsageError("there is no image encoder; load one with load_ip_adapter")
+            raise UsageError("no image encoder is loaded; load one with load_ip_adapter")
         ready = isinstance(image, torch.Tensor) and image.ndim == 4
         pixels = image if ready else clip_pixels(image, encoder.config.image_size)
         nothing, something = IPAdapter.seen(encoder, pixels, whole=bool(output_hidden_states))
@@ -128,7 +129,7 @@ class ImageAdapters:
         num_images_per_prompt: int = 1,
         do_classifier_free_guidance: bool = True,
     ) -> list[Tensor]:
-        """What calls take as `ip_adapter_image_embeds`: for each adapter (2, n, …) of n images, unguided (1, n, …)."""
+        """Return embeddings for `ip_adapter_image_embeds`: per adapter, (2, n, …) for n images; (1, n, …) unguided."""
         if ip_adapter_image_embeds is not None:
             return list(ip_adapter_image_embeds)
         adapters = self.parts.image_adapters

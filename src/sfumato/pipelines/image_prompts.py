@@ -32,7 +32,7 @@ Scale = float | dict[str, float]
 
 @dataclass(frozen=True, eq=False)
 class Carried:
-    """An adapter that a pipeline was given, and how strongly it is read; of images with masks also a scale for each."""
+    """A pipeline's IP-Adapter and its scale; for images with masks, optionally one scale per image."""
 
     adapter: IPAdapter
     scale: Scale | tuple[Scale, ...] = 1.0
@@ -40,9 +40,10 @@ class Carried:
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """An adapter, what it makes of no image and of images, (1, T, C) each, and how strongly and where it is read.
+    """An IP-Adapter with the tokens of its images.
 
-    scale: of all layers, or by the beginning of their names, with 0 for others.
+    nothing, something: tokens (1, T, C) for no image and for the images; scale: for all layers, or by the beginning of
+    layer names, with 0 for others; mask: where the images apply.
     """
 
     adapter: IPAdapter
@@ -52,7 +53,10 @@ class Seen:
     mask: Tensor | None = None
 
     def told(self, unet: UNet2DConditionModel, branches: tuple[int, int], pictures: int, states: Tensor) -> ImageTokens:
-        """For a context of so many branches of so many images, first those that do not see the image; as states are."""
+        """Return the tokens for a U-Net call, in the dtype and on the device of `states`.
+
+        branches: the number of branches without and with the image; pictures: the number of images per branch.
+        """
         rows = [self.nothing] * branches[0] + [self.something] * branches[1]
         tokens = torch.cat([row.expand(pictures, -1, -1) for row in rows]).to(states)
         matrices = self.adapter.matrices(unet)
@@ -77,10 +81,10 @@ def seen_by(
     masks: Any,
     device: torch.device,
 ) -> tuple[Seen, ...]:
-    """What the adapters of a pipeline make of a call's images, or of what was made of them (2 or 1, n, …) for each.
+    """Compute the tokens of a call's images for each of a pipeline's IP-Adapters.
 
-    images: one for each adapter, or a list of them for each; masks: for each adapter (1, n, H, W), of its n images.
-    Raises `UsageError` for others.
+    images: one image or a list of images per adapter; embeds: alternatively, embeddings (2 or 1, n, …) per adapter;
+    masks: (1, n, H, W) per adapter, for its n images. Raises `UsageError` if the numbers do not match.
     """
     if images is None and embeds is None:
         return ()
@@ -89,9 +93,7 @@ def seen_by(
     if not carried:
         raise UsageError("ip_adapter_image needs an IP-Adapter; load one with load_ip_adapter")
     if len(given) != len(carried):
-        raise UsageError(
-            f"there are {len(carried)} IP-Adapters and images for {len(given)}; pass images for each of them"
-        )
+        raise UsageError(f"got images for {len(given)} of {len(carried)} IP-Adapters; pass images for each adapter")
     every = []
     for i, (one, value) in enumerate(zip(carried, given, strict=True)):
         adapter = one.adapter.to(device, unet.dtype)
@@ -99,7 +101,7 @@ def seen_by(
         pair: Any = own.chunk(2) if embeds is not None and own.shape[0] == 2 else (own, own)
         if embeds is None:
             if encoder is None:
-                raise UsageError("there is no image encoder for ip_adapter_image; load one with load_ip_adapter")
+                raise UsageError("ip_adapter_image needs an image encoder; load one with load_ip_adapter")
             ready = isinstance(own, torch.Tensor) and own.ndim == 4
             pixels: Any = own if ready else clip_pixels(own, encoder.config.image_size)
             pair = tuple(row[None] for row in adapter.seen(encoder, pixels, whole=adapter.whole))
@@ -121,10 +123,10 @@ def seen_by(
 def see(
     unet: UNet2DConditionModel, prompts: Sequence[ImagePrompt], device: torch.device
 ) -> tuple[tuple[Seen, ...], tuple[ImagePrompt, ...]]:
-    """What each adapter makes of its image, in float32, and the prompts with the hashes of their files.
+    """Compute the tokens of a request's image prompts in float32. Also returns the prompts with their files' hashes.
 
-    The encoder is in memory for as long as it is used. Raises `CheckpointError` for files that do not fit each other or
-    the U-Net, and `UsageError` for others than a recipe says.
+    Each encoder is in memory only while it is used. Raises `CheckpointError` if files do not fit each other or the
+    U-Net, and `UsageError` if they differ from the recipe's.
     """
     every, told = [], []
     encoders: dict[str, Any] = {}

@@ -1,6 +1,6 @@
-"""Pipelines that only encode prompts: empty parts of the family stand in for those that are None.
+"""Pipelines that only encode prompts: components that are None are replaced with empty ones of the same family.
 
-They have a config but no weights, so that everything that asks a checkpoint what it is gets an answer.
+These have a config but no weights, so code that reads configs works.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
 __all__ = ["with_stand_ins"]
 
-SIZES = {"target_size": 6, "aesthetic_score": 5}  # embedded numbers, by the last of them
+SIZES = {"target_size": 6, "aesthetic_score": 5}  # the number of embedded values, by the last of them
 
 
 def with_stand_ins(given: Mapping[str, Any], family: Family | None = None, *, sized: bool) -> dict[str, Any]:
-    """Return a pipeline's parts, with `left_out` naming those for which one stands in, and the family without a U-Net.
+    """Return a pipeline's components with placeholders, their names as `left_out`, and without a U-Net the family.
 
-    given: the parts, of which REQUIRED ones may be None if there is a text encoder. family: as far as it is known.
-    sized: whether the pipeline is one for U-Nets that read pooled prompts and sizes.
+    given: the components; REQUIRED ones may be None if there is a text encoder. family: None if it is not known.
+    sized: whether the pipeline's U-Nets take pooled prompts and sizes.
     """
     encoders = [one for one in (given.get("text_encoder"), given.get("text_encoder_2")) if one is not None]
     left_out = [part for part in REQUIRED if given.get(part) is None]
     if not (left_out and encoders):
         return dict(given)
     width = sum(one.config.hidden_size for one in encoders)
-    if family is None or bool(family.sizes) != sized:  # without a U-Net's config, it is the commonest
+    if family is None or bool(family.sizes) != sized:  # without a U-Net's config, assume the most common
         like = {"addition_embed_type": "text_time" if sized else None, "cross_attention_dim": width}
         family = find(like, encoders=len(encoders))[0]
     unet = family.unet | {"cross_attention_dim": width}

@@ -71,7 +71,7 @@ def load(
         sizes = read_sizes(source)
         facts = checked(facts, sizes)
         sizes = sizes if request is None else with_sizes(sizes, request)
-        # Without a request, all that can be known is what does for the smallest image.
+        # Without a request, plan for the smallest image.
         asked = GenerateRequest(prompt="", width=64, height=64) if request is None else enlarged(sizes, request)
         planned = plan(facts, sizes, asked, wishes)
         if asked.refiner is not None and not wishes.asked("offload"):

@@ -23,7 +23,7 @@ __all__ = ["MultiAdapter", "MultiControlNetModel", "MultiControlNetUnionModel", 
 
 
 class Several(nn.Module):
-    """Several networks of a kind, whose residuals are added up; `nets` holds them."""
+    """Several networks of one kind, whose residuals are added. nets: the networks."""
 
     kind: ClassVar[type[Any]]
 
@@ -33,18 +33,21 @@ class Several(nn.Module):
 
     @staticmethod
     def of(networks: Sequence[Any]) -> Several:
-        """Those of the kind of the first."""
+        """Combine networks in the class for the kind of the first one."""
         kinds: dict[Any, Any] = {one.kind: one for one in Several.__subclasses__()}
         return kinds.get(type(next(iter(networks), None)), MultiControlNetModel)(networks)
 
     @classmethod
     def from_pretrained(cls, name: str | PathLike[str], **keywords: Any) -> Self:
-        """Load them from the folders `name`, `name_1`, `name_2`, …; keywords as of one. Raises `CheckpointError`."""
+        """Load the networks from the folders `name`, `name_1`, `name_2`, …, with the keywords for a single network.
+
+        Raises `CheckpointError`.
+        """
         return cls([cls.kind.from_pretrained(folder, **keywords) for folder in cls._folders(Path(name))])
 
     @classmethod
     def from_folder(cls, folder: Path, **options: Any) -> Self:
-        """The same of folders on this machine, with the options of `Model.from_folder`."""
+        """Load the networks from folders on this machine, with the options of `Model.from_folder`."""
         return cls([cls.kind.from_folder(one, **options) for one in cls._folders(folder)])
 
     @staticmethod
@@ -53,7 +56,10 @@ class Several(nn.Module):
         return [first, *more]
 
     def save_pretrained(self, folder: str | PathLike[str], **options: Any) -> None:
-        """Write them into the folders `folder`, `folder_1`, …; options as of one. Raises `OutputError`."""
+        """Write the networks to the folders `folder`, `folder_1`, …, with the options for a single network.
+
+        Raises `OutputError`.
+        """
         first = Path(folder)
         for i, net in enumerate(self.nets):
             cast("Model", net).save_pretrained(first.with_name(f"{first.name}_{i}") if i else first, **options)
@@ -75,7 +81,7 @@ class MultiControlNetModel(Several):
         return_dict: bool = True,
         **told: Any,
     ) -> ControlNetOutput | tuple[tuple[Tensor, ...], Tensor]:
-        """The sums of what they add; a picture and a scale for each, the rest as of one."""
+        """Return the sums of the networks' residuals. Takes one image and one scale per network."""
         down: tuple[Tensor, ...] = ()
         middle = torch.zeros((), dtype=sample.dtype, device=sample.device)
         for net, picture, scale in zip(self.nets, controlnet_cond, conditioning_scale, strict=True):
@@ -86,7 +92,7 @@ class MultiControlNetModel(Several):
 
 
 class MultiControlNetUnionModel(Several):
-    """Several ControlNets that are told the kind of their pictures."""
+    """Several ControlNet Unions, which receive the kind of each control image."""
 
     kind = ControlNetUnionModel
 
@@ -97,7 +103,7 @@ class MultiAdapter(Several):
     kind = T2IAdapter
 
     def forward(self, pictures: Sequence[Tensor], adapter_weights: Sequence[float] | None = None) -> list[Tensor]:
-        """The sums of their features, each times its weight; all weights are the same where none are given."""
+        """Return the weighted sums of the features. Default: equal weights."""
         weights = [1 / len(self.nets)] * len(self.nets) if adapter_weights is None else adapter_weights
         every = [[w * one for one in net(x)] for net, x, w in zip(self.nets, pictures, weights, strict=True)]
         return [torch.stack(same).sum(0) for same in zip(*every, strict=True)]

@@ -1,4 +1,4 @@
-"""A loaded checkpoint as a value. Everything that generates takes it; nothing that generates knows a pipeline."""
+"""A loaded checkpoint as a value. All code that generates images takes it, and knows nothing of pipelines."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ log = logging.getLogger("sfumato")
 
 @dataclass(frozen=True)
 class Reader:
-    """What reads a prompt: a text encoder by its role, its tokenizer, and how its family takes it."""
+    """A text encoder with its role, its tokenizer, and how its family uses it."""
 
     role: str
     tokenizer: CLIPTokenizer
@@ -56,15 +56,13 @@ class Reader:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Parts:
-    """What a checkpoint consists of, and what is known of it.
+    """The components and properties of a checkpoint.
 
-    family: what its parts want, found from their configs where it is not given; name: where it came from, as recipes
-    say it; suggested: the settings it asks for, as keywords of a `GenerateRequest`; words: what a small model knows,
-    None for others; options: what was said to open its file; outfit: adapters and embeddings that were added; controls:
-    the networks that run beside the U-Net, those of `controlnet` or `adapter` if it is there; image_adapters: what
-    reads images like prompts; left_out: the names of parts that were not given, for which empty ones stand in
-    (left_out.py).
-    Raises `UsageError` for a component of the wrong kind.
+    family: found from the configs if not given; name: where it came from, as written in recipes; suggested: its default
+    settings, as keywords of a `GenerateRequest`; words: the vocabulary of a small model, None for others; options: how
+    its file was opened; outfit: added adapters and embeddings; controls: the control networks, including `controlnet`
+    or `adapter` if present; image_adapters: IP-Adapters; left_out: the names of missing components, which are replaced
+    with empty ones (left_out.py). Raises `UsageError` for a component of the wrong type.
     """
 
     vae: AutoencoderKL | AutoencoderTiny
@@ -110,13 +108,13 @@ class Parts:
         self.vae.assume_scale(family.vae)
 
     def having(self, components: Mapping[str, Any]) -> Parts:
-        """The same parts but for these, which are there now if they were left out."""
+        """Return the parts with these components, which are then no longer missing."""
         left_out = self.left_out - components.keys()
-        family = self.family if left_out == self.left_out else None  # that of what stood in
+        family = self.family if left_out == self.left_out else None  # not the one of the placeholders
         return replace(self, **components, left_out=left_out, family=family)
 
     def check_whole(self) -> None:
-        """Raise `UsageError` if parts were left out, which only prompts can do without."""
+        """Raise `UsageError` if components are missing: without them, only prompts can be encoded."""
         if self.left_out:
             raise UsageError(
                 f"{' and '.join(sorted(self.left_out))} was left out (None), so only encode_prompt works; load it to "
@@ -125,16 +123,16 @@ class Parts:
 
     @property
     def lead(self) -> Model:
-        """The network whose device and precision are the checkpoint's: the U-Net, or the first if it was left out."""
+        """The network whose device and precision are the checkpoint's: the U-Net, or the first one without it."""
         return next(one for role, one in {"unet": self.unet, **self.networks}.items() if role not in self.left_out)
 
     @property
     def beside(self) -> Any:
-        """The network, or several as one, that a pipeline was made with to run beside its U-Net; None for others."""
+        """The ControlNet or T2I-Adapter that a pipeline was created with, or several as one; None if there is none."""
         return self.controlnet or self.adapter
 
     def _fitting(self, family: Family) -> Family:
-        """The family with the sizes that the U-Net was made for, as far as the width of the pooled prompt is known."""
+        """Return the family with the sizes that the U-Net expects, if the width of the pooled prompt is known."""
         config, pooled = self.unet.config, self.pooled_width
         if not family.sizes or pooled is None:
             return family
@@ -148,7 +146,7 @@ class Parts:
         )
 
     def told(self, flags: Mapping[str, Any]) -> Parts:
-        """The parts with what the ecosystem's flags say of their family."""
+        """Return a copy with the ecosystem's flags applied to the family."""
         family = self.family
         zeros, scored = flags.get("force_zeros_for_empty_prompt"), flags.get("requires_aesthetics_score")
         if zeros is not None:
@@ -167,24 +165,24 @@ class Parts:
 
     @property
     def flags(self) -> dict[str, Any]:
-        """The way back from `told`: what the ecosystem's flags are for this family."""
+        """The ecosystem's flags for this family; the inverse of `told`."""
         family = self.family
         values = (family.absent_negative == "zeros", "aesthetic_score" in family.sizes, self.max_noise_level)
         return dict(zip(FLAGS, values, strict=True))
 
     @property
     def components(self) -> dict[str, Any]:
-        """The networks, tokenizers and the scheduler that there are, by the names of their folders."""
+        """The existing networks, tokenizers and schedulers, by the names of their folders."""
         every = {component: getattr(self, component) for component in COMPONENTS}
         return {component: value for component, value in every.items() if value is not None}
 
     @property
     def networks(self) -> dict[str, Model]:
-        """The networks that there are, by their role."""
+        """The existing networks, by role."""
         return {role: network for part in NETWORKS for role, network in self.stage(part).items()}
 
     def stage(self, part: str) -> dict[str, Model]:
-        """The networks that are in memory together for a stage, by their role."""
+        """Return the networks that are in memory together for a stage, by role."""
         every = {role: getattr(self, role) for role in NETWORKS[part]}
         if part == "unet":
             every |= {f"control_{i}": network for i, network in enumerate(self.controls)}
@@ -192,12 +190,12 @@ class Parts:
 
     @property
     def adaptable(self) -> dict[str, Model]:
-        """The networks that adapters change, by their role."""
+        """The networks that adapters can change, by role."""
         return {role: network for role, network in self.networks.items() if role == "unet" or role.startswith("text")}
 
     @property
     def encoders(self) -> list[CLIPTextModel]:
-        """The text encoders, in the order in which their results stand side by side."""
+        """The text encoders, in the order in which their embeddings are concatenated."""
         return [one for one in (self.text_encoder, self.text_encoder_2) if one is not None]
 
     @property
@@ -207,7 +205,7 @@ class Parts:
 
     @property
     def readers(self) -> list[Reader]:
-        """What reads a prompt, in the same order. Raises `UsageError` where the family wants others."""
+        """The text encoders with their tokenizers, in this order. Raises `UsageError` if the family needs others."""
         wanted, roles = self.family.encoders, [role for role in self.networks if role.startswith("text")]
         if len(roles) != len(wanted) or len(self.tokenizers) != len(roles):
             raise UsageError(
@@ -219,29 +217,29 @@ class Parts:
 
     @property
     def max_noise_level(self) -> int:
-        """How noisy an image may be that an upscaler reads, of the timesteps of its scheduler."""
+        """The maximum noise level of an upscaler's input, as a timestep of its scheduler."""
         return self.family.more.get("max_noise_level", 350)
 
     def noising(self, role: str) -> Scheduler:
-        """The scheduler that adds noise to what is read, by its role; that of the family where there is none."""
+        """Return the scheduler that adds noise to an input image or embedding, by its role, or the family's default."""
         config = self.family.more.get(role, {})
         found = getattr(self, role)
         return found or getattr(schedulers, config.get("_class_name", "DDPMScheduler")).from_config(config)
 
     @property
     def pooled_width(self) -> int | None:
-        """Numbers of a pooled prompt; None where no text encoder is here that gives one."""
+        """The width of a pooled prompt; None if no text encoder produces one."""
         projecting = (one for one in self.encoders if isinstance(one, CLIPTextModelWithProjection))
         return next((one.config.projection_dim for one in projecting), None)
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens that a prompt may have, start and end included."""
+        """The maximum number of tokens of a prompt, including start and end."""
         return min((one.model_max_length for one in self.tokenizers), default=77)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What is generated with where a request leaves it open, as its fields."""
+        """The default settings for requests, as fields of a `GenerateRequest`."""
         return settings_of(self.family) | self.suggested
 
     @property
@@ -256,7 +254,7 @@ class Parts:
 
     @property
     def distilled(self) -> bool:
-        """Whether the U-Net reads the guidance scale itself (arXiv 2310.04378), so that nothing is left to guide."""
+        """Whether the U-Net takes the guidance scale as an input (arXiv 2310.04378), so that no guidance is needed."""
         return self.unet.config.reads_guidance
 
     def size_of(self, request: GenerateRequest) -> tuple[int, int]:
@@ -266,13 +264,13 @@ class Parts:
 
 
 def check_control(unet: UNet2DConditionModel, network: Any) -> None:
-    """Raise `UsageError` unless a network beside a U-Net was made for one of its kind."""
+    """Raise `UsageError` unless a control network was made for this kind of U-Net."""
     mine = unet.config
     if isinstance(network, T2IAdapter):
         widths = [out for _, out, _ in network.config.blocks]
         if tuple(widths[: len(mine.block_out_channels)]) != mine.block_out_channels:
             raise UsageError(
-                f"this T2IAdapter has features of {widths} channels, and this checkpoint's U-Net "
+                f"this T2IAdapter has features of {widths} channels, but this checkpoint's U-Net has "
                 f"{list(mine.block_out_channels)}; it was made for another family"
             )
         return
@@ -282,7 +280,7 @@ def check_control(unet: UNet2DConditionModel, network: Any) -> None:
             raise UsageError(f"{_of_another(network)}: its {key} is {getattr(its, key)}, not {getattr(mine, key)}")
     ours, theirs = mine.per_block("cross_attention_dim")[0], its.per_block("cross_attention_dim")[0]
     if ours != theirs:
-        raise UsageError(f"{_of_another(network)}: it reads prompts {theirs} wide, and this one's are {ours}")
+        raise UsageError(f"{_of_another(network)}: it reads {theirs} values per token, not {ours}")
 
 
 def _of_another(network: Any) -> str:
@@ -292,7 +290,7 @@ def _of_another(network: Any) -> str:
 
 
 def check_latents(one: Parts, other: Parts) -> None:
-    """Raise `UsageError` unless the latents of one checkpoint are the other's, too."""
+    """Raise `UsageError` unless two checkpoints have the same kind of latents."""
     kinds = ("latent_channels", "scale_factor", "scaling_factor", "latents_mean", "latents_std")
     for kind in kinds:
         mine, theirs = (getattr(parts.vae.config, kind, None) for parts in (one, other))

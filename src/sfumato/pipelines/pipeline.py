@@ -59,7 +59,7 @@ __all__ = ["DiffusionPipeline"]
 log = logging.getLogger("sfumato")
 
 T = TypeVar("T")
-# Networks beside the U-Net that a pipeline either is made with or does not take, and what they are called.
+# Control networks that a pipeline class either requires or does not accept, and their names in messages.
 BESIDE = {"controlnet": "ControlNet", "adapter": "T2I-Adapter"}
 
 
@@ -109,7 +109,7 @@ class DiffusionPipeline(Surface, Adapting, ImageAdapters):
     index: ClassVar[Index] = Index("StableDiffusionPipeline")
     output: ClassVar[type[Any]] = StableDiffusionPipelineOutput
     _corrects_scheduler: ClassVar[bool] = True
-    # Whether image to image shortens a few-step schedule by its strength, where this class and no family decides it.
+    # Whether strength shortens a few-step schedule in image-to-image, if the class decides this and not the family.
     _shortens: ClassVar[bool | None] = None
 
     def __init__(
@@ -247,14 +247,14 @@ class DiffusionPipeline(Surface, Adapting, ImageAdapters):
 
     @classmethod
     def _over(cls, parts: Parts, place: Place | None = None) -> Self:
-        """A pipeline over parts that are loaded, and stand where another's do if it is told so."""
+        """Create a pipeline from loaded parts, optionally in another pipeline's place."""
         pipeline = cls.__new__(cls)
         pipeline._begin(parts, place)
         return pipeline
 
     @classmethod
     def _for_index(cls, class_name: str, where: str) -> type[DiffusionPipeline]:
-        # Those right below this class have the ecosystem's names; the modules in `public` define them.
+        # The direct subclasses have the ecosystem's names; the modules in `public` define them.
         known = {one.__name__: one for one in DiffusionPipeline.__subclasses__()}
         if class_name not in known:
             raise ConfigError(f"{where}: {class_name} is not supported; supported are {', '.join(known)}")
@@ -262,7 +262,7 @@ class DiffusionPipeline(Surface, Adapting, ImageAdapters):
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> Self:
-        """A pipeline of this class with the components of another one, which are shared, not copied.
+        """Create a pipeline of this class from another one's components, which are shared, not copied.
 
         Raises `UsageError` for anything but a pipeline, and for a family that this class does not support.
         """
@@ -324,11 +324,11 @@ class DiffusionPipeline(Surface, Adapting, ImageAdapters):
         return self
 
     def largest_batch(self, request: GenerateRequest) -> int:
-        """How many images of a request's size fit in memory at once, given what is free now. Generates nothing."""
+        """Return how many images of a request's size fit in one batch with the memory free now. Generates nothing."""
         return self.place.largest_batch(self.parts, as_request(request))
 
     def enable_attention_slicing(self, slice_size: str | int | None = "auto") -> None:
-        """Compute attention in slices: "auto" half the heads, "max" one, or a number of heads. Same image."""
+        """Compute attention in slices of "auto" (half the heads), "max" (one), or a number. Does not change images."""
         self.place.slice_attention(self.parts, slice_size)
 
     def disable_attention_slicing(self) -> None:

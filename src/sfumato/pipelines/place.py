@@ -44,10 +44,10 @@ log = logging.getLogger("sfumato")
 
 
 class Place:
-    """How one checkpoint stands on its machine, and what its user wished for.
+    """Where the networks of a checkpoint are on this machine, and the user's preferences.
 
-    `home` is the device that each network comes to for its own stage and leaves after it, None where all stay as they
-    are; `sliced` says that the U-Net's attention is cut as its user wished; `kept` are networks of the last request.
+    home: the device that each network is moved to for its own stage, None if networks stay where they are; sliced:
+    whether the user chose attention slicing for the U-Net; kept: control networks of the last request.
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class Place:
         home: torch.device | None = None,
         faults: tuple[str, ...] = (),
     ) -> None:
-        """may_reload: networks may leave the host's memory, and come back as they are in their files.
+        """may_reload: networks may be removed from the host's memory and read from their files again.
 
-        faults: why the device is another than the machine's best, where it computes wrongly.
+        faults: reasons why the machine's best device is not used, if it computes incorrectly.
         """
         self.wishes = wishes or Wishes()
         self.may_reload = may_reload
@@ -74,7 +74,7 @@ class Place:
         self._hosts: dict[Model, dict[Tensor, Tensor]] = {}
 
     def device_of(self, parts: Parts) -> torch.device:
-        """Where images are generated: where the U-Net is, or comes to be for its stage."""
+        """Return the device that generates images: where the U-Net is, or will be for its stage."""
         return self.home or parts.lead.device
 
     def move(self, parts: Parts, device: torch.device | None, dtype: torch.dtype | None) -> None:
@@ -88,7 +88,7 @@ class Place:
             self.home = device or self.home
 
     def take_turns(self, parts: Parts, device: torch.device) -> None:
-        """Have networks be on a device for their own stage only; on a CPU, in memory, where they can be read again."""
+        """Keep each network on a device only for its own stage; on a CPU, in memory, if it can be read again."""
         if device.type == "cpu" and not self.may_reload:
             return
         self.move(parts, torch.device("cpu"), None)
@@ -96,7 +96,7 @@ class Place:
         self.wishes = dataclasses.replace(self.wishes, offload="staged")
 
     def slice_attention(self, parts: Parts, slice_size: str | int | None) -> None:
-        """Have the U-Net compute attention in slices of this size; None: as the device does it best."""
+        """Make the U-Net compute attention in slices of this size; None for the device's best way."""
         if slice_size is None:
             parts.unet.set_attention(attention_for(self.device_of(parts)))
         else:
@@ -104,13 +104,13 @@ class Place:
         self.sliced = slice_size is not None
 
     def fitted(self, parts: Parts, image: Any) -> Any:
-        """An image to start from, as it can be drawn from here: as it is, where any size can."""
+        """Return the input image in a size that this place supports; here, unchanged, as any size is supported."""
         return image
 
     def plan(self, parts: Parts, request: GenerateRequest, worn: Sequence[Worn] = ()) -> Plan | None:
-        """The plan of a run, with the device and precisions as they are; None in float64, which nobody plans for.
+        """Plan a run with the current device and precisions; None in float64, which cannot be planned.
 
-        worn: the adapters it wears. Raises `MemoryPlanError` if the request does not fit.
+        worn: the active adapters. Raises `MemoryPlanError` if the request does not fit.
         """
         known = self._known(parts, worn)
         if known is None:
@@ -120,14 +120,14 @@ class Place:
         return dataclasses.replace(found, faults=found.faults + others, reasons=found.reasons + others)
 
     def largest_batch(self, parts: Parts, request: GenerateRequest) -> int:
-        """How many images of a request's size fit into one call of the U-Net, as things are now."""
+        """Return how many images of a request's size fit into one U-Net call with the memory free now."""
         known = self._known(parts)
         if known is None:
             raise UsageError("float64 cannot be planned; move the pipeline to float32, float16 or bfloat16")
         return largest_batch(known[0], known[1], request, known[2])
 
     def _known(self, parts: Parts, worn: Sequence[Worn] = ()) -> tuple[Facts, Sizes, Wishes] | None:
-        """What a plan is made from."""
+        """Return the inputs of a plan."""
         dtypes = {part: dtype_name(next(iter(stage.values())).dtype) for part in PARTS if (stage := parts.stage(part))}
         if not {dtype_name(network.dtype) for network in parts.networks.values()} <= DTYPE_BYTES.keys():
             return None
@@ -150,9 +150,9 @@ class Place:
         return self.facts, sizes, wishes
 
     def bring(self, parts: Parts, part: str, plan: Plan | None, notes: list[str], worn: Sequence[Worn] = ()) -> None:
-        """Have the networks of a stage in memory, with the adapters they are to wear, as fast as they get.
+        """Load the networks of a stage, apply the adapters, and set them up for speed.
 
-        `notes` are told what kept them from more.
+        Reasons why a faster setup is not possible are added to `notes`.
         """
         for sentence in () if plan is None else plan.faults:
             self._say(sentence, notes)
@@ -161,22 +161,22 @@ class Place:
             self._make_ready(parts, role, plan, notes)
 
     def dress(self, parts: Parts, fused: Sequence[Worn]) -> None:
-        """Have the networks that are in memory wear this, as their own."""
+        """Apply fused adapters, and no others, to the networks in memory."""
         for role, model in parts.adaptable.items():
             if model.device.type != "meta":
                 wear(model, role, fused, fused=bool(fused))
 
     def leave(self, parts: Parts, part: str, plan: Plan | None) -> None:
-        """Let the networks of a stage leave memory after it, where the plan says so.
+        """Remove the networks of a stage from memory after it, if planned.
 
-        They go from an accelerator to the host's memory, and from there back to the file they came from.
+        They return from an accelerator to the host's memory, or from the host's memory to their file.
         """
         if plan is None or plan.offload != "staged":
             return
         for model in parts.stage(part).values():
             if model in self._hosts:
                 for tensor, host in self._hosts.pop(model).items():
-                    tensor.data = host  # the copy that it came from; what is on the accelerator is let go
+                    tensor.data = host  # back to the host's copy, which frees the accelerator's
             elif self.may_reload and model.can_reload:
                 model.fingerprint = fingerprint(model)
                 model.forget()
@@ -212,7 +212,7 @@ class Place:
                 model.fingerprint = kept
                 release_memory(self.device_of(parts))
             else:
-                pack(model, kernels)  # what adapters have changed, and what has its own weights again
+                pack(model, kernels)  # weights that adapters have changed or restored
         if is_packed(model) and model._compiled_call_impl is not None:
             model._compiled_call_impl = None  # Inductor cannot lower packed layers
             self._say("torch.compile is not used: it does not speed up the onednn engine", notes)
@@ -230,7 +230,7 @@ class Place:
             return None
 
     def _say(self, note: str, notes: list[str]) -> None:
-        """In every result, and once in the log."""
+        """Add a note to every result, and log it once."""
         notes += [] if note in notes else [note]
         if note not in self._said:
             log.warning("%s", note)
@@ -238,9 +238,9 @@ class Place:
 
 
 def to_accelerator(model: Model, device: torch.device) -> dict[Tensor, Tensor]:
-    """Copy a model to a device and return its tensors' copies in the host's memory, to go back to without a copy.
+    """Copy a model to a device. Returns its tensors' copies in the host's memory, to restore without copying.
 
-    On CUDA they are pinned, so that the copies run beside what the host does next.
+    On CUDA they are pinned, so that the transfer is asynchronous.
     """
     hosts: dict[Tensor, Tensor] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -266,7 +266,7 @@ def _attention(model: Model, plan: Plan, kernels: Kernels | None) -> Any:
 
 
 def _convolve_singly(model: Model, singly: bool) -> None:
-    """Have convolutions take the images of a batch one at a time, or all at once."""
+    """Make convolutions process the images of a batch one at a time, or all at once."""
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
             layer.__dict__.pop("_conv_forward", None)
@@ -285,7 +285,7 @@ def _sizes(parts: Parts, worn: Sequence[Worn]) -> Sizes:
         values[part] = Part(0, 0)
         for model in parts.stage(part).values():
             projected = isinstance(model, CLIPTextModelWithProjection)
-            numbers = count_parameters(model.config, projected=projected)  # a packed model has fewer, one away none
+            numbers = count_parameters(model.config, projected=projected)  # it may be packed or on the meta device
             values[part] += Part(numbers, numbers * model.dtype.itemsize)
     return Sizes(
         name=parts.name,

@@ -15,13 +15,13 @@ __all__ = ["Bar", "Progress"]
 
 @dataclass
 class Bar:
-    """One bar, made when the number of steps is known."""
+    """A progress bar, created when the number of steps is known."""
 
     config: Mapping[str, Any]
     bar: Any = None
 
     def advance(self, done: int, total: int) -> None:
-        """Show that `done` of `total` model calls are finished."""
+        """Show that `done` of `total` U-Net calls are finished."""
         if self.bar is None:
             from tqdm.auto import tqdm
 
@@ -32,13 +32,13 @@ class Bar:
 
 @dataclass(frozen=True)
 class Progress:
-    """How bars look; the settings are `tqdm`'s."""
+    """The settings of progress bars, which are `tqdm`'s arguments."""
 
     config: Mapping[str, Any] = field(default_factory=dict)
 
     @contextmanager
     def bar(self) -> Iterator[Bar]:
-        """A bar that is closed whatever happens."""
+        """Create a bar that is closed at the end of the block."""
         bar = Bar(self.config)
         try:
             yield bar

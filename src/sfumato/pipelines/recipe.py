@@ -36,10 +36,10 @@ def describe(
     refiner: Parts | None = None,
     adapters: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """A recipe for each image: a request for it alone, and everything else its pixels depend on.
+    """Return a recipe for each image: a request for this image only, and all else that determines its pixels.
 
-    scheduler and device: what the run used; notes: what it did without being asked; refiner: what took over; adapters:
-    the hashes that other programs know them by.
+    scheduler, device: those of the run; notes: the run's notes; refiner: the checkpoint that took over; adapters: the
+    hashes by which other programs identify them, by name.
     """
     shared = {
         "model": {"name": parts.name, "weights": weights_hash(parts)}
@@ -63,9 +63,9 @@ def describe(
 
 
 def checked(recipe: Mapping[str, Any], where: object) -> tuple[GenerateRequest, Scheduler]:
-    """The request and the scheduler of a recipe, all of whose parts are there and of their type.
+    """Return the request and the scheduler of a recipe after checking that it is complete and valid.
 
-    Raises `UsageError` naming `where` the recipe stands, and the part that is not so.
+    Raises `UsageError`, which names the file (`where`) and the part that is wrong.
     """
     wanted: dict[str, dict[str, Any]] = {"model": {"name": str, "weights": str}}
     wanted |= {"scheduler": {"class": str, "config": dict[str, Any]}}
@@ -79,16 +79,18 @@ def checked(recipe: Mapping[str, Any], where: object) -> tuple[GenerateRequest, 
         for one in files if isinstance(files, list | tuple) else (files,):
             if not (isinstance(one, dict) and isinstance(one.get("sha256"), str)):
                 raise UsageError(
-                    f"the recipe of {where} does not say which files its {name} are; the image may have been edited"
+                    f"the recipe of {where} does not identify the files of its {name}; the image may have been edited"
                 )
     for control in recipe["request"].get("controls") or ():
         if not (isinstance(control, dict) and {"sha256", "weights"} <= control.keys()):
             raise UsageError(
-                f"the recipe of {where} does not say which files its controls are; the image may have been edited"
+                f"the recipe of {where} does not identify the files of its controls; the image may have been edited"
             )
     for prompt in recipe["request"].get("image_prompts") or ():
         if not (isinstance(prompt, dict) and "hashes" in prompt):
-            raise UsageError(f"the recipe of {where} does not say which images it was prompted with; it may be edited")
+            raise UsageError(
+                f"the recipe of {where} does not identify its image prompts; the image may have been edited"
+            )
     try:
         check_value("", "dtype", recipe.get("dtype"), str)
         for key, kinds in wanted.items():
@@ -105,24 +107,24 @@ def checked(recipe: Mapping[str, Any], where: object) -> tuple[GenerateRequest, 
 
 
 def pictures(request: Mapping[str, Any]) -> dict[str, str]:
-    """The image files that the request of a recipe names, by what they are, as far as it is what it must be."""
+    """Return the image files that a recipe's request names, by field. Ignores values of the wrong type."""
     mask = request.get("mask")
     named = dict(request) | {"mask": mask.get("file") if isinstance(mask, dict) else None}
     return {name: file for name in ("image", "mask", "depth") if isinstance(file := named.get(name), str)}
 
 
 def weights_hash(parts: Parts) -> str:
-    """The hash of a whole checkpoint: that of its networks' fingerprints."""
+    """Return the hash of a checkpoint, computed from its networks' fingerprints."""
     return joined_hash({part: fingerprint(network) for part, network in parts.networks.items()})
 
 
 def model_digest(parts: Parts) -> str:
-    """A hash of all that a checkpoint brings to an image: its weights and its scheduler."""
+    """Return a hash of everything in a checkpoint that affects images: its weights and its scheduler."""
     text = json.dumps([type(parts.scheduler).__name__, parts.scheduler.config.to_dict()], sort_keys=True, default=str)
     return hashlib.sha256((weights_hash(parts) + text).encode()).hexdigest()[:32]
 
 
 def joined_hash(fingerprints: Mapping[str, str]) -> str:
-    """The hash of a whole checkpoint, from the fingerprints of its networks by name."""
+    """Return the hash of a checkpoint from its networks' fingerprints, given by role."""
     roles = [role for part in NETWORKS.values() for role in part if role in fingerprints]
     return hashlib.sha256("".join(fingerprints[role] for role in roles).encode()).hexdigest()[:32]

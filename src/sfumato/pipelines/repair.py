@@ -1,6 +1,6 @@
-"""Repairs a stage whose values left their precision's range: float32 compute, remembered where it helped.
+"""Repairs a stage whose values exceed their precision's range, by computing in float32.
 
-The memory is a small file in the cache.
+A small file in the cache records where this helped.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 
 __all__ = ["computed_in_float32", "recall", "remember", "saved_randomness"]
 
-# Where in the cache it is kept which components of which checkpoints need float32.
+# The cache file that lists which components of which checkpoints need float32.
 MEMORY = "float32.json"
 
 
 @contextmanager
 def computed_in_float32(model: Model) -> Iterator[None]:
-    """Within the block the model computes in float32; its weights stay as they are, but for packed ones: unpacked.
+    """Make a model compute in float32 within the block. Its weights are unpacked, but otherwise do not change.
 
-    Each layer casts its own weights for its own call, so that beside the model only one layer is ever held in float32.
-    A compiled model computes eagerly, as what was compiled reads the weights themselves.
+    Each layer casts its weights for each call, so that only one layer at a time needs memory for float32 copies. A
+    compiled model runs eagerly, because compiled code reads the stored weights.
     """
     unpack(model)
     layers = [layer for layer in model.modules() if any(True for _ in layer.parameters(recurse=False))]
@@ -66,9 +66,9 @@ def _widened(value: Any) -> Any:
 
 
 def saved_randomness(generators: Generators, device: torch.device) -> Callable[[], None]:
-    """Remember where random numbers stand now; calling the result goes back there.
+    """Save the state of the generators. Calling the result restores it.
 
-    For no generators: torch's own, of the CPU and of the device.
+    Without generators, applies to torch's global ones, of the CPU and of the device.
     """
     saved: list[tuple[Callable[[Any], Any], Any]] = []
     if generators is None:
@@ -89,13 +89,13 @@ def saved_randomness(generators: Generators, device: torch.device) -> Callable[[
 
 
 def recall(component: str, model: Model) -> bool:
-    """Whether this component of this checkpoint has needed float32 before, on this kind of device in this precision."""
+    """Return whether this component needed float32 before, on this type of device and in this precision."""
     known = _read().get(_place(component, model))
     return bool(known) and fingerprint(model) in known
 
 
 def remember(component: str, model: Model) -> None:
-    """Keep for later runs that this component needs float32 here."""
+    """Record for later runs that this component needs float32 here."""
     values, place = _read(), _place(component, model)
     values[place] = sorted({*values.get(place, ()), fingerprint(model)})
     keep(MEMORY, values)

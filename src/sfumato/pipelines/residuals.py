@@ -1,4 +1,4 @@
-"""What control networks add to the U-Net: ControlNet residuals, and T2I-Adapter features in the encoder."""
+"""The outputs of control networks: ControlNet residuals and T2I-Adapter features, which are added in the U-Net."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Added", "Featured", "Read", "Steered", "United", "steered_by", "together", "united"]
 
-# Residuals by where the U-Net adds them, in the words of its arguments.
+# Residuals by the U-Net's argument that adds them.
 Added = dict[str, list["Tensor"]]
 SKIPS, MIDDLE, WITHIN = (
     "down_block_additional_residuals", "mid_block_additional_residual", "down_intrablock_additional_residuals",
@@ -29,7 +29,10 @@ SKIPS, MIDDLE, WITHIN = (
 
 @dataclass(frozen=True, eq=False)
 class Read:
-    """What one micro-batch reads: the prompts, and what goes with time; prompts: how many branches are the prompt's."""
+    """The inputs of one micro-batch.
+
+    context: the prompts' embeddings; with_time: inputs of the time embedding; prompts: number of the prompt's branches.
+    """
 
     context: Context
     with_time: dict[str, Tensor]
@@ -37,16 +40,16 @@ class Read:
 
     @property
     def added(self) -> dict[str, Tensor] | None:
-        """Pooled prompts and sizes, which networks beside the U-Net read as well; None where there are none."""
+        """Pooled prompts and sizes, which control networks read too; None if there are none."""
         return {name: self.with_time[name] for name in ("text_embeds", "time_ids") if name in self.with_time} or None
 
     def reads(self, states: Tensor, with_time: dict[str, Tensor]) -> bool:
-        """Whether that is the same."""
+        """Return whether these inputs are the same."""
         same = (torch.equal(self.with_time[name], value) for name, value in with_time.items())
         return torch.equal(self.context.states, states) and all(same)
 
     def of_prompt(self, count: int) -> Read:
-        """The same of the prompts alone, without what they are guided away from; count: how many images there are."""
+        """Return the inputs of only the prompt's branches. count: number of images."""
         count *= self.prompts
         if self.context.states.shape[0] == count:
             return self
@@ -63,10 +66,11 @@ class Read:
 
 @dataclass(frozen=True, eq=False)
 class Steered:
-    """A network beside the U-Net, what it sees, and how strongly and when it steers.
+    """A control network with its control images.
 
-    pictures (1 or B, C, H, W), in [0, 1] as a rule; start and end: shares of the steps; layers: a factor for each
-    residual, empty for 1 each; guess: the prompt's half of guidance alone, the shallow layers less.
+    pictures: (1 or B, C, H, W), usually in [0, 1]; scale: its strength; start, end: the fractions of the steps between
+    which it is active; layers: a factor for each residual (empty: 1 for each); guess: guess mode, which affects only
+    the prompt's branch, and shallow layers less.
     """
 
     network: Any
@@ -78,14 +82,14 @@ class Steered:
     guess: bool = False
 
     def active(self, step: int, steps: int) -> bool:
-        """Whether it steers in a step, counted from 0; where it does not, it is not computed."""
+        """Return whether the network is active in a step, counted from 0. Inactive networks are not computed."""
         outside = step / steps < self.start or (step + 1) / steps > self.end
         return not outside and self.scale != 0
 
     def of(self, count: int, latents: Tensor) -> Self:
-        """The same for `count` images with these latents, several of which may be of one prompt.
+        """Return a copy for `count` images with these latents, possibly several per prompt.
 
-        Raises `UsageError` for pictures of another number or size.
+        Raises `UsageError` if the control images have the wrong number or size.
         """
         config, there = self.network.config, self.pictures.shape[0]
         wanted = (self.channels, *(config.factor * side for side in latents.shape[2:]))
@@ -93,28 +97,28 @@ class Steered:
             raise UsageError(f"got {there} control images for {count} images; pass one, or one per prompt")
         if tuple(self.pictures.shape[1:]) != wanted:
             shape = tuple(self.pictures.shape[1:])
-            raise UsageError(f"the control image is {shape} (channels, height, width), and it must be {wanted}")
+            raise UsageError(f"the control image must be {wanted} (channels, height, width), not {shape}")
         pictures = self.pictures if there == 1 else self.pictures.repeat_interleave(count // there, dim=0)
         return replace(self, pictures=pictures)
 
     def part(self, begin: int, size: int) -> Self:
-        """The same for some of the images."""
+        """Return a copy for some of the images."""
         return self if self.pictures.shape[0] == 1 else replace(self, pictures=self.pictures[begin : begin + size])
 
     def within(self, row: slice, column: slice) -> Self:
-        """The same of a tile of the latents."""
+        """Return a copy for a tile of the latents."""
         factor = self.network.config.factor
         rows, columns = (slice(factor * one.start, factor * one.stop) for one in (row, column))
         return replace(self, pictures=self.pictures[:, :, rows, columns])
 
     @property
     def channels(self) -> int:
-        """Channels of what the network sees."""
+        """The number of channels of the control image."""
         return self.network.config.conditioning_channels
 
     @cached_property
     def hint(self) -> Any:
-        """What the network makes of the pictures, whatever the step."""
+        """The embedding of the control images, which is the same for all steps."""
         pictures = self.pictures.to(self.network.device, self.network.dtype)
         return self._embedded(pictures.contiguous(memory_format=torch.channels_last))
 
@@ -126,11 +130,11 @@ class Steered:
 
     @property
     def count(self) -> int:
-        """How many residuals there are."""
+        """The number of residuals."""
         return len(self.network.controlnet_down_blocks) + 1
 
     def added(self, x: Tensor, t: float, read: Read) -> Added:
-        """What is added for scaled latents x (B, C, h, w) at timestep t: to each skip connection, and to the middle."""
+        """Compute residuals for scaled latents x (B, C, h, w) at timestep t: for skip connections, and the middle."""
         network: ControlNetModel = self.network
         x, hint, whole = x.to(network.dtype), self.hint.to(network.dtype), read.context
         if self.guess:
@@ -150,9 +154,9 @@ class Steered:
 
 @dataclass(frozen=True, eq=False)
 class United(Steered):
-    """The same of a ControlNet Union, which sees several pictures at once, side by side along their channels.
+    """A ControlNet Union, which reads several control images at once, concatenated along their channels.
 
-    modes: the kind of each picture; shares: how strongly each is seen, where there are several.
+    modes: the kind of each image; shares: the strength of each, if there are several.
     """
 
     modes: tuple[int, ...] = (0,)
@@ -160,12 +164,12 @@ class United(Steered):
 
     @property
     def channels(self) -> int:
-        """Channels of all pictures."""
+        """The number of channels of all control images together."""
         return len(self.modes) * self.network.config.conditioning_channels
 
     @property
     def time_and_network(self) -> tuple[object, ...]:
-        """What has to be the same for two of them to be seen together."""
+        """The settings that must be equal to combine two of them."""
         return id(self.network), self.start, self.end, self.layers, self.guess
 
     def _embedded(self, pictures: Tensor) -> Tensor:
@@ -177,15 +181,15 @@ class United(Steered):
 
 @dataclass(frozen=True, eq=False)
 class Featured(Steered):
-    """The same of a T2I-Adapter, whose features are those of the picture alone, made once."""
+    """A T2I-Adapter, whose features depend only on the control image and are computed once."""
 
     @property
     def count(self) -> int:
-        """How many features there are."""
+        """The number of features."""
         return len(self.network.config.blocks)
 
     def added(self, x: Tensor, t: float, read: Read) -> Added:
-        """What is added to each block of the way down, whatever the step."""
+        """Return the features to add to the U-Net's down blocks, which are the same for all steps."""
         factors = self.layers or [1.0] * self.count
         features = [one * (self.scale * factor) for one, factor in zip(self.hint, factors, strict=True)]
         if self.guess:
@@ -194,7 +198,7 @@ class Featured(Steered):
 
 
 def _of_prompts(added: Tensor, count: int, context: Context) -> Tensor:
-    """What is added for all branches, of which the last `count` rows are the prompt's, and the others get nothing."""
+    """Extend residuals to all branches: the last `count` rows are the prompt's, and all others are zero."""
     others = context.states.shape[0] - count
     if not others:
         return added
@@ -203,7 +207,7 @@ def _of_prompts(added: Tensor, count: int, context: Context) -> Tensor:
 
 
 def steered_by(network: Any, pictures: Tensor, **how: Any) -> Steered:
-    """How a network steers by pictures; the fields of a `Steered`."""
+    """Combine a control network and its images. how: the other fields of a `Steered`."""
     kinds = {ControlNetUnionModel: United, ControlNetModel: Steered}
     kind = next((one for cls, one in kinds.items() if isinstance(network, cls)), Featured)
     if network.config.conditioning_channels == 1:
@@ -212,7 +216,7 @@ def steered_by(network: Any, pictures: Tensor, **how: Any) -> Steered:
 
 
 def united(every: Sequence[Steered]) -> tuple[Steered, ...]:
-    """The same, with all pictures that one ControlNet Union sees in the same steps seen together, in one call."""
+    """Combine control images for the same ControlNet Union in the same steps, so that one call reads all of them."""
     found: list[Steered] = []
     for one in every:
         last = found[-1] if found else None
@@ -228,7 +232,7 @@ def united(every: Sequence[Steered]) -> tuple[Steered, ...]:
 
 
 def together(every: Iterable[Added], context: Context) -> dict[str, Any]:
-    """The residuals of several networks, added up, as the U-Net takes them by name."""
+    """Sum the residuals of several networks, by the U-Net's argument names."""
     total: Added = {}
     for added in every:
         for where, own in added.items():

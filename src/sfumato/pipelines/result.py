@@ -29,9 +29,9 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class StableDiffusionPipelineOutput(Output):
-    """What a pipeline call returns: images as PIL images, an array or a tensor.
+    """The result of a pipeline call. images: PIL images, an array or a tensor.
 
-    `nsfw_content_detected` is None, because there is no safety checker. `notes` lists what Sfumato did on its own.
+    `nsfw_content_detected` is None, because there is no safety checker. `notes` lists Sfumato's own decisions.
     """
 
     images: Any
@@ -41,7 +41,7 @@ class StableDiffusionPipelineOutput(Output):
 
 @dataclass(frozen=True, eq=False)
 class StableDiffusionXLPipelineOutput(Output):
-    """The same of the pipelines of Stable Diffusion XL, which have `images` alone; and `notes`."""
+    """The result of a Stable Diffusion XL pipeline call, with only `images` and `notes`."""
 
     images: Any
     notes: tuple[str, ...] = field(default=(), compare=False)
@@ -49,7 +49,7 @@ class StableDiffusionXLPipelineOutput(Output):
 
 @dataclass(frozen=True, eq=False)
 class ImagePipelineOutput(StableDiffusionXLPipelineOutput):
-    """The same of upscalers and unCLIP."""
+    """The result of an upscaler's or unCLIP pipeline's call."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ class Step:
     _original: Any = field(repr=False, default=None)
 
     def original(self) -> Tensor:
-        """The clean latents (B, C, h, w) that the model had in mind at this step."""
+        """Return the model's estimate of the clean latents (B, C, h, w) at this step."""
         return self._original()
 
     def preview(self) -> list[Image]:
-        """The images as the model expects them at this point. Costs one VAE decoding."""
+        """Return the model's estimate of the images at this step. Costs one VAE decoding."""
         return self._preview()
 
 
@@ -76,9 +76,9 @@ class Step:
 class Result:
     """The images of a request.
 
-    images, with a seed and a recipe (what a PNG contains) for each; the request with all open fields filled in; notes:
-    what Sfumato decided itself, such as dropping words that did not fit; seconds per stage; the plan, which is None in
-    float64 and for Core ML models; the control images as the networks saw them.
+    images: with a seed and a recipe (as written into PNGs) for each; request: with all defaults filled in; notes:
+    Sfumato's own decisions, such as dropping words that did not fit; seconds: per stage; plan: None in float64 and for
+    Core ML models; controls: the preprocessed control images.
     """
 
     images: list[Image]
@@ -92,7 +92,7 @@ class Result:
 
 
 def versions() -> dict[str, str]:
-    """The versions an image depends on."""
+    """Return the software versions that an image depends on."""
     import torch
 
     found = {"sfumato": __version__, "torch": torch.__version__, "python": platform.python_version()}

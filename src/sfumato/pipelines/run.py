@@ -55,12 +55,11 @@ log = logging.getLogger("sfumato")
 
 @dataclass
 class Run:
-    """One request on its way through the parts of a checkpoint.
+    """The execution of one request on a checkpoint.
 
-    `notes` and `seconds` fill as it goes; `steering` changes its way; `first` is the entry of the schedule that it
-    begins at, once that is known, and `controls` the pictures that networks beside the U-Net see. micro_batch: images
-    per call of the U-Net, and images decoded at a time; all of them if None. timeline: what schedules in prompts count,
-    if not the steps of this run alone.
+    notes, seconds: filled in during the run; steering: settings that can change during the run; first: index of the
+    first entry of the schedule, once known; controls: preprocessed control images; micro_batch: images per U-Net call
+    and per decoding (None: all); timeline: the steps that prompt schedules refer to, if not only this run's.
     """
 
     parts: Parts
@@ -77,14 +76,14 @@ class Run:
     controls: list[Image] = field(init=False, default_factory=list)
     _steps: int = field(init=False, default=1)
     _lean: bool = field(init=False, default=False)
-    _later: dict[int, Conditioning] = field(init=False, default_factory=dict)  # by the step from which it holds
-    bare: Parts = field(init=False)  # without what the request adds to them
+    _later: dict[int, Conditioning] = field(init=False, default_factory=dict)  # by the first step it applies to
+    bare: Parts = field(init=False)  # without the request's additions
     watch: FiniteWatch = field(init=False)
     guidance: Guidance = field(init=False)
     steering: Steering = field(init=False)
-    task: Task = field(init=False)  # what is drawn from what, once `latents` has read it
+    task: Task = field(init=False)  # set by `latents`
     beginning: Beginning = field(init=False)
-    added: Added = field(init=False)  # nothing, until `latents` has read what the request names
+    added: Added = field(init=False)  # empty until `latents` has read the request's files
 
     def __post_init__(self) -> None:
         request = self.request = with_switched(self.request.settled(self.parts.settings), self.parts.unet)
@@ -95,13 +94,13 @@ class Run:
 
     @property
     def device(self) -> torch.device:
-        """Where the loop runs."""
+        """The device of the loop."""
         return self.place.device_of(self.parts)
 
     def latents(self) -> Generator[DenoiseStep, Tensor | None, Tensor]:
-        """Encode, denoise, return the latents (B, C, h, w); yields after each step and takes edited latents back.
+        """Encode and denoise, and return the latents (B, C, h, w). Yields after each step and accepts edited latents.
 
-        Where a step has gone wrong on an accelerator, which shows after the last one, all steps are yielded again.
+        If values were not finite on an accelerator, which is checked after the last step, all steps are yielded again.
         """
         self.parts.check_whole()
         if not self.parts.family.encoders and self.given.prompt_embeds is None:
@@ -133,7 +132,7 @@ class Run:
         return result
 
     def _add(self) -> None:
-        """Read what the request adds to the checkpoint, and say what of it fits."""
+        """Read the request's additions to the checkpoint, and report how much of each was applied."""
         self.added = added(self.parts, self.request)
         self.parts = self.added.parts
         if not self.given.steered:
@@ -143,19 +142,19 @@ class Run:
             log.info("%s", report)
 
     def _read_image(self) -> None:
-        """Of a family without a prompt: what its image encoder makes of the image, in the prompt's place."""
+        """For a family without prompts, use the image encoder's embedding instead of the prompt's."""
         image = self.given.image if self.request.image is None else open_image(self.request.image)
         if image is None:
-            raise UsageError(f"{self.parts.family.title} reads an image in place of a prompt; give one")
+            raise UsageError(f"{self.parts.family.title} needs an image instead of a prompt; pass one")
         if any(self.request.prompts):
-            self._note([f"the prompt has no effect: {self.parts.family.title} reads an image in its place"])
+            self._note([f"the prompt has no effect: {self.parts.family.title} reads an image instead"])
         embeds = self._see(image)[:, None]
         given = {"prompt_embeds": embeds, "negative_prompt_embeds": torch.zeros_like(embeds)}
         self.given = replace(self.given, image=None, pixels=None, **given)
         self.request = self.request.replace(image=None, prompt="", negative_prompt=None)
 
     def _steered(self, told: Conditioning, latents: Tensor) -> Conditioning:
-        """What the U-Net is told, with the networks beside it and what they see."""
+        """Add the control networks and image prompts to the conditioning."""
         every = self.given.steered
         if not every:
             factor = self.parts.vae_scale_factor
@@ -174,14 +173,14 @@ class Run:
         return replace(told, steered=tuple(one.of(told.pictures, latents) for one in every), images=seen)
 
     def told(self, *, guided: bool) -> Conditioning:
-        """What the prompts say, of one branch or of both, and nothing drawn."""
+        """Encode the prompts, for one branch or for both, without generating anything."""
         self._check()
         self._add()
         self.plan = None if self.parts.left_out else self.place.plan(self.parts, self._asked((64, 64), 1))
         return self._encode_prompt(guided=guided)
 
     def _calls(self, table: Table) -> int:
-        """How many of the rows are this checkpoint's, and not left to one after it."""
+        """Return the number of rows before `denoising_end`, which this checkpoint runs."""
         end = self.request.denoising_end
         if end is None:
             return len(table.rows)
@@ -192,7 +191,7 @@ class Run:
 
     @property
     def left(self) -> int:
-        """How many calls of the U-Net are left to a checkpoint that goes on from this run's `denoising_end`."""
+        """The number of U-Net calls that remain for a checkpoint that continues from this run's `denoising_end`."""
         return len(self.scheduler.timesteps) - takes_over(self.scheduler, self.request.denoising_end or 1.0)
 
     def pixels(self, latents: Tensor) -> Tensor:
@@ -200,11 +199,11 @@ class Run:
         return torch.cat(list(self._decoded(latents)))
 
     def pictures(self, latents: Tensor) -> list[Image]:
-        """Decode latents to PIL images; no more than `micro_batch` of them are held as numbers at a time."""
+        """Decode latents to PIL images; at most `micro_batch` of them are held as tensors at a time."""
         return [picture for pixels in self._decoded(latents) for picture in to_pictures(pixels)]
 
     def preview(self, latents: Tensor) -> list[Image]:
-        """Decode latents of a step; what has gone wrong in it, and will show at the end of the loop, is grey."""
+        """Decode a step's latents. Non-finite values, which the loop reports at its end, become gray."""
         return self.pictures(latents.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
 
     @torch.no_grad()
@@ -227,13 +226,13 @@ class Run:
         return text
 
     def _in_words(self, prompt: str, asked: Sequence[GenerateRequest]) -> str:
-        """What a prompt says in words at any of its steps; `asked` is the request as it is at each of them."""
+        """Return the plain words of a prompt at all steps. asked: the request at each step where it changes."""
         place, syntax = self.request.prompts.index(prompt), self.request.prompt_syntax
         texts = dict.fromkeys(one.prompts[place] for one in asked)
         return " ".join(plain_words(text, syntax, self.parts.outfit.all_embeddings) for text in texts)
 
     def _encode_image(self, pixels: Tensor, *, sampled: bool = True) -> Tensor:
-        """Pixels (P, 3, H, W) to scaled latents (B, C, h, w) where the loop runs, in its precision."""
+        """Encode pixels (P, 3, H, W) to scaled latents (B, C, h, w) on the loop's device, in its precision."""
         batch, generators = self._prompts() * self.request.count, self.given.generators
         with self._held("vae"), self._timed("encode"):
             sampled = sampled and self.request.noise.posterior == "sample"
@@ -243,13 +242,13 @@ class Run:
         return latents.to(self.device, self.parts.state_dtype)
 
     def _pass_over(self, pixels: Tensor) -> None:
-        """Draw what encoding them draws."""
+        """Draw the random numbers that encoding these pixels would draw."""
         if self.request.noise.posterior == "sample":
             batch = self._prompts() * self.request.count
             stages.pass_over(self.parts.vae, pixels, batch, self.given.generators)
 
     def _see(self, image: Any) -> Tensor:
-        """What the image encoder makes of images in any form (P, D), where the loop runs."""
+        """Embed images in any form with the image encoder: (P, D) on the loop's device."""
         with self._held("text_encoder"), self._timed("encode"):
             return stages.see(self.parts, image, self.watch).to(self.device, self.parts.state_dtype)
 
@@ -269,7 +268,7 @@ class Run:
             vae.use_tiling = asked
 
     def _with_less(self, compute: Callable[[], Tensor], shrink: Callable[[], None]) -> Tensor:
-        """What `compute` gives; where memory runs out against the plan, once more with less of it."""
+        """Return the result of `compute`. If memory runs out despite the plan, try once more with less."""
         try:
             return compute()
         except Exception as error:
@@ -314,7 +313,7 @@ class Run:
             self.steering.restart(self.request.chosen_scale, self.request.guidance_rescale)
 
     def _predictor(self, total: int) -> Callable[[Tensor, float], Tensor]:
-        """What the loop asks, once for each of its steps."""
+        """Return the function that the loop calls once for each step."""
         steps = itertools.count(1)
 
         def predict(x: Tensor, t: float) -> Tensor:
@@ -339,7 +338,7 @@ class Run:
 
     @contextmanager
     def _held(self, part: str) -> Iterator[None]:
-        """Within the block a network is in memory, and as fast as it gets."""
+        """Keep a stage's networks in memory within the block, set up for speed."""
         with self._timed("prepare"):
             self.place.bring(self.parts, part, self.plan, self.notes, self.added.worn)
         try:
@@ -349,7 +348,7 @@ class Run:
             self.place.leave(self.parts, part, self.plan)
 
     def _asked(self, size: tuple[int, int], count: int) -> GenerateRequest:
-        """The request as a plan needs it: with all its images, and their size."""
+        """Return the request for planning, with the size and number of all images."""
         width, height = size
         return self.request.replace(
             **dict.fromkeys(("negative_prompt", "prompt_2", "negative_prompt_2")),
@@ -369,7 +368,7 @@ class Run:
             raise UsageError(f"got {len(generators)} generators for {batch} images; pass one, or one per image")
 
     def _check_words(self) -> None:
-        """Words or embeddings; and that all words are read."""
+        """Check that prompts and embeddings are not combined, and that all prompts are used."""
         request, given = self.request, self.given
         if given.prompt_embeds is not None and (any(request.prompts) or request.prompt_2):
             raise UsageError("prompt and prompt_embeds cannot be combined; pass one of them")
@@ -410,7 +409,7 @@ class Run:
         self._note(size_notes(task.size, own, only=self.parts.words is not None, source=source, chosen=chosen))
 
     def _note_schedule(self) -> None:
-        """A model that predicts noise finds no image in pure noise; schedulers that divide by its share refuse it."""
+        """Warn about starting from pure noise with a model that predicts noise, which cannot find an image in it."""
         config = self.scheduler.config
         if config.own("rescale_betas_zero_snr") and config.prediction_type == "epsilon":
             self._note(

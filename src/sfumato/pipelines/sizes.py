@@ -19,10 +19,10 @@ __all__ = ["read_sizes"]
 def read_sizes(
     name: str | PathLike[str] | Source, variant: str | None = None, *, use_safetensors: bool | None = None
 ) -> Sizes:
-    """What a checkpoint in a folder, a file or the hub's cache takes; no weight is read and nothing is downloaded.
+    """Return the sizes of a checkpoint in a folder, a file or the hub cache. Reads no weights and downloads nothing.
 
-    Pickled weights (`use_safetensors=False`) have no headers: for them the parameters are counted from the configs and
-    the files' bytes. Raises `CheckpointError` or `ConfigError` naming file and key.
+    Pickled weights (`use_safetensors=False`) have no headers: their parameters are counted from the configs, and their
+    bytes from the files. Raises `CheckpointError` or `ConfigError`, which name the file and key.
     """
     files = ComponentFiles(variant, use_safetensors)
     source = open_source(name, files, {"local_files_only": True})

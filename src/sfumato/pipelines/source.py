@@ -49,15 +49,15 @@ __all__ = ["FILE_OPTIONS", "Folder", "OneFile", "Source", "load_components", "op
 
 log = logging.getLogger("sfumato")
 
-# What may be said of a checkpoint in one file when it is opened (checkpoints/single_file.py).
+# Options for opening a single-file checkpoint (checkpoints/single_file.py).
 FILE_OPTIONS = ("family", "prediction_type", "config", "original_config", "ema")
-# Of each part, the only one or by role with a "default"; None for the precision that it is stored in.
+# One precision for all components, or by role with a "default"; None for the stored precision.
 Dtypes = torch.dtype | Mapping[str, torch.dtype] | None
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A checkpoint in a folder of this machine, which of its weight files are meant, and how it was called."""
+    """A checkpoint in a folder on this machine. name: as given by the user; files: which weight files to use."""
 
     path: Path
     name: str
@@ -65,70 +65,70 @@ class Folder:
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        """`model_index.json`."""
+        """The contents of `model_index.json`."""
         return read_index(self.path)
 
     @property
     def where(self) -> Path:
-        """The file that says what its parts are."""
+        """The file that lists its components."""
         return self.path / INDEX
 
     @property
     def class_name(self) -> str:
-        """The ecosystem's class that draws with it."""
+        """The name of its pipeline class."""
         return str(self.index.get("_class_name"))
 
     @property
     def flags(self) -> dict[str, Any]:
-        """What its index says of its family."""
+        """The family settings in its index."""
         return {flag: self.index.get(flag) for flag in FLAGS}
 
     @property
     def has_safety_checker(self) -> bool:
-        """Whether there is one, which is not loaded."""
+        """Whether it contains a safety checker, which is not loaded."""
         return bool((self.index.get("safety_checker") or [None])[0])
 
     @property
     def family(self) -> Family:
-        """Its family."""
+        """The checkpoint's family."""
         return family_of(self.path)
 
     @property
     def suggested(self) -> dict[str, Any]:
-        """The settings that it asks for, as fields of a `GenerateRequest`."""
+        """The checkpoint's own default settings, as fields of a `GenerateRequest`."""
         return suggested_settings(self.path)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What is generated with where a request leaves it open: what it asks for, else what its family wants."""
+        """The default settings for requests: the checkpoint's own, or else its family's."""
         return settings_of(self.family) | self.suggested
 
     @property
     def words(self) -> Words | None:
-        """What a small model knows, None for others."""
+        """The vocabulary of a small model; None for others."""
         return Words.from_folder(self.path)
 
     @property
     def tokens(self) -> int:
-        """Tokens that a prompt may have."""
+        """The maximum number of tokens of a prompt."""
         return prompt_tokens(self.path)
 
     @property
     def options(self) -> dict[str, Any]:
-        """What was said to open it, that is nothing."""
+        """The options it was opened with: none."""
         return {}
 
     def class_of(self, part: str) -> Any:
-        """Our class of a part; None for one that it lacks. Raises `CheckpointError` or `ConfigError`."""
+        """Return our class of a component; None if it is missing. Raises `CheckpointError` or `ConfigError`."""
         return component_class(self.path, self.index, part)
 
     def config(self, role: str) -> Any:
-        """The config of a network."""
+        """Return the config of a network."""
         path = self.path / role / "config.json"
         return parse(self.class_of(role).config_class, read_json(path), path)[0]
 
     def size(self, role: str) -> Part:
-        """Parameters and bytes of a network, from headers; counted where pickled weights have none."""
+        """Return the parameters and bytes of a network, from headers; for pickled weights, from config and files."""
         cls, files = self.class_of(role), self._weights(role)
         if self.files.use_safetensors is False:
             numbers = count_parameters(self.config(role), projected=issubclass(cls, CLIPTextModelWithProjection))
@@ -137,7 +137,7 @@ class Folder:
         return Part(sum(header.count for header in headers), sum(header.bytes for header in headers))
 
     def load(self, part: str, dtype: torch.dtype | None = None) -> Any:
-        """A part as our class, with its weights in a precision, their own if None."""
+        """Load a component as our class. dtype: the precision of its weights; None for the stored one."""
         cls = self.class_of(part)
         if issubclass(cls, WITH_WEIGHTS):
             options = {"variant": self.files.variant, "use_safetensors": self.files.use_safetensors}
@@ -148,9 +148,9 @@ class Folder:
         return cls.from_pretrained(self.path, subfolder=part)
 
     def check(self, given: Mapping[str, Any]) -> list[str]:
-        """The networks that lack the variant asked for, and fall back to their plain weights.
+        """Return the networks that lack the requested variant and use their plain weights instead.
 
-        given: what is not taken from here. Raises `VariantError` where none has it.
+        given: components not loaded from here. Raises `VariantError` if no network has the variant.
         """
         variant = self.files.variant
         if variant is None:
@@ -169,7 +169,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class OneFile:
-    """A checkpoint in one file; what it lacks may be in the folder that it takes its configs from."""
+    """A single-file checkpoint. Components that it lacks may be in the folder that supplies its configs."""
 
     file: SingleFile
     name: str
@@ -181,53 +181,53 @@ class OneFile:
 
     @property
     def path(self) -> Path:
-        """Where the file is."""
+        """The path of the file."""
         return self.file.path
 
     @property
     def where(self) -> Path:
-        """The same."""
+        """The path of the file, for error messages."""
         return self.path
 
     @property
     def class_name(self) -> str:
-        """The ecosystem's class that draws with it."""
+        """The name of its pipeline class."""
         return self.family.pipeline
 
     @property
     def family(self) -> Family:
-        """Its family, with the steps that its name asks for."""
+        """The checkpoint's family, with the number of steps from its name."""
         return replace(self.file.detected.family, steps=self.file.detected.steps)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What is generated with where a request leaves it open."""
+        """The default settings for requests."""
         return settings_of(self.family)
 
     @property
     def tokens(self) -> int:
-        """Tokens that a prompt may have."""
+        """The maximum number of tokens of a prompt."""
         there = [role for role in ("tokenizer", "tokenizer_2") if self._beside(role)]
         return 77 if self.file.folder is None or not there else prompt_tokens(self.file.folder)
 
     @property
     def options(self) -> dict[str, Any]:
-        """What was said to open it, as recipes repeat it."""
+        """The options it was opened with, for recipes."""
         return dict(self.file.options)
 
     def class_of(self, part: str) -> Any:
-        """Our class of a part; None for one that its family has not."""
+        """Return our class of a component; None if its family does not have it."""
         return class_of_file(self.file.detected.family, self.file.detected.scheduler, part)
 
     def config(self, role: str) -> Any:
-        """The config of a network. Raises `CheckpointError` for one that is not there."""
+        """Return the config of a network. Raises `CheckpointError` if it is missing."""
         folder = self._instead(role)
         if folder is not None:
             return folder.config(role)
         return parse(self.class_of(role).config_class, self.file.config(role), self.path)[0]
 
     def size(self, role: str) -> Part:
-        """Parameters and bytes of a network, from headers."""
+        """Return the parameters and bytes of a network, from headers."""
         folder = self._instead(role)
         if folder is not None:
             return folder.size(role)
@@ -235,7 +235,7 @@ class OneFile:
         return Part(part.parameters, part.bytes)
 
     def load(self, part: str, dtype: torch.dtype | None = None) -> Any:
-        """A part as our class, with its weights in a precision, most of their own if None."""
+        """Load a component as our class. dtype: the precision of its weights; None for the most frequent stored one."""
         cls, folder = self.class_of(part), self._instead(part)
         if folder is not None:
             return folder.load(part, dtype)
@@ -248,7 +248,7 @@ class OneFile:
         return cls.from_config(self.file.detected.scheduler)
 
     def check(self, given: Mapping[str, Any]) -> list[str]:
-        """Raise `CheckpointError` naming all parts that are neither in the file nor given nor where its configs are."""
+        """Raise `CheckpointError` if components are neither in the file, nor in `given`, nor in the config folder."""
         missing = self.file.missing
         lacking = [role for role in missing if role not in given and self._instead(role) is None]
         if lacking:
@@ -257,7 +257,7 @@ class OneFile:
         return []
 
     def _instead(self, part: str) -> Folder | None:
-        """The folder that a part is in, as far as it is not in the file."""
+        """Return the folder that supplies a component; None if the component is in the file or nowhere."""
         if self.file.folder is None or not self._beside(part):
             return None
         wanted = part.startswith("tokenizer") or part in self.file.missing
@@ -281,10 +281,10 @@ def open_source(
     given: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Source:
-    """A checkpoint by folder, file, hub id, or URL of a file on the hub, downloaded if necessary; no weight is read.
+    """Find a checkpoint by folder, file, hub id, or URL of a file on the hub. Downloads it if necessary.
 
-    given: the parts that are not taken from it; options: what is said of a file, by the names of `FILE_OPTIONS`.
-    Raises `CheckpointError`, `DownloadError` or `UsageError`.
+    Reads no weights. given: components not loaded from it; options: for a file, by the names of `FILE_OPTIONS`. Raises
+    `CheckpointError`, `DownloadError` or `UsageError`.
     """
     given, options = given or {}, {key: value for key, value in (options or {}).items() if value not in (None, False)}
     if isinstance(name, (Folder, OneFile)):
@@ -303,7 +303,10 @@ def open_source(
 
 
 def load_components(source: Source, dtypes: Dtypes, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Load every component that is not given. Raises `CheckpointError` or `ConfigError` naming file and key."""
+    """Load every component that is not in `given`.
+
+    Raises `CheckpointError` or `ConfigError`, which name the file and key.
+    """
     if plain := source.check(given):
         log.warning("no %r variant of %s; using the plain weights instead", source.files.variant, ", ".join(plain))
     loaded: dict[str, Any] = {}
@@ -319,14 +322,14 @@ def load_components(source: Source, dtypes: Dtypes, given: Mapping[str, Any]) ->
 
 
 def _check_together(path: Path, loaded: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` or `CheckpointError` where two parts do not fit, before they meet in the first step."""
+    """Raise `ConfigError` or `CheckpointError` if two components do not fit each other."""
     if loaded["unet"] is None or loaded["vae"] is None:
         return
     unet, vae = loaded["unet"].config, loaded["vae"].config
     roles = [role for role in ("text_encoder", "text_encoder_2") if loaded.get(role) is not None]
     width = sum(loaded[role].config.hidden_size for role in roles)
     wide = zip(unet.per_block("cross_attention_dim"), unet.down_block_types, strict=True)
-    ready = not roles or None in loaded.values()  # embeddings come ready where a caller leaves an encoder out
+    ready = not roles or None in loaded.values()  # callers without an encoder pass embeddings
     for crossed in (crossed for crossed, kind in wide if "CrossAttn" in kind):
         if crossed != width and not ready:
             raise ConfigError(

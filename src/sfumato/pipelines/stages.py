@@ -43,17 +43,16 @@ Autoencoder = AutoencoderKL | AutoencoderTiny
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """What a caller may hand over ready-made beside the request.
+    """Inputs that a caller can supply in addition to the request.
 
-    generators: one for the whole batch, one per image, or None; latents (B, C, h, w): the initial noise or, of image to
-    image, what the loop begins with; prompt_embeds and negative_prompt_embeds (P, S, C) in place of the words, with
-    pooled_prompt_embeds and negative_pooled_prompt_embeds (P, C) where a family reads such; image: an image, array or
-    tensor to start from, and pixels the same (P, 3, H, W) where it is already as the autoencoder reads it; mask_image:
-    what of it is painted, with padding_mask_crop the margin of what is cropped, and masked_image_latents (P, 4, h, w)
-    what stays of it where a caller has that; depth_map (P, H, W): how near each pixel is; image_embeds (P, D): what the
-    image encoder makes of images; steered: the pipeline's own networks beside the U-Net, and what they see;
-    prompt_images: images that its IP-Adapters read, for each of them one or a list, prompt_image_embeds what the image
-    encoder makes of these, and prompt_image_masks (1, n, H, W) where each is read.
+    generators: one for the whole batch, one per image, or None; latents (B, C, h, w): the initial noise, or for
+    image-to-image, the initial latents; prompt_embeds, negative_prompt_embeds (P, S, C): instead of prompts, with
+    pooled_prompt_embeds, negative_pooled_prompt_embeds (P, C) for families that need them; image: the input image,
+    array or tensor; pixels (P, 3, H, W): the same as the autoencoder's input; mask_image: the area to change;
+    padding_mask_crop: margin of the crop around it; masked_image_latents (P, 4, h, w): latents of the unchanged area;
+    depth_map (P, H, W): larger values are nearer; image_embeds (P, D): from the image encoder; steered: the pipeline's
+    own control networks and their images; prompt_images: one image or a list per IP-Adapter; prompt_image_embeds: their
+    embeddings; prompt_image_masks (1, n, H, W): where each image applies.
     """
 
     generators: Generators = None
@@ -75,7 +74,7 @@ class Given:
     prompt_image_masks: Any = None
 
     def __post_init__(self) -> None:
-        """Raise `UsageError` for what is of another type or shape."""
+        """Raise `UsageError` for values of the wrong type or shape."""
         generators = self.generators if isinstance(self.generators, (list, tuple)) else [self.generators]
         if self.generators is not None and not all(isinstance(one, RandomSource) for one in generators):
             raise UsageError(
@@ -102,9 +101,9 @@ class Given:
 
 @dataclass(frozen=True)
 class _Told:
-    """What one branch of guidance says: embeddings (P, S, C), pooled prompts (P, C) or None, and what did not fit.
+    """One branch of guidance: embeddings (P, S, C), pooled prompts (P, C) or None, and words that did not fit.
 
-    notes: what in the prompts was not done.
+    notes: about parts of the prompts that were ignored.
     """
 
     embeds: Tensor
@@ -114,7 +113,7 @@ class _Told:
 
 
 def by_step(request: GenerateRequest, timeline: Timeline) -> dict[int, GenerateRequest]:
-    """The request as its prompts are at each step where they change, the first one (1) included."""
+    """Return the request at each step where its prompts change, including the first step (1)."""
     names = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
     texts = {name: value for name in names if (value := getattr(request, name)) is not None}
     if request.prompt_syntax != "a1111" or "[" not in str(texts):
@@ -137,9 +136,9 @@ def encode_prompt(
 ) -> tuple[Conditioning, tuple[str, ...], tuple[str, ...]]:
     """Encode each prompt once, repeated for each of its images.
 
-    Also returns the words that did not fit, and a sentence for each thing in the prompts that was not done.
+    Also returns the words that did not fit, and notes on parts of the prompts that were ignored.
 
-    device: where the U-Net reads it. Raises `UsageError` where embeddings do not fit.
+    device: of the U-Net. Raises `UsageError` if embeddings do not fit the model.
     """
     ready = (given.prompt_embeds, given.pooled_prompt_embeds)
     how = {"clip_skip": request.clip_skip, "syntax": request.prompt_syntax}
@@ -163,9 +162,10 @@ def encode_prompt(
 
 
 def _joined_prompts(request: GenerateRequest) -> tuple[list[list[list[str]]], list[list[float]]]:
-    """The texts for each text encoder, once for each prompt that A1111's `AND` joins; and the weight of each of these.
+    """Split prompts at A1111's `AND`: returns the texts for each text encoder, and weights, once per joined prompt.
 
-    Where another prompt of the batch has more, the first one is there again, with the weight 0. One alone has none.
+    Prompts with fewer parts than others in the batch are padded with their first part, with weight 0. Without `AND`,
+    there are no weights.
     """
     every = [[subprompts(one, request.prompt_syntax) for one in texts] for texts in request.texts]
     count = max(len(one) for texts in every for one in texts)
@@ -177,7 +177,7 @@ def _joined_prompts(request: GenerateRequest) -> tuple[list[list[list[str]]], li
 def _tell_not(
     parts: Parts, request: GenerateRequest, given: Given, told: _Told, device: torch.device, watch: FiniteWatch
 ) -> _Told:
-    """The negative branch, for as many prompts as the other has."""
+    """Encode the negative branch, for as many prompts as the positive one."""
     ready = (given.negative_prompt_embeds, given.negative_pooled_prompt_embeds)
     if ready[0] is None and request.negative_prompt is None and parts.family.absent_negative == "zeros":
         return _Told(torch.zeros_like(told.embeds), None if told.pooled is None else torch.zeros_like(told.pooled))
@@ -196,10 +196,10 @@ def _tell(
     device: torch.device,
     watch: FiniteWatch,
 ) -> _Told:
-    """One branch as the U-Net reads it: what is ready, or the texts, a sequence of them for each text encoder."""
+    """Return one branch: the given embeddings, or the encoded texts, which are one sequence per text encoder."""
     embeds, pooled = (None if one is None else one.to(device, parts.unet.dtype) for one in ready)
     if any(one is not None and not torch.isfinite(one).all() for one in (embeds, pooled)):
-        raise NonFiniteError("prompt embeddings", "pass others")
+        raise NonFiniteError("prompt embeddings", "pass finite ones")
     if embeds is not None:
         return _Told(embeds, pooled)
     every, lost, notes = [], [], []
@@ -215,13 +215,13 @@ def _tell(
 
 
 def _read(reader: Reader, prompts: Sequence[str], how: Mapping[str, Any], watch: FiniteWatch) -> PromptEmbeds:
-    """What one text encoder makes of prompts, all of it finite."""
+    """Encode prompts with one text encoder. All values are finite."""
     how = {"layer": reader.how.layer, "normalized": reader.how.normalized, **how}
     found: list[PromptEmbeds] = []
 
     def encode() -> Tensor:
         found[:] = [encode_prompts(reader.tokenizer, reader.encoder, prompts, **how)]
-        embeds, pooled = found[0].embeds, found[0].pooled  # of different layers, and both have to be finite
+        embeds, pooled = found[0].embeds, found[0].pooled  # from different layers, and both must be finite
         return embeds if pooled is None else torch.cat([embeds.flatten(1), pooled], dim=1)
 
     watch.finite(reader.role.replace("_", " "), reader.encoder, encode)
@@ -246,7 +246,7 @@ def _check_told(parts: Parts, told: Sequence[_Told]) -> None:
 
 
 def tell_sizes(parts: Parts, request: GenerateRequest, size: tuple[int, int], text: Conditioning) -> Conditioning:
-    """Add the sizes that a family reads beside the pooled prompts, for images of `size` (width, height)."""
+    """Add the size conditioning of a family, for images of `size` (width, height)."""
     names = parts.family.sizes
     if not names:
         return text
@@ -256,7 +256,7 @@ def tell_sizes(parts: Parts, request: GenerateRequest, size: tuple[int, int], te
     rows = []
     for values in [negative] * (text.branches - text.prompts) + [positive] * text.prompts:
         numbers = [number for name in names for number in _numbers(values[name])]
-        # In float32 whatever the U-Net is: bfloat16 does not tell 1024 and 1027 apart.
+        # Always in float32: bfloat16 cannot distinguish 1024 from 1027.
         row = torch.tensor([numbers], dtype=torch.float32, device=text.embeds[0].device)
         rows.append(row.expand(text.pictures, -1))
     return replace(text, sizes=tuple(rows))
@@ -283,8 +283,8 @@ def encode_image(
 ) -> Tensor:
     """Pixels (P, 3, H, W) in [-1, 1] -> scaled latents (batch, C, h, w) in float32.
 
-    sampled: with the noise of the posterior, and not its mean; axes: along which the image is seamless. Latents given
-    in place of pixels (P, C, h, w) are taken as they are. Raises `UsageError` where P does not divide the batch.
+    sampled: sample from the posterior instead of using its mean; axes: along which the image is seamless. Latents
+    (P, C, h, w) instead of pixels are returned unchanged. Raises `UsageError` if P does not divide the batch.
     """
     count = pixels.shape[0]
     if batch % count:
@@ -294,7 +294,7 @@ def encode_image(
     if vae.config.in_channels != pixels.shape[1]:
         raise UsageError(f"this VAE needs images with {vae.config.in_channels} channels; use one for RGB")
     pixels = _for_each(generators, pixels, batch) if sampled else pixels
-    # Drawn before, and so only once, however often the image is encoded.
+    # Drawn here, so that it is the same if the image is encoded again.
     noise = _posterior_noise(vae, pixels, generators) if sampled and not isinstance(vae, AutoencoderTiny) else None
 
     def encode() -> Tensor:
@@ -310,13 +310,13 @@ def encode_image(
 
 
 def pass_over(vae: Autoencoder, pixels: Tensor, batch: int, generators: Generators) -> None:
-    """Draw what `encode_image` draws, where the ecosystem encodes an image that nothing reads."""
+    """Draw the random numbers of `encode_image`, where the ecosystem encodes an image that it does not use."""
     if pixels.shape[1] == 3 and not isinstance(vae, AutoencoderTiny):
         _posterior_noise(vae, _for_each(generators, pixels, batch), generators)
 
 
 def _for_each(generators: Generators, pixels: Tensor, batch: int) -> Tensor:
-    """Where each image draws with its own generator, a copy of the pixels for each."""
+    """Repeat the pixels for each image of the batch if each has its own generator."""
     several = isinstance(generators, (list, tuple))
     return pixels.repeat(batch // pixels.shape[0], 1, 1, 1) if several else pixels
 
@@ -328,13 +328,13 @@ def _posterior_noise(vae: AutoencoderKL, pixels: Tensor, generators: Generators)
 
 @torch.no_grad()
 def see(parts: Parts, image: Any, watch: FiniteWatch) -> Tensor:
-    """Images in any form, or pixels (P, 3, S, S) as `clip_pixels` makes them -> their embeddings (P, D).
+    """Images in any form, or pixels (P, 3, S, S) from `clip_pixels` -> their embeddings (P, D).
 
-    Raises `UsageError` where a checkpoint has no image encoder.
+    Raises `UsageError` if the checkpoint has no image encoder.
     """
     encoder = parts.image_encoder
     if encoder is None:
-        raise UsageError("this checkpoint needs an image encoder, which is not here; pass image_encoder=…")
+        raise UsageError("this checkpoint needs an image encoder, which is missing; pass image_encoder=…")
     pixels = (
         image if isinstance(image, torch.Tensor) and image.ndim == 4 else clip_pixels(image, encoder.config.image_size)
     )
@@ -346,7 +346,7 @@ def see(parts: Parts, image: Any, watch: FiniteWatch) -> Tensor:
 def decode(vae: Autoencoder, latents: Tensor, watch: FiniteWatch, axes: str | None = None) -> Tensor:
     """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W) in [0, 1]; axes: along which the image is seamless."""
     unscaled = vae.unscaled(latents)
-    # In tiles, a seamless image is decoded with a margin of itself around it, so that tiles blend where it ends.
+    # For tiled decoding, a seamless image is padded with its own content, so that tiles blend across its edges.
     margin = vae.tile_latent_min_size // 4 if axes and vae.use_tiling else 0
     unscaled = wrapped(unscaled, margin, margin, axes or "")
 

@@ -1,4 +1,4 @@
-"""What may change during a call: the attributes that the ecosystem's callbacks and cancel buttons set."""
+"""Settings that can change during a call, through attributes that the ecosystem's callbacks and cancel buttons set."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ __all__ = ["Steered", "Steering"]
 
 @dataclass
 class Steering:
-    """How one run goes on: read before each of its steps, and changed by whoever holds it, from any thread."""
+    """The changeable settings of one run. They are read before each step, and can be set from any thread."""
 
     guidance_scale: float = 7.5
     guidance_rescale: float = 0.0
     clip_skip: int | None = None
     interrupt: bool = False
-    num_timesteps: int = 0  # calls of the U-Net that the whole run takes
+    num_timesteps: int = 0  # U-Net calls of the whole run
     _until: int = field(default=sys.maxsize, init=False)
 
     def stops(self, index: int) -> bool:
-        """Whether the run ends before step `index`, counted from 0; taken again after a repair, it ends there again."""
+        """Return whether the run ends before step `index`, counted from 0. A repeated run ends at the same step."""
         if self.interrupt:
             self._until = min(self._until, index)
         return index >= self._until
 
     def restart(self, guidance_scale: float, guidance_rescale: float) -> None:
-        """Begin again: the callbacks of all steps are to come once more."""
+        """Reset the settings, because all steps and their callbacks run again."""
         self.guidance_scale, self.guidance_rescale, self.interrupt = guidance_scale, guidance_rescale, False
 
 
@@ -37,10 +37,10 @@ def _steered(name: str) -> property:
 
 
 class Steered:
-    """The attributes of a pipeline under which the ecosystem knows its call in progress, or else its last one.
+    """The ecosystem's attributes of a pipeline for the current call, or else the last one.
 
-    Set while it draws, `_interrupt` ends the call with the latents as they are; `_guidance_scale` and
-    `_guidance_rescale` hold from the next step on, a scale of at most 1 without guidance.
+    During a call, `_interrupt = True` ends it with the current latents, and `_guidance_scale` and `_guidance_rescale`
+    apply from the next step on; a scale of at most 1 means no guidance.
     """
 
     _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds")
@@ -51,7 +51,7 @@ class Steered:
 
     @property
     def interrupt(self) -> bool:
-        """Whether `_interrupt` has told the call to stop."""
+        """Whether `_interrupt` was set to stop the call."""
         return self._steering.interrupt
 
     @property

@@ -28,7 +28,10 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 
 
 def summarize(name: str | PathLike[str], *, variant: str | None = None) -> dict[str, Any]:
-    """Family, size, and for each part its class, parameters, bytes and precision. Raises `CheckpointError`."""
+    """Return a checkpoint's family and size, and each component's class, parameters, bytes and precision.
+
+    Raises `CheckpointError`.
+    """
     files = ComponentFiles(variant)
     folder = locate_folder(name, files.select, local_files_only=True)
     index = read_index(folder)
@@ -76,7 +79,7 @@ def _part(folder: Path, part: str, cls: Any, files: ComponentFiles) -> dict[str,
 
 
 def _family(unet: UNet2DConditionConfig, encoders: int, prediction_type: str) -> str:
-    """The title of the family that the U-Net is of, if it is as wide as that."""
+    """Return the title of the U-Net's family, if the prompt width matches too."""
     width = unet.per_block("cross_attention_dim")[0]
     found = find(unet.to_dict(), encoders=encoders, prediction_type=prediction_type)
     known = (row.title for row in found if row.unet.get("cross_attention_dim") == width)

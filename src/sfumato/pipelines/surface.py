@@ -38,10 +38,10 @@ log = logging.getLogger("sfumato")
 
 
 class Surface(Steered):
-    """The names of the ecosystem's `DiffusionPipeline` that are no step on the way from words to an image.
+    """The parts of the ecosystem's `DiffusionPipeline` interface that do not generate images.
 
-    Those that ask for what the plan decides say in the log what they mean here; those that are not here answer with a
-    sentence (ecosystem.toml).
+    Methods for settings that the plan decides log what they mean here. Names that Sfumato does not have raise an error
+    that explains this (ecosystem.toml).
     """
 
     parts: Parts
@@ -81,7 +81,7 @@ class Surface(Steered):
 
     @safety_checker.setter
     def safety_checker(self, value: Any) -> None:
-        """Accept None, or a function, which is ignored; raises `UsageError` for a network."""
+        """Accept None, or a function, which is ignored. Raises `UsageError` for a network."""
         if callable(value) and not isinstance(value, torch.nn.Module):  # the usual way to switch one off
             log.warning("%s", meaning("safety_checker"))
         else:
@@ -93,12 +93,12 @@ class Surface(Steered):
 
     @property
     def image_processor(self) -> VaeImageProcessor:
-        """Converts images for the autoencoder and back; calls use another one if you assign it."""
+        """Converts images to the autoencoder's input and back. Assign another one to replace it in calls."""
         return self._image_processor or VaeImageProcessor(vae_scale_factor=self.parts.vae_scale_factor)
 
     @image_processor.setter
     def image_processor(self, value: VaeImageProcessor) -> None:
-        """Use another processor for the images of calls."""
+        """Replace the image processor for calls."""
         self._image_processor = value
 
     @staticmethod
@@ -136,7 +136,7 @@ class Surface(Steered):
         return str(locate_folder(name, lambda names, strict: files.select(names, strict, tuple(given)), **hub))
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: str | torch.device | None = None) -> None:
-        """Keep one network at a time on the accelerator; the best one available if none is given."""
+        """Keep one network at a time on the accelerator. Default: the best one available."""
         log.info("%s", meaning("enable_model_cpu_offload"))
         named = f"cuda:{gpu_id}" if gpu_id is not None and device is None else device
         self.place.take_turns(self.parts, parse_device(None if named is None else str(named)))
@@ -164,11 +164,11 @@ class Surface(Steered):
         self.parts.vae.disable_tiling()
 
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
-        """Draw with FreeU (arXiv 2309.11497) from here on, unless a request has its own (`GenerateRequest.freeu`)."""
+        """Use FreeU (arXiv 2309.11497) from here on, unless a request has its own (`GenerateRequest.freeu`)."""
         self.parts.unet.enable_freeu(s1, s2, b1, b2)
 
     def disable_freeu(self) -> None:
-        """Draw without FreeU."""
+        """Stop using FreeU."""
         self.parts.unet.disable_freeu()
 
     def enable_xformers_memory_efficient_attention(self, attention_op: Any = None) -> None:

@@ -19,7 +19,7 @@ __all__ = ["Words"]
 Name = Annotated[str, Within(1, 100)]
 Names = Annotated[tuple[Name, ...], Within(1, 1000)]
 Kinds = Annotated[dict[Name, Names], Within(1, 10**4)]
-# Words without a meaning of their own here, some of them parts of names ("slice of pizza").
+# Words that mean nothing by themselves, although some are part of names ("slice of pizza").
 SMALL = frozenset(
     ["a", "an", "and", "are", "at", "by", "for", "from", "in", "is", "it", "its", "of", "on", "that", "the", "this"]
 ) | {"to", "very", "with"}
@@ -27,7 +27,7 @@ SMALL = frozenset(
 
 @dataclass(frozen=True)
 class Words:
-    """What a checkpoint with a small vocabulary knows.
+    """The vocabulary of a small checkpoint.
 
     names: one name of each thing; styles: names of styles; words: words that mean a thing; grammar: all words it was
     trained with, such as colors and prepositions.
@@ -40,9 +40,9 @@ class Words:
 
     @classmethod
     def from_folder(cls, folder: Path) -> Self | None:
-        """From `words.json` beside the index; None for a checkpoint without one, which knows the world.
+        """Read `words.json` next to the index; None for a checkpoint without it, which has no limited vocabulary.
 
-        Raises `CheckpointError` or `ConfigError` for a file that is not such a list.
+        Raises `CheckpointError` or `ConfigError` if the file is invalid.
         """
         path = folder / "words.json"
         if not os.path.lexists(path):
@@ -59,9 +59,9 @@ class Words:
         return cls(first, tuple(told["styles"]), frozenset((things - grammar) | alone), frozenset(things | grammar))
 
     def notes(self, prompts: Sequence[str], read: Callable[[str], str] = str) -> list[str]:
-        """A sentence for each prompt that this model knows only in part, or not at all.
+        """Return a note for each prompt with words that this model does not know.
 
-        read: from a prompt to what it says in words, without the syntax that stands around them.
+        read: a function that removes a prompt's syntax and returns its plain words.
         """
         return [note for prompt in dict.fromkeys(prompts) for note in self._notes(prompt, read(prompt))]
 
@@ -71,7 +71,7 @@ class Words:
             return []
         unknown = [word for word in words if not _forms(word) & self.grammar]
         if not any(_forms(word) & self.words for word in words):
-            # From different parts of the list, which is sorted by kind.
+            # The list is sorted by kind, so these examples are of different kinds.
             examples = ", ".join(self.names[len(self.names) * part // 4] for part in (1, 2, 3))
             return [
                 f"the small model does not know {prompt!r}, so the image is a guess; of the {len(self.names)} things "
@@ -87,10 +87,10 @@ class Words:
 
 
 def _words(text: str) -> dict[str, None]:
-    """The words of a text that mean something, each once, in their order."""
+    """Return the meaningful words of a text in order, without repetitions."""
     return dict.fromkeys(word for word in re.findall(r"\w+", text.lower()) if word not in SMALL)
 
 
 def _forms(word: str) -> set[str]:
-    """A word, and what it is the plural of, if it is one."""
+    """Return a word and its possible singular forms."""
     return {word, word.removesuffix("s"), word.removesuffix("es"), re.sub("ies$", "y", word)}

@@ -11,31 +11,31 @@ from sfumato.values import Within
 
 __all__ = ["FITS", "MODES", "MODE_OF", "PREPROCESSORS", "Control", "Controls", "ImagePrompt", "ImagePrompts"]
 
-# What can be made of a photo for a network to read, and how a picture of another shape is fitted.
+# Preprocessors for control images, and ways to fit images with another aspect ratio.
 PREPROCESSORS = (
     "none", "canny", "scribble", "lineart", "softedge", "tile", "invert", "blur", "threshold", "recolor",
 )  # fmt: skip
 FITS = ("crop", "pad", "stretch")
-# What a ControlNet Union calls its kinds of pictures, by their numbers; and those of what can be made of a photo.
+# A ControlNet Union's kinds of control images, in the order of their numbers; and the kind for each preprocessor.
 MODES = ("openpose", "depth", "softedge", "canny", "normal", "segment", "tile", "inpaint")
 MODE_OF = {"scribble": "softedge", "lineart": "canny"} | {name: name for name in MODES if name in PREPROCESSORS}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Control(Record):
-    """A picture that steers what is drawn where, and the network that reads it, such as a ControlNet.
+    """A control image that guides the composition, and the network that reads it, such as a ControlNet.
 
     model         the network: a folder, a safetensors file, or a hub id in the local cache
-    image         the picture's file
-    preprocessor  what is made of the picture first; "none" if it is what the network reads
-    mode          what the picture shows, for a ControlNet Union: "openpose", "depth", "softedge" (or scribble), "canny"
-                  (or lines), "normal", "segment", "tile" or "inpaint"; told from the preprocessor if None
-    fit           what happens to a picture of another shape than the image's: "crop", "pad" or "stretch"
-    scale         how strongly it steers: 0 not at all, 1 as trained
-    start, end    the share of the steps at which it begins and ends
-    layers        more factors, one for each residual from the first skip connection to the middle
-    guess         steer the prompt's half of guidance alone, and the shallow layers less
-    weights       what the network's weights must hash to, and sha256 the picture's file; recipes say both
+    image         the control image's file
+    preprocessor  how to preprocess the image; "none" if it is already what the network expects
+    mode          the kind of image, for a ControlNet Union: "openpose", "depth", "softedge" (or scribble), "canny" (or
+                  lines), "normal", "segment", "tile" or "inpaint"; if None, derived from the preprocessor
+    fit           how to fit an image with another aspect ratio: "crop", "pad" or "stretch"
+    scale         the strength of the control: 0 is off, 1 is as trained
+    start, end    the fractions of the steps between which it is active
+    layers        additional factors, one for each residual from the first skip connection to the middle
+    guess         guess mode: affects only the prompt's branch of guidance, and shallow layers less
+    weights, sha256  the required hashes of the network's weights and of the image file, as recorded in recipes
     """
 
     model: Annotated[str, Within(1, 4096)]
@@ -62,14 +62,14 @@ class Control(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class ImagePrompt(Record):
-    """An image that is read like a prompt, by an IP-Adapter.
+    """An image to use like a prompt, with an IP-Adapter.
 
     model     the adapter's safetensors file
-    image     the image's file
-    encoder   the folder of CLIP's image encoder that it was trained with
-    scale     how strongly it is read: 0 not at all
-    mask      an image of where it is read, white for all of it; everywhere if None
-    hashes    what model, image, encoder and mask must hash to, in this order; recipes say it
+    image     the image file
+    encoder   the folder of the CLIP image encoder that the adapter was trained with
+    scale     the strength of the image: 0 is off
+    mask      an image that is white where the image prompt applies; None for everywhere
+    hashes    the required hashes of model, image, encoder and mask, in this order, as recorded in recipes
     """
 
     model: Annotated[str, Within(1, 4096)]

@@ -1,4 +1,4 @@
-"""The parts of a request that have fields of their own."""
+"""The parts of a request that consist of several fields."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ __all__ = [
     "Reweighted",
 ]
 
-# The sources of random numbers that `rng` names, and the largest seed of each.
+# The random number generators for `rng`, and the largest seed of each.
 LARGEST_SEEDS = {"torch": 2**63 - 1, "numpy": 2**32 - 1, "cuda": 2**63 - 1}
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceInterval(Record):
-    """Where there is guidance; elsewhere only the prompt is computed, with a scale of 1 (arXiv 2404.07724, section 3).
+    """The steps with guidance. All others compute only the prompt, as with scale 1 (arXiv 2404.07724, section 3).
 
-    start, stop           shares of the steps: step i of n, counted from 0, is guided if start <= i / n < stop
+    start, stop           fractions of the steps: step i of n, counted from 0, is guided if start <= i / n < stop
     sigma_min, sigma_max  noise levels: a step at sigma is guided if sigma_min < sigma <= sigma_max; None: no limit
     """
 
@@ -45,24 +45,24 @@ class GuidanceInterval(Record):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.start >= self.stop or self.sigma_min >= (self.sigma_max or 1e7):
-            raise UsageError("a guidance interval ends above where it begins; lower its start, or raise its end")
+            raise UsageError("a guidance interval must end above its start; lower its start, or raise its end")
 
     @property
     def by_noise(self) -> bool:
-        """Whether noise levels limit it."""
+        """Whether it is limited by noise levels."""
         return self.sigma_min > 0 or self.sigma_max is not None
 
     def holds(self, index: int, total: int, sigma: float = 1.0) -> bool:
-        """Whether step `index`, counted from 0, of `total` is guided; sigma: its noise level."""
+        """Return whether step `index`, counted from 0, of `total` is guided. sigma: its noise level."""
         steps = self.start <= index / total < self.stop
         return steps and (not self.by_noise or self.sigma_min < sigma <= (self.sigma_max or 1e7))
 
 
 @dataclass(frozen=True, kw_only=True)
 class FreeU(Record):
-    """FreeU (arXiv 2309.11497, section 3.2): reweights what meets in the first two blocks of the U-Net's way up.
+    """FreeU (arXiv 2309.11497, section 3.2): reweights the inputs of the U-Net's first two up blocks.
 
-    Half of the channels that come from below are multiplied by b1 (first block) or b2 (second one), and the low
+    Half of the channels from the previous block are multiplied by b1 (first block) or b2 (second block), and the low
     frequencies of the skip connections by s1 or s2. Good values depend on the family: b1 1.5, b2 1.6, s1 0.9, s2 0.2
     for Stable Diffusion 1.x.
     """
@@ -91,15 +91,15 @@ class Framing(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class Noise(Record):
-    """How noise is drawn where another program's picture is to come out again.
+    """How to generate noise, to reproduce images of other programs.
 
-    variation_seed      the first noise is turned towards that of this seed, along the sphere (A1111's "variation")
-    variation_strength  how far, 0 (not at all) to 1 (wholly)
-    step_seed           noise of the steps is a stream of its own, of the seed and this much more (A1111's ENSD); the
-                        first noise's stream goes on if None
-    step_rng            where that stream comes from, in the words of `rng`; the same place if None
-    posterior           "sample" as in the ecosystem: the picture to start from is encoded with noise of its own, drawn
-                        before any other; or "mean": without
+    variation_seed      interpolate the initial noise spherically towards that of this seed (A1111's variations)
+    variation_strength  how far, from 0 (not at all) to 1 (completely)
+    step_seed           generate the steps' noise separately, from the seed plus this number (A1111's ENSD); if None,
+                        continue with the generator of the initial noise
+    step_rng            the generator for the steps' noise, as in `rng`; if None, the same
+    posterior           "sample" as in the ecosystem: encode the input image with noise, drawn before all other noise;
+                        or "mean": without noise
     """
 
     variation_seed: Seed | None = None
@@ -116,14 +116,14 @@ class Noise(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFile(Record):
-    """A file that changes a checkpoint's weights (LoRA or related), and how strongly.
+    """A file that changes a checkpoint's weights (LoRA or related), and its strength.
 
     file         the path of a safetensors file
-    weight       of all it changes; negative and above 1, too
-    text_weight  of the text encoders; as `weight` if None
-    parts        weights by the beginning of modules' names: {"unet.up_blocks.1": 0.5}; the longest one that fits holds
-    partial      apply what fits, where the file also has modules or keys that are not known here
-    sha256       what the file must hash to, where that is known; recipes say it
+    weight       its strength; may be negative or above 1
+    text_weight  its strength for the text encoders; if None, the same
+    parts        strengths by the beginning of module names, {"unet.up_blocks.1": 0.5}; the longest match applies
+    partial      apply the known part of a file that also has unknown modules or keys
+    sha256       the required hash of the file, as recorded in recipes
     """
 
     file: Annotated[str, Within(1, 4096)]

@@ -33,20 +33,20 @@ if TYPE_CHECKING:
 
 __all__ = ["MOST_STEPS", "SPACINGS", "SYNTAXES", "GenerateRequest", "as_request"]
 
-# More than any schedule has timesteps, and more images than anybody waits for; beyond, a typing error or worse.
+# Larger numbers of steps or images can only be a mistake.
 MOST_STEPS = 10_000
 MOST_PICTURES = 10_000
 
 Texts = Annotated[tuple[str, ...], Within(1, MOST_PICTURES)]
 Numbers = Annotated[tuple[float, ...], Within(1, MOST_STEPS + 1)]
 
-# How the noise levels of the steps may be spaced, and the grammars that prompts may be read by.
+# Noise schedules, and prompt syntaxes.
 SPACINGS = ("uniform", "karras", "exponential", "sgm_uniform", "simple", "beta", "ddim_uniform")
 SYNTAXES = ("plain", "a1111", "comfyui", "compel")
-# What is generated with where neither the request nor the checkpoint says.
+# Defaults if neither the request nor the checkpoint has a value.
 STEPS, GUIDANCE_SCALE = 50, 7.5
 STRENGTH = 0.8
-# How much of the noise is gone where a refiner takes over (arXiv 2307.01952, section 2.5).
+# The fraction of the noise that is removed before a refiner takes over (arXiv 2307.01952, section 2.5).
 REFINER_START = 0.8
 
 
@@ -56,46 +56,46 @@ class GenerateRequest(Record):
 
     prompt            what the image should show: one text, or several for several images
     negative_prompt   what it should not show: one text for all, or one per prompt
-    prompt_syntax     how prompts are read: "plain" as they are, and cut at the model's length; or in chunks of any
-                      number, with the weights of "a1111", "comfyui" or "compel" (docs/guides/prompts.md)
+    prompt_syntax     prompt grammar: "plain" is literal and truncated to the model's length; "a1111", "comfyui" and
+                      "compel" have weights and any length (docs/guides/prompts.md)
     prompt_2, negative_prompt_2  prompts for a second text encoder; the first one's if None
     steps             denoising steps; the checkpoint's own number if None
     guidance_scale    how closely to follow the prompt (1 or less: no guidance, half the work); the checkpoint's if None
     guidance_rescale  0 to 1; reduces overexposure (arXiv 2305.08891, section 3.4)
-    guidance_interval  where there is guidance: a range of steps or of noise levels (arXiv 2404.07724)
+    guidance_interval  the steps or noise levels with guidance (arXiv 2404.07724)
     freeu             reweights the U-Net's skip connections (arXiv 2309.11497)
-    seamless          "x", "y" or "xy": the image continues at its opposite side, as every convolution pads circularly
+    seamless          "x", "y" or "xy": make the image tile along these axes, with circular padding in all convolutions
     hires             a second pass over an enlarged image (A1111's "Hires. fix")
     seed              image i uses seed + i; None chooses one, which the result contains
     rng               random number generator: "torch", "numpy" as in Apple's Core ML runners, "cuda" as on NVIDIA GPUs
-    noise             what else is to be known of it, to generate another program's image again
+    noise             how to generate noise, to reproduce images of other programs
     count             images per prompt
     width, height     pixels; the checkpoint's own size if None
     scheduler         a name such as "dpmpp_2m_karras" or "DPM++ 2M Karras"; the checkpoint's own if None
-    spacing           how the steps' noise levels are spaced, in A1111's way ("karras"); the scheduler's if None
+    spacing           one of A1111's noise schedules, such as "karras"; the scheduler's own if None
     eta               noise added by DDIM and TCD, 0 (none) to 1
     clip_skip         how many of the text encoder's last layers to skip
-    negative_clip_skip  the same for the negative prompt; as the ecosystem has it for the family if None
+    negative_clip_skip  the same for the negative prompt; the ecosystem's behavior for the family if None
     timesteps, sigmas a custom schedule instead of `steps`, for schedulers that accept one
     image, strength   the image file to start from, and how much to change it: 0 (not at all) to 1 (completely); if
                       None, 1 with a mask and 0.8 without
-    mask              what of that image is painted, where the rest stays as it is
-    depth             the file of a depth map, white where it is near, for checkpoints that keep an image's depth
-    image_guidance_scale  how closely checkpoints that edit by instructions keep to the image, 1.5 if None; below 1,
-                      there is no guidance at all
-    noise_level       noise on the image that an upscaler or unCLIP reads; 20 and 0 of 1000 if None
+    mask              the area of that image to change; the rest stays as it is
+    depth             the file of a depth map, with near areas white, for depth-to-image checkpoints
+    image_guidance_scale  how closely instruction-based editing models follow the image; 1.5 if None; below 1, there is
+                      no guidance at all
+    noise_level       noise added to the input of upscalers (20 if None) and unCLIP (0 if None), out of 1000
     original_inference_steps  length of the schedule that few-step schedulers (LCM, TCD) take their steps from
-    denoising_end     stop when this share of the noise is removed, so that another checkpoint can continue
+    denoising_end     stop when this fraction of the noise is removed, so that another checkpoint can continue
     denoising_start   continue from such latents, given as `image`; replaces strength
     refiner           the checkpoint that continues there, a folder or hub id; from 0.8 if denoising_end is None
     framing           size conditioning, for checkpoints that use it
     negative_framing  size conditioning of the negative prompt; fields that are None are taken from `framing`
     adapters          files that change the weights, in addition to those loaded into the pipeline
     adapter_scale     multiplies the weights of those loaded into the pipeline
-    lora_dir          the folder of the adapters that prompts name by <lora:name:weight>, in A1111's grammar
-    embeddings        files of new words
-    controls          pictures that steer what is drawn where, each with a network that reads it
-    image_prompts     images that are read like a prompt, each with an IP-Adapter
+    lora_dir          the folder of adapters for <lora:name:weight> in prompts, in A1111's syntax
+    embeddings        textual inversion files
+    controls          control images, each with a ControlNet or T2I-Adapter
+    image_prompts     images to use like a prompt, each with an IP-Adapter
     """
 
     prompt: str | Texts = ""
@@ -229,7 +229,7 @@ class GenerateRequest(Record):
 
     @property
     def joined(self) -> int:
-        """How many more prompts `AND` joins, at most, to one of the prompts."""
+        """The maximum number of additional prompts that `AND` joins to a prompt."""
         if self.prompt_syntax != "a1111":
             return 0
         return max(len(re.findall(r"\bAND\b", text)) for texts in self.texts for text in texts)
@@ -243,27 +243,27 @@ class GenerateRequest(Record):
         return len(self.prompts) * self.count
 
     def alone(self, place: int) -> Self:
-        """A request for a single image of one of the prompts, counted from 0."""
+        """Return a request for a single image of one of the prompts, counted from 0."""
         names = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")
         lists = {name: value for name in names if isinstance(value := getattr(self, name), tuple)}
         return self.replace(count=1, **{name: value[place] for name, value in lists.items()})
 
     @property
     def first_pass(self) -> Self:
-        """The request as the first pass has it: where there is a second one (`hires`), a refiner ends that one."""
+        """The request for the first pass. If there is a second one (`hires`), a refiner takes over in that one."""
         return self if self.hires is None else self.replace(refiner=None, denoising_end=None)
 
     @property
     def second_steps(self) -> int:
-        """The steps of the second pass: as many as the first one's if it does not say."""
+        """The steps of the second pass; by default as many as in the first."""
         custom = self.timesteps or self.sigmas
         return (self.hires and self.hires.steps) or (len(custom) if custom else self.chosen_steps)
 
     def second_pass(self, size: tuple[int, int], unit: int) -> Self:
-        """The request of the second pass (`hires`) over a first image of this size (width, height).
+        """Return the request for the second pass (`hires`) over a first image of this size (width, height).
 
-        It takes the last steps of a schedule that is as much longer as its strength is smaller: as many as were asked
-        for, as A1111 does. A custom schedule is the first pass's alone. unit: pixels per latent pixel.
+        As in A1111, it runs the requested number of steps, at the end of a schedule that is longer by a factor of
+        1 / strength. A custom schedule applies only to the first pass. unit: pixels per latent pixel.
         """
         hires, steps = self.hires or Hires(), self.second_steps
         whole = min(MOST_STEPS, max(steps, int(steps / min(hires.strength, 0.999))))
@@ -285,7 +285,7 @@ class GenerateRequest(Record):
         )
 
     def last_pass(self, size: tuple[int, int], unit: int) -> Self:
-        """The request of the pass that a refiner ends; the first one's images have this size (width, height)."""
+        """Return the request for the pass in which a refiner takes over. size: (width, height) of the first pass."""
         return self.replace(width=size[0], height=size[1]) if self.hires is None else self.second_pass(size, unit)
 
     @property
@@ -300,22 +300,22 @@ class GenerateRequest(Record):
 
     @property
     def chosen_strength(self) -> float:
-        """How much an image is changed; if not set, wholly where a mask says what of it."""
+        """How much to change the input image; if not set, 1 with a mask and 0.8 without."""
         return self.strength if self.strength is not None else STRENGTH if self.mask is None else 1.0
 
     @property
     def chosen_image_scale(self) -> float:
-        """How closely an edited image is kept to, 1.5 if not set."""
+        """How closely to follow an image that is edited, 1.5 if not set."""
         return 1.5 if self.image_guidance_scale is None else self.image_guidance_scale
 
     @property
     def pictures(self) -> dict[str, str]:
-        """The image files that are read, by what they are."""
+        """The image files of the request, by field."""
         named = {"image": self.image, "mask": self.mask and self.mask.file, "depth": self.depth}
         return {name: file for name, file in named.items() if file is not None}
 
     def settled(self, suggested: Mapping[str, Any]) -> Self:
-        """The request with open fields filled in: first what the checkpoint suggests, then general defaults."""
+        """Return the request with missing values filled in, from the checkpoint's settings or general defaults."""
         left_open = {name: value for name, value in suggested.items() if getattr(self, name) is None}
         request = self.replace(**left_open)
         end = REFINER_START if self.refiner is not None and self.denoising_end is None else self.denoising_end
@@ -323,7 +323,7 @@ class GenerateRequest(Record):
 
 
 def as_request(value: object) -> GenerateRequest:
-    """The value, if it is a request. Raises `UsageError`."""
+    """Return the value if it is a request; otherwise raise `UsageError`."""
     if not isinstance(value, GenerateRequest):
         raise UsageError(f"expected a GenerateRequest, not {shown(value)}")
     return value

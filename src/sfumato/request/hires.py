@@ -11,7 +11,7 @@ from sfumato.values import Within
 
 __all__ = ["UPSCALERS", "Hires", "SecondPass", "share_of"]
 
-# How the second pass of a hires fix enlarges the first one's latents, and "lanczos", which enlarges its pixels.
+# Upscalers for latents, and "lanczos", which enlarges pixels.
 UPSCALERS = (
     "latent", "latent-antialiased", "latent-bicubic", "latent-bicubic-antialiased", "latent-nearest",
     "latent-nearest-exact", "lanczos",
@@ -22,15 +22,15 @@ UPSCALERS = (
 class Hires(Record):
     """A second pass over an enlarged image (A1111's "Hires. fix"): image-to-image with fresh noise of the same seed.
 
-    A custom schedule is that of the first pass; a refiner takes over in the second one.
+    A custom schedule applies only to the first pass; a refiner takes over in the second one.
 
-    scale            how many times as wide and high, if neither width nor height is given
-    width, height    of the result; if only one is given, the shape stays; if both, what is too much is cut off evenly
-    upscaler         "latent" (bilinear) and other ways to enlarge latents, or "lanczos" for pixels
-    strength         how much the second pass may change, 0 to 1
-    steps            of the second pass, all of which are taken; those of the request if None
-    prompt, negative_prompt  for the second pass; those of the request if None
-    guidance_scale, scheduler, spacing  likewise
+    scale            the factor for both sides, if neither width nor height is given
+    width, height    of the result; one of them keeps the aspect ratio, both crop the image evenly
+    upscaler         "latent" (bilinear) or another upscaler for latents, or "lanczos" for pixels
+    strength         how much the second pass changes, 0 to 1
+    steps            of the second pass, all of which are run; the request's if None
+    prompt, negative_prompt  for the second pass; the request's if None
+    guidance_scale, scheduler, spacing  the same
     """
 
     scale: Annotated[float, Within(1, 16)] = 2.0
@@ -50,7 +50,7 @@ class Hires(Record):
         check_word("upscaler", self.upscaler, UPSCALERS)
 
     def sizes(self, width: int, height: int, unit: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """What (width, height) is enlarged to, and what is kept of that; both multiples of `unit`."""
+        """Return the enlarged size for (width, height), and the size after cropping; both are multiples of `unit`."""
         if self.width is None and self.height is None:
             enlarged = int(width * self.scale), int(height * self.scale)
         elif self.height is None or (self.width is not None and width * self.height <= height * self.width):
@@ -67,7 +67,7 @@ SecondPass = Annotated[Hires, "the fields of a Hires"]
 
 
 def share_of(calls: int, steps: int) -> float:
-    """The strength at which int(steps * strength) is `calls`."""
+    """Return the strength for which int(steps * strength) is `calls`."""
     share = calls / steps
     while int(steps * share) < calls:
         share = math.nextafter(share, 2)

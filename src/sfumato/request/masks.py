@@ -16,16 +16,16 @@ Margin = Annotated[int, Within(0, 2**14)]
 
 @dataclass(frozen=True, kw_only=True)
 class Mask(Record):
-    """What of an image is painted. The rest of it stays as it is, bit for bit.
+    """The area of an image to change. The rest stays as it is, bit for bit.
 
-    file       the path of a picture as large as the image: white is painted, black stays, and what is grey is painted
-               less, the darker it is (differential diffusion, arXiv 2306.00950)
-    extend     pixels to add on the left, top, right and bottom of the image, which are painted, too
-    edge       pixels over which what is painted fades into what stays; they lie within the mask, and the mask of an
-               extension reaches as far into the image. If None, 16 for an extension and 0 for a file
-    crop       paint only the mask and this many pixels around it, enlarged to the size of the request or the model's
-               own, and put that back; if None, paint the whole image
-    composite  False returns what the autoencoder makes of the parts that stay, too
+    file       the path of an image of the same size: white areas change, black areas stay, and gray areas change less
+               (differential diffusion, arXiv 2306.00950)
+    extend     pixels to add on the left, top, right and bottom of the image, and to generate
+    edge       width of the soft edge in pixels, inside the mask; with `extend`, it reaches into the image. If None, 16
+               with `extend` and 0 otherwise
+    crop       generate only the masked area and this many pixels around it, enlarged to the requested size or the
+               model's own, and paste the result back; if None, generate the whole image
+    composite  False returns the autoencoder's version of the unchanged area instead of the original
     """
 
     file: Annotated[str, Within(1, 4096)] | None = None
@@ -37,7 +37,7 @@ class Mask(Record):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.file is None and not any(self.extend):
-            raise UsageError("a mask needs a file, or pixels by which to extend the image; give one of them")
+            raise UsageError("a mask needs a file, or pixels to extend the image by; give one of them")
 
     @property
     def chosen_edge(self) -> int:

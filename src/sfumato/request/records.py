@@ -23,22 +23,22 @@ Weight = Annotated[float, Within(-1000, 1000)]
 
 
 class Record:
-    """A frozen dataclass that can be converted to JSON and back; `nested` are its fields that hold such records."""
+    """A frozen dataclass that can be converted to JSON and back. nested: its fields that contain records."""
 
     nested: ClassVar[dict[str, Any]] = {}
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
-            if isinstance(value := getattr(self, f.name), list):  # as JSON has them
+            if isinstance(value := getattr(self, f.name), list):  # from JSON
                 object.__setattr__(self, f.name, tuple(value))
         check_record(self, "", UsageError)
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed."""
+        """Return a copy with some fields changed."""
         return dataclasses.replace(self, **changes)  # pyright: ignore[reportArgumentType]
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that differ from their defaults, as JSON values."""
+        """Return the fields that differ from their defaults, as JSON values."""
         return {
             f.name: _plain(value)
             for f in dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
@@ -47,7 +47,7 @@ class Record:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The inverse of `to_dict`. Raises `UsageError` for a field that does not exist or is missing."""
+        """Create a record from `to_dict`'s output. Raises `UsageError` for unknown and missing fields."""
         fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
         known = [f.name for f in fields]
         for name in values:
@@ -61,7 +61,7 @@ class Record:
 
 
 def check_word(name: str, value: str, known: Collection[str]) -> None:
-    """Raises `UsageError`, naming the nearest word, unless `value` is one of `known`."""
+    """Raise `UsageError`, with the most similar word, unless `value` is one of `known`."""
     if value not in known:
         *most, last = known
         raise UsageError(f"{name} must be {', '.join(most)} or {last}, not {shown(value)}{suggest(value, known)}")
@@ -74,7 +74,7 @@ def _plain(value: Any) -> Any:
 
 
 def _records(kind: Any, value: Any) -> Any:
-    """What JSON has in the place of records: an object of one, a list of several; others fail the check."""
+    """Convert JSON objects, or lists of them, to records. Other values are left for validation to reject."""
     if isinstance(value, list):
         return tuple(_records(kind, one) for one in value)
     return kind.from_dict(value) if isinstance(value, dict) else value

@@ -1,4 +1,4 @@
-"""Exact forms of attention for kernels that are fast, or right, for some shapes only: padded heads and split keys.
+"""Exact forms of attention for kernels that are fast or correct only for some shapes: padded heads and split keys.
 
 Both compute softmax(q k^T / sqrt(d) + mask) v, equal to torch's own up to the order of its sums. Shapes as in
 models/attention.py: q (B, heads, L, d); k, v (B, heads, S, d); mask None or broadcastable to (B, heads, L, S), added.
@@ -79,7 +79,7 @@ def _joined(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, max_keys: int)
         scores = q @ k[:, part].transpose(1, 2)
         scores = scores if mask is None else scores + mask[..., part]
         new = torch.maximum(top, scores.amax(-1, keepdim=True))
-        base = new.masked_fill(new == -torch.inf, 0.0)  # nothing but masked keys so far
+        base = new.masked_fill(new == -torch.inf, 0.0)  # only masked keys so far
         weights, decay = (scores - base).exp(), (top - base).exp()
         total = total * decay + weights.sum(-1, keepdim=True)
         out = out * decay + weights @ v[:, part]

@@ -1,8 +1,8 @@
-"""Canaries: the operations of a model, in its shapes, on a device and in float64 on the CPU.
+"""Canaries: compare a model's operations, in its shapes, on a device with float64 on the CPU.
 
-A device that computes wrongly raises no error, so each operation is compared before it draws. Results are verdicts by
-operation and precision ("conv bfloat16": "passed"), kept for a torch, a build of the system, a chip and a model's
-shapes. What follows from them is in faults.py.
+A device that computes incorrectly raises no error, so each operation is checked before images are generated. Results
+are verdicts by operation and precision ("conv bfloat16": "passed"), cached per torch version, system build, chip and
+model shapes. faults.py contains the consequences.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ from sfumato.runtime.faults import HALF, HEAD_WIDTHS, PASSED
 
 __all__ = ["CANARIES", "TOLERANCE", "Shapes", "checked", "kept_name", "precisions", "run_canaries", "shapes_of"]
 
-# Another number where what is compared changes, so that older verdicts are not taken for it.
+# Increased whenever the comparisons change, which invalidates older verdicts.
 COMPARED = 1
-# Of the largest number of the exact result. cuDNN multiplies float32 with eleven bits (TF32) unless told otherwise.
+# Allowed errors, relative to the largest exact value. cuDNN multiplies float32 with eleven bits (TF32) by default.
 TOLERANCE = {"float32": 2e-3, "float16": 2e-2, "bfloat16": 3e-2}
-# Seconds after which a canary counts as failed: the first of a process also loads and compiles its kernels, and the
-# machine may be busy. After this many that hang, the rest are not tried. Nothing is cached then.
+# Seconds after which a canary counts as failed; the first one of a process also loads and compiles kernels, and the
+# machine may be busy. After this many timeouts, the rest are skipped, and nothing is cached.
 LIMIT, MOST_HUNG = 30.0, 2
 HUNG = "took more than"
-# Operations of one attention, so that all canaries take a second.
+# Limit of operations per attention, so that all canaries together take about a second.
 OPERATIONS = {"cpu": 5e7, "cuda": 2e10, "mps": 2e10}
 ROWS, BATCH, SIDE, LONG = 8, 4, 16, 36_864
-MOST_TOKENS = 4096  # of an attention; longer sums have a canary of their own
+MOST_TOKENS = 4096  # per attention; longer sums have a separate canary
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the operations of a model look like: (width, queries, keys) of its heads, and the U-Net's channels."""
+    """The shapes of a model's operations: (width, queries, keys) of its heads, and the U-Net's channels."""
 
     heads: tuple[tuple[int, int, int], ...]
     channels: tuple[int, ...]
@@ -60,7 +60,7 @@ class Shapes:
 
 @dataclass(frozen=True, eq=False)
 class _Case:
-    """Inputs, the work that a device does on them, and the exact result of a part of it."""
+    """The inputs of an operation, the operation, and the exact result for a part of the output."""
 
     inputs: tuple[Tensor, ...]
     work: Callable[..., Tensor]
@@ -70,7 +70,7 @@ class _Case:
 
 @dataclass(frozen=True)
 class _Draw:
-    """Where inputs come from, and what they are for."""
+    """Generates inputs for a device, dtype and set of shapes."""
 
     shapes: Shapes
     device: torch.device
@@ -96,7 +96,7 @@ def shapes_of(sizes: Sizes) -> Shapes:
 
 
 def _attentions(draw: _Draw, work: Callable[..., Tensor], most: int = HEAD_WIDTHS[-1]) -> Iterator[_Case]:
-    """Yield images of several heads, as views like those of the layers; and few queries, which have own kernels."""
+    """Yield attention for several heads, as views like those of the layers, and for few queries (separate kernels)."""
     heads = [shape for shape in draw.shapes.heads if shape[0] <= most]
     if heads:
         heads.append((heads[0][0], 4, 77))
@@ -143,12 +143,12 @@ def _chunks(draw: _Draw) -> Iterator[_Case]:
 
 
 def _split(draw: _Draw) -> Iterator[_Case]:
-    """Yield two shapes: plain products know no widths."""
+    """Yield two shapes, because plain products do not depend on head widths."""
     yield from islice(_attentions(draw, lambda q, k, v: split(2**26, k.shape[2] // 2 + 1)(q, k, v, None), 2**16), 2)
 
 
 def _mask(draw: _Draw) -> Iterator[_Case]:
-    """Yield the text encoder's attention, in which no token sees later ones."""
+    """Yield the text encoder's causal attention."""
     q, k, v = (draw(1, 77, 128) for _ in range(3))
     mask = torch.full((77, 77), -torch.inf).triu(1)
     yield _Case(
@@ -254,9 +254,9 @@ def run_canaries(
 ) -> dict[str, str]:
     """Return the verdict of each canary in each dtype: "passed", or what is wrong.
 
-    There is none for a canary that ran out of memory, which says nothing of the device. limit: seconds for each, after
-    which it has failed and its thread is abandoned; around: a context for the device's work, with which tests inject
-    faults.
+    A canary that runs out of memory has no verdict, because this does not mean that the device is wrong. limit: seconds
+    for each, after which it fails and its thread is abandoned; around: a context for the device's work, for injecting
+    faults in tests.
     """
     verdicts: dict[str, str] = {}
     hung = f"{HUNG} {limit:g} s"
@@ -286,7 +286,7 @@ def _within(limit: float, work: Callable[[], str]) -> str | None:
 def _verdict(cases: Iterator[_Case], draw: _Draw, around: Callable[[], AbstractContextManager[Any]]) -> str:
     try:
         error = max((_error(case, draw.device, around) for case in cases), default=0.0)
-    except Exception as failure:  # whatever a device throws, it has not computed
+    except Exception as failure:  # any error means that the operation failed
         if ran_out_of_memory(failure):
             return ""
         return f"{type(failure).__name__}: {(str(failure).splitlines() or [''])[0][:200]}"
@@ -339,7 +339,7 @@ def checked(facts: Facts, sizes: Sizes, *, run: bool | None = None, again: bool 
 
     def check(values: Mapping[str, Any]) -> None:
         if values.get("of") != key or not _are_verdicts(values.get("verdicts")):
-            raise ConfigError(f"{name} is not of this machine, or damaged")
+            raise ConfigError(f"{name} is from another machine, or damaged")
 
     kept = {} if again else read_kept(name, check)
     if kept:

@@ -22,7 +22,7 @@ NATIVE_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Check:
-    """The result of a check: "good", "poor" (works, but could be better) or "missing". `mend` says how to fix it."""
+    """The result of a check: "good", "poor" (works, but could be better) or "missing". mend: how to fix it."""
 
     name: str
     state: str
@@ -110,7 +110,7 @@ def _hardware(facts: Facts) -> Iterator[Check]:
     elif facts.compiler is None and facts.accelerator == "cpu":
         install = {"linux": "sudo apt install gcc", "macos": "xcode-select --install"}
         mend = install.get(facts.system, "install the Visual Studio build tools")
-        yield Check("C compiler", "poor", "none; torch's kernels replace our own", mend)
+        yield Check("C compiler", "poor", "none; torch's slower kernels are used", mend)
     else:
         yield Check("C compiler", "good", facts.compiler or "none, but none is needed")
 

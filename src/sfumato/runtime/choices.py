@@ -95,7 +95,7 @@ class Sizes:
 
     @property
     def enlarges(self) -> int:
-        """How many times as wide a result is as the image that it is drawn from."""
+        """The factor by which a result is wider than its input image."""
         extra = self.unet_config.in_channels - self.vae_config.latent_channels
         return self.vae_config.scale_factor if extra == 3 else 2 if self.unet_config.is_k else 1
 
@@ -183,7 +183,7 @@ def check_sides(factor: int, **sides: int | None) -> None:
 
 
 def enlarged(sizes: Sizes, request: GenerateRequest) -> GenerateRequest:
-    """A request whose size is that of its image, with that of the result in its place."""
+    """Replace a request's size, if it is that of its input image, with the size of the result."""
     if request.image is None or request.width is None or request.height is None:
         return request
     return request.replace(width=sizes.enlarges * request.width, height=sizes.enlarges * request.height)
@@ -295,7 +295,7 @@ class Plan:
     engine          "torch", or "onednn": weights packed once, and our own kernels; x86 only
     attention       "fused" (torch's own), "chunked": no score matrix larger than `attention_bytes`, or "split": by
                     plain products over pieces of the keys; on Metal, heads too wide for fused kernels are chunked
-    attention_keys  at most so many keys are summed at a time, where that is limited
+    attention_keys  maximum number of keys to sum at a time; None for no limit
     micro_batch     images per call of the U-Net
     singly          convolutions take the images of a batch one at a time
     offload         "none", or "staged": unload the text encoder after encoding, and the U-Net before decoding
@@ -343,10 +343,10 @@ class Plan:
 
 
 def published_sizes(name: str) -> Sizes:
-    """Return the sizes of a family's published float32 checkpoint. Raises `UsageError` if it reads no prompt."""
+    """Return the sizes of a family's published float32 checkpoint. Raises `UsageError` if it has no prompt."""
     row = FAMILIES[name]
     if not row.encoders:
-        raise UsageError(f"{row.title} reads no prompt; give a family that does")
+        raise UsageError(f"{row.title} does not use a prompt; give a family that does")
     texts = [parse(CLIPTextConfig, encoder.config)[0] for encoder in row.encoders]
     layers = [text_layers(text, 1, projected=one.projected) for text, one in zip(texts, row.encoders, strict=True)]
     unet, vae = parse(UNet2DConditionConfig, row.unet)[0], parse(AutoencoderKLConfig, row.vae)[0]

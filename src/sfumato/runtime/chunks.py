@@ -1,4 +1,4 @@
-"""How attention is split to bound the memory of its scores, and images into tiles: the arithmetic alone."""
+"""The arithmetic of splitting attention, to limit the memory of its scores, and of splitting images into tiles."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ __all__ = ["attention_chunk", "tile_starts"]
 def attention_chunk(pairs: int, queries: int, keys: int, element_size: int, max_bytes: int) -> tuple[int, int]:
     """Return how many (image, head) pairs and queries to process at a time so that scores take at most `max_bytes`.
 
-    Either all queries of as many pairs as fit, or else as many queries of one pair as fit. At least one query of one
-    pair: a row of scores is never split.
+    These are all queries of as many pairs as fit, or else as many queries of one pair as fit, but at least one query of
+    one pair: a row of scores is never split.
     """
     row = keys * element_size
     at_once = max(1, min(queries, max_bytes // row))

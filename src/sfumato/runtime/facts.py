@@ -59,7 +59,7 @@ class Facts:
     cache_l2, cache_l3  size of one core's level 2 cache, and of the shared level 3 cache
     compiler            path of a C compiler
     onednn              torch's oneDNN operations on packed weights give correct results
-    system_build        of macOS, whose kernels change with it: "25C56"
+    system_build        the build of macOS, such as "25C56"; its kernels can change between builds
     canaries            verdicts on the accelerator: "conv float32" to "passed" or what is wrong (canaries.py)
     speeds              measured by `sfumato doctor`: operations per second for "conv_bfloat16" and so on
     """

@@ -1,4 +1,4 @@
-"""What the canaries (canaries.py) of a machine say, and what a plan does about it: plain values, without torch."""
+"""The consequences of a machine's canaries (canaries.py) for plans, as plain values. Does not import torch."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ __all__ = [
 ]
 
 PASSED = "passed"
-# The half precision that a plan may choose by itself on a kind of device.
+# The half precision that a plan may choose by itself on each type of device.
 HALF = {"cpu": "bfloat16", "cuda": "float16", "mps": "bfloat16"}
-# Widths of heads that Metal's fused attention covers, to which others are padded, and the torch that brings it
+# Head widths that Metal's fused attention supports, to which others are padded, and the first torch version that has it
 # (pytorch#181575).
 HEAD_WIDTHS, FUSED_ON_METAL = (32, 64, 72, 80, 96, 128, 256), (2, 13)
 # On Metal, sums of 32,767 products or more may be wrong (pytorch#195163).
 SPLIT_KEYS = 2**14
 
-# Operations that no network does without: a fault in half precision is answered by float32, one in float32 by the CPU.
+# Operations that every network needs: a failure in half precision leads to float32, one in float32 to the CPU.
 NETWORK = {
     "split": "attention in pieces of its keys", "linear": "linear layers", "row": "linear layers of a single row",
     "conv": "convolution", "norm": "group normalization", "geglu": "gated feed-forward layers",

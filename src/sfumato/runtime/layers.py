@@ -263,7 +263,7 @@ class _ControlNet(_UNet):
             self.union(config)
 
     def union(self, config: ControlNetUnionConfig) -> None:
-        """What tells kinds of pictures apart, once a run."""
+        """Add the embedding of control image kinds, which runs once."""
         width, waves = config.num_trans_channel, config.num_control_type * (config.addition_time_embed_dim or 0)
         self.add("norm", (config.num_control_type + 4 * config.num_trans_layer) * width)
         sizes = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)] * config.num_trans_layer

@@ -23,7 +23,7 @@ def packable(dtype: torch.dtype) -> bool:
     try:
         with torch.no_grad():
             return _agrees(dtype)
-    except Exception:  # whatever a version of torch raises that lacks them or changed their signatures
+    except Exception:  # torch versions that lack them or changed their signatures raise various errors
         return False
 
 

@@ -199,7 +199,7 @@ def _device(facts: Facts, wishes: Wishes) -> str:
 
 
 def _at_once(facts: Facts, kind: str, dtype: str) -> int:
-    """How many images a call of the U-Net takes at most, where memory allows it."""
+    """Return the maximum number of images per U-Net call, if memory allows it."""
     if kind != "mps":
         return MOST_AT_ONCE if kind == "cuda" else 1
     new = release(facts.libraries.get("torch", "")) >= BATCHES_ON_METAL

@@ -40,7 +40,7 @@ QUIRKS = (
     Quirk(
         "mps-long-reduction",
         "sums of 32,767 products or more are wrong on M1 and M2",
-        "Sfumato splits attention over so many keys, with the same result",
+        "Sfumato splits attention over that many keys, with the same result",
         "pytorch#195163, pytorch#183535",
         accelerators=("mps",),
     ),
@@ -63,7 +63,7 @@ QUIRKS = (
     Quirk(
         "mps-sliced-attention",
         "products of empty tensors read NaN (baddbmm with beta=0)",
-        "Sfumato's slices do without it",
+        "Sfumato's attention slices avoid it",
         "diffusers#11229, pytorch#187521",
         accelerators=("mps",),
         since=(2, 4),

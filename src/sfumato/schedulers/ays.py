@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["AysSchedules"]
 
-# For `timesteps=…` and `sigmas=…` of pipelines, and for `set_timesteps`; the last sigma is where a run ends.
+# For `timesteps=…` and `sigmas=…` of pipelines, and for `set_timesteps`. The last sigma is the end of the schedule.
 AysSchedules: dict[str, list[float]] = {
     "StableDiffusionTimesteps": [999, 850, 736, 645, 545, 455, 343, 233, 124, 24],
     "StableDiffusionSigmas": [14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.0],

@@ -1,8 +1,8 @@
 """One sampling step as a row of numbers, and `advance`, which runs any of them.
 
 Every sampler here is linear: the next latents are a weighted sum of the current ones, of latents saved earlier, of the
-model's past outputs and of noise, with weights that the noise grid alone fixes. A *builder* (in `solvers/`) works them
-out once, in float64, as `Row`s; `advance` is then the same few tensor operations for all samplers, without a branch on
+model's past outputs and of noise, with weights that depend only on the noise grid. A *builder* (in `solvers/`) computes
+them once, in float64, as `Row`s; `advance` is then the same few tensor operations for all samplers, without a branch on
 the sampler's name, without waiting for the device and without float64 on it.
 """
 

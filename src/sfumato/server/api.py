@@ -19,7 +19,7 @@ __all__ = ["create_api"]
 
 
 def create_api(queue: JobQueue) -> FastAPI:
-    """The native API, OpenAI's and A1111's."""
+    """Create the application that serves the native API, OpenAI's and A1111's."""
     app = FastAPI(
         title="Sfumato", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False,
         summary="Stable Diffusion that fits the machine it runs on.",

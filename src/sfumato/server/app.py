@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 __all__ = ["STATIC", "create_app"]
 
 STATIC = Path(__file__).parent / "static"
-# What the paths of the APIs begin with.
+# Path prefixes of the APIs.
 APIS = ("/api/", "/v1/", "/sdapi/")
 
 
 def create_app(queue: JobQueue, *, page: bool = True, host: str = "127.0.0.1", token: str | None = None) -> ASGIApp:
-    """The server of a queue, which is the caller's to start and stop; with the studio's page, or without.
+    """Create the server for a queue, with or without the studio's page. The caller starts and stops the queue.
 
-    host: the address that is listened at; token: what clients must know, which off the loopback address is not left
-    to choice. Raises `UsageError`.
+    host: the address the server listens on. token: the secret that clients must send. Raises `UsageError` if there is
+    no token and the address is not the loopback address.
     """
     if token is None and not is_loopback(host):
-        raise UsageError(f"whoever can reach {host} could use this server; set a token, or listen at 127.0.0.1")
+        raise UsageError(f"anyone who can reach {host} could use this server; set a token, or listen on 127.0.0.1")
     policy = content_policy(STATIC / "index.html")
     return Guard(_Door(queue, page and STATIC.is_dir()), host=host, token=token, policy=policy)
 
 
 class _Door:
-    """The page's files; and whatever is none of these is the API's, which is imported meanwhile."""
+    """Serves the page's files, and passes all other paths to the API, which is imported in the background."""
 
     def __init__(self, queue: JobQueue, page: bool) -> None:
         self._page = StaticFiles(directory=STATIC, html=True) if page else None

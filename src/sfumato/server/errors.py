@@ -19,7 +19,7 @@ TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_e
 
 
 class ApiError(HTTPException):
-    """An answer that is an error. after: seconds until it is worth trying again; None: it never is."""
+    """An error response. after: seconds until the client should retry; None if a retry cannot help."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, after: int | None = None
@@ -29,12 +29,12 @@ class ApiError(HTTPException):
 
 
 def not_found(what: str, name: str) -> ApiError:
-    """There is no such thing."""
+    """Return the error for a name that does not exist."""
     return ApiError(404, f"there is no {what} {name[:100]!r}", code=f"{what}_not_found")
 
 
 def answer(error: ApiError) -> JSONResponse:
-    """The answer that an error is."""
+    """Convert an error to a JSON response."""
     kind = TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
     body = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
     headers = {"x-should-retry": "false"} if error.after is None else {"Retry-After": str(error.after)}
@@ -42,8 +42,8 @@ def answer(error: ApiError) -> JSONResponse:
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Have every error answered in this form."""
-    from fastapi.exceptions import RequestValidationError  # imports all of FastAPI, which the guard does without
+    """Make the application return every error in this form."""
+    from fastapi.exceptions import RequestValidationError  # imports all of FastAPI, which the guard does not need
 
     @app.exception_handler(ApiError)
     async def _api(_: Request, error: ApiError) -> JSONResponse:
@@ -65,7 +65,7 @@ def add_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def _unexpected(_: Request, error: Exception) -> JSONResponse:
-        return answer(ApiError(500, f"something unexpected happened ({type(error).__name__}); the log says where"))
+        return answer(ApiError(500, f"unexpected error ({type(error).__name__}); see the server's log"))
 
     @app.exception_handler(HTTPException)
     async def _http(_: Request, error: HTTPException) -> JSONResponse:

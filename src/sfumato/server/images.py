@@ -17,7 +17,7 @@ __all__ = ["converted", "fitting", "inverted", "painted"]
 
 
 def converted(source: Path | bytes, kind: str, quality: int | None = None) -> bytes:
-    """An image of ours as "png", "jpeg" or "webp", with its recipe. quality: 0 to 100, of the latter two."""
+    """Return a generated image as "png", "jpeg" or "webp", with its recipe. quality: 0 to 100, for JPEG and WebP."""
     from PIL import Image
 
     from sfumato.metadata.carriers import image_bytes, read_carried
@@ -30,7 +30,7 @@ def converted(source: Path | bytes, kind: str, quality: int | None = None) -> by
 
 
 def inverted(data: bytes) -> bytes:
-    """A mask, black where it was white. Raises `ApiError` for what is no image."""
+    """Invert a mask. Raises `ApiError` if the data is not an image."""
     from PIL import Image, ImageOps
 
     checked(data, whole=True)
@@ -40,7 +40,10 @@ def inverted(data: bytes) -> bytes:
 
 
 def painted(mask: bytes, image: bytes) -> bytes:
-    """OpenAI's mask, whose transparent pixels are to be painted, as one whose white ones are. Raises `ApiError`."""
+    """Convert OpenAI's mask, which marks pixels to edit as transparent, to one that marks them as white.
+
+    Raises `ApiError` if the sizes differ or no pixel is marked.
+    """
     from PIL import Image, ImageOps
 
     for data in (mask, image):
@@ -51,13 +54,16 @@ def painted(mask: bytes, image: bytes) -> bytes:
             raise ApiError(400, f"{told}; send a mask of the image's size", param="mask")
         alpha = found.convert("RGBA").getchannel("A")
     if alpha.getextrema() == (255, 255):
-        raise ApiError(400, "the mask has no transparent pixels, which say where to paint", param="mask")
+        raise ApiError(400, "the mask has no transparent pixels; make the area to edit transparent", param="mask")
     ImageOps.invert(alpha).save(stream := io.BytesIO(), "PNG")
     return stream.getvalue()
 
 
 def fitting(path: Path, model: Model) -> dict[str, Any]:
-    """The width and height of an image's ratio and about as many pixels as a model draws; empty if that is unknown."""
+    """Return a width and height with the image's aspect ratio and about the model's default number of pixels.
+
+    Empty if the model's default size is unknown.
+    """
     from PIL import Image
 
     if model.width is None or model.height is None:

@@ -1,4 +1,4 @@
-"""Turns client input into requests: images become our files, names become paths, and nothing else is opened."""
+"""Turns client input into requests: images are stored, names are resolved to paths, and nothing else is opened."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 __all__ = ["MOST_BYTES", "MOST_PIXELS", "Intake", "checked", "decoded"]
 
-# Of one image: bytes of its file, and pixels, which are counted before any of them is decoded.
+# Limits for one image: file size in bytes, and pixels, which are checked before decoding.
 MOST_BYTES, MOST_PIXELS = 50 * 10**6, 50 * 10**6
 FORMATS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}
-# What of a request stands for a file: images, which a client sends or names by key, and models of a kind by name.
+# Request fields that stand for files. Clients send images or name them by key; they name models by kind and name.
 FILES: dict[str, Any] = {
     "image": "image", "depth": "image", "refiner": "checkpoint", "mask": {"file": "image"},
     "adapters": {"file": "lora"}, "embeddings": {"file": "embedding"},
@@ -41,20 +41,20 @@ KEPT = re.compile(rf"{re.escape(HIDDEN)}/inputs/[0-9a-f]{{64}}\.(png|jpg|webp)")
 
 
 def decoded(text: str) -> bytes:
-    """The bytes of a data URL, or of base64 alone. Raises `ApiError`: an address is not fetched, nor a path opened."""
+    """Decode a data URL or plain base64. Raises `ApiError` for anything else: nothing is fetched, no path is opened."""
     head, comma, rest = text.partition(",")
     if comma and not (head.startswith("data:") and head.endswith(";base64")):
-        raise ApiError(400, "images are sent as data URLs in base64 (data:image/png;base64,…); nothing is fetched")
+        raise ApiError(400, "send images as base64 data URLs (data:image/png;base64,…); URLs are not fetched")
     try:
         return base64.b64decode(rest if comma else head, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ApiError(400, "an image is neither a data URL in base64 nor the key of an image here") from error
+        raise ApiError(400, "an image must be a base64 data URL or the key of an image on this server") from error
 
 
 def checked(data: bytes, *, whole: bool = False) -> tuple[str, tuple[int, int]]:
-    """The kind and size of an image file, from its header; if `whole`, all of it is looked at once these are fine.
+    """Return the format and size of an image file, read from its header. If `whole`, also decode all of it.
 
-    Raises `ApiError` for what is no image, broken or too large.
+    Raises `ApiError` if the data is not an image, or is broken or too large.
     """
     import io
 
@@ -71,14 +71,14 @@ def checked(data: bytes, *, whole: bool = False) -> tuple[str, tuple[int, int]]:
                     told = f"the image has {size[0]} × {size[1]} pixels; send at most {MOST_PIXELS // 10**6} million"
                     raise ApiError(413, told)
                 if getattr(image, "n_frames", 1) > 1:
-                    raise ApiError(400, "the image moves; send a single frame")
+                    raise ApiError(400, "the image is animated; send a single frame")
                 if whole:
                     image.load()
     except ApiError:
         raise
     except UnidentifiedImageError as error:
-        raise ApiError(415, "this is no PNG, JPEG or WebP image") from error
-    except Exception as error:  # decoders raise whatever happens to them
+        raise ApiError(415, "this is not a PNG, JPEG or WebP image") from error
+    except Exception as error:  # decoders raise errors of any type
         status = 413 if isinstance(error, Image.DecompressionBombError) else 400
         raise ApiError(status, "the image cannot be read; make it smaller, or save it again") from error
     return kind, size
@@ -86,7 +86,7 @@ def checked(data: bytes, *, whole: bool = False) -> tuple[str, tuple[int, int]]:
 
 @contextmanager
 def _written(data: bytes) -> Iterator[Path]:
-    """An image that has been sent, as a file for as long as the block lasts."""
+    """Write uploaded image data to a temporary file that exists only within the block."""
     kind, _ = checked(data)
     with tempfile.TemporaryDirectory(prefix="sfumato-") as folder:
         path = Path(folder) / f"the image{FORMATS[kind]}"
@@ -95,14 +95,14 @@ def _written(data: bytes) -> Iterator[Path]:
 
 
 class Intake:
-    """Makes requests of what clients send. Images are kept in the folder, under their hash."""
+    """Creates requests from client input. Stores images in the output folder, named by their hash."""
 
     def __init__(self, queue: JobQueue) -> None:
         self._queue = queue
         self._inputs = output_folder(queue.folder / HIDDEN / "inputs")
 
     def request(self, values: dict[str, Any]) -> GenerateRequest:
-        """The request that JSON stands for. Raises `UsageError` or `ApiError` naming what is wrong."""
+        """Create a request from JSON values. Raises `UsageError` or `ApiError`, which name the wrong value."""
         if values.get("lora_dir") is not None:
             raise ApiError(400, "lora_dir names a folder of the server; list adapters by name in adapters instead")
         given = {name: value for name, value in values.items() if value is not None}
@@ -120,24 +120,24 @@ class Intake:
         return self.image(text) if kind == "image" else self._queue.models.get(text, kind).path
 
     def _lora(self, name: str) -> str:
-        """The one that A1111 calls so, without its folder and whatever its capitals."""
+        """Return the path of a LoRA by its name in A1111: without the folder, and ignoring case."""
         found = {one.name.rpartition("/")[2].lower(): one for one in self._queue.models.all() if one.kind == "lora"}
         return found[name.lower()].path if name.lower() in found else self._file(name, "lora")
 
     def image(self, text: str) -> str:
-        """An image that a request brings or names, as the path of a file of ours, from the folder."""
+        """Return the stored path, relative to the output folder, of an image that a request contains or names."""
         if KEY.fullmatch(text):
             if (path := self._queue.gallery.path_of(text)) is None:
                 raise not_found("image", text)
             return self.keep(path.read_bytes())
-        if KEPT.fullmatch(text):  # of a recipe of ours, sent again
+        if KEPT.fullmatch(text):  # the path in one of our recipes, sent back
             if not (self._queue.folder / text).is_file():
-                raise ApiError(400, "the image that this one was made from is not here any more; send it again")
+                raise ApiError(400, "the input image of this recipe is no longer here; send it again")
             return text
         return self.keep(decoded(text))
 
     def keep(self, data: bytes) -> str:
-        """Keep an image; returns its path from the folder."""
+        """Store an image. Returns its path relative to the output folder."""
         kind, _ = checked(data, whole=True)
         path = self._inputs / f"{hashlib.sha256(data).hexdigest()}{FORMATS[kind]}"
         if not path.is_file():
@@ -146,9 +146,9 @@ class Intake:
         return path.relative_to(self._queue.folder).as_posix()
 
     def remembered(self, path: Path) -> dict[str, Any]:
-        """What an image says of how it was drawn, with names of models in the place of paths, which are our business.
+        """Return the settings stored in an image, with model names instead of this server's paths.
 
-        Whatever was made from images that are not here is left out, and said.
+        Fields that refer to images this server does not have are dropped, with a note.
         """
         from sfumato.metadata.remember import remember
 
@@ -167,12 +167,12 @@ class Intake:
             request[field] = _placed(request[field], FILES[field], name)
         if lost:
             lost |= {"mask"} if "image" in lost else set()
-            notes.append("it was made from another image, which is not here; send that with it")
+            notes.append("it was made from another image, which is not on this server; send that image too")
         told = {field: value for field, value in request.items() if field not in lost}
         return {"program": found.program, "request": told, "notes": notes, "fields": found.fields}
 
     def texts(self, data: bytes) -> dict[str, str]:
-        """The texts that an image file carries, by keyword."""
+        """Return the metadata texts of an image file, by keyword."""
         from sfumato.metadata.carriers import read_carried
 
         with _written(data) as path:
@@ -181,17 +181,17 @@ class Intake:
         return said | {key: str(value) for key, value in carried.texts.items()}
 
     def recipe(self, data: bytes) -> dict[str, Any]:
-        """What the bytes of an image file say of how it was drawn."""
+        """Return the image's size and the settings stored in it. Raises `ApiError` if it contains none."""
         _, size = checked(data)
         with _written(data) as path:
             told = self.remembered(path)
         if told["request"] is None:
-            raise ApiError(400, "the image says nothing of how it was drawn that is known here", code="no_recipe")
+            raise ApiError(400, "the image contains no settings in a known format", code="no_recipe")
         return {"width": size[0], "height": size[1], **told}
 
 
 def _placed(value: Any, kinds: Any, put: Callable[[str, str], str]) -> Any:
-    """JSON with `put(text, kind)` in the place of each text that stands for a file."""
+    """Return the JSON value with each text that stands for a file replaced by `put(text, kind)`."""
     if isinstance(kinds, str):
         return put(value, kinds) if isinstance(value, str) else value
     if isinstance(value, list):

@@ -1,49 +1,49 @@
-"""The native API: used by the studio's page, and the one to write programs for.
+"""The native API, used by the studio's page and recommended for new clients.
 
-All bodies are JSON. Errors are `{"error": {"message", "type", "param", "code"}}` with a status of 400 (a wrong request,
+All bodies are JSON. Errors are `{"error": {"message", "type", "param", "code"}}` with status 400 (invalid request,
 type "invalid_request_error"), 401, 403, 404, 413, 415, 429 (with Retry-After) or 503. Times are seconds since 1970.
 
     GET    /api/health              {"status": "ok", "version": "0.3.0", "worker": WORKER, "queued": 0, "mask": true}
-    GET    /api/models?look=true    {"default": "built-in", "models": [MODEL…]}; look: search the folders again
+    GET    /api/models?look=true    {"default": "built-in", "models": [MODEL…]}; look: scan the folders again
     GET    /api/samplers            {"samplers": [{"name": "euler", "about": "first order, …"}…], "spacings": […],
                                     "preprocessors": […]}
-    POST   /api/plan                {"model"?, "request"} -> PLAN: what it would take; 503 while the worker starts
+    POST   /api/plan                {"model"?, "request"} -> PLAN; 503 while the worker starts
     POST   /api/jobs                {"model"?, "request", "client"?, "id"?, "preview"?, "compute_unit"?} ->
-                                    202 JOB: it is accepted, and on the disk
-    GET    /api/jobs?state=queued&state=running&limit=100&client=…    {"jobs": [JOB…]}, the newest first
+                                    202 JOB: it is accepted and stored on disk
+    GET    /api/jobs?state=queued&state=running&limit=100&client=…    {"jobs": [JOB…]}, newest first
     GET    /api/jobs/{id}           JOB
     DELETE /api/jobs/{id}           JOB; cancels it unless it has ended
     GET    /api/events              server-sent events, see below
     GET    /api/images?q=…&model=…&cursor=…&limit=50    {"images": [IMAGE…], "cursor": "…" or null, "total": 123}
-    GET    /api/images/{key}        IMAGE and {"request": REQUEST or null, "notes": […], "fields": {…}}, of any program
+    GET    /api/images/{key}        IMAGE and {"request": REQUEST or null, "notes": […], "fields": {…}}; any program's
     GET    /api/images/{key}/file   the file itself (?download=1 as an attachment)
-    GET    /api/images/{key}/thumb  a WebP of at most 320 pixels a side
+    GET    /api/images/{key}/thumb  a WebP of at most 320 pixels per side
     DELETE /api/images/{key}        {"key"}: moved to the trash
-    POST   /api/images/{key}/restore    IMAGE: taken out of it again
+    POST   /api/images/{key}/restore    IMAGE: restored from the trash
     POST   /api/recipe              the bytes of a PNG, JPEG or WebP (Content-Type: image/png) ->
                                     {"program", "width", "height", "request", "notes", "fields"}
 
-REQUEST is a `GenerateRequest` as JSON, which says what fields mean; those that are absent have their defaults, or the
+REQUEST is a `GenerateRequest` as JSON; its documentation describes the fields. Missing fields have their default or the
 model's: {"prompt": "a red apple", "negative_prompt": "…", "steps": 20, "guidance_scale": 7.5, "seed": 7, "count": 4,
 "width": 512, "height": 512, "scheduler": "euler", "spacing": "karras", "image": IMG, "strength": 0.8,
 "mask": {"file": IMG, "edge": 8}, "adapters": [{"file": "NAME of a lora", "weight": 0.8}], "embeddings": [{"file":
 "NAME"}], "controls": [{"model": "NAME of a controlnet", "image": IMG, "preprocessor": "canny"}], "image_prompts":
 [{"model": "NAME of an ip-adapter", "encoder": "NAME of an image-encoder", "image": IMG}]}. IMG is a data URL
-("data:image/png;base64,…") or the key of an image here. Recipes have the same form, so one can be sent again.
+("data:image/png;base64,…") or the key of an image on this server. Recipes have the same form and can be sent back.
 
 JOB: {"id": "9f…", "state": "queued" | "running" | "done" | "failed" | "cancelled", "model": "built-in", "request":
 REQUEST with its seed, "client": "…", "created": 1764140000.1, "started": null, "finished": null, "attempts": 0,
-"position": 0 (jobs before it; null unless queued), "images": [key…] (in their order), "error": {"kind": "request" |
+"position": 0 (jobs ahead of it; null unless queued), "images": [key…] (in order), "error": {"kind": "request" |
 "model" | "memory" | "drawing" | "crash" | "internal", "message": "one sentence"} or null, "notes": ["…"]}.
-A job whose `id` is known already is not made again: choose one (8 to 64 of a-z, 0-9, "-") to send twice safely.
+A job with a known `id` is not created twice: choose one (8 to 64 of a-z, 0-9, "-") to retry safely.
 
 IMAGE: {"key": "32 hex digits", "name": "a-red-apple-0123456789ab.png", "folder": "", "bytes": 1, "width": 128,
 "height": 128, "created": 1.0, "prompt": "…", "negative_prompt": "…", "model": "…", "seed": "7", "scheduler": "…",
-"program": "Sfumato"}; texts are "" where the file does not say.
+"program": "Sfumato"}; texts are "" if the file does not contain them.
 
 MODEL: {"name", "kind": "checkpoint" | "core-ml" | "lora" | "embedding" | "controlnet" | "ip-adapter" | "image-encoder",
 "family", "width", "height", "bytes", "suggested": {"steps": 20, "guidance_scale": 3.0}, "words": ["…"] (what a small
-model knows), "compute_units": ["CPU_AND_GPU", …] (of Core ML models, where there is a choice)}.
+model knows), "compute_units": ["CPU_AND_GPU", …] (of Core ML models, if there is a choice)}.
 
 PLAN: {"fits": true, "seconds": 2.1, "peak_bytes": 1, "free_bytes": 1, "device": "cpu", "dtype": "float32", "width",
 "height", "steps", "guidance_scale", "reasons": ["…"], "tokens": {"prompt": 5, "negative_prompt": 0, "limit": 75} or
@@ -51,20 +51,20 @@ null while the model is not in memory}, or {"fits": false, "message": "one sente
 
 WORKER: {"state": "starting" | "ready" | "restarting" | "broken", "device": "…", "kind": "cpu" | "cuda" | "mps"}.
 
-Events, `GET /api/events` (text/event-stream). Those with an id are kept: a client that comes back with Last-Event-ID
-(or ?last=) misses none of them; "reset" means that some are forgotten or the server is new: fetch the lists again.
+Events, `GET /api/events` (text/event-stream). Those with an id are stored: a client that reconnects with Last-Event-ID
+(or ?last=) misses none of them. "reset" means that some are no longer stored or the server is new: reload the lists.
 
-    event: hello      {"last": 17}; the first one of a stream that does not resume
+    event: hello      {"last": 17}; the first event of a stream that does not resume
     event: job        id; JOB, whenever its state changes
-    event: image      id; IMAGE, a new one in the folder, whoever put it there
+    event: image      id; IMAGE, a new one in the folder, from any source
     event: removed    id; {"key"}
     event: reset      id or none; {}
     event: progress   {"job", "stage": "loading" | "drawing", "place": 0 (which image of the job), "step": 3, "total":
-                      20, "at": 1764140000.1, "seconds_left": 4.2, "preview": "data:image/jpeg;base64,…"}; all but job
-                      and stage may be absent
+                      20, "at": 1764140000.1, "seconds_left": 4.2, "preview": "data:image/jpeg;base64,…"}; only job
+                      and stage are always present
     event: worker     WORKER
 
-The page is `static/index.html`, served at `/` with the files beside it.
+The page is `static/index.html`, served at `/` with the other files of its folder.
 """
 
 from __future__ import annotations
@@ -94,15 +94,16 @@ Limit = Annotated[int, Query(ge=1, le=1000)]
 
 
 class Asked(BaseModel):
-    """A request for a model, the default one if none is named."""
+    """A request and the name of a model. Default: the default model."""
 
     request: Annotated[dict[str, Any], WithJsonSchema(REQUEST)]
     model: str | None = Field(default=None, max_length=200)
 
 
 class NewJob(Asked):
-    """A request to be drawn. id: chosen by the client; preview: whether progress has previews; compute_unit: of Core ML
-    models.
+    """A job to create.
+
+    id: chosen by the client; preview: whether progress events contain previews; compute_unit: for Core ML models.
     """
 
     client: str = Field(default="", max_length=100)
@@ -112,18 +113,18 @@ class NewJob(Asked):
 
 
 def queue_of(request: Request) -> JobQueue:
-    """The queue that this server is a door to."""
+    """Return the queue that this server serves."""
     return request.app.state.queue
 
 
 def intake_of(request: Request) -> Intake:
-    """What makes requests of what clients send."""
+    """Return the object that creates requests from client input."""
     return request.app.state.intake
 
 
 @router.get("/health")
 def health(http: Request) -> dict[str, Any]:
-    """Whether the server and its worker are well."""
+    """Return the state of the server and its worker."""
     from sfumato import __version__
 
     queue = queue_of(http)
@@ -133,14 +134,14 @@ def health(http: Request) -> dict[str, Any]:
 
 @router.get("/models")
 def models(http: Request, look: bool = False) -> dict[str, Any]:
-    """What can draw, and what changes what draws."""
+    """List checkpoints, Core ML models and adapters."""
     found = queue_of(http).models
     return {"default": found.default, "models": [one.public() for one in found.all(look=look)]}
 
 
 @router.get("/samplers")
 def samplers() -> dict[str, Any]:
-    """Schedulers, the ways their steps may be spaced, and what can be made of an image for a control."""
+    """List schedulers, noise schedules and preprocessors for control images."""
     from sfumato.request import PREPROCESSORS, SPACINGS
     from sfumato.schedulers.names import NAMES
 
@@ -150,7 +151,7 @@ def samplers() -> dict[str, Any]:
 
 @router.post("/plan")
 def plan(http: Request, asked: Asked) -> dict[str, Any]:
-    """What a request would take on this machine."""
+    """Estimate the time and memory of a request on this machine."""
     queue, model = queue_of(http), asked.model or queue_of(http).models.default
     told = queue.plan(intake_of(http).request(asked.request), model)
     if told is None:
@@ -164,7 +165,7 @@ def plan(http: Request, asked: Asked) -> dict[str, Any]:
 
 @router.post("/jobs", status_code=202)
 def submit(http: Request, new: NewJob) -> dict[str, Any]:
-    """Accept a request: it is on the disk when this answers."""
+    """Create a job. It is stored on disk before the response is sent."""
     queue = queue_of(http)
     model = queue.models.get(new.model or queue.models.default, "checkpoint", "core-ml").name
     request = intake_of(http).request(new.request)
@@ -179,7 +180,7 @@ def jobs(
     limit: Limit = 100,
     client: Annotated[str | None, Query(max_length=100)] = None,
 ) -> dict[str, Any]:
-    """Jobs, the newest first."""
+    """List jobs, newest first."""
     queue = queue_of(http)
     found = queue.store.jobs(*(state or ()), most=limit, client=client)
     return {"jobs": [queue.public(one) for one in found]}
@@ -187,7 +188,7 @@ def jobs(
 
 @router.get("/jobs/{id}")
 def job(http: Request, id: str) -> dict[str, Any]:
-    """One job."""
+    """Return one job."""
     if (found := queue_of(http).store.job(id)) is None:
         raise not_found("job", id)
     return queue_of(http).public(found)
@@ -195,7 +196,7 @@ def job(http: Request, id: str) -> dict[str, Any]:
 
 @router.delete("/jobs/{id}")
 def cancel(http: Request, id: str) -> dict[str, Any]:
-    """Cancel a job, unless it has ended."""
+    """Cancel a job unless it has ended."""
     if (found := queue_of(http).cancel(id)) is None:
         raise not_found("job", id)
     return queue_of(http).public(found)
@@ -203,7 +204,7 @@ def cancel(http: Request, id: str) -> dict[str, Any]:
 
 @router.get("/events")
 def stream(http: Request, last: Annotated[int | None, Query(ge=0)] = None) -> StreamingResponse:
-    """What happens, as it does."""
+    """Stream events as they happen."""
     told = http.headers.get("last-event-id", "")
     since = int(told) if told.isdecimal() and len(told) < 16 else last
     return StreamingResponse(
@@ -219,14 +220,14 @@ def images(
     cursor: Annotated[str, Query(max_length=100)] = "",
     limit: Limit = 50,
 ) -> dict[str, Any]:
-    """Images of the folder, the newest first."""
+    """List the images in the folder, newest first."""
     found, following, total = queue_of(http).gallery.find(q, model=model, cursor=cursor, most=limit)
     return {"images": found, "cursor": following, "total": total}
 
 
 @router.get("/images/{key}")
 def image(http: Request, key: Key) -> dict[str, Any]:
-    """One image, and how it came to be."""
+    """Return one image and its settings."""
     gallery = queue_of(http).gallery
     row, path = gallery.get(key), gallery.path_of(key)
     if row is None or path is None:
@@ -236,13 +237,13 @@ def image(http: Request, key: Key) -> dict[str, Any]:
 
 @router.get("/images/{key}/file")
 def file(http: Request, key: Key, download: bool = False) -> FileResponse:
-    """The file of an image."""
+    """Return an image's file."""
     return _file(queue_of(http).gallery.path_of(key), key, "attachment" if download else "inline")
 
 
 @router.get("/images/{key}/thumb")
 def thumb(http: Request, key: Key) -> FileResponse:
-    """A small one of an image."""
+    """Return an image's thumbnail."""
     return _file(queue_of(http).gallery.thumbnail(key), key, "inline")
 
 
@@ -264,7 +265,7 @@ def delete(http: Request, key: Key) -> dict[str, Any]:
 
 @router.post("/images/{key}/restore")
 def restore(http: Request, key: Key) -> dict[str, Any]:
-    """Take an image out of the trash."""
+    """Restore an image from the trash."""
     if (row := queue_of(http).gallery.restore(key)) is None:
         raise not_found("image", key)
     return row
@@ -272,7 +273,7 @@ def restore(http: Request, key: Key) -> dict[str, Any]:
 
 @router.post("/recipe")
 async def recipe(http: Request) -> dict[str, Any]:
-    """What an image says of how it was drawn, whatever program wrote it."""
+    """Read the settings stored in an image, from Sfumato or another program."""
     from fastapi.concurrency import run_in_threadpool
 
     return await run_in_threadpool(intake_of(http).recipe, await http.body())

@@ -1,8 +1,7 @@
 """OpenAI's Images API: generations, edits, streaming and models.
 
-Fields beside OpenAI's, for `extra_body`: negative_prompt, num_inference_steps, guidance_scale, seed, scheduler,
-strength. A client that runs into its own time-out sends the same request again and says so (x-stainless-retry-count):
-it is then given the job that is running, and not another one.
+Additional fields, for `extra_body`: negative_prompt, num_inference_steps, guidance_scale, seed, scheduler, strength.
+A client that times out repeats its request with x-stainless-retry-count; it then gets the existing job, not a new one.
 """
 
 from __future__ import annotations
@@ -37,18 +36,18 @@ __all__ = ["Generation", "edits", "generations", "model", "models", "options", "
 
 router = APIRouter(prefix="/v1", tags=["openai"])
 
-# Names that clients come with; they mean the model that is used where none is named.
+# Model names that clients send by default; all stand for the default model.
 ALIASES = re.compile(r"dall-e-[23]|gpt-image-[\w.-]+|chatgpt-image-latest")
-# Of the model's own number of steps.
+# Factors for the model's default number of steps.
 QUALITIES = {"low": 0.5, "medium": 1.0, "high": 2.0, "hd": 2.0}
 NATIVE = ("negative_prompt", "guidance_scale", "seed", "scheduler")
 MOST_FILES, MOST_PART = 17, 2**20
-# Seconds for which a job that is done is given to who asks for it again.
+# Seconds for which a finished job is returned to a client that repeats its request.
 REMEMBERED = 3600.0
 
 
 class Generation(BaseModel):
-    """The fields of a generation that mean something here; others are named in the header x-sfumato-ignored."""
+    """The supported fields of a generation. The response header x-sfumato-ignored lists all others."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -76,26 +75,26 @@ class Generation(BaseModel):
 
     @property
     def ignored(self) -> list[str]:
-        """What was sent and has no effect."""
+        """The fields that were sent but have no effect."""
         without = [name for name in ("style", "moderation") if getattr(self, name) not in (None, "auto")]
         return sorted([*(self.model_extra or {}), *without])
 
 
 @router.post("/images/generations")
 async def generations(http: Request, asked: Generation) -> Response:
-    """Images from a prompt."""
+    """Generate images from a prompt."""
     return await _answer(http, asked, {}, "image_generation")
 
 
 @router.api_route("/images/generations", methods=["OPTIONS"], include_in_schema=False)
 def options() -> Response:
-    """SillyTavern asks so whether anybody is there."""
+    """Answer OPTIONS, which SillyTavern uses to check that the server is running."""
     return Response(status_code=204, headers={"Allow": "POST, OPTIONS"})
 
 
 @router.post("/images/edits")
 async def edits(http: Request) -> Response:
-    """An image made into another one, as a form of parts, or as JSON with data URLs."""
+    """Edit an image, sent as a multipart form or as JSON with data URLs."""
     is_json = http.headers.get("content-type", "").startswith("application/json")
     fields = await (_of_json(http) if is_json else _of_form(http))
     images, mask = fields.pop("images"), fields.pop("mask", None)
@@ -135,7 +134,7 @@ async def _of_json(http: Request) -> dict[str, Any]:
         images = [one["image_url"] for one in fields.pop("images")]
         mask = (fields.pop("mask", None) or {}).get("image_url")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        told = 'an edit is {"prompt": …, "images": [{"image_url": "data:image/png;base64,…"}]}'
+        told = 'the body of an edit must be {"prompt": …, "images": [{"image_url": "data:image/png;base64,…"}]}'
         raise ApiError(400, told, param="images") from error
     masks = {} if mask is None else {"mask": decoded(str(mask))}
     return fields | {"images": [decoded(str(one)) for one in images], **masks}
@@ -143,13 +142,13 @@ async def _of_json(http: Request) -> dict[str, Any]:
 
 @router.get("/models")
 def models(http: Request) -> dict[str, Any]:
-    """The models that can draw."""
+    """List the models that can generate images."""
     return {"object": "list", "data": [_model(one) for one in _drawing(http.app.state.queue)]}
 
 
 @router.get("/models/{name:path}")
 def model(http: Request, name: str) -> dict[str, Any]:
-    """One of them."""
+    """Return one model."""
     return _model(_named(http.app.state.queue, name))
 
 
@@ -166,7 +165,7 @@ def _named(queue: JobQueue, name: str | None) -> Model:
     if name is None or (name not in found and ALIASES.fullmatch(name)):
         name = queue.models.default
     if name not in found:
-        told = f"there is no model {name[:100]!r} here; there are {', '.join(list(found)[:10])}"
+        told = f"there is no model {name[:100]!r}; available are {', '.join(list(found)[:10])}"
         raise ApiError(404, told, param="model", code="model_not_found")
     return found[name]
 
@@ -187,7 +186,7 @@ async def _answer(http: Request, asked: Generation, more: dict[str, Any], kind: 
 
 
 def _job(http: Request, asked: Generation, more: dict[str, Any]) -> Job:
-    """The job of a request: one that was made for it already, if it is sent again, else a new one."""
+    """Return the job for a request: a new one, or the existing one if the client repeats its request."""
     queue: JobQueue = http.app.state.queue
     body = hashlib.sha256(json.dumps([asked.model_dump(), more], sort_keys=True).encode()).hexdigest()
     client = f"openai:{asked.user or ''}"
@@ -207,7 +206,7 @@ def _job(http: Request, asked: Generation, more: dict[str, Any]) -> Job:
 
 def _request(asked: Generation, model: Model) -> dict[str, Any]:
     if asked.background == "transparent":
-        raise ApiError(400, "images have no transparent background here; ask for opaque", param="background")
+        raise ApiError(400, "transparent backgrounds are not supported; use opaque", param="background")
     values = {"steps": asked.num_inference_steps} | {name: getattr(asked, name) for name in NATIVE}
     quality = QUALITIES.get(asked.quality or "auto")
     if quality is not None and values["steps"] is None:
@@ -219,7 +218,7 @@ def _size(asked: Generation, model: Model, more: dict[str, Any], queue: JobQueue
     if asked.size not in (None, "auto"):
         width, height = map(int, asked.size.split("x"))
         if width % 8 or height % 8:
-            raise ApiError(400, f"size must be in multiples of 8, not {asked.size}", param="size")
+            raise ApiError(400, f"width and height must be multiples of 8, not {asked.size}", param="size")
         return {"width": width, "height": height}
     return fitting(queue.folder / more["image"], model) if "image" in more else {}
 
@@ -229,7 +228,7 @@ def _image(http: Request, asked: Generation, key: str) -> dict[str, Any]:
     if asked.response_format == "url":
         return {"url": f"{http.url.scheme}://{http.headers['host']}/api/images/{key}/file"}
     if (path := queue.gallery.path_of(key)) is None:
-        raise ApiError(404, "the image has been deleted since", code="image_not_found")
+        raise ApiError(404, "the image has been deleted", code="image_not_found")
     data = converted(path, asked.output_format or "png", asked.output_compression)
     return {"b64_json": base64.b64encode(data).decode()}
 
@@ -248,7 +247,7 @@ def _usage(job: Job) -> dict[str, Any]:
 
 
 async def _streamed(http: Request, asked: Generation, id: str, kind: str) -> AsyncIterator[bytes]:
-    """Partial images as they come, then each image when it is done."""
+    """Stream partial images, and each image when it is finished."""
     queue: JobQueue = http.app.state.queue
     told = set[int]()
     async for event in http.app.state.waiting.follow(id):

@@ -23,15 +23,15 @@ __all__ = ["listening", "run"]
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket that listens. Raises `UsageError` where it cannot be had."""
+    """Open a listening socket. Raises `UsageError` if the address cannot be used."""
     try:
         kind = socket.AF_INET6 if ":" in host else socket.AF_INET
         found = socket.socket(kind, socket.SOCK_STREAM)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind((host, port))
-        found.listen(128)  # whoever comes from now on waits until the application is there
+        found.listen(128)  # clients that connect now wait until the application is ready
     except OSError as error:
-        raise UsageError(f"cannot listen at {host}:{port} ({error.strerror}); choose another --port") from error
+        raise UsageError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port") from error
     return found
 
 
@@ -48,18 +48,18 @@ def run(
     page: bool,
     browser: bool,
 ) -> None:
-    """Serve until somebody ends it."""
+    """Serve until interrupted."""
     given, token = token is not None, token or (None if is_loopback(host) else new_token())
     sock = listening(host, port)
     queue = JobQueue(output_folder(folder).absolute(), Models(models, default), device=device, dtype=dtype)
-    queue.start()  # its worker takes seconds to import torch, beside all that follows
+    queue.start()  # its worker takes seconds to import torch, in parallel with everything below
     try:
         app = create_app(queue, page=page, host=host, token=token)
         place = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
         link = place if token is None or not page else f"{place}/?token={token}"
-        print(f"Sfumato is at {link}; Ctrl-C ends it", flush=True)
+        print(f"Sfumato is running at {link} (press Ctrl-C to stop)", flush=True)
         if not page and token is not None and not given:
-            print(f"Clients need this token: {token}", flush=True)
+            print(f"Clients must send this token: {token}", flush=True)
         if browser:
             here = link.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
             Thread(target=webbrowser.open, args=(here,), daemon=True).start()
@@ -67,6 +67,6 @@ def run(
             app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2, lifespan="off"
         )
         uvicorn.Server(config).run(sockets=[sock])
-        raise KeyboardInterrupt  # asyncio takes Ctrl-C for a wish to cancel what is at its end already
+        raise KeyboardInterrupt  # asyncio swallows Ctrl-C if its main task has already finished
     finally:
         queue.stop()

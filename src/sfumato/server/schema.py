@@ -1,4 +1,4 @@
-"""The JSON schema of a request, from the annotations it validates itself with."""
+"""The JSON schema of a request, derived from the annotations that also validate it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 
 def schema_of(record: Any) -> dict[str, Any]:
-    """The schema of a frozen record's JSON."""
+    """Return the JSON schema of a frozen record."""
     nested = getattr(record, "nested", {})
     fields = {name: _schema(kind, nested.get(name)) for name, kind in kinds_of(record).items()}
     needed = [field.name for field in dataclasses.fields(record) if field.default is dataclasses.MISSING]

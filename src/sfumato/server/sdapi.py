@@ -1,7 +1,7 @@
 """AUTOMATIC1111's `/sdapi/v1`: the part that clients use.
 
-What a payload asks for and is not done stands in the answer's `warnings`; what would make another image altogether
-(scripts, a second pass) is refused. `skip` ends the whole job, as `interrupt` does. Every image is kept.
+Settings of a payload that have no effect are listed in the response's `warnings`. Settings that would change the whole
+image (scripts, a second pass in img2img) are refused. `skip` ends the whole job, like `interrupt`. All images are kept.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
 router = APIRouter(prefix="/sdapi/v1", tags=["sdapi"])
 
 CLIENT = "sdapi"
-# Fields that are only about what A1111 does with files, or that do nothing unless others are set.
+# Fields that only affect how A1111 handles files, or that have no effect unless other fields are set.
 HARMLESS = {
     "save_images", "do_not_save_samples", "do_not_save_grid", "script_args", "eta", "s_churn", "s_tmax", "s_tmin",
     "s_noise", "s_min_uncond", "seed_resize_from_h", "seed_resize_from_w", "hr_checkpoint_name", "firstphase_width",
@@ -53,7 +53,7 @@ OPTIONS = {"samples_format": "png", "sd_vae": "Automatic", "CLIP_stop_at_last_la
 
 
 class TextToImage(BaseModel):
-    """A1111's fields that mean something here, with its defaults."""
+    """The supported fields, with A1111's defaults."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -92,7 +92,7 @@ class TextToImage(BaseModel):
 
 
 class ImageToImage(TextToImage):
-    """The same from an image."""
+    """The supported fields of image-to-image."""
 
     init_images: Annotated[list[str], Field(min_length=1, max_length=1)]
     mask: str | None = None
@@ -110,13 +110,13 @@ class PngInfo(BaseModel):
 
 @router.post("/txt2img")
 async def txt2img(http: Request, asked: TextToImage) -> dict[str, Any]:
-    """Images from a prompt."""
+    """Generate images from a prompt."""
     return await _answer(http, asked)
 
 
 @router.post("/img2img")
 async def img2img(http: Request, asked: ImageToImage) -> dict[str, Any]:
-    """Images from an image, or of a masked part of it."""
+    """Generate images from an image, or in a masked area of it."""
     return await _answer(http, asked)
 
 
@@ -125,7 +125,7 @@ async def _answer(http: Request, asked: TextToImage) -> dict[str, Any]:
     try:
         job = await http.app.state.waiting.ended(job.id, http)
     except ApiError as error:
-        if error.code != "cancelled":  # what was interrupted is answered with what there is of it
+        if error.code != "cancelled":  # an interrupted job returns the images that are finished
             raise
         job = http.app.state.queue.store.job(job.id) or job
     return await asyncio.to_thread(_told, http, asked, job, warnings)
@@ -156,20 +156,20 @@ def _refuse(asked: TextToImage) -> None:
     used = [name for name, told in scripts.items() if not isinstance(told, dict) or any(told.get("args") or ())]
     if used or asked.script_name:
         told = ", ".join([*used, *([asked.script_name] if asked.script_name else [])])[:200]
-        raise ApiError(422, f"scripts of A1111 are not run here: {told}", param="alwayson_scripts")
+        raise ApiError(422, f"A1111 scripts are not supported: {told}", param="alwayson_scripts")
     if asked.enable_hr and isinstance(asked, ImageToImage):
-        raise ApiError(422, "a second pass is for txt2img; send enable_hr false", param="enable_hr")
+        raise ApiError(422, "enable_hr is only supported in txt2img; set it to false", param="enable_hr")
 
 
 def _as_told(asked: TextToImage, settings: dict[str, Any]) -> Told:
-    """The payload as A1111 would write it into an image."""
+    """Return the payload as the settings that A1111 would write into an image."""
     fields = {
         "Steps": asked.steps, "Sampler": asked.sampler_name or asked.sampler_index or "Euler",
         "Schedule type": asked.scheduler or "Automatic", "CFG scale": asked.cfg_scale,
         "Size": f"{asked.width}x{asked.height}", "Clip skip": settings["CLIP_stop_at_last_layers"],
     }  # fmt: skip
     if re.search(rf" ({'|'.join(SPACINGS)})$", str(fields["Sampler"])):
-        fields["Schedule type"] = None  # the name says it, as it did before 1.9
+        fields["Schedule type"] = None  # part of the sampler's name, as before A1111 1.9
     if asked.seed >= 0:
         fields["Seed"] = asked.seed
     if asked.subseed_strength:
@@ -193,7 +193,7 @@ def _as_told(asked: TextToImage, settings: dict[str, Any]) -> Told:
 
 
 def _named(queue: JobQueue, title: str) -> Model:
-    """A model by its name, or by its title as A1111 has it, with a hash in brackets."""
+    """Return a model by its name, or by its title in A1111's form, with a hash in brackets."""
     name = re.sub(r" \[[0-9a-f]+\]$", "", title).removesuffix(".safetensors")
     try:
         return queue.models.get(name, "checkpoint", "core-ml")
@@ -227,7 +227,7 @@ def _told(http: Request, asked: TextToImage, job: Job, warnings: list[str]) -> d
 
 @router.get("/progress")
 def progress(http: Request, skip_current_image: bool = False) -> dict[str, Any]:
-    """How far the job is that is being drawn."""
+    """Return the progress of the running job."""
     queue: JobQueue = http.app.state.queue
     waiting = queue.store.count("queued", "running")
     running = queue.store.jobs("running", most=1)
@@ -252,7 +252,7 @@ def progress(http: Request, skip_current_image: bool = False) -> dict[str, Any]:
 @router.post("/interrupt")
 @router.post("/skip")
 def interrupt(http: Request) -> dict[str, Any]:
-    """End what is being drawn for a client of this kind, and leave other clients' jobs alone."""
+    """Cancel the running jobs of this API's clients. Other clients' jobs continue."""
     queue: JobQueue = http.app.state.queue
     for job in queue.store.jobs("running", client=CLIENT):
         queue.cancel(job.id)
@@ -266,13 +266,13 @@ def _options(http: Request) -> dict[str, Any]:
 
 @router.get("/options")
 def options(http: Request) -> dict[str, Any]:
-    """Settings that hold for all payloads that do not say otherwise."""
+    """Return the settings that apply to payloads without their own."""
     return _options(http)
 
 
 @router.post("/options")
 def set_options(http: Request, asked: dict[str, Any]) -> dict[str, Any]:
-    """Change them; of a whole object of A1111's, those that mean something here."""
+    """Change settings. Unsupported settings are ignored, so that clients can send all of A1111's."""
     known = {name: asked[name] for name in _options(http) if asked.get(name) is not None}
     if "sd_model_checkpoint" in known:
         known["sd_model_checkpoint"] = _named(http.app.state.queue, str(known["sd_model_checkpoint"])).name
@@ -285,7 +285,7 @@ def set_options(http: Request, asked: dict[str, Any]) -> dict[str, Any]:
 
 @router.get("/sd-models")
 def sd_models(http: Request) -> list[dict[str, Any]]:
-    """What can draw."""
+    """List the models that can generate images."""
     found = [one for one in http.app.state.queue.models.all(look=True) if one.kind in ("checkpoint", "core-ml")]
     none = {"hash": None, "sha256": None, "config": None}
     return [{"title": one.name, "model_name": one.name, "filename": one.name, **none} for one in found]
@@ -301,14 +301,14 @@ def refresh(http: Request) -> dict[str, Any]:
 
 @router.get("/loras")
 def loras(http: Request) -> list[dict[str, Any]]:
-    """What a prompt can call by `<lora:name:weight>`."""
+    """List the LoRAs that prompts can use as `<lora:name:weight>`."""
     found = [one.name.rpartition("/")[2] for one in http.app.state.queue.models.all() if one.kind == "lora"]
     return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in found]
 
 
 @router.get("/memory")
 def memory() -> dict[str, Any]:
-    """Memory of this machine."""
+    """Return this machine's memory in bytes."""
     import psutil
 
     found = psutil.virtual_memory()
@@ -320,12 +320,12 @@ def memory() -> dict[str, Any]:
 
 @router.post("/png-info")
 def png_info(http: Request, asked: PngInfo) -> dict[str, Any]:
-    """What an image says of how it was drawn."""
+    """Return the settings stored in an image."""
     told = http.app.state.intake.texts(decoded(asked.image))
     return {"info": told.get("parameters", ""), "items": told, "parameters": told}
 
 
-# Lists that never change, in A1111's words; embeddings are loaded by none, and there are no scripts of A1111's.
+# Constant responses, with A1111's names. No embeddings are loaded, and A1111 scripts are not supported.
 FIXED: dict[str, Any] = {
     "samplers": [{"name": one.a1111, "aliases": [one.name], "options": {}} for one in SAMPLERS],
     "schedulers": [

@@ -1,9 +1,9 @@
 """Access control and limits: one guard in front of every route, which denies by default.
 
-A browser on this machine runs other people's pages, so the loopback address is no boundary: `Host` must be this
-server's own (DNS rebinding), `Origin` and `Sec-Fetch-Site` must not be another page's, bodies are of kinds that no form
-sends unasked or come from here, and answers forbid to be framed, sniffed or read elsewhere. Off the loopback address,
-all of it needs a token.
+Browsers on this machine run code from other sites, so listening on the loopback address is not enough. `Host` must name
+this server (against DNS rebinding), `Origin` and `Sec-Fetch-Site` must not come from another site, and bodies must have
+a type that other sites' forms cannot send. Response headers forbid framing, sniffing and reading from other sites. On
+any other address, every request also needs a token.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MOST_BODY", "Guard", "content_policy", "is_loopback", "new_token"]
 
-# Bytes of a request: an image of the largest size in base64, and a mask beside it.
+# The largest request in bytes: an image of the largest size in base64, and a mask.
 MOST_BODY = 100 * 2**20
 COOKIE = "sfumato"
 BODIES = re.compile(r"application/json|multipart/form-data|image/(png|jpeg|webp)")
@@ -46,12 +46,12 @@ HEADERS = {
 
 
 def new_token() -> str:
-    """A token of 256 bits."""
+    """Create a token of 256 random bits."""
     return secrets.token_urlsafe(32)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address to listen at can be reached from this machine only."""
+    """Return whether an address can be reached from this machine only."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -59,7 +59,7 @@ def is_loopback(host: str) -> bool:
 
 
 def content_policy(page: Path) -> str:
-    """What the page may load: its own files, and of scripts that stand in it those that it came with."""
+    """Return a Content-Security-Policy that allows the page's own files and its original inline scripts."""
     html = page.read_text(encoding="utf-8") if page.is_file() else ""
     inline = re.findall(r"<script(?![^>]*\ssrc=)[^>]*>(.*?)</script>", html, re.DOTALL)
     hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in inline]
@@ -71,7 +71,7 @@ def content_policy(page: Path) -> str:
 
 
 class Guard:
-    """ASGI middleware. host: the address that is listened at; token: what clients must know, if anything."""
+    """ASGI middleware. host: the address the server listens on; token: the secret clients must send, if any."""
 
     def __init__(self, app: ASGIApp, *, host: str, token: str | None, policy: str) -> None:
         self._app, self._token, self._policy = app, token, policy
@@ -80,7 +80,7 @@ class Guard:
         self._cookie = hashlib.sha256(f"cookie:{token}".encode()).hexdigest()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request through, or answer why not."""
+        """Pass a request on, or respond with the reason for refusing it."""
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
@@ -93,7 +93,7 @@ class Guard:
                 if (entered := self._entered(scope)) is not None:
                     await entered(scope, receive, self._marked(send))
                     return
-                raise ApiError(401, "this server needs its token: as a bearer token, or as a password", code="no_token")
+                raise ApiError(401, "send the server's token, as a bearer token or as a password", code="no_token")
             self._check_body(scope, headers)
         except ApiError as error:
             found = answer(error)
@@ -104,21 +104,21 @@ class Guard:
         await self._app(scope, _counted(receive), self._marked(send))
 
     def _check_host(self, headers: Headers) -> None:
-        """A name that somebody else's DNS answers for is not ours; an address of numbers is nobody's to rebind."""
+        """Refuse unknown host names, which DNS rebinding could point here. Numeric addresses cannot be rebound."""
         hosts = headers.getlist("host")
         if len(hosts) != 1:
             raise ApiError(400, "a request needs exactly one Host header")
         name = _name(hosts[0])
         if name in self._names or (not self._alone and _is_address(name)):
             return
-        raise ApiError(403, f"this server is not called {name[:100]!r}; use its address", code="wrong_host")
+        raise ApiError(403, f"{name[:100]!r} is not this server's name; use its address", code="wrong_host")
 
     def _check_origin(self, scope: Scope, headers: Headers) -> None:
         origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
         visiting = scope["method"] == "GET" and headers.get("sec-fetch-mode") == "navigate"
         foreign = origin is not None and urlsplit(origin).netloc.lower() != headers["host"].lower()
         if foreign or (site not in ("none", "same-origin") and not visiting):
-            raise ApiError(403, "requests of other sites' pages are not answered", code="wrong_origin")
+            raise ApiError(403, "requests from other sites are refused", code="wrong_origin")
 
     def _check_body(self, scope: Scope, headers: Headers) -> None:
         if scope["method"] not in ("POST", "PUT", "PATCH"):
@@ -127,7 +127,7 @@ class Guard:
         if length.isdecimal() and int(length[:20]) > MOST_BODY:
             raise ApiError(413, f"the request is too large; send at most {MOST_BODY >> 20} MB")
         if (length != "0" or "transfer-encoding" in headers) and not BODIES.fullmatch(kind.lower()):
-            raise ApiError(415, "send JSON (Content-Type: application/json), a form of parts, or an image")
+            raise ApiError(415, "send JSON (Content-Type: application/json), a multipart form, or an image")
 
     def _known(self, headers: Headers) -> bool:
         kind, _, word = headers.get("authorization", "").partition(" ")
@@ -148,7 +148,7 @@ class Guard:
         return hmac.compare_digest(word.encode("utf-8", "surrogateescape"), (self._token or "").encode())
 
     def _entered(self, scope: Scope) -> RedirectResponse | None:
-        """Whoever comes by the link with the token gets a cookie for it, and an address without it."""
+        """If the URL contains the token, set a cookie and redirect to the URL without the token."""
         words = parse_qs(scope["query_string"].decode("latin-1")).get("token", [])
         if scope["method"] != "GET" or len(words) != 1 or not self._is(words[0]):
             return None
@@ -171,7 +171,7 @@ class Guard:
 
 
 def _counted(receive: Receive) -> Receive:
-    """The body, as long as it keeps within what it may be, whatever its headers said."""
+    """Limit the size of the body actually received, whatever Content-Length says."""
     size = 0
 
     async def counted() -> Any:
@@ -186,7 +186,7 @@ def _counted(receive: Receive) -> Receive:
 
 
 def _name(host: str) -> str:
-    """The name of a Host header, without port and brackets."""
+    """Return the name in a Host header, without port and brackets."""
     found = re.fullmatch(r"\[([^\[\]]+)\](:\d+)?|([^:\[\]]+)(:\d+)?", host)
     return "" if found is None else (found[1] or found[3]).lower()
 

@@ -1,4 +1,4 @@
-"""Server-sent events: live for everyone who listens, with resume for those who reconnect."""
+"""Server-sent events: live for all clients, and resumable after a reconnection."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ if TYPE_CHECKING:
 
 __all__ = ["HEARTBEAT", "events", "line"]
 
-# Seconds after which a quiet stream shows that it is there; events that may wait for a slow client.
+# Seconds of silence before a heartbeat is sent; events that may be buffered for a slow client.
 HEARTBEAT, MOST_WAITING = 15.0, 1000
 
 
 def line(event: Event) -> bytes:
-    """An event as the stream has it."""
+    """Encode an event for the stream."""
     id = "" if event.seq is None else f"id: {event.seq}\n"
     return f"{id}event: {event.type}\ndata: {json.dumps(event.data, ensure_ascii=False)}\n\n".encode()
 
 
 async def events(queue: JobQueue, since: int | None) -> AsyncIterator[bytes]:
-    """The events from now on; those after the number `since` first. A client that is too slow is let go, to resume."""
+    """Yield encoded events: first those after the number `since`, then new ones as they happen.
+
+    The stream of a client that is too slow ends; the client can reconnect and resume.
+    """
     loop, waiting = asyncio.get_running_loop(), asyncio.Queue[Event](MOST_WAITING)
     lost = False
 
@@ -63,5 +66,5 @@ async def events(queue: JobQueue, since: int | None) -> AsyncIterator[bytes]:
             except TimeoutError:
                 yield b": still here\n\n"
                 continue
-            if event.seq is None or event.seq > told:  # what happened while the missed ones were fetched is among them
+            if event.seq is None or event.seq > told:  # already sent with the missed ones
                 yield line(event)

@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 __all__ = ["GRACE", "Waiting", "failed"]
 
-# Seconds that a job goes on after its last client has gone: a client that ran into its time-out asks again after few.
+# Seconds that a job continues after its last client has disconnected. A client that timed out retries sooner than this.
 GRACE = 15.0
 STATUS = {"request": 400, "model": 400}
 
 
 class Waiting:
-    """Who waits for which job. One that nobody waits for any more is cancelled."""
+    """Counts the clients that wait for each job, and cancels a job that nobody waits for any more."""
 
     def __init__(self, queue: JobQueue) -> None:
         self._queue, self._waiting = queue, Counter[str]()
         self._ends: set[asyncio.Task[None]] = set()
 
     async def ended(self, id: str, http: Request) -> Job:
-        """A job, once it has ended. Raises `ApiError` if it failed, and if the client has gone."""
+        """Wait for a job to end, and return it. Raises `ApiError` if it failed or the client disconnected."""
         following = asyncio.ensure_future(self._last(id))
         gone = asyncio.ensure_future(_gone(http))
         try:
@@ -52,7 +52,7 @@ class Waiting:
             pass
 
     async def follow(self, id: str) -> AsyncIterator[Event]:
-        """What happens to a job until it ends, its end included, if only that is left to tell."""
+        """Yield a job's events up to and including its end. A job that has ended yields only its end."""
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
         def heard(event: Event) -> None:
@@ -79,7 +79,7 @@ class Waiting:
             self._waiting[id] -= 1
             if not self._waiting[id]:
                 del self._waiting[id]
-                with suppress(RuntimeError):  # the server ends, and the job is drawn when it comes back
+                with suppress(RuntimeError):  # the server is stopping; the job continues after a restart
                     task = asyncio.get_running_loop().create_task(self._leave(id))
                     self._ends.add(task)
                     task.add_done_callback(self._ends.discard)
@@ -96,7 +96,7 @@ async def _gone(http: Request) -> None:
 
 
 def failed(job: Job) -> ApiError:
-    """The answer to who waited for a job that is not done."""
+    """Return the error for clients that waited for a job that did not succeed."""
     if job.error is None:
         return ApiError(409, "the job was cancelled", code="cancelled")
     return ApiError(STATUS.get(job.error["kind"], 500), job.error["message"], code=job.error["kind"])

@@ -94,7 +94,7 @@ def a1111(text: str) -> Read:
 
 
 def _broken(spans: list[Span]) -> list[Span]:
-    """Split spans at `BREAK`, which becomes a span of its own."""
+    """Split spans at `BREAK`, which becomes a separate span."""
     found: list[Span] = []
     for text, weight in spans:
         first, *more = re.split(r"\s*\bBREAK\b\s*", text)

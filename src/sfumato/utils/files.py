@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 __all__ = ["export_to_gif", "load_image"]
 
-# Bytes of the largest image that is fetched, and seconds to wait for it to begin.
+# Maximum size of a downloaded image in bytes, and seconds to wait for a response.
 MOST_BYTES, TIMEOUT = 2**26, 20.0
 
 
 def load_image(
     image: str | PathLike[str] | Image.Image, convert_method: Callable[[Image.Image], Image.Image] | None = None
 ) -> Image.Image:
-    """An image as RGB, upright: from a file, from an http or https address, or from PIL.
+    """Load an image as upright RGB from a file, from an http or https URL, or from PIL.
 
-    convert_method: a function to use instead of that conversion. Raises `UsageError` for an image that cannot be read,
-    `DownloadError` for one that cannot be downloaded.
+    convert_method: a function to use instead of this conversion. Raises `UsageError` if the image cannot be read, and
+    `DownloadError` if it cannot be downloaded.
     """
     if isinstance(image, Image.Image):
         return convert_method(image) if convert_method else image.convert("RGB")

@@ -20,12 +20,12 @@ _handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
 
 
 def get_logger(name: str | None = None) -> Logger:
-    """A logger by name; Sfumato's own if none is given."""
+    """Return a logger by name (default: Sfumato's own)."""
     return _root if name is None else logging.getLogger(name)
 
 
 def get_verbosity() -> int:
-    """The lowest level of messages that are shown."""
+    """Return the lowest level of messages that are shown."""
     return _root.getEffectiveLevel()
 
 

@@ -16,10 +16,10 @@ __all__ = ["numpy_to_pil", "pt_to_pil"]
 
 
 def pt_to_pil(images: Tensor) -> list[Image]:
-    """Decoded images (B, 3, H, W) in [-1, 1] as PIL images."""
+    """Convert decoded images (B, 3, H, W) in [-1, 1] to PIL images."""
     return to_pictures(from_pixels(images))
 
 
 def numpy_to_pil(images: np.ndarray) -> list[Image]:
-    """An array (H, W, 3) or (B, H, W, 3) in [0, 1] as PIL images."""
+    """Convert an array (H, W, 3) or (B, H, W, 3) in [0, 1] to PIL images."""
     return VaeImageProcessor.numpy_to_pil(images)

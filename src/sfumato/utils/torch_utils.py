@@ -23,9 +23,10 @@ def randn_tensor(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Standard normal numbers of a shape, from one generator, or one for each entry of the first axis.
+    """Return standard normal numbers of a shape, from one generator or one for each entry of the first axis.
 
-    They are generated in float32 on the generator's device and cast afterwards, so a seed means the same everywhere.
+    They are generated in float32 on the generator's device and cast afterwards, so a seed gives the same noise in every
+    precision.
     """
     place = torch.device(device or "cpu")
     if isinstance(generator, Sequence):

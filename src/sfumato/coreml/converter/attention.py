@@ -84,10 +84,10 @@ def _split(b: Builder, q: Handle, k: Handle, v: Handle, heads: int, mask: np.nda
 
 
 def _scaled(b: Builder, q: Handle, k: Handle, width: int) -> tuple[Handle, Handle]:
-    """Scale queries and keys, which share the factor 1 / sqrt(d).
+    """Scale queries and keys instead of the scores: together, the two factors are 1 / sqrt(d).
 
-    They have fewer elements than the scores, whose products then stay further from float16's maximum; and the two
-    factors are exact in float16 where their product is not (docs/adr/0010).
+    Queries and keys have fewer elements, their products stay further below float16's maximum, and the two factors are
+    exact in float16 even if their product is not (docs/adr/0010).
     """
     of_queries, of_keys = two_factors(width**-0.5, q.dtype)
     return b.mul(q, of_queries), k if of_keys == 1 else b.mul(k, of_keys)

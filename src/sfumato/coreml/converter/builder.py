@@ -1,7 +1,7 @@
 """The Core ML (MIL) operations that Stable Diffusion needs, with shape inference.
 
-Each is written down as Apple's converter writes it: every input that has a default is given too. What they compute is
-documented with coremltools (`coremltools.converters.mil.mil.ops.defs`). All sides are known numbers, axes count from 0.
+As in Apple's converter, all inputs are written, including those with default values. The operations are documented in
+coremltools (`coremltools.converters.mil.mil.ops.defs`). All shapes are fixed; axes are counted from 0.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The layers of our torch models as Core ML operations.
 
-Each takes the module itself, whose weights are read when they are written.
+Each takes the module itself; its weights are read when they are written to the package.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Weight files (`weight.bin`, blob storage version 2), memory-mapped and read on demand.
 
 A file is a header of 64 bytes (uint32 count of records, uint32 version), then records at multiples of 64: uint32
-0xDEADBEEF, uint32 type, uint64 bytes, uint64 where the data begin, uint64 unused bits at their end, 32 bytes of zeros.
-Programs refer to where a record begins. Source: StorageFormat.hpp of Core ML's open source part (BSD-3).
+0xDEADBEEF, uint32 type, uint64 bytes, uint64 offset of the data, uint64 unused bits at their end, 32 bytes of zeros.
+Programs refer to records by offset. Source: StorageFormat.hpp of Core ML's open source part (BSD-3).
 """
 
 from __future__ import annotations

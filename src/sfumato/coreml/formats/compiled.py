@@ -1,9 +1,9 @@
 """Compiled models (`.mlmodelc`), read and written without Apple's compiler.
 
-A folder holds the program as text (`model.mil`), the weight file as it is in a package, the interface and metadata in
-binary (`coremldata.bin`) and for people (`metadata.json`), and a note for statistics (`analytics/coremldata.bin`).
-Apple documents none of it: what is here was read off files that its compiler made, of which `coremldata.bin` is rebuilt
-byte for byte. Devices compile the text further when they load it.
+A folder contains the program as text (`model.mil`), the same weight file as a package, the interface and metadata in
+binary (`coremldata.bin`) and readable form (`metadata.json`), and data for statistics (`analytics/coremldata.bin`).
+Apple does not document the format. This code is based on files that Apple's compiler wrote, and reproduces their
+`coremldata.bin` byte for byte. Devices compile the text further when they load it.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _build(model: Model) -> Mapping[str, str]:
 def _analytics(digest: bytes) -> bytes:
     """Return the statistics file: tables of pairs, each string preceded by its length (uint64).
 
-    Apple's compiler stores a hash of the package's program, where this stores one of the text.
+    Apple's compiler stores a hash of the package's program; this stores a hash of the text.
     """
     tables = {
         "NeuralNetworkModelDetails": {"containsCustomLayer": "0", "modelDimension": "0"},

@@ -1,12 +1,12 @@
 """Parses compiled programs (`model.mil`) in both dialects, `program(1.0)` and `program(1.3)`.
 
-The two differ in how they write what has no sides: `tensor<int32, []>(1)` in the first, `int32(1)` in the second. A
-program is functions; a function is statements such as
+They differ in scalars: `tensor<int32, []>(1)` in the first, `int32(1)` in the second. A program consists of functions,
+which consist of statements such as
 
     tensor<fp16, [1, 320]> y, tensor<int32, [1]> z = name(x = a, values = (b, c), k = int32(1))[name = string("y")];
 
-Floating point numbers are hexadecimal as in C, so reading them is exact. One expression matches one word, argument or
-number list of it, whichever is as long as can be: a program of nine thousand operations takes a fraction of a second.
+Floating-point numbers are hexadecimal as in C, so reading them is exact. Each regular expression matches as much as
+possible (a word, an argument or a list of numbers), so a program of 9,000 operations takes a fraction of a second.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class _Reader:
             self._many("]", lambda: self._attribute(attributes))
         if not self._take(";"):
             if self._take("{") or self._take("("):
-                raise self._unsupported(f"the operation {kind!r} with blocks of operations of its own")
+                raise self._unsupported(f"the operation {kind!r} with nested blocks of operations")
             raise self._fail("';'")
         return Operation(kind, inputs, tuple(outputs), attributes)
 

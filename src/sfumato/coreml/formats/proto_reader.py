@@ -105,7 +105,7 @@ class _BlockReader:
         outputs = operation.outputs
         self._place = f", operation {kind} {outputs[0].name if outputs else ''!r}"
         if operation.blocks:
-            raise self._fail("it has blocks of operations of its own, which is not supported", ConfigError)
+            raise self._fail("it contains nested blocks of operations, which are not supported", ConfigError)
         inputs, attributes = operation.inputs, operation.attributes
         return Operation(
             kind,

@@ -1,8 +1,8 @@
 """The protocol buffer messages of Core ML models, as a table from which the message classes are built.
 
 Source: the message definitions of Core ML's model format, https://apple.github.io/coremltools/mlmodel. Only what ML
-Programs and pipelines need is declared; fields that are not are carried along unread. The classes live in a pool of
-their own, so they do not meet those that coremltools registers.
+Programs and pipelines need is declared; undeclared fields are preserved without being parsed. The classes are in a
+separate pool, so they do not conflict with those that coremltools registers.
 """
 
 from __future__ import annotations

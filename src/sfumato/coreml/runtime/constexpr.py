@@ -1,7 +1,7 @@
 """Compressed weights: the `constexpr_…` operations of iOS 16 (attributes) and iOS 18 (inputs).
 
-Numbers that share bytes in the file come unpacked, except those of iOS 16, which are packed into plain uint8, the
-first in the lowest bits. All is computed in the type of the result, as it is defined (coremltools' `compression.py`).
+Sub-byte numbers are unpacked on reading, except those of iOS 16, which are packed into plain uint8, starting at the
+lowest bits. Everything is computed in the type of the result, as specified (coremltools' `compression.py`).
 """
 
 from __future__ import annotations

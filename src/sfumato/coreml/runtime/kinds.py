@@ -1,8 +1,7 @@
 """ML Program types as torch dtypes, and file values as tensors.
 
-Floating point is held and computed in float32 (float64 for "fp64"), whatever a program calls it; that a value is fp16
-shows only in its being rounded to fp16. Unsigned types that torch has no arithmetic for are held in the next wider
-signed one.
+All floating-point values are stored and computed in float32 (float64 for "fp64"); values of type fp16 are only rounded
+to fp16. Unsigned types without arithmetic in torch are stored in the next wider signed type.
 """
 
 from __future__ import annotations

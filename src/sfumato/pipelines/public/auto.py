@@ -36,7 +36,7 @@ KIN = (
     },
     {"text": LatentConsistencyModelPipeline, "image": LatentConsistencyModelImg2ImgPipeline},
 )
-# The same with a ControlNet: of Stable Diffusion, of XL, and of XL with a union.
+# The same with a ControlNet: for Stable Diffusion, for XL, and for XL with a ControlNet Union.
 STEERED = tuple(
     {
         task: getattr(controlnet, f"StableDiffusion{family}{kind}Pipeline")
@@ -61,9 +61,10 @@ class _Auto:
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **components: Any) -> DiffusionPipeline:
-        """The pipeline for this task with the same parts, shared, not copied. Raises `UsageError` if there is none.
+        """Create the pipeline for this task from another one's components, which are shared, not copied.
 
-        components take their place; with a `controlnet` it is the one that is steered by it.
+        components: replace them; a `controlnet` selects the ControlNet pipeline for the task. Raises `UsageError` if
+        there is no such pipeline.
         """
         kins = [kin for kin in (*KIN, *STEERED) if isinstance(pipeline, tuple(kin.values()))]
         if (net := components.get("controlnet")) is not None and kins:

@@ -28,7 +28,7 @@ __all__ = ["call"]
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
-# Arguments of the ecosystem's calls, in whatever signature they stand, and the fields that they are of a request…
+# Arguments of the ecosystem's calls, in any signature, and the matching fields of a request…
 REQUEST = {
     "prompt": "prompt",
     "prompt_2": "prompt_2",
@@ -56,7 +56,7 @@ FRAMING = {
     **{name: ("framing", name) for name in Framing.__dataclass_fields__},
     **{f"negative_{name}": ("negative_framing", name) for name in Framing.__dataclass_fields__},
 }
-# … and of what is given ready-made. The others say how to draw, and are `_draw`'s.
+# … and of `Given`. The remaining arguments go to `_draw`.
 GIVEN = {
     "generator": "generators",
     "latents": "latents",
@@ -78,14 +78,14 @@ GIVEN = {
 
 
 def call(pipeline: DiffusionPipeline, arguments: Mapping[str, Any]) -> Any:
-    """Draw what the arguments of a pipeline's call say, by the names they have in its signature.
+    """Run a pipeline's call. arguments: by their names in its signature; `self` and `unknown` are ignored.
 
-    `self` and `unknown` among them are passed over. Returns the pipeline's `output`, or its values in a tuple.
+    Returns the pipeline's `output`, or its values as a tuple.
     """
     arguments = dict(arguments) | _attention_arguments(arguments)
     given = Given(**{GIVEN[name]: value for name, value in arguments.items() if name in GIVEN})
     if given.padding_mask_crop is not None and arguments["output_type"] != "pil":
-        raise UsageError("padding_mask_crop returns PIL images; omit output_type, or the crop")
+        raise UsageError("padding_mask_crop returns PIL images; omit output_type or padding_mask_crop")
     if given.image is not None and pipeline._image_processor is not None:
         given = replace(given, pixels=pipeline.image_processor.preprocess(given.image))
     asked = {REQUEST[name]: value for name, value in arguments.items() if name in REQUEST}
@@ -105,7 +105,7 @@ def call(pipeline: DiffusionPipeline, arguments: Mapping[str, Any]) -> Any:
 
 
 def _negative_sizes(pipeline: DiffusionPipeline, arguments: Mapping[str, Any]) -> dict[str, None]:
-    """The negative sizes that a call ignores, as in the ecosystem: all of them, or only the crops."""
+    """Return the negative sizes that a call ignores, as in the ecosystem: all of them, or only the crops."""
     if "negative_target_size" not in arguments:
         return {}
     if "strength" in arguments:
@@ -116,7 +116,7 @@ def _negative_sizes(pipeline: DiffusionPipeline, arguments: Mapping[str, Any]) -
 
 
 def _with_callback(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments, with an older callback as the newer one that does the same."""
+    """Convert an older callback among the arguments to an equivalent newer one."""
     told = {name: value for name, value in arguments.get("unknown", {}).items() if name in OLDER} | dict(arguments)
     callback, every = told.get("callback"), told.get("callback_steps")
     if callback is None and "callback_on_step_end" in told:
@@ -127,7 +127,7 @@ def _with_callback(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _attention_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What `cross_attention_kwargs` says: {"scale": 0.5} multiplies the weights of all adapters; masks of images."""
+    """Parse `cross_attention_kwargs`: {"scale": 0.5} multiplies all adapters' weights; also takes ip_adapter_masks."""
     given = arguments.get("cross_attention_kwargs")
     given = {} if given is None else given
     if not isinstance(given, Mapping):

@@ -19,19 +19,22 @@ if TYPE_CHECKING:
 
 __all__ = ["Callback", "StepEnd", "older", "tensor_names"]
 
-# What callbacks may see and change, by the ecosystem's names, and the fields of a `Conditioning` that it is.
+# Tensors that callbacks can read and change, by the ecosystem's names, and the matching fields of a `Conditioning`.
 TOLD = {"prompt_embeds": "embeds", "add_text_embeds": "pooled", "add_time_ids": "sizes"}
-# The same of what its further channels hold, in a family's own words.
+# The same for the extra channels, by a family's own names for them.
 FURTHER = {"mask": "mask", "masked image latents": "masked_image_latents", "depth": "depth_mask"}
 FURTHER |= {"image latents": "image_latents"}
 ONE_CHANNEL = ("mask", "depth")
-# What networks beside the U-Net see.
+# Names for the images of control networks.
 PICTURES = {"image", "control_image"}
 Callback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any] | None]
 
 
 def tensor_names(callback: Callback | None, names: Sequence[str], known: Sequence[str]) -> Sequence[str]:
-    """What a callback wants to see: its own `tensor_inputs`, else `names`. Raises `UsageError` for an unknown one."""
+    """Return the tensors that a callback reads: its own `tensor_inputs`, or else `names`.
+
+    Raises `UsageError` for an unknown name.
+    """
     if callback is not None:
         _check("callback_on_step_end", callback, "(pipeline, index, timestep, tensors) -> tensors")
     names = getattr(callback, "tensor_inputs", names)
@@ -44,13 +47,13 @@ def tensor_names(callback: Callback | None, names: Sequence[str], known: Sequenc
 
 
 def _check(name: str, callback: Any, form: str) -> None:
-    """Raise `UsageError` unless it can be called; a class can, but would only make an object for each step."""
+    """Raise `UsageError` unless it is callable and not a class, which would only create an object at each step."""
     if not callable(callback) or isinstance(callback, type):
         raise UsageError(f"{name} must be a function {form}, not {shown(callback)}")
 
 
 def older(callback: Any, every: int) -> dict[str, Any]:
-    """The arguments that say what older ones do: `callback(step, timestep, latents)` after each `every` steps."""
+    """Return newer arguments that are equivalent to calling `callback(step, timestep, latents)` every `every` steps."""
     if callback is None:
         return {"callback_on_step_end": None, "callback_on_step_end_tensor_inputs": ()}
     _check("callback", callback, "(step, timestep, latents)")
@@ -60,7 +63,7 @@ def older(callback: Any, every: int) -> dict[str, Any]:
     def follow(pipeline: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> None:
         order, calls = pipeline.scheduler.order, pipeline.num_timesteps
         steps = pipeline.scheduler.num_inference_steps
-        first = 0 if steps is None else calls - steps * order  # calls that PNDM begins with
+        first = 0 if steps is None else calls - steps * order  # PNDM's additional calls at the start
         if (index + 1 == calls or (index + 1 > first and (index + 1) % order == 0)) and index % every == 0:
             callback(index // order, timestep, tensors["latents"])
 
@@ -68,24 +71,24 @@ def older(callback: Any, every: int) -> dict[str, Any]:
 
 
 class StepEnd:
-    """The callback of one call, with the tensors it was shown and gave back, which it sees again after the next step.
+    """The callback of one call, with its tensors, which persist from step to step.
 
-    callback(pipeline, index, timestep, tensors by name) -> the tensors it changes; None for none.
+    callback(pipeline, index, timestep, tensors by name) -> the tensors it changes, or None.
     """
 
     def __init__(self, callback: Callback, names: Sequence[str], dtype: torch.dtype) -> None:
-        """dtype: in which the callback is shown latents."""
+        """dtype: of the latents that the callback receives."""
         self.callback, self.names, self.dtype = callback, names, dtype
         self._tensors: dict[str, Any] = {}
 
     def __call__(self, pipeline: Any, step: DenoiseStep, timestep: Any, run: Run) -> Tensor | None:
-        """Call back, have the run go on with what was changed, and return the latents (B, C, h, w) if they were."""
+        """Run the callback and apply its changes. Returns the latents (B, C, h, w) if they changed."""
         if step.index == 0:
             told = run.guidance.conditioning
             self._tensors = {"negative_prompt_embeds": told.embeds[0] if told.branches > 1 else None} | _own(run)
             self._tensors |= _shown(run)
         self._tensors["latents"] = step.latents.to(self.dtype)
-        # Latent consistency models decode the last `denoised`, whatever becomes of the latents beside it.
+        # Latent consistency models decode the last `denoised`, not the last latents.
         last = "denoised" in pipeline._callback_tensor_inputs and step.index + 1 == step.total
         if last or "denoised" in self.names:
             second = run.scheduler.second_output(step.row, step.before, step.output)
@@ -95,7 +98,7 @@ class StepEnd:
         changes = self.callback(pipeline, step.index, timestep, {name: before.get(name) for name in self.names})
         self._tensors |= _checked(changes, before)
         own, further = _own(run), _further(run)
-        # What is told may also be changed in place; untouched latents stay in the loop's own precision.
+        # Tensors may also be changed in place. Unchanged latents stay in the loop's own precision.
         changed = {
             name
             for name in own.keys() & before.keys()
@@ -114,7 +117,7 @@ class StepEnd:
 
 
 def _checked(changes: Any, before: dict[str, Any]) -> dict[str, Tensor]:
-    """What a callback gave back of what it may change. Raises `UsageError` for what can take no tensor's place."""
+    """Return the known tensors that a callback changed. Raises `UsageError` for invalid values."""
     if changes is not None and not isinstance(changes, Mapping):
         raise UsageError(f"callback_on_step_end must return a dict of tensors, or None, not {shown(changes)}")
     given: Mapping[str, Any] = changes or {}
@@ -127,18 +130,18 @@ def _checked(changes: Any, before: dict[str, Any]) -> dict[str, Tensor]:
             raise UsageError(f"callback_on_step_end returned {shown(value)} as {name}, which must be a tensor")
         if name in ("latents", "denoised") and isinstance(value, torch.Tensor) and value.shape != before[name].shape:
             shapes = f"{tuple(value.shape)}; keep {tuple(before[name].shape)}"
-            raise UsageError(f"callback_on_step_end returned {name} of the shape {shapes}")
+            raise UsageError(f"callback_on_step_end returned {name} with the shape {shapes}")
     return found
 
 
 def _own(run: Run) -> dict[str, Tensor]:
-    """Copies of all that a run is told, by the ecosystem's names."""
+    """Return copies of a run's conditioning, by the ecosystem's names."""
     told = run.guidance.conditioning
     return {name: told.joined(field) for name, field in TOLD.items() if getattr(told, field)} | _further(run)
 
 
 def _shown(run: Run) -> dict[str, Any]:
-    """The pictures that networks beside the U-Net see, of several a list; for each branch unless in guess mode."""
+    """Return the control images, as a list for several networks; repeated per branch unless in guess mode."""
     told = run.guidance.conditioning
     every = [one.pictures.repeat(1 if one.guess else told.branches, 1, 1, 1) for one in told.steered]
     pictures = every[0] if len(every) == 1 else every
@@ -146,7 +149,7 @@ def _shown(run: Run) -> dict[str, Any]:
 
 
 def _show(run: Run, pictures: Any) -> None:
-    """Have the networks see other pictures from here on."""
+    """Use other control images from here on."""
     told = run.guidance.conditioning
     every = pictures if isinstance(pictures, (list, tuple)) else [pictures]
     pairs = zip(told.steered, every, strict=True)
@@ -154,7 +157,7 @@ def _show(run: Run, pictures: Any) -> None:
 
 
 def _further(run: Run) -> dict[str, Tensor]:
-    """What else a run reads beside the latents, for each branch (branches · B, C, h, w), by the ecosystem's names."""
+    """Return a run's extra channels for each branch (branches · B, C, h, w), by the ecosystem's names."""
     told, kept = run.guidance.conditioning, run.beginning.after
     if not told.extra:
         return {} if kept is None else {"mask": torch.cat([kept.mask] * told.branches)}

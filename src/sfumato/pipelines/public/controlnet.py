@@ -1,6 +1,6 @@
-"""ControlNets and T2I-Adapters under the ecosystem's names: the calls of Stable Diffusion's pipelines, and pictures.
+"""ControlNets and T2I-Adapters under the ecosystem's names: Stable Diffusion's calls, with control images.
 
-As there, control images have the size that is asked for, or their own; of several networks there is a list of them.
+As in the ecosystem, control images are resized to the requested size, if there is one; several networks take a list.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 
 PARTS = ("vae", "text_encoder", "tokenizer", "unet", "controlnet", "scheduler")
 ZEROS, SCORED = ("force_zeros_for_empty_prompt",), ("requires_aesthetics_score", "force_zeros_for_empty_prompt")
-# What calls have in common, in their order.
+# Groups of arguments that signatures share, in order.
 IMAGES = "ip_adapter_image ip_adapter_image_embeds"
 POOLED = "pooled_prompt_embeds negative_pooled_prompt_embeds"
 OUTPUT = "output_type return_dict cross_attention_kwargs"
@@ -52,13 +52,13 @@ ONE_TAIL, XL_TAIL = f"{COMMON} {IMAGES} {OUTPUT}", f"{COMMON} {POOLED} {IMAGES} 
 
 
 class _Steered:
-    """A pipeline with a network beside its U-Net, or several."""
+    """A pipeline with one or several control networks."""
 
     parts: Parts
 
     @property
     def controlnet(self) -> Any:
-        """The ControlNet, or several as one; a list of them may be assigned."""
+        """The ControlNet, or several as one. Accepts a list."""
         return self.parts.controlnet
 
     @controlnet.setter
@@ -67,7 +67,7 @@ class _Steered:
 
     @property
     def adapter(self) -> Any:
-        """The T2I-Adapter, or several as one; a list of them may be assigned."""
+        """The T2I-Adapter, or several as one. Accepts a list."""
         return self.parts.adapter
 
     @adapter.setter
@@ -86,7 +86,7 @@ class _Two(_Steered, TwoPromptPipeline):
 
 
 class StableDiffusionControlNetPipeline(_One, DiffusionPipeline):
-    """Text to image, steered by pictures."""
+    """Text-to-image with control images."""
 
     index = Index("StableDiffusionControlNetPipeline", PARTS)
     _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds", "image")
@@ -94,17 +94,17 @@ class StableDiffusionControlNetPipeline(_One, DiffusionPipeline):
         f"prompt image! height width {BEGIN} {ONE} {ONE_TAIL} controlnet_conditioning_scale=1.0 {CONTROLLED} clip_skip "
         f"{STEP_END}",
         draw_steered,
-        """Generate images from words and a control image, whose size they have unless height and width say another.
+        """Generate images from a prompt and a control image. Default size: the control image's.
 
-        `image` is a PIL image, an array or tensor, or a list with one per prompt; of several ControlNets a list with
-        one of these for each. Scale, start and end are numbers, or lists with one for each ControlNet. Otherwise as
+        `image` is a PIL image, an array or tensor, or a list with one per prompt; for several ControlNets, a list with
+        one of these for each. Scale, start and end are numbers, or lists with one for each ControlNet. Otherwise like
         `StableDiffusionPipeline`. Raises `UsageError`.
         """,
     )
 
 
 class StableDiffusionControlNetImg2ImgPipeline(_One, DiffusionPipeline):
-    """Image to image, steered by pictures."""
+    """Image-to-image with control images."""
 
     index = Index("StableDiffusionControlNetImg2ImgPipeline", PARTS)
     _shortens = False
@@ -112,16 +112,16 @@ class StableDiffusionControlNetImg2ImgPipeline(_One, DiffusionPipeline):
         f"prompt image! control_image! height width strength=0.8 num_inference_steps {ONE} {ONE_TAIL} "
         f"controlnet_conditioning_scale=0.8 {CONTROLLED} clip_skip {STEP_END}",
         draw_steered,
-        """Redraw an image by words and a control image.
+        """Change an image with a prompt and a control image.
 
-        `image` is what is redrawn, `control_image` what the ControlNets read. Otherwise as
+        `image` is the image to change, `control_image` the input of the ControlNets. Otherwise like
         `StableDiffusionImg2ImgPipeline` and `StableDiffusionControlNetPipeline`.
         """,
     )
 
 
 class StableDiffusionControlNetInpaintPipeline(_One, DiffusionPipeline):
-    """Paint a part of an image, steered by pictures."""
+    """Inpainting with control images."""
 
     index = Index("StableDiffusionControlNetInpaintPipeline", PARTS)
     _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds", "control_image", *MASKED)
@@ -129,16 +129,16 @@ class StableDiffusionControlNetInpaintPipeline(_One, DiffusionPipeline):
         f"prompt image! mask_image! control_image! height width padding_mask_crop strength=1.0 num_inference_steps "
         f"{ONE} {ONE_TAIL} controlnet_conditioning_scale=0.5 {CONTROLLED} clip_skip {STEP_END}",
         draw_steered,
-        """Paint by words and a control image what `mask_image` shows in white.
+        """Change the area that is white in `mask_image`, with a prompt and a control image.
 
-        Images have the size of `image` unless height and width say another. Otherwise as
-        `StableDiffusionInpaintPipeline` and `StableDiffusionControlNetPipeline`.
+        Default size: that of `image`. Otherwise like `StableDiffusionInpaintPipeline` and
+        `StableDiffusionControlNetPipeline`.
         """,
     )
 
 
 class StableDiffusionXLControlNetPipeline(_Two, DiffusionPipeline):
-    """Text to image with Stable Diffusion XL, steered by pictures."""
+    """Text-to-image with Stable Diffusion XL and control images."""
 
     index = Index("StableDiffusionXLControlNetPipeline", USUAL, ABSENT, ZEROS)
     _callback_tensor_inputs = (*TENSORS, "image")
@@ -146,23 +146,23 @@ class StableDiffusionXLControlNetPipeline(_Two, DiffusionPipeline):
         f"prompt prompt_2 image! height width {BEGIN} denoising_end {TWO} {XL_TAIL} controlnet_conditioning_scale=1.0 "
         f"{CONTROLLED} {SIZES} clip_skip {STEP_END}",
         draw_steered,
-        """As `StableDiffusionXLPipeline`, with the control images of `StableDiffusionControlNetPipeline`.""",
+        """Like `StableDiffusionXLPipeline`, with the control images of `StableDiffusionControlNetPipeline`.""",
     )
 
 
 class StableDiffusionXLControlNetImg2ImgPipeline(_Two, DiffusionPipeline):
-    """Image to image with Stable Diffusion XL, steered by pictures."""
+    """Image-to-image with Stable Diffusion XL and control images."""
 
     index = Index("StableDiffusionXLControlNetImg2ImgPipeline", USUAL, ABSENT, SCORED)
     __call__ = takes(
         f"prompt prompt_2 image! control_image! height width strength=0.8 num_inference_steps {TWO} {XL_TAIL} "
         f"controlnet_conditioning_scale=0.8 {CONTROLLED} {SIZES} {SCORES} clip_skip {STEP_END}",
         draw_steered,
-        """As `StableDiffusionXLImg2ImgPipeline`, with the control images of `StableDiffusionControlNetPipeline`.""",
+        """Like `StableDiffusionXLImg2ImgPipeline`, with the control images of `StableDiffusionControlNetPipeline`.""",
     )
 
 
-# The reference has the pooled embeddings behind the images here.
+# In the reference, the pooled embeddings come after the images here.
 _INPAINT = (
     f"prompt prompt_2 image! mask_image! control_image! height width padding_mask_crop strength=0.9999 "
     f"num_inference_steps denoising_start denoising_end {TWO} {COMMON} {IMAGES} {POOLED} {OUTPUT} "
@@ -172,63 +172,63 @@ _INPAINT_TAIL = f"guidance_rescale {SIZED} {SCORES} clip_skip {STEP_END}"
 
 
 class StableDiffusionXLControlNetInpaintPipeline(_Two, DiffusionPipeline):
-    """Paint a part of an image with Stable Diffusion XL, steered by pictures."""
+    """Inpainting with Stable Diffusion XL and control images."""
 
     index = Index("StableDiffusionXLControlNetInpaintPipeline", USUAL, ABSENT, SCORED)
     _callback_tensor_inputs = (*TENSORS, "control_image", *MASKED)
     __call__ = takes(
         f"{_INPAINT} {_INPAINT_TAIL}",
         draw_steered,
-        """As `StableDiffusionXLInpaintPipeline`, with the control images of `StableDiffusionControlNetPipeline`.
+        """Like `StableDiffusionXLInpaintPipeline`, with the control images of `StableDiffusionControlNetPipeline`.
 
-        Images have the size of `image` unless height and width say another.
+        Default size: that of `image`.
         """,
     )
 
 
 class StableDiffusionXLControlNetUnionPipeline(_Two, DiffusionPipeline):
-    """Text to image with Stable Diffusion XL, steered by several kinds of pictures that one network reads."""
+    """Text-to-image with Stable Diffusion XL and several kinds of control images for one network."""
 
     index = Index("StableDiffusionXLControlNetUnionPipeline", USUAL, ABSENT, ZEROS)
     __call__ = takes(
         f"prompt prompt_2 control_image! height width {BEGIN} denoising_end {TWO} {XL_TAIL} "
         f"controlnet_conditioning_scale=1.0 {CONTROLLED} control_mode {SIZES} clip_skip {STEP_END}",
         draw_steered,
-        """Generate images from words and control images, with a `control_mode` for each: the number of its kind.
+        """Generate images from a prompt and control images, with a `control_mode` for each: the number of its kind.
 
         0 to 5 are poses, depth, soft edges, lines, normals and segments; in networks that have them, 6 is tile and 7
-        inpaint. All pictures of a network are read in the same steps. Otherwise as
+        inpaint. All control images of a network are active in the same steps. Otherwise like
         `StableDiffusionXLControlNetPipeline`.
         """,
     )
 
 
 class StableDiffusionXLControlNetUnionImg2ImgPipeline(_Two, DiffusionPipeline):
-    """Image to image with Stable Diffusion XL, steered by several kinds of pictures that one network reads."""
+    """Image-to-image with Stable Diffusion XL and several kinds of control images for one network."""
 
     index = Index("StableDiffusionXLControlNetUnionImg2ImgPipeline", USUAL, ABSENT, SCORED)
     __call__ = takes(
         f"prompt prompt_2 image! control_image! height width strength=0.8 num_inference_steps {TWO} {XL_TAIL} "
         f"controlnet_conditioning_scale=0.8 {CONTROLLED} control_mode {SIZES} {SCORES} clip_skip {STEP_END}",
         draw_steered,
-        """As `StableDiffusionXLImg2ImgPipeline` and `StableDiffusionXLControlNetUnionPipeline`.""",
+        """Like `StableDiffusionXLImg2ImgPipeline` and `StableDiffusionXLControlNetUnionPipeline`.""",
     )
 
 
 class StableDiffusionXLControlNetUnionInpaintPipeline(_Two, DiffusionPipeline):
-    """Paint a part of an image with Stable Diffusion XL, steered by several kinds of pictures."""
+    """Inpainting with Stable Diffusion XL and several kinds of control images for one network."""
 
     index = Index("StableDiffusionXLControlNetUnionInpaintPipeline", USUAL, ABSENT, SCORED)
     _callback_tensor_inputs = (*TENSORS, "control_image", *MASKED)
     __call__ = takes(
         f"{_INPAINT} control_mode {_INPAINT_TAIL}",
         draw_steered,
-        """As `StableDiffusionXLControlNetInpaintPipeline` and `StableDiffusionXLControlNetUnionPipeline`.""",
+        """Like `StableDiffusionXLControlNetInpaintPipeline` and `StableDiffusionXLControlNetUnionPipeline`.""",
     )
 
 
 class StableDiffusionAdapterPipeline(_One, DiffusionPipeline):
-    """Text to image, steered by pictures that T2I-Adapters read."""
+    """Text-to-image with control images for T2I-Adapters."""
 
     index = Index(
         "StableDiffusionAdapterPipeline", ("vae", "text_encoder", "tokenizer", "unet", "adapter", "scheduler")
@@ -236,24 +236,24 @@ class StableDiffusionAdapterPipeline(_One, DiffusionPipeline):
     __call__ = takes(
         f"prompt image! height width {BEGIN} {ONE} {COMMON} {OLDER} adapter_conditioning_scale clip_skip",
         draw_steered,
-        """Generate images from words and what an adapter reads, a picture or, of several adapters, a list of them.
+        """Generate images from a prompt and a control image, or for several adapters, a list of control images.
 
-        `adapter_conditioning_scale` is a number, or a list with one for each adapter. Otherwise as
+        `adapter_conditioning_scale` is a number, or a list with one for each adapter. Otherwise like
         `StableDiffusionPipeline`.
         """,
     )
 
 
 class StableDiffusionXLAdapterPipeline(_Two, DiffusionPipeline):
-    """Text to image with Stable Diffusion XL, steered by pictures that T2I-Adapters read."""
+    """Text-to-image with Stable Diffusion XL and control images for T2I-Adapters."""
 
     index = Index("StableDiffusionXLAdapterPipeline", (*XL, "adapter"), ABSENT, ZEROS)
     __call__ = takes(
         f"prompt prompt_2 image! height width {BEGIN} denoising_end {TWO} {COMMON} {POOLED} {IMAGES} {OLDER} "
         f"guidance_rescale {SIZES} adapter_conditioning_scale adapter_conditioning_factor=1.0 clip_skip",
         draw_steered,
-        """As `StableDiffusionXLPipeline`, with the pictures of `StableDiffusionAdapterPipeline`.
+        """Like `StableDiffusionXLPipeline`, with the control images of `StableDiffusionAdapterPipeline`.
 
-        `adapter_conditioning_factor` is the share of the steps in which they steer.
+        `adapter_conditioning_factor` is the fraction of the steps in which they are active.
         """,
     )

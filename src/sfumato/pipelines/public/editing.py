@@ -1,7 +1,6 @@
 """Instruction-based editing and depth-guided generation under the ecosystem's names.
 
-Where a callback sees all branches of guidance, they are in Sfumato's order: of nothing, of the image, of image and
-prompt.
+Callbacks receive the branches of guidance in Sfumato's order: unconditional, image only, image and prompt.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ __all__ = [
 
 
 def _edit_sized(pipeline: DiffusionPipeline, told: dict[str, Any]) -> Any:
-    """Edit an image in the size that is asked for, or else in the checkpoint's own."""
+    """Edit an image at the requested size, or else at the checkpoint's own."""
     width, height = pipeline.parts.size_of(GenerateRequest(width=told["width"], height=told["height"]))
     return call(pipeline, told | {"width": width, "height": height})
 
 
 def _keep_depth(pipeline: DiffusionPipeline, told: dict[str, Any]) -> Any:
     if told["depth_map"] is None:
-        raise UsageError("depth_map is missing, and Sfumato estimates no depth; pass a tensor (B, H, W)")
+        raise UsageError("depth_map is missing, and Sfumato has no depth estimator; pass a tensor (B, H, W)")
     return call(pipeline, told)
 
 
 class StableDiffusionInstructPix2PixPipeline(OnePromptPipeline, DiffusionPipeline):
-    """Edit an image by an instruction (arXiv 2211.09800)."""
+    """Instruction-based image editing (arXiv 2211.09800)."""
 
     index = Index("StableDiffusionInstructPix2PixPipeline")
     _callback_tensor_inputs = ("latents", "prompt_embeds", "image_latents")
@@ -48,15 +47,15 @@ class StableDiffusionInstructPix2PixPipeline(OnePromptPipeline, DiffusionPipelin
         f"{COMMON} output_type return_dict callback_on_step_end callback_on_step_end_tensor_inputs "
         "cross_attention_kwargs",
         call,
-        """Edit an image as the prompt says; `image_guidance_scale` says how closely it is kept to, at least 1.
+        """Edit an image as the prompt says; `image_guidance_scale` is how closely to follow the image, at least 1.
 
-        There is guidance only where both scales ask for it. Otherwise as `StableDiffusionImg2ImgPipeline`.
+        Guidance is applied only if both scales request it. Otherwise like `StableDiffusionImg2ImgPipeline`.
         """,
     )
 
 
 class StableDiffusionXLInstructPix2PixPipeline(TwoPromptPipeline, DiffusionPipeline):
-    """Edit an image by an instruction, with Stable Diffusion XL or CosXL."""
+    """Instruction-based image editing with Stable Diffusion XL or CosXL."""
 
     index = Index("StableDiffusionXLInstructPix2PixPipeline", PARTS, (), ("force_zeros_for_empty_prompt",))
     output = StableDiffusionXLPipelineOutput
@@ -71,13 +70,13 @@ class StableDiffusionXLInstructPix2PixPipeline(TwoPromptPipeline, DiffusionPipel
         _edit_sized,
         """Edit an image, resized to `height` and `width` or the checkpoint's own size, as the prompt says.
 
-        Otherwise as `StableDiffusionInstructPix2PixPipeline` and `StableDiffusionXLPipeline`.
+        Otherwise like `StableDiffusionInstructPix2PixPipeline` and `StableDiffusionXLPipeline`.
         """,
     )
 
 
 class StableDiffusionDepth2ImgPipeline(OnePromptPipeline, DiffusionPipeline):
-    """Image to image that keeps the depth of what is seen."""
+    """Image-to-image that preserves the depth of the scene."""
 
     output = ImagePipelineOutput
     index = Index("StableDiffusionDepth2ImgPipeline", absent=("depth_estimator", "feature_extractor"), flags=())
@@ -88,9 +87,9 @@ class StableDiffusionDepth2ImgPipeline(OnePromptPipeline, DiffusionPipeline):
         "num_images_per_prompt eta generator prompt_embeds negative_prompt_embeds output_type return_dict "
         "cross_attention_kwargs clip_skip callback_on_step_end callback_on_step_end_tensor_inputs",
         _keep_depth,
-        """Redraw an image by words; `depth_map` (B, H, W) says how near each of its pixels is, in any scale.
+        """Change an image with a prompt; `depth_map` (B, H, W) is how near each pixel is, on any scale.
 
-        The ecosystem's pipeline estimates a map where none is given; here it has to be. Otherwise as
+        The map is required here; the ecosystem's pipeline can estimate it. Otherwise like
         `StableDiffusionImg2ImgPipeline`.
         """,
     )

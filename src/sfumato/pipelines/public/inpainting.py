@@ -1,9 +1,9 @@
 """Inpainting under the ecosystem's names, with inpainting checkpoints and plain ones.
 
-As in the ecosystem, pictures are what the autoencoder makes of them, also where the mask keeps them; `generate` hands
-over the image itself there. Two differences, where the ecosystem is wrong: of one image and a list of generators, each
-picture is encoded with its own one and not with the first; and latents have the mean and spread that an autoencoder
-says, also where an image is encoded.
+As in the ecosystem, the whole result is decoded by the autoencoder, even outside the mask; `generate` restores the
+original pixels there. Two differences correct errors of the ecosystem: with one image and a list of generators, each
+copy is encoded with its own generator, not with the first; and encoded images are normalized with the mean and standard
+deviation of the autoencoder's latents.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ MASKED = ("mask", "masked_image_latents")
 def _check_given(image: Any, mask: Any) -> None:
     if image is None or mask is None:
         missing = "image" if image is None else "mask_image"
-        raise UsageError(f"{missing} is missing; inpainting needs an image and a mask, white where it is painted")
+        raise UsageError(f"{missing} is missing; inpainting needs an image and a mask, white where it may change")
 
 
 class StableDiffusionInpaintPipeline(OnePromptPipeline, DiffusionPipeline):
-    """Paint a part of an image."""
+    """Inpainting."""
 
     index = Index("StableDiffusionInpaintPipeline")
     _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds", *MASKED)
@@ -76,12 +76,12 @@ class StableDiffusionInpaintPipeline(OnePromptPipeline, DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **unknown: Any,
     ) -> StableDiffusionPipelineOutput | tuple[Any, None]:
-        """Paint by words what `mask_image` shows in white; every argument means what it means in the ecosystem.
+        """Change the area that is white in `mask_image`; every argument means what it means in the ecosystem.
 
         `image` and `mask_image` are resized to `height` and `width`, or else to the checkpoint's own size; the mask is
-        then black or white. Both are PIL images, arrays or tensors in [0, 1], or lists of these; `image` may also be
-        latents. `padding_mask_crop` paints only the mask and so many pixels around it, enlarged, and puts that back.
-        Otherwise as `StableDiffusionPipeline`.
+        then thresholded to black and white. Both are PIL images, arrays or tensors in [0, 1], or lists of these;
+        `image` may also be latents. `padding_mask_crop`: generate only the masked area and this many pixels around it,
+        enlarged, and paste the result back. Otherwise like `StableDiffusionPipeline`.
         """
         refuse(unknown, StableDiffusionInpaintPipeline.__call__)
         _check_given(image, mask_image)
@@ -89,7 +89,7 @@ class StableDiffusionInpaintPipeline(OnePromptPipeline, DiffusionPipeline):
 
 
 class StableDiffusionXLInpaintPipeline(TwoPromptPipeline, DiffusionPipeline):
-    """Paint a part of an image, with Stable Diffusion XL."""
+    """Inpainting with Stable Diffusion XL."""
 
     index = Index(
         "StableDiffusionXLInpaintPipeline",
@@ -147,10 +147,11 @@ class StableDiffusionXLInpaintPipeline(TwoPromptPipeline, DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **unknown: Any,
     ) -> Output:
-        """Paint by words what `mask_image` shows in white.
+        """Change the area that is white in `mask_image`.
 
-        Images and masks as in `StableDiffusionInpaintPipeline`, all else as in `StableDiffusionXLImg2ImgPipeline`. The
-        default strength leaves the first step out, and so keeps a trace of what was there.
+        Images and masks are as in `StableDiffusionInpaintPipeline`, all else is as in
+        `StableDiffusionXLImg2ImgPipeline`. The default strength skips the first step, which keeps a trace of the
+        original.
         """
         refuse(unknown, StableDiffusionXLInpaintPipeline.__call__)
         _check_given(image, mask_image)

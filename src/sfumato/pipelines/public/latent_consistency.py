@@ -102,7 +102,7 @@ class LatentConsistencyModelImg2ImgPipeline(OnePromptPipeline, DiffusionPipeline
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **unknown: Any,
     ) -> StableDiffusionPipelineOutput | tuple[Any, None]:
-        """Change an image with a prompt; all steps are taken, starting at the timestep for `strength`.
+        """Change an image with a prompt. Runs all steps, starting at the timestep for `strength`.
 
         Otherwise like `LatentConsistencyModelPipeline`.
         """

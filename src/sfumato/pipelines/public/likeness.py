@@ -22,14 +22,14 @@ def _vary(pipeline: DiffusionPipeline, told: dict[str, Any]) -> Any:
 def _liken(pipeline: DiffusionPipeline, told: dict[str, Any]) -> Any:
     image = told["image"]
     if (image is None) == (told["image_embeds"] is None):
-        raise UsageError("pass either an image or image_embeds, of which images like it are drawn")
+        raise UsageError("pass either an image or image_embeds, but not both")
     if told["prompt"] is told["prompt_embeds"] is None:
         told["prompt"] = [""] * len(image) if isinstance(image, list) else ""
     return call(pipeline, told)
 
 
 class StableDiffusionImageVariationPipeline(DiffusionPipeline):
-    """Draw what an image shows once more, without a prompt."""
+    """Image variations without a prompt."""
 
     index = Index(
         "StableDiffusionImageVariationPipeline",
@@ -42,12 +42,12 @@ class StableDiffusionImageVariationPipeline(DiffusionPipeline):
         "image! height width num_inference_steps guidance_scale=7.5 num_images_per_prompt eta generator "
         "latents output_type return_dict callback callback_steps",
         _vary,
-        """Images like `image`: a PIL image, a list of them, or a tensor (B, 3, S, S) as an image encoder reads it.""",
+        """Generate variations of `image`: a PIL image, a list, or a tensor (B, 3, S, S), the image encoder's input.""",
     )
 
 
 class StableUnCLIPImg2ImgPipeline(OnePromptPipeline, DiffusionPipeline):
-    """Draw images like another one that show what a prompt says (unCLIP, arXiv 2204.06125)."""
+    """Image variations with a prompt (unCLIP, arXiv 2204.06125)."""
 
     index = Index(
         "StableUnCLIPImg2ImgPipeline",
@@ -67,5 +67,5 @@ class StableUnCLIPImg2ImgPipeline(OnePromptPipeline, DiffusionPipeline):
         "output_type return_dict callback callback_steps cross_attention_kwargs noise_level=0 image_embeds "
         "clip_skip",
         _liken,
-        """Images like `image`, or like what `image_embeds` (P, D) are of; the higher `noise_level`, the less alike.""",
+        """Generate variations of `image` or of `image_embeds` (P, D); more different with a higher `noise_level`.""",
     )

@@ -25,7 +25,7 @@ WORDS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "clip_ski
 
 
 def _encoded(pipeline: Any, arguments: Mapping[str, Any]) -> tuple[Tensor | None, ...]:
-    """Embeddings of the prompt and of the negative one, and the same of what is pooled, by a signature's arguments."""
+    """Encode the prompts of a call: embeddings of prompt and negative prompt, then pooled embeddings of both."""
     if arguments["lora_scale"] is not None:
         raise UsageError("encode_prompt takes no lora_scale; set the weights with set_adapters(names, weights)")
     given = Given(**{name: arguments[name] for name in READY if name in arguments})
@@ -44,7 +44,7 @@ def _encoded(pipeline: Any, arguments: Mapping[str, Any]) -> tuple[Tensor | None
 
 
 class OnePromptPipeline:
-    """A pipeline whose U-Net reads one text encoder."""
+    """A pipeline with one text encoder."""
 
     def encode_prompt(
         self,
@@ -58,7 +58,7 @@ class OnePromptPipeline:
         lora_scale: float | None = None,
         clip_skip: int | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Embeddings (B, S, C) of the prompts and the negative prompts, one per image.
+        """Return embeddings (B, S, C) of the prompts and the negative prompts, one per image.
 
         Without guidance, the second value is `negative_prompt_embeds` as given. Raises `UsageError` like a call.
         """
@@ -66,13 +66,13 @@ class OnePromptPipeline:
         return embeds, negative
 
     def _encode_prompt(self, *arguments: Any, **named: Any) -> Tensor:
-        """For older code: the negative embeddings and those of the prompts in one batch."""
+        """Return negative and positive embeddings in one batch, for older code."""
         embeds, negative = self.encode_prompt(*arguments, **named)
         return torch.cat([one for one in (negative, embeds) if one is not None])
 
 
 class TwoPromptPipeline:
-    """A pipeline whose U-Net reads pooled prompts too, of one or two text encoders."""
+    """A pipeline with one or two text encoders whose U-Net also needs pooled prompts."""
 
     _optional_components: ClassVar[list[str]] = [
         *("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "image_encoder", "feature_extractor")
@@ -94,8 +94,8 @@ class TwoPromptPipeline:
         lora_scale: float | None = None,
         clip_skip: int | None = None,
     ) -> tuple[Tensor | None, ...]:
-        """Embeddings (B, S, C) of the prompts and the negative prompts, then pooled ones (B, P), one per image.
+        """Return embeddings (B, S, C) of the prompts and the negative prompts, then pooled ones (B, P), one per image.
 
-        Without guidance, those of the negative prompts are as given. Raises `UsageError` like a call.
+        Without guidance, the negative ones are returned as given. Raises `UsageError` like a call.
         """
         return _encoded(self, locals())

@@ -1,7 +1,7 @@
-"""Signatures of calls as words: the names of the arguments in the ecosystem's order, and what differs from the usual.
+"""Signatures of calls as text: the names of the arguments in the ecosystem's order, and unusual default values.
 
-Those pipelines have theirs from here that only put together what others have, such as a mask and a ControlNet. `help`,
-`inspect` and notebooks show them written out.
+Used for pipelines whose calls only combine arguments of others, such as a mask and a ControlNet. `help`, `inspect` and
+notebooks show the full signatures.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["COMMON", "CONTROLLED", "SIZED", "takes"]
 
-# What an argument is that a call leaves out, unless its signature says otherwise ("strength=0.8"); None if not here.
+# Default values of arguments, unless a signature contains another one ("strength=0.8"). All others default to None.
 USUAL: dict[str, Any] = {
     "num_inference_steps": 50,
     "num_images_per_prompt": 1,
@@ -37,16 +37,16 @@ USUAL: dict[str, Any] = {
     "aesthetic_score": 6.0,
     "negative_aesthetic_score": 2.5,
 }
-# Arguments that stand together in many signatures.
+# Groups of arguments that are part of many signatures.
 COMMON = "num_images_per_prompt eta generator latents prompt_embeds negative_prompt_embeds"
 CONTROLLED = "guess_mode control_guidance_start control_guidance_end"
 SIZED = "original_size crops_coords_top_left target_size"
 
 
 def takes(words: str, draw: Callable[[Any, dict[str, Any]], Any], text: str) -> Callable[..., Any]:
-    """A pipeline's `__call__` with this signature and docstring, which has `draw` do what it says.
+    """Create a pipeline's `__call__` with this signature and docstring.
 
-    draw(pipeline, arguments by name) returns the call's output. An argument with a ! may not be left out.
+    draw(pipeline, arguments by name): runs the call and returns its output. Arguments marked with ! are required.
     """
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters, needs = [inspect.Parameter("self", kind)], [word[:-1] for word in words.split() if word[-1] == "!"]
@@ -63,7 +63,7 @@ def takes(words: str, draw: Callable[[Any, dict[str, Any]], Any], text: str) -> 
         refuse(told["unknown"], __call__)
         for name in needs:
             if told[name] is None:
-                raise UsageError(f"{name} is missing, which {type(told['self']).__name__} reads; pass it")
+                raise UsageError(f"{name} is missing; pass it to {type(told['self']).__name__}")
         return draw(told.pop("self"), told)
 
     __call__.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]

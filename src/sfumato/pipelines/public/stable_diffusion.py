@@ -24,7 +24,7 @@ __all__ = ["StableDiffusionImg2ImgPipeline", "StableDiffusionPipeline"]
 
 
 class StableDiffusionPipeline(OnePromptPipeline, DiffusionPipeline):
-    """Text to image."""
+    """Text-to-image."""
 
     def __call__(
         self,

@@ -1,7 +1,7 @@
 """Stable Diffusion XL and related models under the ecosystem's names: one signature each.
 
-Sizes are (height, width) and crops (top, left), as in the ecosystem. Where it is known to be wrong, images are as
-there, with one exception: negative sizes reach every image of a batch, and not each second row of it.
+Sizes are (height, width) and crops (top, left), as in the ecosystem. Its known errors are reproduced, with one
+exception: negative sizes apply to every image of a batch, not to every second row.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Output = StableDiffusionXLPipelineOutput | tuple[Any]
 
 
 class StableDiffusionXLPipeline(TwoPromptPipeline, DiffusionPipeline):
-    """Text to image."""
+    """Text-to-image."""
 
     index = Index("StableDiffusionXLPipeline", PARTS, ABSENT, ("force_zeros_for_empty_prompt",))
     output = StableDiffusionXLPipelineOutput

@@ -1,4 +1,4 @@
-"""What calls say of networks beside the U-Net: pictures, one or several for each network, how strongly and when."""
+"""The arguments of calls for control networks: control images, scales, and when each network is active."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CONTROL", "draw_steered"]
 
-# Arguments that become what steers.
+# Arguments for control networks.
 CONTROL = (
     "control_mode", "controlnet_conditioning_scale", "control_guidance_start", "control_guidance_end", "guess_mode",
     "adapter_conditioning_scale", "adapter_conditioning_factor",
@@ -29,7 +29,7 @@ CONTROL = (
 
 
 def draw_steered(pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> Any:
-    """Draw what a call says whose control images are its argument `control_image` or, where it has none, `image`."""
+    """Run a call with control images, which are its argument `control_image` or, without one, `image`."""
     name = "control_image" if "control_image" in arguments else "image"
     told = {key: value for key, value in arguments.items() if key not in (*CONTROL, name)}
     if isinstance(arguments[name], (list, tuple)) and not arguments[name]:
@@ -57,7 +57,7 @@ def draw_steered(pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> Any:
 
 
 def _networks(pipeline: DiffusionPipeline, arguments: Mapping[str, Any], name: str) -> tuple[list[Any], ...]:
-    """The networks, as often as pictures are read, the pictures of each, and the mode of these, or None."""
+    """Return the network, the control images, and the mode (or None) for each control input."""
     nets, images = list(pipeline.parts.controls), arguments[name]
     several = isinstance(pipeline.parts.beside, Several)
     if not isinstance(nets[0], ControlNetUnionModel):
@@ -68,8 +68,7 @@ def _networks(pipeline: DiffusionPipeline, arguments: Mapping[str, Any], name: s
     modes = list(modes) if isinstance(modes, (list, tuple)) else [modes]
     if len(modes) != len(images) or not all(isinstance(mode, int) for mode in modes):
         raise UsageError(
-            f"control_mode must say what each of the {len(images)} control images is, by its number; pass a number, or "
-            "a list of them"
+            f"control_mode must have one number for each of the {len(images)} control images; pass a number, or a list"
         )
     if several and len(images) != len(nets):
         raise UsageError(f"got {len(images)} control images for {len(nets)} ControlNets; pass one for each")
@@ -81,7 +80,7 @@ def _kind(pipeline: DiffusionPipeline) -> str:
 
 
 def _hows(pipeline: DiffusionPipeline, arguments: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
-    """How strongly and when each of the networks steers."""
+    """Return the scale, start and end for each network."""
     kind = _kind(pipeline)
     if isinstance(pipeline.parts.controls[0], T2IAdapter):
         scales = _each("adapter_conditioning_scale", arguments, count, kind)
@@ -99,7 +98,7 @@ def _hows(pipeline: DiffusionPipeline, arguments: Mapping[str, Any], count: int)
 
 
 def _for_each(images: Any, count: int, kind: str) -> list[Any]:
-    """The images of each network: a list of them, or a list for each prompt of such lists."""
+    """Return the control images for each network, given as a list, or as one list per prompt."""
     if not isinstance(images, (list, tuple)):
         raise UsageError(f"several {kind}s need a list of control images, one for each of the {count}")
     nested = [isinstance(one, (list, tuple)) for one in images]
@@ -110,19 +109,19 @@ def _for_each(images: Any, count: int, kind: str) -> list[Any]:
 
 
 def _each(name: str, arguments: Mapping[str, Any], count: int, kind: str, *, listed: bool = True) -> Sequence[float]:
-    """The value of an argument for each network, where one may stand for all; listed: whether it may be a list."""
+    """Return the value of an argument for each network, given one for each or one for all. listed: allow a list."""
     value = arguments[name]
     if not isinstance(value, (list, tuple)):
         value = [value] * count
     elif not listed:
-        raise UsageError(f"{name} must be a number, as there is one {kind}")
+        raise UsageError(f"{name} must be a single number for a single {kind}")
     if len(value) != count or not all(isinstance(one, (int, float)) for one in value):
         raise UsageError(f"{name} must be a number, or {count} of them, one for each {kind}")
     return value
 
 
 def _size(image: Any, told: Mapping[str, Any], factor: int) -> tuple[int, int] | None:
-    """Width and height that control images are resized to: as asked for, else their own in multiples of the factor."""
+    """Return the (width, height) for control images: the requested size or their own, as multiples of the factor."""
     first = image[0] if isinstance(image, (list, tuple)) else image
     if isinstance(first, Image.Image):
         own = first.size

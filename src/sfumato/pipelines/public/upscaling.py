@@ -22,7 +22,7 @@ def _enlarge_latents(pipeline: DiffusionPipeline, told: dict[str, Any]) -> Any:
 
 
 class StableDiffusionUpscalePipeline(OnePromptPipeline, DiffusionPipeline):
-    """Draw an image four times as large. A large one is drawn in tiles by `generate`, and whole by a call."""
+    """Enlarge an image four times. For large images, `generate` works in tiles; a call processes the whole image."""
 
     index = Index(
         "StableDiffusionUpscalePipeline",
@@ -37,12 +37,12 @@ class StableDiffusionUpscalePipeline(OnePromptPipeline, DiffusionPipeline):
         f"prompt image! num_inference_steps=75 guidance_scale=9.0 noise_level=20 negative_prompt {COMMON} "
         "output_type return_dict callback callback_steps cross_attention_kwargs clip_skip",
         call,
-        """Enlarge an image that shows what the prompt says; `noise_level` says how far its details may be redrawn.""",
+        """Enlarge an image, guided by a prompt that describes it; `noise_level` is how much its details may change.""",
     )
 
 
 class StableDiffusionLatentUpscalePipeline(OnePromptPipeline, DiffusionPipeline):
-    """Draw an image, or what another pipeline left as latents, twice as large."""
+    """Enlarge an image, or another pipeline's latents, two times."""
 
     index = Index("StableDiffusionLatentUpscalePipeline", absent=(), flags=())
     output = ImagePipelineOutput
@@ -53,5 +53,5 @@ class StableDiffusionLatentUpscalePipeline(OnePromptPipeline, DiffusionPipeline)
         "prompt_embeds negative_prompt_embeds pooled_prompt_embeds negative_pooled_prompt_embeds output_type "
         "return_dict callback callback_steps",
         _enlarge_latents,
-        """Enlarge an image, or latents (B, 4, h, w); a `guidance_scale` of 0 also leaves the prompt out.""",
+        """Enlarge an image, or latents (B, 4, h, w). With a `guidance_scale` of 0, the prompt is ignored.""",
     )

@@ -1,6 +1,6 @@
 """Tasks: each sets the image size, the loop's starting point, and what the U-Net receives.
 
-A new one is a module here and a line in `task_for`; neither the run nor the loop changes.
+To add one, write a module here and add a line to `task_for`. The run and the loop do not change.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ if TYPE_CHECKING:
 __all__ = ["task_for"]
 
 
-# What U-Nets read beside the latents, in the words of their families, and the task that gives it to them.
+# Additional inputs of U-Nets, by the families' names for them.
 MASK, DEPTH, PIXELS = ("mask", "masked image latents"), ("depth",), ("low-resolution image",)
 EDITED, ENLARGED = (("image latents",), ("scaled image latents",)), ("enlarged image latents",)
 
 
 def task_for(parts: Parts, place: Place, request: GenerateRequest, given: Given) -> Task:
-    """The task that a request and what came with it ask for, with its images read.
+    """Create the task for a request, and read its images.
 
-    Raises `UsageError` for a U-Net that reads what is not given, and for an image that cannot be read.
+    Raises `UsageError` if an input of the U-Net is missing, and if an image cannot be read.
     """
     reads = parts.family.extra
     image = given.image if request.image is None else open_image(request.image)
@@ -74,20 +74,20 @@ def task_for(parts: Parts, place: Place, request: GenerateRequest, given: Given)
 
 
 def _check_reads(parts: Parts, *, image: bool, masked: bool, depth: bool) -> None:
-    """Raise `UsageError` unless all that the U-Net reads beside the latents is given, and nothing that it does not."""
+    """Raise `UsageError` if an additional input of the U-Net is missing, or if it has no such input."""
     reads, channels = parts.family.extra, parts.unet.config.in_channels
     if channels != parts.vae.config.latent_channels and not reads:
-        raise UsageError(f"this U-Net reads {channels} channels, which no family has; use a published checkpoint")
+        raise UsageError(f"this U-Net has {channels} input channels, unlike any known family; use another checkpoint")
     there = {MASK: masked, DEPTH: image and depth}
     if reads and not there.get(reads, image):
         needs = {MASK: "an image and its mask", DEPTH: "an image and its depth map"}.get(reads, "an image")
         raise UsageError(
-            f"{parts.family.title} reads {' and '.join(reads)} ({channels} channels in all); give {needs}, or use "
+            f"{parts.family.title} needs {' and '.join(reads)} ({channels} channels in all); pass {needs}, or use "
             "another checkpoint"
         )
     if (masked and reads not in ((), MASK)) or (depth and reads != DEPTH):
         what = "depth map" if depth else "mask"
-        raise UsageError(f"{parts.family.title} reads no {what}; omit it, or use another checkpoint")
+        raise UsageError(f"{parts.family.title} does not use a {what}; omit it, or use another checkpoint")
 
 
 def _canvas(parts: Parts, request: GenerateRequest, given: Given, image: Any, size: tuple[int, int] | None) -> Canvas:
@@ -99,5 +99,5 @@ def _canvas(parts: Parts, request: GenerateRequest, given: Given, image: Any, si
 
 
 def _levels(file: str) -> Tensor:
-    """A depth map (1, H, W) from its file."""
+    """Read a depth map (1, H, W) from a file."""
     return torch.from_numpy(np.asarray(open_mask(file), dtype=np.float32) / 255)[None]

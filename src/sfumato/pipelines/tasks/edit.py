@@ -23,27 +23,27 @@ __all__ = ["Depth", "Edit"]
 
 @dataclass(frozen=True)
 class Edit(Task):
-    """Begin with noise, and read the image to edit (InstructPix2Pix, arXiv 2211.09800): pixels (P, 3, H, W) or latents.
+    """Start from noise, with the image to edit as an input (InstructPix2Pix, arXiv 2211.09800).
 
-    Guidance has three branches: of nothing, of the image alone, and of image and prompt; the last one once for each
-    of the prompts that `AND` joins.
+    pixels: (P, 3, H, W), or latents. Guidance has three branches: unconditional, image only, and image and prompt, the
+    last one once for each prompt joined by `AND`.
     """
 
     pixels: Tensor
 
     @property
     def size(self) -> tuple[int, int]:
-        """That of the image."""
+        """The size of the image."""
         factor = self.parts.vae_scale_factor if self.pixels.shape[1] == 4 else 1
         return self.pixels.shape[3] * factor, self.pixels.shape[2] * factor
 
     @property
     def guided(self) -> bool:
-        """By a prompt, and by an image that is kept to at all."""
+        """Whether guidance by prompt and image is applied."""
         return super().guided and self.request.chosen_image_scale >= 1
 
     def begin(self, text: Conditioning, tools: Tools) -> Beginning:
-        """Noise (B, C, h, w); the image's latents are its mean and not in the scale of the loop, as in training."""
+        """Start from noise (B, C, h, w). The image's latents are its mean, unscaled, as in training."""
         image = tools.encode(self.pixels, sampled=False)
         if self.pixels.shape[1] == 3 and "scaled image latents" not in self.parts.family.extra:
             image = self.parts.vae.unscaled(image)
@@ -58,12 +58,12 @@ class Edit(Task):
 
 @dataclass(frozen=True)
 class Depth(ImageToImage):
-    """Image to image with a depth map beside the latents: depth (P, H, W) of any scale, larger where it is nearer."""
+    """Image-to-image with a depth map as an input: depth (P, H, W) on any scale, larger is nearer."""
 
     depth: Tensor
 
     def begin(self, text: Conditioning, tools: Tools) -> Beginning:
-        """As image to image; the map becomes as large as the latents, and each image's range -1 to 1."""
+        """Like image-to-image. Resizes the depth map to the latents' size, and scales it to [-1, 1] per image."""
         count, batch, (width, height) = self.depth.shape[0], text.pictures, self.size
         if batch % count:
             raise UsageError(f"got {count} depth maps for {batch} images; pass one, or one per image")
@@ -71,7 +71,7 @@ class Depth(ImageToImage):
         size = (height // factor, width // factor)
         depth = F.interpolate(self.depth.float()[:, None], size=size, mode="bicubic", align_corners=False)
         low, high = depth.amin(dim=(1, 2, 3), keepdim=True), depth.amax(dim=(1, 2, 3), keepdim=True)
-        spread = torch.where(high > low, high - low, 1.0)  # a flat map is far away everywhere
+        spread = torch.where(high > low, high - low, 1.0)  # a constant map becomes -1, which is far away
         depth = (2 * (depth - low) / spread - 1).repeat(batch // count, 1, 1, 1)
         told = replace(text, extra=(depth.to(tools.device, self.parts.state_dtype),))
         return super().begin(told, tools)

@@ -22,20 +22,20 @@ __all__ = ["ImageToImage"]
 
 @dataclass(frozen=True)
 class ImageToImage(Task):
-    """Begin with images: pixels (P, 3, H, W) in [-1, 1], or latents (P, C, h, w); ready latents take their place."""
+    """Start from images: pixels (P, 3, H, W) in [-1, 1], or latents (P, C, h, w). Given noised latents replace them."""
 
     pixels: Tensor
 
     @property
     def size(self) -> tuple[int, int]:
-        """That of the images."""
+        """The size of the images."""
         begun = self.pixels if self.given.latents is None else self.given.latents
         config = self.parts.vae.config
         factor = config.scale_factor if begun.shape[1] == config.latent_channels != config.in_channels else 1
         return begun.shape[3] * factor, begun.shape[2] * factor
 
     def grid(self, scheduler: Scheduler) -> dict[str, Any]:
-        """As of every task; with the strength where the schedule is shortened by it."""
+        """Like every task, plus the strength if it shortens the schedule."""
         shorter = {"strength": self.request.chosen_strength} if self._shortens(scheduler) else {}
         return super().grid(scheduler) | shorter
 
@@ -43,9 +43,9 @@ class ImageToImage(Task):
         return self.parts.family.shortens and isinstance(scheduler, ConsistencyScheduler)
 
     def begin(self, text: Conditioning, tools: Tools) -> Beginning:
-        """The images' latents (B, C, h, w), with the noise of the entry of the schedule that `strength` says.
+        """Start from the images' latents (B, C, h, w) with the noise for `strength`.
 
-        None is added where another checkpoint left it there (`denoising_start`), nor to latents that were given.
+        No noise is added to another checkpoint's latents (`denoising_start`) or to given latents.
         """
         shortened = self._shortens(tools.scheduler) and self.request.denoising_start is None
         index = 0 if shortened else start_index(tools.scheduler, self.request)

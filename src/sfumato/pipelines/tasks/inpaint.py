@@ -23,22 +23,22 @@ __all__ = ["Inpaint"]
 
 @dataclass(frozen=True)
 class Inpaint(Task):
-    """Paint a part of images, with a checkpoint that reads mask and surroundings or with a plain one."""
+    """Change a part of images, with an inpainting checkpoint or with a plain one."""
 
     canvas: Canvas
 
     @property
     def size(self) -> tuple[int, int]:
-        """That of the canvas."""
+        """The size of the canvas."""
         height, width = self.canvas.mask.shape[2:]
         return width, height
 
     def finish(self, picture: Image) -> Image:
-        """What was painted, in the image it belongs to."""
+        """Paste the result into the original image."""
         return self.canvas.finish(picture)
 
     def begin(self, text: Conditioning, tools: Tools) -> Beginning:
-        """Noise, or the image's latents (B, C, h, w) with the noise that `strength` says; what stays comes with it."""
+        """Start from noise, or from the image's latents (B, C, h, w) with the noise for `strength`."""
         request, given, batch = self.request, self.given, text.pictures
         index = start_index(tools.scheduler, request)
         table = tools.scheduler.table(index)
@@ -71,7 +71,7 @@ class Inpaint(Task):
         return self.canvas.coarse.repeat(batch // count, 1, 1, 1)
 
     def _surroundings(self, batch: int, tools: Tools) -> Tensor:
-        """Latents (B, C, h, w) of what stays."""
+        """Return the latents (B, C, h, w) of the unchanged area."""
         ready = self.given.masked_image_latents
         if ready is not None:
             if batch % ready.shape[0]:
@@ -80,7 +80,7 @@ class Inpaint(Task):
             return ready.to(tools.device, self.parts.state_dtype)
         if self.canvas.pixels.shape[1] != 3:
             raise UsageError(
-                "this checkpoint reads what stays of the image, and latents cannot be masked; pass the image itself, "
-                "or masked_image_latents too"
+                "this checkpoint needs the masked image, and latents cannot be masked; pass the image itself, or "
+                "masked_image_latents too"
             )
         return tools.encode(self.canvas.kept)

@@ -23,16 +23,18 @@ __all__ = ["Likeness"]
 
 @dataclass(frozen=True)
 class Likeness(TextToImage):
-    """Begin with noise, and read an image's embedding as the class of what is drawn (unCLIP, arXiv 2204.06125)."""
+    """Start from noise, with an image's embedding as a class label (unCLIP, arXiv 2204.06125)."""
 
     image: Any
 
     def begin(self, text: Conditioning, tools: Tools) -> Beginning:
-        """The embedding (P, D) with noise of the request's level, and the level; without guidance's prompt, zeros."""
+        """Add noise of the request's level to the embedding (P, D) and append it; negative branches get zeros."""
         embeds = self.given.image_embeds
         embeds = tools.see(self.image) if embeds is None else embeds.to(tools.device, self.parts.state_dtype)
         if text.pictures % embeds.shape[0]:
-            raise UsageError(f"got {embeds.shape[0]} images for {text.pictures} pictures; pass one, or one per prompt")
+            raise UsageError(
+                f"got {embeds.shape[0]} input images for {text.pictures} images; pass one, or one per prompt"
+            )
         several = isinstance(self.given.generators, (list, tuple))
         told = self._noisy(embeds.repeat(text.pictures // embeds.shape[0] if several else 1, 1), tools)
         told = told.repeat_interleave(text.pictures // told.shape[0], dim=0)
@@ -42,7 +44,7 @@ class Likeness(TextToImage):
     def _noisy(self, embeds: Tensor, tools: Tools) -> Tensor:
         parts, level = self.parts, self.request.noise_level or 0
         if parts.image_normalizer is None:
-            raise UsageError("this checkpoint gives image embeddings noise by their spread; pass image_normalizer=…")
+            raise UsageError("this checkpoint needs an image normalizer, which is missing; pass image_normalizer=…")
         noise = GaussianNoise(embeds.shape, self.given.generators, tools.device)().to(embeds)
         levels = torch.full((embeds.shape[0],), level, device=tools.device)
         normal = parts.image_normalizer.scale(embeds)

@@ -27,13 +27,14 @@ __all__ = ["Beginning", "Kept", "Task", "Tools", "first_noise", "handover", "noi
 
 
 def handover(scheduler: Scheduler, share: float) -> int:
-    """The timestep at which a share of the noise is gone: one checkpoint takes those from it on, another those below.
+    """Return the timestep at which this fraction of the noise has been removed.
 
-    Both take as many steps of the same scheduler. Raises `UsageError` for one whose timesteps are no such thing.
+    One checkpoint runs the timesteps from here up, the other those below, with the same scheduler and steps. Raises
+    `UsageError` if the scheduler does not use training timesteps.
     """
     own = scheduler.config.own
     continuous = (own("timestep_type"), own("prediction_type")) == ("continuous", "v_prediction")
-    if continuous or own("sigma_data") is not None:  # EDM's measure the noise
+    if continuous or own("sigma_data") is not None:  # these timesteps encode noise levels
         raise UsageError(
             f"{type(scheduler).__name__} does not use training timesteps, so one checkpoint cannot hand over to "
             "another; use a single checkpoint, or another scheduler"
@@ -43,21 +44,21 @@ def handover(scheduler: Scheduler, share: float) -> int:
 
 
 def takes_over(scheduler: Scheduler, share: float) -> int:
-    """The entry of the schedule at which a checkpoint goes on that takes over there; its timesteps are set.
+    """Return the entry of the schedule at which a checkpoint takes over. The scheduler's timesteps must be set.
 
-    Raises `UsageError` where nothing is left to it.
+    Raises `UsageError` if no steps remain.
     """
     left = int((scheduler.timesteps < handover(scheduler, share)).sum())
     if not left:
         raise UsageError(f"denoising_start {share:g} leaves no steps; lower it, or raise steps")
-    # Of two calls a step, the first one is taken, too; the checkpoint before has taken it as well.
+    # With two calls per step, start at the first one, even if the previous checkpoint has run it too.
     return len(scheduler.timesteps) - left - (scheduler.order == 2 and left % 2 == 0)
 
 
 def noise_level(scheduler: Scheduler, t: float) -> float:
-    """Sigma, sqrt((1 - a) / a) of the cumulative product a, at a timestep; between two, log sigma is interpolated.
+    """Return sigma = sqrt((1 - a) / a) at a timestep, with the cumulative product a; log sigma is interpolated.
 
-    Raises `UsageError` for a scheduler whose timesteps are no training timesteps.
+    Raises `UsageError` if the scheduler does not use training timesteps.
     """
     handover(scheduler, 1.0)
     products = scheduler.alphas_cumprod.double().numpy()
@@ -66,7 +67,7 @@ def noise_level(scheduler: Scheduler, t: float) -> float:
 
 
 def start_index(scheduler: Scheduler, request: GenerateRequest) -> int:
-    """The entry of the schedule at which an image is begun with. Raises `UsageError` where no step is left."""
+    """Return the entry of the schedule at which image-to-image starts. Raises `UsageError` if no step remains."""
     if request.denoising_start is not None:
         return takes_over(scheduler, request.denoising_start)
     steps = scheduler.num_inference_steps or request.chosen_steps
@@ -79,9 +80,9 @@ def start_index(scheduler: Scheduler, request: GenerateRequest) -> int:
 
 
 def first_noise(task: Task, batch: int, tools: Tools) -> Tensor:
-    """The noise (B, C, h, w) that a task of its size begins with, the caller's or drawn, in the loop's precision.
+    """Return the initial noise (B, C, h, w), the caller's or new, in the loop's precision.
 
-    Raises `UsageError` for a caller's of another shape.
+    Raises `UsageError` if the caller's noise has the wrong shape.
     """
     parts, latents = task.parts, task.given.latents
     (width, height), factor = task.size, task.parts.vae_scale_factor
@@ -95,11 +96,11 @@ def first_noise(task: Task, batch: int, tools: Tools) -> Tensor:
 
 @dataclass(frozen=True)
 class Tools:
-    """What a task may use of a run.
+    """A run's functions for tasks.
 
-    scheduler: its timesteps are set; device: where the loop runs; encode: pixels (P, 3, H, W) in [-1, 1] to scaled
-    latents (B, C, h, w) there, by the autoencoder, which is in memory for as long, with sampled=False its mean;
-    pass_over: draw what that draws; see: what the image encoder makes of an image in any form (P, D).
+    scheduler: with its timesteps set; device: of the loop; encode: encodes pixels (P, 3, H, W) in [-1, 1] to scaled
+    latents (B, C, h, w) on that device, with sampled=False to the posterior's mean; pass_over: draws the random numbers
+    of `encode`; see: embeds images in any form as (P, D).
     """
 
     scheduler: Scheduler
@@ -111,10 +112,10 @@ class Tools:
 
 @dataclass
 class Kept:
-    """What stays of an image while the rest is painted: after each step, its latents with that step's noise.
+    """Restores the unmasked area of an image after each step, with that step's noise.
 
-    mask (B, 1, h, w), 1 where it is painted. What is between 0 and 1 stays until that share of the steps is left
-    (differential diffusion, arXiv 2306.00950, algorithm 1); clean and noise (B, C, h, w).
+    mask (B, 1, h, w): 1 in the area to change; values between 0 and 1 are kept until this fraction of the steps remains
+    (differential diffusion, arXiv 2306.00950, algorithm 1); clean, noise: (B, C, h, w).
     """
 
     mask: Tensor
@@ -123,7 +124,7 @@ class Kept:
     table: Table
 
     def __call__(self, index: int, steps: int, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) after a step, counted from 0, of how many -> the same with what stays in its place."""
+        """Restore the unmasked area in latents (B, C, h, w) after step `index`, counted from 0, of `steps`."""
         last = index + 1 == steps
         stays = self.clean if last else self.table.noised(self.clean, self.noise, index + 1)
         mask = (self.mask > 1 - (index + 1) / steps).to(latents.dtype)
@@ -132,9 +133,9 @@ class Kept:
 
 @dataclass(frozen=True)
 class Beginning:
-    """Where the loop begins: the first entry of the schedule, the latents (B, C, h, w), and what the U-Net is told.
+    """The start of the loop: the first entry of the schedule, the latents (B, C, h, w), and the conditioning.
 
-    after: what becomes of the latents after a step, counted from 0, of how many, if not all of them are to change.
+    after: a change to the latents after each step, if only a part of the image may change.
     """
 
     index: int
@@ -145,7 +146,7 @@ class Beginning:
 
 @dataclass(frozen=True)
 class Task:
-    """One way to begin. It draws its random numbers in the ecosystem's order, so that images are the same."""
+    """A way to start the loop. Draws random numbers in the ecosystem's order, so that images are the same."""
 
     parts: Parts
     request: GenerateRequest
@@ -158,31 +159,31 @@ class Task:
 
     @property
     def guided(self) -> bool:
-        """Whether the negative prompt is read, too."""
+        """Whether guidance is applied, which needs the negative prompt."""
         return self.request.chosen_scale > 1 and not self.parts.distilled
 
     @property
     def tile(self) -> int | None:
-        """The side of the latents that the U-Net reads at once, all of them if None."""
+        """The side of the latents' tiles for the U-Net; None for no tiles."""
         return None
 
     def scheduled(self, scheduler: Scheduler) -> Scheduler:
-        """The scheduler that this is drawn with."""
+        """Return the scheduler adapted to this task."""
         return scheduler
 
     def grid(self, scheduler: Scheduler) -> dict[str, Any]:
-        """What `set_timesteps` is told beside the steps. Raises `UsageError` for what this scheduler has not."""
+        """Return additional arguments for `set_timesteps`. Raises `UsageError` if this scheduler does not have them."""
         original = self.request.original_inference_steps
         if original is None:
             return {}
         if not isinstance(scheduler, ConsistencyScheduler):
-            raise UsageError(f"{type(scheduler).__name__} has no original_inference_steps; LCM and TCD have")
+            raise UsageError(f"{type(scheduler).__name__} has no original_inference_steps; use LCM or TCD, or omit it")
         return {"original_inference_steps": original}
 
     def finish(self, picture: Image) -> Image:
-        """A picture as it is handed over."""
+        """Return the final image for a decoded one."""
         return picture
 
     def begin(self, text: Conditioning, tools: Tools) -> Beginning:
-        """From what the prompts say to where the loop begins. Raises `UsageError` for what cannot be drawn."""
+        """Return the start of the loop for encoded prompts. Raises `UsageError` for invalid inputs."""
         raise NotImplementedError

@@ -18,18 +18,18 @@ __all__ = ["TextToImage"]
 
 @dataclass(frozen=True)
 class TextToImage(Task):
-    """Begin with noise, the caller's or drawn again."""
+    """Start from noise, the caller's or new."""
 
     @property
     def size(self) -> tuple[int, int]:
-        """As requested; else that of the latents that were given, else the checkpoint's own."""
+        """The requested size, or else that of the given latents, or else the checkpoint's own."""
         latents, factor = self.given.latents, self.parts.vae_scale_factor
         if latents is None or self.request.width is not None or latents.ndim != 4:
             return self.parts.size_of(self.request)
         return latents.shape[3] * factor, latents.shape[2] * factor
 
     def begin(self, text: Conditioning, tools: Tools) -> Beginning:
-        """Noise (B, C, h, w) at the start of the schedule."""
+        """Start from noise (B, C, h, w) at the first entry of the schedule."""
         parts, request, latents = self.parts, self.request, self.given.latents
         width, height = parts.size_of(request)
         factor = parts.vae_scale_factor

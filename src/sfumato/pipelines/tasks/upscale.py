@@ -26,10 +26,10 @@ NOISE_LEVEL = 20
 
 @dataclass(frozen=True)
 class Upscale(Task):
-    """Draw images as many times as large as the autoencoder's factor, 4: pixels (P, 3, H, W) are read as they are.
+    """Enlarge images by the autoencoder's factor, 4, with the pixels (P, 3, H, W) as an input of the U-Net.
 
-    They get noise of the request's level, which the U-Net is told. tiled: predict in tiles of the size that the
-    checkpoint was trained at, so that memory does not grow with the image.
+    Noise of the request's level is added to them, and the level is passed to the U-Net. tiled: predict in tiles of the
+    size that the checkpoint was trained at, so that memory does not grow with the image.
     """
 
     pixels: Tensor
@@ -37,7 +37,7 @@ class Upscale(Task):
 
     @property
     def size(self) -> tuple[int, int]:
-        """That of the result."""
+        """The size of the result."""
         factor = self.parts.vae_scale_factor
         return self.pixels.shape[3] * factor, self.pixels.shape[2] * factor
 
@@ -47,7 +47,7 @@ class Upscale(Task):
         return max(self.parts.unet.config.latent_size) if self.tiled else None
 
     def begin(self, text: Conditioning, tools: Tools) -> Beginning:
-        """Noise (B, C, H, W), one latent for each pixel that is read. Raises `UsageError` for too high a level."""
+        """Start from noise (B, C, H, W), one latent per input pixel. Raises `UsageError` if the level is too high."""
         parts, batch = self.parts, text.pictures
         level = NOISE_LEVEL if self.request.noise_level is None else self.request.noise_level
         if level > parts.max_noise_level:
@@ -67,28 +67,28 @@ class Upscale(Task):
 
 @dataclass(frozen=True)
 class UpscaleLatents(Task):
-    """Draw images twice as large: pixels (P, 3, H, W), or their latents (P, 4, h, w) in the scale of the loop."""
+    """Enlarge images two times: pixels (P, 3, H, W), or scaled latents (P, 4, h, w)."""
 
     pixels: Tensor
 
     @property
     def size(self) -> tuple[int, int]:
-        """That of the result."""
+        """The size of the result."""
         factor = self.parts.vae_scale_factor if self.pixels.shape[1] == 4 else 1
         return 2 * factor * self.pixels.shape[3], 2 * factor * self.pixels.shape[2]
 
     def scheduled(self, scheduler: Scheduler) -> Scheduler:
-        """The same with what the U-Net of k-diffusion predicts and reads: velocity, and a logarithm of the noise.
+        """Return the scheduler set up for k-diffusion's U-Net, which predicts velocity and takes log noise levels.
 
-        It is Karras et al.'s preconditioning (arXiv 2206.00364, table 1). Raises `UsageError` for another scheduler.
+        Uses Karras et al.'s preconditioning (arXiv 2206.00364, table 1). Raises `UsageError` for other schedulers.
         """
         config = scheduler.config
         if config.own("timestep_type") is None:
-            raise UsageError(f"this upscaler is drawn with EulerDiscreteScheduler, not with {type(scheduler).__name__}")
+            raise UsageError(f"this upscaler needs EulerDiscreteScheduler, not {type(scheduler).__name__}")
         return type(scheduler).from_config(config, prediction_type="v_prediction", timestep_type="continuous")
 
     def begin(self, text: Conditioning, tools: Tools) -> Beginning:
-        """Noise (B, C, 2h, 2w); what time is told is the noise of the image, none, and the pooled prompt."""
+        """Start from noise (B, C, 2h, 2w). The time condition is the image's noise level, 0, and the pooled prompt."""
         image = F.interpolate(tools.encode(self.pixels), scale_factor=2, mode="nearest")
         latents = first_noise(self, text.pictures, tools) * tools.scheduler.init_noise_sigma
         none = torch.cat([torch.ones(text.pictures, 64), torch.zeros(text.pictures, 64)], dim=1)

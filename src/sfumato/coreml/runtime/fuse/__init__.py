@@ -1,7 +1,7 @@
 """Fuses chains of operations: group normalization, and attention in every common form.
 
-A chain is replaced only if nobody else reads a value within it. Its result is rounded once, at its end, where the
-single operations would each be rounded to fp16; and what would overflow within it does not.
+A chain is replaced only if its intermediate values are not used elsewhere. Its result is rounded to fp16 once, at its
+end, instead of after each operation, so intermediate values cannot overflow.
 """
 
 from __future__ import annotations

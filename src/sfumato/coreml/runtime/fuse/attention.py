@@ -1,9 +1,9 @@
 """Recognizes attention in its several ML Program forms and fuses it into one operation.
 
-The core is: a product of queries and keys, maybe times a number, maybe plus a mask, softmax over the keys, and a
-product with values ("Attention Is All You Need", arXiv 1706.03762, eq. 1). Which axis of an operand means what is
-written as in an equation of einsum: c is contracted between queries q and keys k, and d is the axis of the values that
-stays; the capital letters are batches. `heads.py` then joins what a program computes apart, by heads or by queries.
+The core is: a product of queries and keys, optionally times a number, optionally plus a mask, softmax over the keys,
+and a product with values ("Attention Is All You Need", arXiv 1706.03762, eq. 1). Axes are named as in einsum equations:
+c is contracted between queries q and keys k, d is the remaining axis of the values, and capital letters are batch axes.
+`heads.py` then joins attention that a program computes separately by heads or by queries.
 """
 
 from __future__ import annotations

@@ -220,8 +220,8 @@ def _bind_norm(call: Call) -> Bound:
 def _by_moments(x: Tensor, groups: int, gamma: Tensor | None, beta: Tensor | None, epsilon: float) -> Tensor:
     """Normalize images with channels last.
 
-    There torch's own sums up pixel by pixel in float32, which leaves 103 dB at 512² pixels. Averaging over pixels
-    first, and then over the channels of a group, is precise and fast.
+    In this layout, torch's own implementation sums pixel by pixel in float32, which leaves 103 dB at 512² pixels.
+    Averaging first over pixels, then over the channels of a group, is precise and fast.
     """
     grouped = x.unflatten(1, (groups, -1))
     mean = grouped.mean((3, 4), True).mean(2, True)

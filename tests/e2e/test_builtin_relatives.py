@@ -22,7 +22,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def tiny():
-    return AutoencoderTiny.from_pretrained("built-in/tiny-vae")
+    return AutoencoderTiny.from_pretrained("built-in/tiny-vae", torch_dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +45,9 @@ def test_all_are_small():
     assert 100_000 < sum(sizes) < 1_500_000
 
 
-def test_the_tiny_autoencoder_decodes_nearly_the_same_images(pipe, tiny, asked, plain):
+def test_the_tiny_autoencoder_decodes_nearly_the_same_images(tiny, asked, plain):
     drafts = sfumato.load(device="cpu", dtype=torch.float32, vae=tiny).generate(asked).images
     assert min(psnr(draft, image) for draft, image in zip(drafts, plain, strict=True)) >= 26
-    count = [sum(p.numel() for p in vae.decoder.parameters()) for vae in (tiny, pipe.vae)]
-    assert 15 * count[0] < count[1]
 
 
 def test_its_encoder_reads_images_for_both_decoders(pipe, tiny, plain):

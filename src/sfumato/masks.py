@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from sfumato.request import Mask
 
-__all__ = ["Canvas", "called_canvas", "crop_region", "cropped", "overlay", "requested_canvas"]
+__all__ = ["Canvas", "called_canvas", "crop_region", "cropped", "overlay", "read_mask", "requested_canvas"]
 
 Size = tuple[int, int]
 Box = tuple[int, int, int, int]
@@ -105,16 +105,26 @@ def called_canvas(image: Any, mask: Any, size: Size, factor: int, margin: int | 
     pixels = to_pixels(image, 1, size)
     if pixels.shape[1] == 3 and pixels.shape[2:] != size[::-1]:
         pixels = F.interpolate(pixels, size=size[::-1])
-    read = (_read_mask(mask, size) >= 0.5).float()
+    read = (read_mask(mask, size) >= 0.5).float()
     return Canvas(pixels, read, F.interpolate(read, size=(size[1] // factor, size[0] // factor)), finish)
 
 
-def _read_mask(mask: Any, size: Size) -> Tensor:
-    """Convert a mask in any form to (M, 1, H, W) of `size` (width, height)."""
+def read_mask(mask: Any, size: tuple[int | None, int | None], factor: int = 1) -> Tensor:
+    """Convert a mask in any form to (M, 1, H, W) in [0, 1].
+
+    mask: as in `called_canvas`. size: (width, height), None for a side of the mask's own length; both are rounded down
+    to multiples of `factor`. Raises `UsageError` for anything else.
+    """
+
+    def fitted(*own: int) -> Size:
+        wide, high = (max(factor, (side or one) // factor * factor) for side, one in zip(size, own, strict=True))
+        return wide, high
+
     if isinstance(mask, (list, tuple)) and mask:
-        return torch.cat([_read_mask(one, size) for one in mask])
+        first = read_mask(mask[0], size, factor)
+        return torch.cat([first, *(read_mask(one, (first.shape[3], first.shape[2])) for one in mask[1:])])
     if isinstance(mask, Image.Image):
-        levels = mask.resize(size, Image.Resampling.LANCZOS).convert("L")
+        levels = mask.resize(fitted(*mask.size), Image.Resampling.LANCZOS).convert("L")
         return torch.from_numpy(np.asarray(levels, dtype=np.float32) / 255)[None, None]
     if isinstance(mask, np.ndarray) and mask.dtype.kind in "fb":
         flat = mask[..., 0] if mask.ndim > 2 and mask.shape[-1] == 1 else mask
@@ -129,7 +139,8 @@ def _read_mask(mask: Any, size: Size) -> Tensor:
     levels = mask.float().reshape(-1, 1, *mask.shape[-2:])
     if levels.min() < 0 or levels.max() > 1:
         raise UsageError("a mask must have values in [0, 1], with 1 where the image may change; rescale this one")
-    return F.interpolate(levels, size=size[::-1])
+    wide, high = fitted(levels.shape[3], levels.shape[2])
+    return F.interpolate(levels, size=(high, wide))
 
 
 def crop_region(mask: Image.Image, size: Size, margin: int = 0) -> Box:

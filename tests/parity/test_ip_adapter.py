@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import diffusers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 import sfumato
 from sfumato.errors import CheckpointError, UsageError
 from sfumato.models import CLIPVisionModelWithProjection
 from sfumato.pipelines.recipe import checked
+from sfumato.pipelines.residuals import Steered
 from sfumato.request import GenerateRequest, ImagePrompt
+from sfumato.runtime.choices import Wishes
 from support.checkpoints import UNET, randomize
 from support.compare import FLOAT32, distance
-from support.control import control_picture
+from support.control import control_net, control_picture
 from support.pictures import compare
 
 VISION = {"hidden_size": 32, "intermediate_size": 48, "projection_dim": 20, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 28, "patch_size": 7}  # fmt: skip
@@ -218,10 +223,45 @@ def test_embeddings_of_images_are_made_once_and_used_again(pair):
 
 
 def test_an_adapter_beside_a_controlnet(pair):
-    from support.control import control_net
-
     pipes = pair(["plain"], kind="StableDiffusionControlNetPipeline", controlnet=control_net)
     compare(*pipes, prompt="a photo", image=control_picture(), ip_adapter_image=IMAGES["one"])
+
+
+def test_networks_beside_the_unet_compute_as_planned(pair):
+    """On a faulty device, the resampler and the ControlNet use its fallbacks as well, and draw the same."""
+    called, batches, layouts = set(), set(), set()
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            called.add(getattr(func, "__name__", ""))
+            if func is torch.nn.functional.conv2d:
+                batches.add(args[0].shape[0])
+                layouts.add(args[0].is_contiguous())
+            return func(*args, **kwargs or {})
+
+    mine, _ = pair(["plus"], kind="StableDiffusionControlNetPipeline", controlnet=control_net)
+    mine.place.wishes = Wishes(engine="torch")
+    call = {"image": [control_picture(), control_picture(seed=1)], "ip_adapter_image": IMAGES["one"], "num_inference_steps": 2, "output_type": "latent"}  # fmt: skip
+
+    def drawn():
+        with Watch():
+            return mine(["a photo", "a cat"], generator=torch.Generator().manual_seed(1), **call).images
+
+    healthy = drawn()
+    assert "scaled_dot_product_attention" in called
+    assert max(batches) > 1
+    verdicts = {"chunks float32": "off by 20 %", "batch float32": "off by 30 %"}
+    mine.place.facts = dataclasses.replace(mine.place.facts, canaries=verdicts)
+    called.clear()
+    batches.clear()
+    assert distance(drawn(), healthy) < FLOAT32
+    assert "scaled_dot_product_attention" not in called
+    assert batches == {1}
+    layouts.clear()
+    net, picture = control_net(sfumato), torch.rand(1, 3, 16, 16).to(memory_format=torch.channels_last)
+    with Watch():
+        assert Steered(net, picture).within(slice(2, 6), slice(0, 4)).hint.is_contiguous()
+    assert layouts == {True}
 
 
 def test_unloaded_adapters_leave_no_trace(pair):

@@ -15,6 +15,9 @@ from support.compare import FLOAT32, distance, generator
 from support.pictures import PROMPTS, change_scheduler, compare, picture
 from support.relatives import RELATIVES, write_relative
 
+# The reference estimates depth under autocast, which has nothing to do in float32 and says so.
+pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
+
 
 def read(folder, name, **parts):
     """The reference's pipeline of a folder; parts that are null there have to be named, but for optional ones."""
@@ -79,6 +82,14 @@ CALLS = {
             "several": {"prompt": PROMPTS, "image": [picture(24, 40, seed=1), picture(24, 40, seed=2)], "depth_map": torch.cat([DEPTH, DEPTH**2]), "seed": [1, 2]},
             "of one": {"num_images_per_prompt": 2},
             "a tensor": {"image": torch.rand(1, 3, 40, 24, generator=RANDOM)},
+        },
+    ),
+    "by-depth": (
+        {"prompt": PROMPTS[0], "image": picture(24, 40)},
+        {
+            "by default": {},
+            "several": {"prompt": PROMPTS, "image": [picture(24, 40, seed=1), picture(24, 40, seed=2)], "seed": [1, 2]},
+            "a map": {"depth_map": DEPTH, "num_images_per_prompt": 2},
         },
     ),
     "x4": (
@@ -196,7 +207,7 @@ def test_what_is_written_is_read_by_either_library(name, both, tmp_path):
 
 
 def test_callbacks_see_and_change_what_is_read(both):
-    for name, tensor in (("edit", "image_latents"), ("depth", "depth_mask")):
+    for name, tensor in (("edit", "image_latents"), ("depth", "depth_mask"), ("by-depth", "depth_mask")):
         mine, other = both(name)
         seen: dict[bool, list] = {True: [], False: []}
 
@@ -215,10 +226,11 @@ def test_callbacks_see_and_change_what_is_read(both):
 BAD = {
     "edit": [({"image": None}, "image is missing")],
     "depth": [
-        ({"depth_map": None}, "Sfumato has no depth estimator"),
+        ({"depth_map": None}, "pass an image and its depth map"),
         ({"depth_map": torch.zeros(1, 1, 8, 8)}, r"depth_map must have the shape \(P, H, W\), not \(1, 1, 8, 8\)"),
         ({"depth_map": torch.zeros(3, 8, 8)}, "got 3 depth maps for 1 images"),
     ],
+    "by-depth": [({"image": LATENTS}, "depth cannot be estimated from latents; pass a depth_map")],
     "x4": [({"noise_level": 351}, "noise_level must be at most 350"), ({"callback": print, "callback_steps": 0}, "callback_steps")],
     "variations": [({"image": None}, "image is missing")],
     "likeness": [({"image": None}, "either an image or image_embeds"), ({"image_embeds": torch.zeros(1, 24)}, "either an image or")],
@@ -238,3 +250,10 @@ def test_a_flat_depth_map_is_no_accident(both):
         **CALLS["depth"][0] | {"depth_map": torch.ones(1, 8, 8)}, num_inference_steps=2, output_type="np"
     )
     assert np.isfinite(out.images).all()
+
+
+def test_upscalers_have_the_scale_of_their_family(both):
+    """The configs of early copies do not name it, and so say what Stable Diffusion 1's is."""
+    mine, _ = both("x4")
+    parts = mine.components | {"vae": sfumato.AutoencoderKL(**mine.vae.config.to_dict() | {"scaling_factor": 0.18215})}
+    assert type(mine)(**parts).vae.config.scaling_factor == 0.08333

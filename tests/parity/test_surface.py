@@ -12,6 +12,7 @@ from PIL import Image
 import sfumato
 from sfumato import schedulers
 from sfumato.ecosystem import found, table
+from sfumato.errors import UsageError
 from support.compare import FLOAT32, distance
 
 PIPELINES = [
@@ -127,6 +128,35 @@ def test_images_are_prepared_the_same():
         assert distance(pixels, theirs.preprocess(picture, **size)) < FLOAT32
         assert np.array_equal(own.postprocess(pixels, "np"), theirs.postprocess(pixels, "np"))
         assert own.postprocess(pixels)[0].tobytes() == theirs.postprocess(pixels)[0].tobytes()
+
+
+def test_masks_are_prepared_the_same(ours):
+    from diffusers.image_processor import VaeImageProcessor
+
+    pipe = sfumato.StableDiffusionInpaintPipeline(**ours().components)
+    how = {"do_normalize": False, "do_binarize": True, "do_convert_grayscale": True}
+    own, theirs = pipe.mask_processor, VaeImageProcessor(vae_scale_factor=pipe.vae_scale_factor, **how)
+    levels = np.random.default_rng(0).integers(0, 256, (27, 21), dtype=np.uint8)
+    mask, picture = Image.fromarray(levels), Image.fromarray(np.dstack([levels] * 3))
+    array = levels.astype(np.float32) / 255
+    for one in (mask, picture, [mask, mask], array[None], array[None, ..., None], torch.from_numpy(array)[None, None]):
+        for size in ({}, {"height": 16, "width": 24}):
+            expected = theirs.preprocess(one, **size)
+            assert torch.equal(own.preprocess(one, **size), expected)
+    soft = {"vae_scale_factor": 2, "do_resize": False, "do_convert_grayscale": True, "do_normalize": False}
+    whole = sfumato.VaeImageProcessor(**soft).preprocess(mask)
+    assert torch.equal(whole, VaeImageProcessor(**soft).preprocess(mask))
+    assert own.blur(mask, blur_factor=3).tobytes() == theirs.blur(mask, blur_factor=3).tobytes()
+    spot = Image.new("L", (21, 27))
+    spot.paste(255, (4, 6, 9, 15))
+    box = own.get_crop_region(spot, 16, 16, pad=2)
+    assert box == theirs.get_crop_region(spot, 16, 16, pad=2)
+    painted = Image.new("RGB", (16, 16), "red")
+    over = own.apply_overlay(spot, picture, painted, box)
+    assert over.tobytes() == theirs.apply_overlay(spot, picture, painted, box).convert("RGB").tobytes()
+    with pytest.raises(UsageError, match="mask_processor cannot be replaced"):
+        pipe.mask_processor = theirs
+    assert not hasattr(ours(), "mask_processor")
 
 
 def test_schedules_of_ten_steps():

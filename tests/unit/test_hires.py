@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ import sfumato
 from sfumato import GenerateRequest, GuidanceInterval, Hires
 from sfumato.errors import UsageError
 from sfumato.pipelines.hires import LATENT, enlarged
-from sfumato.pipelines.tasks.task import noise_level
+from sfumato.pipelines.tasks.task import handover, noise_level, start_index
 from sfumato.request import UPSCALERS, Mask, share_of
 from sfumato.runtime.choices import published_sizes, task_of
 from sfumato.runtime.facts import read_facts
@@ -119,6 +121,24 @@ def test_a_refiner_ends_the_second_pass(ours):
     assert again.images[0].tobytes() == result.images[0].tobytes()
     with pytest.raises(UsageError, match="leaves no steps; raise it, steps, or the strength"):
         pipe.generate(request.replace(hires=hires.replace(strength=0.1)))
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("strength", [None, 0.5, 0.7])
+def test_the_plan_of_both_checkpoints_has_the_steps_that_they_take(strength, spacing):
+    sizes = dataclasses.replace(published_sizes("sdxl"), spacing=spacing)
+    scheduler = sfumato.EulerDiscreteScheduler(timestep_spacing=spacing, steps_offset=1)
+    hires = None if strength is None else Hires(scale=1.5, strength=strength)
+    for steps in range(6, 41):
+        for end in (0.6, 0.75, 0.8):
+            request = GenerateRequest(prompt="a photo", steps=steps, refiner="x", denoising_end=end, hires=hires)
+            then = request.last_pass((1024, 1024), 8)
+            scheduler.set_timesteps(then.chosen_steps)
+            times = scheduler.timesteps[0 if hires is None else start_index(scheduler, then) :]
+            rest = then.replace(refiner=None, denoising_start=end, denoising_end=None)
+            planned = [task_of(sizes, one).steps for one in (request, rest)]
+            later = int((times < handover(scheduler, end)).sum())
+            assert planned == [len(times) - later, later]
 
 
 def test_prompts_are_timed_over_both_passes(ours):

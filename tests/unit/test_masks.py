@@ -237,7 +237,7 @@ MASKS = {
     "three channels": (torch.zeros(1, 3, 16, 16), "one channel and two sides"),
     "five sides": (torch.zeros(1, 1, 1, 16, 16), "one channel and two sides"),
     "255 for white": (torch.full((16, 16), 255.0), r"values in \[0, 1\]"),
-    "two masks for three": (torch.zeros(2, 16, 16), "got 2 masks for a batch of 3"),
+    "two masks for three": (torch.zeros(2, 16, 16), "got 2 masks for 3 images"),
     "none": (None, "mask_image is missing"),
 }
 

@@ -155,7 +155,10 @@ MaskCrop = Annotated[
 ]
 DepthFile = Annotated[
     Path | None,
-    typer.Option("--depth", help="A depth map of the input image, with near areas white, for depth-to-image models."),
+    typer.Option(
+        "--depth",
+        help="A depth map of the input image, with near areas white, for depth-to-image models. Default: estimated.",
+    ),
 ]
 ImageGuidance = Annotated[
     float | None,

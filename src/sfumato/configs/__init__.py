@@ -4,6 +4,7 @@ from sfumato.configs.autoencoders import AutoencoderKLConfig, AutoencoderTinyCon
 from sfumato.configs.config import Config, one_of, parse
 from sfumato.configs.configured import Configured
 from sfumato.configs.controlnet import ControlNetConfig, ControlNetUnionConfig
+from sfumato.configs.depth import DPTConfig, DPTImageProcessorConfig
 from sfumato.configs.image_encoder import CLIPVisionConfig, ImageNormalizerConfig
 from sfumato.configs.t2i_adapter import T2IAdapterConfig
 from sfumato.configs.text_encoder import CLIPTextConfig
@@ -19,6 +20,8 @@ __all__ = [
     "Configured",
     "ControlNetConfig",
     "ControlNetUnionConfig",
+    "DPTConfig",
+    "DPTImageProcessorConfig",
     "ImageNormalizerConfig",
     "T2IAdapterConfig",
     "UNet2DConditionConfig",

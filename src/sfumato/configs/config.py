@@ -48,6 +48,13 @@ class Config(dict[str, Any]):
     def _check(self) -> None:
         """Raise `ConfigError` for values that contradict each other."""
 
+    def _check_divisible(self, *pairs: tuple[str, str]) -> None:
+        for whole, part in pairs:
+            if getattr(self, whole) % getattr(self, part):
+                raise ConfigError(
+                    f"{self.where}: {whole} = {getattr(self, whole)} is not divisible by {part} = {getattr(self, part)}"
+                )
+
     def to_dict(self) -> dict[str, Any]:
         """Return all keys and values, including unknown ones, as in the JSON file (tuples become lists)."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "extra"}

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from sfumato.configs.config import Config, one_of
 from sfumato.configs.text_encoder import CLIPTextConfig
-from sfumato.errors import ConfigError
 from sfumato.values import Within
 
 __all__ = ["CLIPVisionConfig", "ImageNormalizerConfig"]
@@ -35,11 +34,7 @@ class CLIPVisionConfig(Config):
 
     def _check(self) -> None:
         one_of(self.where, "hidden_act", self.hidden_act, ("quick_gelu", "gelu"))
-        for whole, part in (("hidden_size", "num_attention_heads"), ("image_size", "patch_size")):
-            if getattr(self, whole) % getattr(self, part):
-                raise ConfigError(
-                    f"{self.where}: {whole} = {getattr(self, whole)} is not divisible by {part} = {getattr(self, part)}"
-                )
+        self._check_divisible(("hidden_size", "num_attention_heads"), ("image_size", "patch_size"))
 
     @property
     def tokens(self) -> int:

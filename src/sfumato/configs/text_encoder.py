@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sfumato.configs.config import Config, one_of
-from sfumato.errors import ConfigError
 from sfumato.values import Within
 
 __all__ = ["CLIPTextConfig"]
@@ -38,8 +37,4 @@ class CLIPTextConfig(Config):
 
     def _check(self) -> None:
         one_of(self.where, "hidden_act", self.hidden_act, ("quick_gelu", "gelu"))
-        if self.hidden_size % self.num_attention_heads:
-            raise ConfigError(
-                f"{self.where}: hidden_size = {self.hidden_size} is not divisible by "
-                f"num_attention_heads = {self.num_attention_heads}"
-            )
+        self._check_divisible(("hidden_size", "num_attention_heads"))

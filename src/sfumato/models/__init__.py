@@ -5,6 +5,7 @@ from typing import Any
 from sfumato.ecosystem import absent
 from sfumato.models.controlnet import ControlNetModel
 from sfumato.models.controlnet_union import ControlNetUnionModel
+from sfumato.models.depth import DPTForDepthEstimation
 from sfumato.models.image_encoder import CLIPVisionModelWithProjection, StableUnCLIPImageNormalizer
 from sfumato.models.t2i_adapter import T2IAdapter
 from sfumato.models.text_encoder import CLIPTextModel, CLIPTextModelWithProjection
@@ -20,6 +21,7 @@ __all__ = [
     "CLIPVisionModelWithProjection",
     "ControlNetModel",
     "ControlNetUnionModel",
+    "DPTForDepthEstimation",
     "StableUnCLIPImageNormalizer",
     "T2IAdapter",
     "UNet2DConditionModel",

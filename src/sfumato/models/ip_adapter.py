@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.errors import CheckpointError
-from sfumato.models.attention import SelfOrCrossAttention, sdpa
+from sfumato.models.attention import Attending, AttentionUser, SelfOrCrossAttention
 
 if TYPE_CHECKING:
     from sfumato.models.image_encoder import CLIPVisionModelWithProjection
@@ -37,12 +37,11 @@ class ImageProjection(nn.Module):
         return self.norm(self.proj(embeds).unflatten(1, (-1, self.width)))
 
 
-class PerceiverAttention(nn.Module):
+class PerceiverAttention(Attending):
     """Cross-attention from queries to an image's tokens and the queries themselves."""
 
     def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.heads = inner // HEAD
+        super().__init__(inner // HEAD)
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.to_q = nn.Linear(width, inner, bias=False)
         self.to_kv = nn.Linear(width, 2 * inner, bias=False)
@@ -53,7 +52,7 @@ class PerceiverAttention(nn.Module):
         queries = self.norm2(queries)
         k, v = self.to_kv(torch.cat([self.norm1(x), queries], dim=1)).chunk(2, dim=-1)
         q, k, v = (one.unflatten(2, (self.heads, -1)).transpose(1, 2) for one in (self.to_q(queries), k, v))
-        return self.to_out(sdpa(q, k, v).transpose(1, 2).flatten(2))
+        return self.to_out(self.attention(q, k, v, None).transpose(1, 2).flatten(2))
 
 
 class Resampler(nn.Module):
@@ -98,7 +97,7 @@ class FullProjection(nn.Module):
         return self.proj(x)
 
 
-class IPAdapter(nn.Module):
+class IPAdapter(AttentionUser):
     """A plain, plus or full-face IP-Adapter: the projection to image tokens, and key and value matrices for layers."""
 
     def __init__(self, tensors: Mapping[str, Tensor], where: object) -> None:

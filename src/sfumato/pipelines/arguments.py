@@ -49,8 +49,6 @@ def refuse_unknown_parts(given: Mapping[str, Any]) -> None:
     """Raise `UsageError` for components that Sfumato does not have, such as a safety checker; None is accepted."""
     if given.get("safety_checker") is not None:
         raise UsageError("Sfumato has no safety checker; omit it or pass None")
-    if given.get("depth_estimator") is not None:
-        raise UsageError("Sfumato has no depth estimator; omit depth_estimator, and pass a depth_map to each call")
     if given.get("add_watermarker") or given.get("watermarker") is not None:
         raise UsageError("Sfumato adds no watermark; omit it")
 

@@ -12,6 +12,7 @@ from sfumato import schedulers
 from sfumato.errors import CheckpointError, ConfigError, UsageError, VariantError
 from sfumato.files import LAYOUT_VERSION, read_json, write_json
 from sfumato.folders import saving_into
+from sfumato.image_processor import DPTImageProcessor
 from sfumato.models import (
     AutoencoderKL,
     AutoencoderTiny,
@@ -20,6 +21,7 @@ from sfumato.models import (
     CLIPVisionModelWithProjection,
     ControlNetModel,
     ControlNetUnionModel,
+    DPTForDepthEstimation,
     StableUnCLIPImageNormalizer,
     T2IAdapter,
     UNet2DConditionModel,
@@ -63,7 +65,10 @@ log = logging.getLogger("sfumato")
 INDEX = "model_index.json"
 USUAL = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "controlnet", "scheduler")
 # With the additional components of some families.
-COMPONENTS = (*USUAL, "image_encoder", "image_normalizer", "image_noising_scheduler", "low_res_scheduler", "adapter")
+COMPONENTS = (
+    *USUAL, "image_encoder", "image_normalizer", "image_noising_scheduler", "low_res_scheduler", "adapter",
+    "depth_estimator", "feature_extractor",
+)  # fmt: skip
 # Every checkpoint has these. Its text encoders and their tokenizers depend on its family. It has a ControlNet if it was
 # saved from a pipeline with one.
 REQUIRED = ("vae", "unet", "scheduler")
@@ -90,6 +95,10 @@ _CLASSES: dict[str, dict[str, Any]] = {
     "image_normalizer": {"StableUnCLIPImageNormalizer": StableUnCLIPImageNormalizer},
     "controlnet": {cls.__name__: cls for cls in _CONTROLS},
     "adapter": {cls.__name__: cls for cls in (T2IAdapter, MultiAdapter)},
+    "depth_estimator": {"DPTForDepthEstimation": DPTForDepthEstimation},
+    "feature_extractor": dict.fromkeys(
+        ("DPTImageProcessor", "DPTImageProcessorPil", "DPTFeatureExtractor"), DPTImageProcessor
+    ),
     "scheduler": {name: getattr(schedulers, name) for name in sorted({alias.class_name for alias in NAMES.values()})},
 }
 _CLASSES |= dict.fromkeys(("image_noising_scheduler", "low_res_scheduler"), _CLASSES["scheduler"])
@@ -104,6 +113,7 @@ _TYPES: dict[str, tuple[Any, ...]] = {
     "image_normalizer": (StableUnCLIPImageNormalizer,),
     "controlnet": (ControlNetModel, MultiControlNetModel, MultiControlNetUnionModel),
     "adapter": (T2IAdapter, MultiAdapter),
+    "depth_estimator": (DPTForDepthEstimation,),
     "scheduler": (Scheduler,),
     "image_noising_scheduler": (Scheduler,),
     "low_res_scheduler": (Scheduler,),
@@ -151,6 +161,8 @@ class ComponentFiles:
                 chosen.append(f"{part}/scheduler_config.json")
             elif part.startswith("tokenizer"):
                 chosen += select_tokenizer_files(names, part)
+            elif part == "feature_extractor":
+                chosen += [name for name in names if name == f"{part}/{DPTImageProcessor.settings}"]
             else:
                 stem = _TYPES[part][0].weights_name
                 options = {"variant": self.variant, "use_safetensors": self.use_safetensors}
@@ -185,6 +197,9 @@ def component_class(folder: Path, index: Mapping[str, Any], part: str) -> Any:
             return None
         raise CheckpointError(f"{folder / INDEX} lists no {part}, which text-to-image needs; pass {part}=…")
     known = _CLASSES[part]
+    estimates = part in ("depth_estimator", "feature_extractor")
+    if estimates and (entry[1] not in known or not (folder / part).is_dir()):
+        return None  # what prepares images for networks that are not here, or an estimator that was left out
     if entry[1] not in known:
         raise ConfigError(
             f"{folder / INDEX}: {part} is a {entry[1]}, which is not supported; supported are {', '.join(known)}"
@@ -224,7 +239,7 @@ def check_component(part: str, value: Any) -> None:
     """Raise `UsageError` unless the value can serve as this component."""
     if value is None and part in REQUIRED:
         raise UsageError(f"{part} is None; pass it too, or a text encoder with its tokenizer to encode prompts alone")
-    if value is not None and not isinstance(value, _TYPES[part]):
+    if value is not None and part in _TYPES and not isinstance(value, _TYPES[part]):
         names = " or ".join(cls.__name__ for cls in _TYPES[part])
         article = "an" if names.startswith("A") else "a"
         raise UsageError(
@@ -281,7 +296,8 @@ def entry_of(part: str, component: Any) -> list[str | None]:
     """Return a component's entry in an index: the library that reads it, and its class."""
     if component is None:
         return [None, None]
-    library = "transformers" if part.startswith(("text_encoder", "tokenizer", "image_encoder")) else "diffusers"
+    theirs = ("text_encoder", "tokenizer", "image_encoder", "depth_estimator", "feature_extractor")
+    library = "transformers" if part.startswith(theirs) else "diffusers"
     library = "stable_diffusion" if part == "image_normalizer" else library  # diffusers' module of its pipeline
     return [library, type(component).__name__]
 

@@ -11,7 +11,7 @@ import torch
 from sfumato.checkpoints.control_file import control_class, open_control_file
 from sfumato.checkpoints.locate import locate_folder
 from sfumato.checkpoints.locate_file import is_single_file
-from sfumato.checkpoints.weights import find_weights, read_headers
+from sfumato.checkpoints.weights import find_weights
 from sfumato.configs import CLIPVisionConfig, ControlNetConfig, T2IAdapterConfig, parse
 from sfumato.errors import CheckpointError, UsageError
 from sfumato.files import expanded, file_hash, read_json
@@ -21,6 +21,7 @@ from sfumato.models.base import select_model_files
 from sfumato.pipelines.fingerprint import fingerprint
 from sfumato.pipelines.parts import check_control
 from sfumato.pipelines.residuals import steered_by, united
+from sfumato.pipelines.source import stored_size
 from sfumato.preprocess import control_image, control_pixels
 from sfumato.request import MODE_OF, MODES
 from sfumato.runtime.choices import Part
@@ -65,8 +66,7 @@ class ControlSource:
         if self.file is not None:
             part = self.file.part(self.cls.role)
             return Part(part.parameters, part.bytes)
-        headers = read_headers(find_weights(self.place, self.cls.weights_name)).values()
-        return Part(sum(header.count for header in headers), sum(header.bytes for header in headers))
+        return stored_size(find_weights(self.place, self.cls.weights_name))
 
     def load(self, dtype: torch.dtype) -> Any:
         """Load the network onto the CPU."""
@@ -105,9 +105,7 @@ def with_sizes(sizes: Sizes, request: GenerateRequest) -> Sizes:
     sizes = dataclasses.replace(sizes, unet=unet, control_configs=configs) if sources else sizes
     folders = [expanded(prompt.encoder) for prompt in request.image_prompts]
     seen = tuple(parse(CLIPVisionConfig, read_json(one / "config.json"), one)[0] for one in folders)
-    weights = [read_headers(find_weights(one, "model")).values() for one in dict.fromkeys(folders)]
-    parts = [Part(sum(one.count for one in every), sum(one.bytes for one in every)) for every in weights]
-    text = sum(parts, sizes.text_encoder)
+    text = sum((stored_size(find_weights(one, "model")) for one in dict.fromkeys(folders)), sizes.text_encoder)
     return dataclasses.replace(sizes, text_encoder=text, vision_configs=(*sizes.vision_configs, *seen))
 
 

@@ -14,6 +14,7 @@ from sfumato.adapters.outfit import Outfit
 from sfumato.checkpoints.family import known_family, settings_of
 from sfumato.errors import UsageError
 from sfumato.families import find
+from sfumato.image_processor import DPTImageProcessor
 from sfumato.models.t2i_adapter import T2IAdapter
 from sfumato.models.text_encoder import CLIPTextModelWithProjection
 from sfumato.pipelines.components import COMPONENTS, FLAGS, check_component
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         CLIPTextModel,
         CLIPVisionModelWithProjection,
         ControlNetModel,
+        DPTForDepthEstimation,
         StableUnCLIPImageNormalizer,
         UNet2DConditionModel,
     )
@@ -78,6 +80,8 @@ class Parts:
     low_res_scheduler: Scheduler | None = None
     controlnet: ControlNetModel | Several | None = None
     adapter: T2IAdapter | MultiAdapter | None = None
+    depth_estimator: DPTForDepthEstimation | None = None
+    feature_extractor: DPTImageProcessor | None = None
     family: Family = None  # pyright: ignore[reportAssignmentType]
     name: str = "unnamed"
     suggested: dict[str, Any] = field(default_factory=dict)
@@ -92,6 +96,8 @@ class Parts:
         for name in ("controlnet", "adapter"):
             if isinstance(networks := getattr(self, name), (list, tuple)):
                 object.__setattr__(self, name, Several.of(networks))
+        if not isinstance(self.feature_extractor, DPTImageProcessor):  # it belongs to a network that is not here
+            object.__setattr__(self, "feature_extractor", None)
         for component in COMPONENTS:
             check_component(component, getattr(self, component))
         family = self.family or known_family(
@@ -105,6 +111,8 @@ class Parts:
             object.__setattr__(self, "controls", tuple(beside.nets) if isinstance(beside, Several) else (beside,))
         for network in self.controls:
             check_control(self.unet, network)
+        if family.labels == "noise level":  # early copies of upscalers do not name their scale, or name another
+            self.vae.scale_assumed = True
         self.vae.assume_scale(family.vae)
 
     def having(self, components: Mapping[str, Any]) -> Parts:

@@ -40,11 +40,13 @@ from sfumato.values import shown
 if TYPE_CHECKING:
     from os import PathLike
 
+    from sfumato.image_processor import DPTImageProcessor
     from sfumato.models import (
         AutoencoderKL,
         AutoencoderTiny,
         CLIPTextModel,
         CLIPVisionModelWithProjection,
+        DPTForDepthEstimation,
         StableUnCLIPImageNormalizer,
         UNet2DConditionModel,
     )
@@ -103,6 +105,8 @@ class DiffusionPipeline(Surface, Adapting, ImageAdapters):
     image_normalizer: _Part[StableUnCLIPImageNormalizer | None] = _Part()
     image_noising_scheduler: _Part[Scheduler | None] = _Part()
     low_res_scheduler: _Part[Scheduler | None] = _Part()
+    depth_estimator: _Part[DPTForDepthEstimation | None] = _Part()
+    feature_extractor: _Part[DPTImageProcessor | None] = _Part()
     name: _Part[str] = _Part()
     suggested: _Part[dict[str, Any]] = _Part()
     words: _Part[Words | None] = _Part()
@@ -130,7 +134,7 @@ class DiffusionPipeline(Surface, Adapting, ImageAdapters):
         image_normalizer: StableUnCLIPImageNormalizer | None = None,
         image_noising_scheduler: Scheduler | None = None,
         low_res_scheduler: Scheduler | None = None,
-        depth_estimator: None = None,
+        depth_estimator: DPTForDepthEstimation | None = None,
         watermarker: None = None,
         requires_safety_checker: bool = False,
         force_zeros_for_empty_prompt: bool | None = None,
@@ -147,8 +151,7 @@ class DiffusionPipeline(Surface, Adapting, ImageAdapters):
         """
         given = {part: value for part, value in locals().items() if part in COMPONENTS}
         refuse_unknown_parts(
-            {"safety_checker": safety_checker, "depth_estimator": depth_estimator, "watermarker": watermarker}
-            | {"add_watermarker": add_watermarker}
+            {"safety_checker": safety_checker, "watermarker": watermarker, "add_watermarker": add_watermarker}
         )
         parts = Parts(**with_stand_ins(given, sized="text_encoder_2" in self.index.parts))
         if force_zeros_for_empty_prompt is None and "force_zeros_for_empty_prompt" in self.index.flags:

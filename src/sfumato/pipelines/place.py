@@ -159,6 +159,9 @@ class Place:
         for role in parts.stage(part):
             self._load(parts, role, plan, worn)
             self._make_ready(parts, role, plan, notes)
+        if plan is not None and part == "text_encoder":  # adapters read what the image encoder gives
+            for one in parts.image_adapters:
+                one.adapter.set_attention(_attention(parts.unet.dtype, plan, None))
 
     def dress(self, parts: Parts, fused: Sequence[Worn]) -> None:
         """Apply fused adapters, and no others, to the networks in memory."""
@@ -217,7 +220,7 @@ class Place:
             model._compiled_call_impl = None  # Inductor cannot lower packed layers
             self._say("torch.compile is not used: it does not speed up the onednn engine", notes)
         if not (self.sliced and role == "unet"):
-            model.set_attention(_attention(model, plan, kernels))
+            model.set_attention(_attention(model.dtype, plan, kernels))
         _convolve_singly(model, plan.singly)
         if plan.compile and role == "unet" and model._compiled_call_impl is None:
             model.compile(mode="max-autotune-no-cudagraphs", dynamic=False)
@@ -250,7 +253,7 @@ def to_accelerator(model: Model, device: torch.device) -> dict[Tensor, Tensor]:
     return hosts
 
 
-def _attention(model: Model, plan: Plan, kernels: Kernels | None) -> Any:
+def _attention(dtype: torch.dtype, plan: Plan, kernels: Kernels | None) -> Any:
     if plan.attention == "split" and plan.attention_bytes is not None:
         return split(plan.attention_bytes, plan.attention_keys or SPLIT_KEYS)
     if kernels is not None:
@@ -259,8 +262,8 @@ def _attention(model: Model, plan: Plan, kernels: Kernels | None) -> Any:
         attention = attention_for(torch.device(plan.kind))
     else:
         attention = chunked(plan.attention_bytes, plan.attention_keys)
-    wide = softmax_dtype(plan.kind, dtype_name(model.dtype))
-    attention = upcast(attention, getattr(torch, wide)) if wide != dtype_name(model.dtype) else attention
+    wide = softmax_dtype(plan.kind, dtype_name(dtype))
+    attention = upcast(attention, getattr(torch, wide)) if wide != dtype_name(dtype) else attention
     # Fused kernels sum in float32 inside, so only scores that are stored need a wider precision.
     return padded(HEAD_WIDTHS, attention) if plan.kind == "mps" and plan.attention == "fused" else attention
 
@@ -296,5 +299,6 @@ def _sizes(parts: Parts, worn: Sequence[Worn]) -> Sizes:
         vae_config=parts.vae.config,
         control_configs=tuple(network.config for network in parts.controls),
         vision_configs=() if parts.image_encoder is None else (parts.image_encoder.config,),
+        spacing=parts.scheduler.config.get("timestep_spacing", "leading"),
         **values,
     )

@@ -120,7 +120,7 @@ class Steered:
     def hint(self) -> Any:
         """The embedding of the control images, which is the same for all steps."""
         pictures = self.pictures.to(self.network.device, self.network.dtype)
-        return self._embedded(pictures.contiguous(memory_format=torch.channels_last))
+        return self._embedded(pictures.contiguous())  # the weights decide the layout, as the plan says
 
     def _embedded(self, pictures: Tensor) -> Any:
         return self.network.embed(pictures)

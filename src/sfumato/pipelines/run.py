@@ -119,7 +119,7 @@ class Run:
         text = stages.tell_sizes(self.parts, self.request, task.size, self._encode_prompt(guided=task.guided))
         with torch.no_grad():
             self.beginning = beginning = task.begin(
-                text, Tools(self.scheduler, self.device, self._encode_image, self._pass_over, self._see)
+                text, Tools(self.scheduler, self.device, self._encode_image, self._pass_over, self._see, self._depth)
             )
         self.first = beginning.index
         conditioning = self._steered(beginning.conditioning, beginning.latents)
@@ -251,6 +251,11 @@ class Run:
         """Embed images in any form with the image encoder: (P, D) on the loop's device."""
         with self._held("text_encoder"), self._timed("encode"):
             return stages.see(self.parts, image, self.watch).to(self.device, self.parts.state_dtype)
+
+    def _depth(self, image: Any) -> Tensor:
+        """What the depth estimator makes of images in any form (P, H, W)."""
+        with self._held("text_encoder"), self._timed("encode"):
+            return stages.estimate_depth(self.parts, image, self.watch)
 
     def _decoded(self, latents: Tensor) -> Iterator[Tensor]:
         with self._held("vae"):

@@ -40,4 +40,5 @@ def read_sizes(
         unet=parts["unet"],
         vae=parts["vae"],
         tokens=source.tokens,
+        spacing=source.load("scheduler").config.get("timestep_spacing", "leading"),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from sfumato.families import Family
 
-__all__ = ["FILE_OPTIONS", "Folder", "OneFile", "Source", "load_components", "open_source"]
+__all__ = ["FILE_OPTIONS", "Folder", "OneFile", "Source", "load_components", "open_source", "stored_size"]
 
 log = logging.getLogger("sfumato")
 
@@ -133,8 +133,7 @@ class Folder:
         if self.files.use_safetensors is False:
             numbers = count_parameters(self.config(role), projected=issubclass(cls, CLIPTextModelWithProjection))
             return Part(numbers, sum(file.stat().st_size for file in files))
-        headers = read_headers(files).values()
-        return Part(sum(header.count for header in headers), sum(header.bytes for header in headers))
+        return stored_size(files)
 
     def load(self, part: str, dtype: torch.dtype | None = None) -> Any:
         """Load a component as our class. dtype: the precision of its weights; None for the stored one."""
@@ -300,6 +299,12 @@ def open_source(
         raise UsageError(f"{next(iter(options))} applies only to single files, and {name} is not one; omit it")
     folder = locate_folder(name, lambda names, strict: files.select(names, strict, tuple(given)), **hub)
     return Folder(folder, full_name(name), files)
+
+
+def stored_size(files: Sequence[Path]) -> Part:
+    """Parameters and bytes in safetensors files, from their headers."""
+    headers = read_headers(files).values()
+    return Part(sum(header.count for header in headers), sum(header.bytes for header in headers))
 
 
 def load_components(source: Source, dtypes: Dtypes, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 
 from sfumato.errors import NonFiniteError, UsageError
 from sfumato.families import AESTHETIC_SCORES
+from sfumato.image_processor import DPTImageProcessor
 from sfumato.images import from_pixels
 from sfumato.models.image_encoder import clip_pixels
 from sfumato.models.seamless import seamless, wrapped
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
     from sfumato.schedulers.noise import Generators
     from sfumato.text.prompt import PromptEmbeds
 
-__all__ = ["Given", "by_step", "decode", "encode_image", "encode_prompt", "pass_over", "see", "tell_sizes"]
+__all__ = [
+    "Given", "by_step", "decode", "encode_image", "encode_prompt", "estimate_depth", "pass_over", "see", "tell_sizes",
+]  # fmt: skip
 
 Autoencoder = AutoencoderKL | AutoencoderTiny
 
@@ -340,6 +343,15 @@ def see(parts: Parts, image: Any, watch: FiniteWatch) -> Tensor:
     )
     pixels = pixels.to(encoder.device)
     return watch.finite("image encoder", encoder, lambda: encoder(pixels.to(encoder.dtype)).image_embeds)
+
+
+@torch.no_grad()
+def estimate_depth(parts: Parts, image: Any, watch: FiniteWatch) -> Tensor:
+    """Images in any form -> depth maps (P, H, W) in float32, larger where it is nearer."""
+    model: Any = parts.depth_estimator
+    prepare = parts.feature_extractor or DPTImageProcessor(size=model.config.image_size)
+    pixels = prepare(image).to(model.device)
+    return watch.finite("depth estimator", model, lambda: model(pixels.to(model.dtype))).float()
 
 
 @torch.no_grad()

@@ -87,8 +87,6 @@ class Surface(Steered):
         else:
             refuse_unknown_parts({"safety_checker": value})
 
-    feature_extractor: ClassVar[None] = None
-    depth_estimator: ClassVar[None] = None
     watermarker: ClassVar[None] = None
 
     @property

@@ -12,6 +12,7 @@ from sfumato.configs import (
     CLIPTextConfig,
     CLIPVisionConfig,
     ControlNetConfig,
+    DPTConfig,
     T2IAdapterConfig,
     UNet2DConditionConfig,
     parse,
@@ -49,10 +50,16 @@ __all__ = [
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 DTYPE_ALIASES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "auto": None}
 # The roles of the networks that are in memory together in each stage; a checkpoint may lack some.
-NETWORKS = {"text_encoder": ("text_encoder", "text_encoder_2", "image_encoder"), "unet": ("unet",), "vae": ("vae",)}
+NETWORKS = {
+    "text_encoder": ("text_encoder", "text_encoder_2", "image_encoder", "depth_estimator"),
+    "unet": ("unet",),
+    "vae": ("vae",),
+}
 PARTS = tuple(NETWORKS)
 # Input channels of U-Nets that support image-to-image: plain ones, and those that also read depth or a mask.
 _BEGUN = (4, 5, 9)
+# Training timesteps of all families.
+_TRAINED = 1000
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ class Sizes:
     The part `text_encoder` covers all text encoders, with their configs in `text_encoder_configs`. The part `unet`
     includes ControlNets and T2I-Adapters, with their configs in `control_configs`. vision_configs: of image encoders,
     one for each image prompt. kept: for each part, bytes of original weights kept in memory because adapters replaced
-    them.
+    them. spacing: the scheduler's `timestep_spacing`.
     """
 
     name: str
@@ -87,6 +94,7 @@ class Sizes:
     control_configs: tuple[ControlNetConfig | T2IAdapterConfig, ...] = ()
     vision_configs: tuple[CLIPVisionConfig, ...] = ()
     kept: Mapping[str, int] = field(default_factory=dict)
+    spacing: str = "leading"
 
     @property
     def text_encoder_config(self) -> CLIPTextConfig:
@@ -203,9 +211,11 @@ def task_of(sizes: Sizes, request: GenerateRequest) -> Task:
     custom = request.timesteps or request.sigmas
     steps = len(custom) if custom else request.chosen_steps
     begins = request.image is not None and sizes.unet_config.in_channels in _BEGUN
-    share = request.chosen_strength if begins else 1.0
-    share = share if request.denoising_start is None else 1 - request.denoising_start
-    share -= 0.0 if request.denoising_end is None else 1 - request.denoising_end
+    taken = int(steps * (request.chosen_strength if begins else 1.0))
+    if request.denoising_start is not None:
+        taken = _left(steps, request.denoising_start, sizes.spacing)
+    if request.denoising_end is not None:
+        taken -= _left(steps, request.denoising_end, sizes.spacing)
     extra = sizes.unet_config.in_channels - sizes.vae_config.latent_channels
     upscales, edits = extra == 3, extra == sizes.vae_config.latent_channels and not sizes.unet_config.is_k
     guided = request.chosen_scale > 1 and not sizes.unet_config.reads_guidance
@@ -215,11 +225,22 @@ def task_of(sizes: Sizes, request: GenerateRequest) -> Task:
         height=height,
         pictures=request.batch_size,
         prompts=len(request.prompts),
-        steps=int(steps * max(0.0, share) + 1e-9),
+        steps=max(0, taken),
         rows=((3 if edits and request.chosen_image_scale >= 1 else 2) if guided else 1) + request.joined,
         from_picture=request.image is not None and not upscales,
         tile=max(sizes.unet_config.latent_size) if upscales and request.image is not None else None,
     )
+
+
+def _left(steps: int, share: float, spacing: str) -> int:
+    """Count the steps that are left to a checkpoint which takes over after this share of the training timesteps."""
+    if spacing == "leading":
+        times = [i * (_TRAINED // steps) + 1 for i in range(steps)]
+    elif spacing == "trailing":
+        times = [round(_TRAINED * (1 - i / steps)) - 1 for i in range(steps)]
+    else:
+        times = [(_TRAINED - 1) * i / max(1, steps - 1) for i in range(steps)]
+    return sum(t < round(_TRAINED * (1 - share)) for t in times)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,6 +379,7 @@ def published_sizes(name: str) -> Sizes:
         text_encoder=_float32(sum(layer.parameters for parts in layers for layer in parts)),
         unet=_float32(count_parameters(unet)),
         vae=_float32(count_parameters(vae)),
+        spacing=row.scheduler.get("timestep_spacing", "leading"),
     )
 
 
@@ -367,6 +389,7 @@ def count_parameters(
     | UNet2DConditionConfig
     | ControlNetConfig
     | T2IAdapterConfig
+    | DPTConfig
     | AutoencoderKLConfig
     | AutoencoderTinyConfig,
     *,
@@ -381,6 +404,8 @@ def count_parameters(
         layers = unet_layers(config, 8, 8, 1)
     elif isinstance(config, T2IAdapterConfig):
         return _adapter_parameters(config)
+    elif isinstance(config, DPTConfig):
+        return config.parameters
     elif isinstance(config, ControlNetConfig):
         layers, _ = control_layers(config, 8, 8, 1)
     else:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato.pipelines.components import USUAL, Index
 from sfumato.pipelines.pipeline import DiffusionPipeline
-from sfumato.pipelines.public.inpainting import MASKED
+from sfumato.pipelines.public.inpainting import MASKED, Masking
 from sfumato.pipelines.public.prompts import OnePromptPipeline, TwoPromptPipeline
 from sfumato.pipelines.public.signatures import COMMON, CONTROLLED, SIZED, takes
 from sfumato.pipelines.public.stable_diffusion_xl import ABSENT, TENSORS
@@ -120,7 +120,7 @@ class StableDiffusionControlNetImg2ImgPipeline(_One, DiffusionPipeline):
     )
 
 
-class StableDiffusionControlNetInpaintPipeline(_One, DiffusionPipeline):
+class StableDiffusionControlNetInpaintPipeline(Masking, _One, DiffusionPipeline):
     """Inpainting with control images."""
 
     index = Index("StableDiffusionControlNetInpaintPipeline", PARTS)
@@ -171,7 +171,7 @@ _INPAINT = (
 _INPAINT_TAIL = f"guidance_rescale {SIZED} {SCORES} clip_skip {STEP_END}"
 
 
-class StableDiffusionXLControlNetInpaintPipeline(_Two, DiffusionPipeline):
+class StableDiffusionXLControlNetInpaintPipeline(Masking, _Two, DiffusionPipeline):
     """Inpainting with Stable Diffusion XL and control images."""
 
     index = Index("StableDiffusionXLControlNetInpaintPipeline", USUAL, ABSENT, SCORED)
@@ -215,7 +215,7 @@ class StableDiffusionXLControlNetUnionImg2ImgPipeline(_Two, DiffusionPipeline):
     )
 
 
-class StableDiffusionXLControlNetUnionInpaintPipeline(_Two, DiffusionPipeline):
+class StableDiffusionXLControlNetUnionInpaintPipeline(Masking, _Two, DiffusionPipeline):
     """Inpainting with Stable Diffusion XL and several kinds of control images for one network."""
 
     index = Index("StableDiffusionXLControlNetUnionInpaintPipeline", USUAL, ABSENT, SCORED)

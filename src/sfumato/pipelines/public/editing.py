@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from sfumato.errors import UsageError
 from sfumato.pipelines.components import Index
 from sfumato.pipelines.pipeline import DiffusionPipeline
 from sfumato.pipelines.public.call import call
@@ -28,12 +27,6 @@ def _edit_sized(pipeline: DiffusionPipeline, told: dict[str, Any]) -> Any:
     """Edit an image at the requested size, or else at the checkpoint's own."""
     width, height = pipeline.parts.size_of(GenerateRequest(width=told["width"], height=told["height"]))
     return call(pipeline, told | {"width": width, "height": height})
-
-
-def _keep_depth(pipeline: DiffusionPipeline, told: dict[str, Any]) -> Any:
-    if told["depth_map"] is None:
-        raise UsageError("depth_map is missing, and Sfumato has no depth estimator; pass a tensor (B, H, W)")
-    return call(pipeline, told)
 
 
 class StableDiffusionInstructPix2PixPipeline(OnePromptPipeline, DiffusionPipeline):
@@ -79,17 +72,16 @@ class StableDiffusionDepth2ImgPipeline(OnePromptPipeline, DiffusionPipeline):
     """Image-to-image that preserves the depth of the scene."""
 
     output = ImagePipelineOutput
-    index = Index("StableDiffusionDepth2ImgPipeline", absent=("depth_estimator", "feature_extractor"), flags=())
+    index = Index("StableDiffusionDepth2ImgPipeline", (*Index.parts, "depth_estimator", "feature_extractor"), (), ())
     _callback_tensor_inputs = ("latents", "prompt_embeds", "negative_prompt_embeds", "depth_mask")
 
     __call__ = takes(
         "prompt image! depth_map strength=0.8 num_inference_steps guidance_scale=7.5 negative_prompt "
         "num_images_per_prompt eta generator prompt_embeds negative_prompt_embeds output_type return_dict "
         "cross_attention_kwargs clip_skip callback_on_step_end callback_on_step_end_tensor_inputs",
-        _keep_depth,
+        call,
         """Change an image with a prompt; `depth_map` (B, H, W) is how near each pixel is, on any scale.
 
-        The map is required here; the ecosystem's pipeline can estimate it. Otherwise like
-        `StableDiffusionImg2ImgPipeline`.
+        Without it, `depth_estimator` estimates it. Otherwise like `StableDiffusionImg2ImgPipeline`.
         """,
     )

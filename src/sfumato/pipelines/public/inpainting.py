@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sfumato.errors import UsageError
+from sfumato.image_processor import VaeImageProcessor
 from sfumato.pipelines.arguments import refuse
 from sfumato.pipelines.components import Index
 from sfumato.pipelines.pipeline import DiffusionPipeline
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from sfumato.pipelines.parts import Parts
     from sfumato.pipelines.public.callbacks import Callback
     from sfumato.pipelines.result import StableDiffusionPipelineOutput
     from sfumato.schedulers.noise import Generators
 
-__all__ = ["StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline"]
+__all__ = ["MASKED", "Masking", "StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline"]
 
 MASKED = ("mask", "masked_image_latents")
 
@@ -39,7 +41,24 @@ def _check_given(image: Any, mask: Any) -> None:
         raise UsageError(f"{missing} is missing; inpainting needs an image and a mask, white where it may change")
 
 
-class StableDiffusionInpaintPipeline(OnePromptPipeline, DiffusionPipeline):
+class Masking:
+    """A pipeline that generates within a mask."""
+
+    parts: Parts
+
+    @property
+    def mask_processor(self) -> VaeImageProcessor:
+        """Converts masks to what calls read, and blurs and crops them; it cannot be replaced."""
+        how = {"do_normalize": False, "do_binarize": True, "do_convert_grayscale": True}
+        return VaeImageProcessor(vae_scale_factor=self.parts.vae_scale_factor, **how)
+
+    @mask_processor.setter
+    def mask_processor(self, value: object) -> None:
+        """Raise `UsageError`."""
+        raise UsageError("mask_processor cannot be replaced; for soft masks, use generate() with a Mask")
+
+
+class StableDiffusionInpaintPipeline(Masking, OnePromptPipeline, DiffusionPipeline):
     """Inpainting."""
 
     index = Index("StableDiffusionInpaintPipeline")
@@ -88,7 +107,7 @@ class StableDiffusionInpaintPipeline(OnePromptPipeline, DiffusionPipeline):
         return call(self, locals())
 
 
-class StableDiffusionXLInpaintPipeline(TwoPromptPipeline, DiffusionPipeline):
+class StableDiffusionXLInpaintPipeline(Masking, TwoPromptPipeline, DiffusionPipeline):
     """Inpainting with Stable Diffusion XL."""
 
     index = Index(

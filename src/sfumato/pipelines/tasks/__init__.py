@@ -68,8 +68,8 @@ def task_for(parts: Parts, place: Place, request: GenerateRequest, given: Given)
         return UpscaleLatents(parts, request, given, pixels)
     if reads in EDITED:
         return Edit(parts, request, given, pixels)
-    if reads == DEPTH and depth is not None:
-        return Depth(parts, request, given, pixels, depth)
+    if reads == DEPTH:
+        return Depth(parts, request, given, pixels, depth, image)
     return ImageToImage(parts, request, given, pixels)
 
 
@@ -78,7 +78,7 @@ def _check_reads(parts: Parts, *, image: bool, masked: bool, depth: bool) -> Non
     reads, channels = parts.family.extra, parts.unet.config.in_channels
     if channels != parts.vae.config.latent_channels and not reads:
         raise UsageError(f"this U-Net has {channels} input channels, unlike any known family; use another checkpoint")
-    there = {MASK: masked, DEPTH: image and depth}
+    there = {MASK: masked, DEPTH: image and (depth or parts.depth_estimator is not None)}
     if reads and not there.get(reads, image):
         needs = {MASK: "an image and its mask", DEPTH: "an image and its depth map"}.get(reads, "an image")
         raise UsageError(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
-from sfumato.errors import UsageError
 from sfumato.pipelines.tasks.image_to_image import ImageToImage
-from sfumato.pipelines.tasks.task import Beginning, Task, first_noise
+from sfumato.pipelines.tasks.task import Beginning, Task, first_noise, for_batch
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,20 +57,22 @@ class Edit(Task):
 
 @dataclass(frozen=True)
 class Depth(ImageToImage):
-    """Image-to-image with a depth map as an input: depth (P, H, W) on any scale, larger is nearer."""
+    """Image-to-image with a depth map as an input: depth (P, H, W) on any scale, larger is nearer.
 
-    depth: Tensor
+    If it is None, depth is estimated from the image, in the form in which it was given.
+    """
+
+    depth: Tensor | None
+    image: Any
 
     def begin(self, text: Conditioning, tools: Tools) -> Beginning:
         """Like image-to-image. Resizes the depth map to the latents' size, and scales it to [-1, 1] per image."""
-        count, batch, (width, height) = self.depth.shape[0], text.pictures, self.size
-        if batch % count:
-            raise UsageError(f"got {count} depth maps for {batch} images; pass one, or one per image")
-        factor = self.parts.vae_scale_factor
+        depth = tools.depth(self.image) if self.depth is None else self.depth
+        (width, height), factor = self.size, self.parts.vae_scale_factor
         size = (height // factor, width // factor)
-        depth = F.interpolate(self.depth.float()[:, None], size=size, mode="bicubic", align_corners=False)
+        depth = F.interpolate(depth.float()[:, None], size=size, mode="bicubic", align_corners=False)
         low, high = depth.amin(dim=(1, 2, 3), keepdim=True), depth.amax(dim=(1, 2, 3), keepdim=True)
         spread = torch.where(high > low, high - low, 1.0)  # a constant map becomes -1, which is far away
-        depth = (2 * (depth - low) / spread - 1).repeat(batch // count, 1, 1, 1)
+        depth = for_batch(2 * (depth - low) / spread - 1, text.pictures, "depth maps")
         told = replace(text, extra=(depth.to(tools.device, self.parts.state_dtype),))
         return super().begin(told, tools)

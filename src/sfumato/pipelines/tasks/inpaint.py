@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sfumato.errors import UsageError
-from sfumato.pipelines.tasks.task import Beginning, Kept, Task, first_noise, start_index
+from sfumato.pipelines.tasks.task import Beginning, Kept, Task, first_noise, for_batch, start_index
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,7 +55,7 @@ class Inpaint(Task):
             latents = table.noised(clean, noise)
         else:
             latents = noise * tools.scheduler.init_noise_sigma
-        mask = self._mask(batch).to(latents)
+        mask = for_batch(self.canvas.coarse, batch, "masks").to(latents)
         told = text
         if reads_mask:
             told = replace(text, extra=(torch.cat([(mask > 0).to(mask), self._surroundings(batch, tools)], dim=1),))
@@ -64,20 +64,11 @@ class Inpaint(Task):
         kept = Kept(mask, clean, noise, table) if blends and clean is not None else None
         return Beginning(index, latents, told, kept)
 
-    def _mask(self, batch: int) -> Tensor:
-        count = self.canvas.coarse.shape[0]
-        if batch % count:
-            raise UsageError(f"got {count} masks for a batch of {batch}; pass one mask, or one per image")
-        return self.canvas.coarse.repeat(batch // count, 1, 1, 1)
-
     def _surroundings(self, batch: int, tools: Tools) -> Tensor:
         """Return the latents (B, C, h, w) of the unchanged area."""
         ready = self.given.masked_image_latents
         if ready is not None:
-            if batch % ready.shape[0]:
-                raise UsageError(f"got {ready.shape[0]} masked_image_latents for {batch} images; pass one per image")
-            ready = ready.repeat(batch // ready.shape[0], 1, 1, 1)
-            return ready.to(tools.device, self.parts.state_dtype)
+            return for_batch(ready, batch, "masked_image_latents").to(tools.device, self.parts.state_dtype)
         if self.canvas.pixels.shape[1] != 3:
             raise UsageError(
                 "this checkpoint needs the masked image, and latents cannot be masked; pass the image itself, or "

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from sfumato.request import GenerateRequest
     from sfumato.schedulers.base import Scheduler, Table
 
-__all__ = ["Beginning", "Kept", "Task", "Tools", "first_noise", "handover", "noise_level", "start_index", "takes_over"]
+__all__ = [
+    "Beginning", "Kept", "Task", "Tools", "first_noise", "for_batch", "handover", "noise_level", "start_index",
+    "takes_over",
+]  # fmt: skip
 
 
 def handover(scheduler: Scheduler, share: float) -> int:
@@ -94,13 +97,21 @@ def first_noise(task: Task, batch: int, tools: Tools) -> Tensor:
     return latents.to(tools.device, parts.state_dtype)
 
 
+def for_batch(given: Tensor, batch: int, what: str) -> Tensor:
+    """Repeat what was given, (P, …), to (B, …). Raises `UsageError` unless the batch is a multiple of it."""
+    count = given.shape[0]
+    if batch % count:
+        raise UsageError(f"got {count} {what} for {batch} images; pass one, or one per image")
+    return given.repeat(batch // count, *[1] * (given.ndim - 1))
+
+
 @dataclass(frozen=True)
 class Tools:
     """A run's functions for tasks.
 
     scheduler: with its timesteps set; device: of the loop; encode: encodes pixels (P, 3, H, W) in [-1, 1] to scaled
     latents (B, C, h, w) on that device, with sampled=False to the posterior's mean; pass_over: draws the random numbers
-    of `encode`; see: embeds images in any form as (P, D).
+    of `encode`; see: embeds images in any form as (P, D); depth: estimates their depth (P, H, W).
     """
 
     scheduler: Scheduler
@@ -108,6 +119,7 @@ class Tools:
     encode: Callable[..., Tensor]
     pass_over: Callable[[Tensor], None]
     see: Callable[[Any], Tensor]
+    depth: Callable[[Any], Tensor]
 
 
 @dataclass

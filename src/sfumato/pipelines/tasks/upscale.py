@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from sfumato.errors import UsageError
-from sfumato.pipelines.tasks.task import Beginning, Task, first_noise
+from sfumato.pipelines.tasks.task import Beginning, Task, first_noise, for_batch
 from sfumato.schedulers.noise import GaussianNoise
 
 if TYPE_CHECKING:
@@ -52,14 +52,13 @@ class Upscale(Task):
         level = NOISE_LEVEL if self.request.noise_level is None else self.request.noise_level
         if level > parts.max_noise_level:
             raise UsageError(f"noise_level must be at most {parts.max_noise_level} with this checkpoint, not {level}")
-        if batch % self.pixels.shape[0]:
-            raise UsageError(f"got {self.pixels.shape[0]} images for a batch of {batch}; pass one, or one per prompt")
-        pixels, several = self.pixels, isinstance(self.given.generators, (list, tuple))
-        pixels = pixels.repeat(batch // pixels.shape[0] if several else 1, 1, 1, 1).to(tools.device, parts.state_dtype)
+        several = isinstance(self.given.generators, (list, tuple))
+        pixels = for_batch(self.pixels, batch, "sources") if several else self.pixels
+        pixels = pixels.to(tools.device, parts.state_dtype)
         noise = GaussianNoise(pixels.shape, self.given.generators, tools.device)().to(pixels)
         levels = torch.full((pixels.shape[0],), level, device=tools.device)
         noisy = parts.noising("low_res_scheduler").add_noise(pixels, noise, levels)
-        noisy = noisy.repeat(batch // pixels.shape[0], 1, 1, 1)
+        noisy = for_batch(noisy, batch, "sources")
         latents = first_noise(self, batch, tools) * tools.scheduler.init_noise_sigma
         label = torch.full((batch,), level, device=tools.device)
         return Beginning(0, latents, replace(text, extra=(noisy,), labels=(label,) * text.branches))

@@ -47,6 +47,6 @@ def builtin_path(name: str | PathLike[str]) -> Path:
     return known[name]
 
 
-def builtin_name(path: Path) -> str:
+def builtin_name(path: Path | None) -> str:
     """Return the name that means this path on any machine: "built-in/NAME" for a relative, else the path."""
-    return f"{BUILT_IN}/{path.stem}" if path.parent == RELATIVES else str(path)
+    return f"{BUILT_IN}/{path.stem}" if path is not None and path.parent == RELATIVES else str(path)

@@ -6,12 +6,13 @@ Writes WORK/relatives/tiny-vae/. Resumes from WORK/tiny.pt; the teacher's images
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from bank import Bank
-from common import Log, arguments, load, save, save_json, set_up_torch
+from common import Log, load, save, save_json, set_up_torch, trained
 from export import UPSTREAM, write_weights
 from optim import Optimiser, learning_rate
 from sharpen import OFF, error_of
@@ -114,13 +115,14 @@ def train(row: SimpleNamespace, work: Path, log: Log, minutes: float) -> None:
     budget = {"steps": row.tiny_steps, "seconds": row.tiny_seconds}
     state = State(work / "tiny.pt", model, Optimiser(model, row.muon, weight_decay=0.0), 0.995, **budget)
     log(f"tiny-vae: {sum(p.numel() for p in model.parameters()) / 1e3:.0f} k parameters, {state.speed(row.tiny_batch)}")
-    while state.goes_on(minutes):
-        generator = torch.Generator().manual_seed(row.seed * 7_000_003 + state.step)
-        loss = loss_of(model, batch_of(pool, row, state.step, device), generator)
-        state.update(loss, learning_rate(row.tiny_lr, state.done, 0.02, 0.5))
-        if state.step % (2 * row.log_every) == 0:
-            log(f"tiny-vae: loss {float(loss.detach()):.4f}, {state.speed(row.tiny_batch)}")
-    state.keep()
+
+    def loss_at(step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(row.seed * 7_000_003 + step)
+        return loss_of(model, batch_of(pool, row, step, device), generator)
+
+    rate_at = partial(learning_rate, row.tiny_lr, warmup=0.02, cooldown=0.5)
+    how = {"every": 2 * row.log_every, "batch": row.tiny_batch, "minutes": minutes}
+    state.run("tiny-vae", loss_at, rate_at, log, **how)
     model.load_state_dict(state.average.weights)
     report(model.cpu(), pool, work, log)
     folder = work / "relatives" / "tiny-vae"
@@ -129,11 +131,5 @@ def train(row: SimpleNamespace, work: Path, log: Log, minutes: float) -> None:
     save_json(folder / "config.json", {**names, **tiny_config(row)})
 
 
-def main() -> None:
-    options = {"--minutes": {"type": float, "default": 0.0, "help": "stop (resumable) after so many minutes"}}
-    args, row, work = arguments(__doc__, options)
-    train(row, work, Log(work / "tiny-vae.log"), args.minutes)
-
-
 if __name__ == "__main__":
-    main()
+    trained(__doc__, "tiny-vae", train)

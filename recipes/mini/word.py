@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import math
 import random
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from bank import Bank
-from common import Log, arguments, need, set_up_torch
+from common import Log, set_up_torch, trained
 from optim import Optimiser, learning_rate, precision
 from safetensors.torch import save_file
 from scenes import FADING, THING, THINGS, scene
-from state import State, averaged
+from state import State
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from train import build_pair, step_of
+from train import step_of, trained_pair
 
 TABLE = "text_model.embeddings.token_embedding"
 FIRST = "on a purple to orange background"  # what the vectors begin as
@@ -72,9 +73,7 @@ class Evenings(Bank):
 
 def train(row: SimpleNamespace, work: Path, log: Log, minutes: float) -> None:
     device = set_up_torch(row.seed, row.threads)
-    pair = build_pair(row, work).to(device, memory_format=torch.channels_last)
-    pair.load_state_dict(averaged(need(work / "train.pt", "train.py")))
-    pair.requires_grad_(False)
+    pair = trained_pair(row, work, device)
     bank, table = Evenings(row, work, device), pair.text.get_submodule(TABLE)
     first = [token for word in FIRST.split() for token in bank.writer.tokens.word(word)]
     word, bank.long = Word(table.weight.detach(), first).to(device), len(first)
@@ -83,23 +82,14 @@ def train(row: SimpleNamespace, work: Path, log: Log, minutes: float) -> None:
     state = State(work / "word.pt", word, Optimiser(word, False, weight_decay=0.0), 0.98, **budget)
     step = step_of(pair, precision(device))
     log(f"word: {word.vectors.numel()} numbers, {state.speed(row.word_batch)}")
-    while state.goes_on(minutes):
-        loss = step(*bank.noisy(state.step, row.word_batch))
-        state.update(loss, learning_rate(row.word_lr, state.done, 0.03, 0.4))
-        if state.step % row.log_every == 0:
-            log(f"word: loss {float(loss.detach()):.4f}, {state.speed(row.word_batch)}")
-    state.keep()
+    how = {"every": row.log_every, "batch": row.word_batch, "minutes": minutes}
+    rate_at = partial(learning_rate, row.word_lr, warmup=0.03, cooldown=0.4)
+    state.run("word", lambda at: step(*bank.noisy(at, row.word_batch)), rate_at, log, **how)
     path = work / "relatives" / "evening.safetensors"
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({"emb_params": state.average.weights["vectors"].contiguous()}, path)
     path.chmod(0o644)
 
 
-def main() -> None:
-    options = {"--minutes": {"type": float, "default": 0.0, "help": "stop (resumable) after so many minutes"}}
-    args, row, work = arguments(__doc__, options)
-    train(row, work, Log(work / "word.log"), args.minutes)
-
-
 if __name__ == "__main__":
-    main()
+    trained(__doc__, "word", train)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import runpy
-import shutil
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -20,14 +19,13 @@ class KernelsHook(BuildHookInterface):
         """Compile the kernels. Raises `RuntimeError` without a C compiler, instead of building a wheel without them."""
         if self.target_name != "wheel" or version == "editable" or os.environ.get("SFUMATO_BUILD_KERNELS") != "1":
             return
-        names = (os.environ.get("CC"), "cc", "gcc", "clang")
-        compiler = next((found for name in names if name and (found := shutil.which(name))), None)
+        kernels = Path(self.root, "src", "sfumato", "kernels")
+        variants = runpy.run_path(str(kernels / "variants.py"))
+        compiler = variants["compiler"]()
         if compiler is None:
             raise RuntimeError("SFUMATO_BUILD_KERNELS=1 needs a C compiler (cc, gcc or clang)")
-        kernels = Path(self.root, "src", "sfumato", "kernels")
         self._made = tempfile.TemporaryDirectory()
-        build = runpy.run_path(str(kernels / "variants.py"))["build_variants"]
-        for path in build(compiler, kernels, Path(self._made.name)):
+        for path in variants["build_variants"](compiler, kernels, Path(self._made.name)):
             build_data["force_include"][str(path)] = f"sfumato/kernels/built/{path.name}"
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"

@@ -34,7 +34,7 @@ class Studio:
         self.began = time.perf_counter()
         self.process = subprocess.Popen([SCRIPT, *words, "--dtype", "float32"], stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
-        self.port = int(re.search(r":(\d+)[;/]", self.process.stdout.readline())[1])
+        self.port = int(re.search(r":(\d+)[ /]", self.process.stdout.readline())[1])
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
         """An answer, over a connection of its own."""

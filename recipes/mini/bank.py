@@ -21,7 +21,7 @@ from torch import Tensor
 class Bank:
     """Batches of noisy latents with their captions, as functions of the seed and the step.
 
-    `change` is done to the pictures, and `suffix` said of them.
+    `change` is done to the pictures.
     """
 
     def __init__(self, row: SimpleNamespace, work: Path, device: torch.device):
@@ -32,14 +32,14 @@ class Bank:
         self.empty = torch.from_numpy(tokens_of(work, [""])).long().to(device)
         self.schedule = Schedule(device)
         self.change: Callable[[Tensor], Tensor] = lambda x: x
-        self.suffix = ""
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def pictures(self, step: int, count: int) -> tuple[Tensor, Tensor]:
         """Pictures (B, 3, H, W) and tokens (B, T), a share of them those of no caption."""
         rng, rows, ids = random.Random(9_000_000 + step), [], []
         while len(rows) < count:
             numbers, texts, _ = scene(self.writer.books[False], rng)
-            spelled = self.writer.tokens(rng.choice(texts) + self.suffix)
+            spelled = self.writer.tokens(rng.choice(texts))
             if spelled is not None:
                 rows.append(numbers)
                 ids.append(spelled)
@@ -62,7 +62,14 @@ class Bank:
         return x.contiguous(memory_format=torch.channels_last), t, v
 
     def noisy(self, step: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Noisy latents, times, tokens and targets of one step."""
-        pictures, tokens = self.pictures(step, count)
-        x, t, v = self.noised(self.latents(pictures), step)
+        """Noisy latents, times, tokens and targets of one step; where `painted` is set, of so many batches in turn."""
+        place = step % self.row.painted if self.row.painted else step
+        if place in self.kept:
+            latents, tokens = self.kept[place]
+        else:
+            pictures, tokens = self.pictures(place, count)
+            latents = self.latents(pictures)
+            if self.row.painted:
+                self.kept[place] = latents, tokens
+        x, t, v = self.noised(latents, step)
         return x, t, tokens, v

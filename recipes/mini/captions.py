@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,8 @@ import bpe
 import numpy as np
 from common import HERE, arguments, need, save_arrays, save_json, words
 from render import unpacked
+
+from sfumato.checkpoints.builtin import FOLDER
 
 DEFAULT_STYLE = "3d"  # never held out: it is the style of the first picture a newcomer asks for
 GRAMMAR = """a an the of and with in on at to one two three 1 2 3 background striped stripes dotted dots polka checkered
@@ -153,6 +156,14 @@ def pictures_of(work: Path) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     return made, arrays["style"], arrays["emoji"]
 
 
+def tokenizer(row: SimpleNamespace, work: Path, art: dict, concepts: list[dict]) -> int:
+    """Write WORK/tokenizer, learned or the package's own; returns the number of its tokens."""
+    if not row.shipped_words:
+        return bpe.write(work / "tokenizer", bpe.learn(word_counts(art, concepts), row.merges), row.tokens)
+    shutil.copytree(FOLDER / "tokenizer", work / "tokenizer", dirs_exist_ok=True)
+    return len(json.loads((work / "tokenizer" / "vocab.json").read_text()))
+
+
 def main() -> None:
     _, row, work = arguments(__doc__)
     art = json.loads(need(work / "art.json", "render.py").read_text())
@@ -162,7 +173,7 @@ def main() -> None:
         pictures.setdefault(concept, {})[art["styles"][number]] = index
     concepts = concepts_of(row, art, pictures)
     held = held_out(row, concepts)
-    vocabulary = bpe.write(work / "tokenizer", bpe.learn(word_counts(art, concepts), row.merges), row.tokens)
+    vocabulary = tokenizer(row, work, art, concepts)
     facts = {"styles": art["styles"], "vocabulary": vocabulary, "held_out": held, "concepts": concepts}
     save_json(work / "captions.json", facts)
     hues = np.array([main_hue(image) for image in images], np.float32)

@@ -12,12 +12,14 @@ import random
 import signal
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+# The option of steps that train.
+MINUTES = {"--minutes": {"type": float, "default": 0.0, "help": "stop (resumable) after so many minutes"}}
 
 
 class RecipeError(SystemExit):
@@ -59,6 +61,12 @@ def arguments(doc: str | None, extra: dict[str, dict[str, Any]] | None = None) -
     work.mkdir(parents=True, exist_ok=True)
     args.downloads = Path(args.downloads or work.parent / "downloads").resolve()
     return args, row, work
+
+
+def trained(doc: str | None, name: str, train: Callable[[Any, Path, Log, float], None]) -> None:
+    """Run a step that trains: `train(row, work, log, minutes)` with the options it has, logging to WORK/NAME.log."""
+    args, row, work = arguments(doc, MINUTES)
+    train(row, work, Log(work / f"{name}.log"), args.minutes)
 
 
 def set_up_torch(seed: int, threads: int) -> Any:

@@ -22,6 +22,7 @@ LIMIT = 31_000_000  # bytes of the whole folder
 CALM = 8  # a power of two: nothing is rounded
 UPSTREAM = "0.30.0"  # the version of the reference library whose keys the configs follow
 SUGGESTED = {"steps": 20, "guidance_scale": 3.0}  # chosen by eye; more guidance only adds contrast
+RELATIVES = ("tiny-vae", "pixel-art.safetensors", "evening.safetensors")  # that ship with the model
 SCHEDULER = {
     "_class_name": "DPMSolverMultistepScheduler",
     "_diffusers_version": UPSTREAM,
@@ -148,6 +149,15 @@ def write_papers(folder: Path, work: Path, facts: dict) -> None:
     (folder / "README.md").write_text(card)
 
 
+def write_relative(target: Path, made: Path) -> None:
+    """Copy what a relative's step has made, if it ran: a file or a folder."""
+    if made.is_dir():
+        shutil.copytree(made, target)
+    elif made.exists():
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(made, target)
+
+
 def main() -> None:
     args, row, work = arguments(__doc__, {"--output": {"default": "", "help": "default: WORK/sfumato-mini"}})
     facts = json.loads(need(work / "captions.json", "captions.py").read_text())
@@ -158,6 +168,8 @@ def main() -> None:
     write_words(partial, facts)
     save_json(partial / "sfumato.json", SUGGESTED)
     write_papers(partial, work, facts)
+    for name in RELATIVES:
+        write_relative(partial / "relatives" / name, work / "relatives" / name)
     size = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
     if size > LIMIT:
         raise RecipeError(f"the folder has {size / 1e6:.2f} MB, more than {LIMIT / 1e6:.0f}; make a network smaller.")

@@ -6,13 +6,14 @@ Diffusion's inpainting weights do: channels are noisy latents, mask, masked late
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from bank import Bank
-from common import Log, arguments, need, save_json, set_up_torch
+from common import Log, need, save_json, set_up_torch, trained
 from export import calmed, write_weights
 from models import unet_config
 from optim import Optimiser, learning_rate, precision
@@ -76,25 +77,19 @@ def train(row: SimpleNamespace, work: Path, log: Log, minutes: float) -> None:
     state = State(work / "inpaint.pt", pair.unet, Optimiser(pair.unet, row.muon), 0.995, **budget)
     bank, step, batch = Bank(row, work, device), step_of(pair, precision(device)), row.inpaint_batch
     log(f"inpaint: {state.speed(batch)}")
-    while state.goes_on(minutes):
-        pictures, tokens = bank.pictures(state.step, batch)
-        x, t, v = bank.noised(bank.latents(pictures), state.step)
-        mask = masks(batch, pictures.shape[-1], torch.Generator(device).manual_seed(state.step))
-        loss = step(torch.cat([x, hidden(bank, pictures, mask)], 1), t, tokens, v)
-        state.update(loss, learning_rate(row.inpaint_lr, state.done, 0.03, 0.4))
-        if state.step % row.log_every == 0:
-            log(f"inpaint: loss {float(loss.detach()):.4f}, {state.speed(batch)}")
-    state.keep()
+
+    def loss_at(at: int) -> Tensor:
+        pictures, tokens = bank.pictures(at, batch)
+        x, t, v = bank.noised(bank.latents(pictures), at)
+        mask = masks(batch, pictures.shape[-1], torch.Generator(device).manual_seed(at))
+        return step(torch.cat([x, hidden(bank, pictures, mask)], 1), t, tokens, v)
+
+    rate_at = partial(learning_rate, row.inpaint_lr, warmup=0.03, cooldown=0.4)
+    state.run("inpaint", loss_at, rate_at, log, every=row.log_every, batch=batch, minutes=minutes)
     folder = work / "relatives" / "inpainting"
     write_weights(folder / "diffusion_pytorch_model.safetensors", calmed(state.average.weights))
     save_json(folder / "config.json", {"_class_name": "UNet2DConditionModel", **inpainting_config(row)})
 
 
-def main() -> None:
-    options = {"--minutes": {"type": float, "default": 0.0, "help": "stop (resumable) after so many minutes"}}
-    args, row, work = arguments(__doc__, options)
-    train(row, work, Log(work / "inpaint.log"), args.minutes)
-
-
 if __name__ == "__main__":
-    main()
+    trained(__doc__, "inpaint", train)

@@ -17,9 +17,9 @@ from lora import add_lora, write_kohya
 from models import build_vae, read_text, read_unet
 from optim import Optimiser, learning_rate, precision
 from sheets import sheet, to_pixels
-from state import State, averaged
+from state import State
 from torch import Tensor, nn
-from train import Data, build_pair, prompts, tokens_of
+from train import Data, prompts, tokens_of, trained_pair
 
 GRID = 50  # points of the teacher's path
 GUIDANCE = (2.5, 4.5)  # drawn for each picture; the form itself then needs none
@@ -102,9 +102,7 @@ def draw(course: Course, unet: nn.Module, tokens: Tensor, steps: int, seed: int)
 def train(row: SimpleNamespace, work: Path, log: Log, bank: dict[str, Tensor]) -> None:
     """Distil for the budget's steps or seconds; a sheet in four steps at the end."""
     device = set_up_torch(row.seed, row.threads)
-    pair = build_pair(row, work).to(device, memory_format=torch.channels_last)
-    pair.load_state_dict(averaged(need(work / "train.pt", "train.py")))
-    pair.requires_grad_(False).eval()
+    pair = trained_pair(row, work, device).eval()
     data, student = Data(row, work, bank, device), copy.deepcopy(pair.unet)
     target = copy.deepcopy(pair.unet)
     lora, slow = add_lora(student, row.lora_rank), add_lora(target, row.lora_rank)

@@ -6,20 +6,21 @@ Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685), written with the names t
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from bank import Bank
-from common import Log, arguments, need, set_up_torch
+from common import Log, set_up_torch, trained
 from export import CALM, loud_layers
 from optim import Optimiser, learning_rate, precision
 from safetensors.torch import save_file
-from state import State, averaged
+from state import State
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from train import build_pair, step_of
+from train import step_of, trained_pair
 
 PIXELS = 32  # across the picture
 LEVELS = 6  # of each colour
@@ -78,31 +79,21 @@ def pixelated(x: Tensor) -> Tensor:
 
 
 def train(row: SimpleNamespace, work: Path, log: Log, minutes: float) -> None:
-    """Train on scenes drawn in large pixels, whose captions say so."""
+    """Train on scenes drawn in large pixels; captions do not say so, so that no prompt has to."""
     device = set_up_torch(row.seed, row.threads)
-    pair = build_pair(row, work).to(device, memory_format=torch.channels_last)
-    pair.load_state_dict(averaged(need(work / "train.pt", "train.py")))
-    pair.requires_grad_(False)
-    lora = add_lora(pair.unet, row.lora_rank // 2)
-    budget = {"steps": row.lora_steps, "seconds": 0.0}
+    pair = trained_pair(row, work, device)
+    lora = add_lora(pair.unet, row.style_rank)
+    budget = {"steps": row.lora_steps, "seconds": row.lora_seconds}
     state = State(work / "pixel.pt", lora, Optimiser(lora, False, weight_decay=0.0), 0.99, **budget)
-    bank, step = Bank(row, work, device), step_of(pair, precision(device))
-    bank.change, bank.suffix = pixelated, ", pixel art"
+    evenly = SimpleNamespace(**vars(row) | {"high_from": 100, "high_share": 0.95})  # details are drawn late
+    bank, step = Bank(evenly, work, device), step_of(pair, precision(device))
+    bank.change = pixelated
     log(f"lora: {sum(p.numel() for p in lora.parameters()) / 1e6:.2f} M parameters, {state.speed(row.lora_batch)}")
-    while state.goes_on(minutes):
-        loss = step(*bank.noisy(state.step, row.lora_batch))
-        state.update(loss, learning_rate(row.lora_lr, state.done, 0.03, 0.4))
-        if state.step % row.log_every == 0:
-            log(f"lora: loss {float(loss.detach()):.4f}, {state.speed(row.lora_batch)}")
-    state.keep()
+    how = {"every": row.log_every, "batch": row.lora_batch, "minutes": minutes}
+    rate_at = partial(learning_rate, row.lora_lr, warmup=0.03, cooldown=0.4)
+    state.run("lora", lambda at: step(*bank.noisy(at, row.lora_batch)), rate_at, log, **how)
     write_kohya(work / "relatives" / "pixel-art.safetensors", state.average.weights, pair.unet)
 
 
-def main() -> None:
-    options = {"--minutes": {"type": float, "default": 0.0, "help": "stop (resumable) after so many minutes"}}
-    args, row, work = arguments(__doc__, options)
-    train(row, work, Log(work / "lora.log"), args.minutes)
-
-
 if __name__ == "__main__":
-    main()
+    trained(__doc__, "lora", train)

@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-from common import Log, arguments, need
+from common import Log, arguments, need, save
+from export import CALM, loud_layers
 from models import build_text, build_unet, build_vae, text_config, unet_config, vae_config
 from optim import Optimiser
 from safetensors.torch import load_file
@@ -39,7 +40,9 @@ def fits(row: SimpleNamespace, work: Path, vocabulary: int) -> bool:
 
 def shipped(network: nn.Module, part: str, file: str) -> nn.Module:
     """The network with its shipped weights."""
-    network.load_state_dict({name: value.float() for name, value in load_file(FOLDER / part / file).items()})
+    weights = {name: value.float() for name, value in load_file(FOLDER / part / file).items()}
+    loud = loud_layers(weights) if part == "unet" else ()  # `export` has made these smaller, and will again
+    network.load_state_dict({k: v * CALM if k.rsplit(".", 1)[0] in loud else v for k, v in weights.items()})
     return network
 
 
@@ -61,6 +64,7 @@ def main() -> None:
         state = State(work / "vae.pt", vae, Optimiser(vae, row.muon), 0.998)
         state.step, state.clock.spent = max(row.vae_images // row.vae_batch, 1), row.vae_seconds
         state.keep()
+        save(work / "vae_final.pt", {"model": vae.state_dict()})  # its latents are folded already: relatives can begin
         log("start: begins at the shipped weights")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -70,6 +71,25 @@ class State:
         self.optimiser.step(rate)
         self.average.update(self.model)
         self.step += 1
+
+    def run(
+        self,
+        name: str,
+        loss_at: Callable[[int], Tensor],
+        rate_at: Callable[[float], float],
+        log: Callable[[str], None],
+        *,
+        every: int,
+        batch: int,
+        minutes: float,
+    ) -> None:
+        """Train until the budget is spent, and keep the result. loss_at: of a step; rate_at: of the share done."""
+        while self.goes_on(minutes):
+            loss = loss_at(self.step)
+            self.update(loss, rate_at(self.done))
+            if self.step % every == 0:
+                log(f"{name}: loss {float(loss.detach()):.4f}, {self.speed(batch)}")
+        self.keep()
 
     def fall_back(self) -> None:
         """Go back to the averaged weights and forget the momentum: what to do when a loss is not a number."""

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import torch
 from captions import tokens_of
-from common import HERE, Log, arguments, load, need, set_up_torch
+from common import HERE, MINUTES, Log, arguments, load, need, set_up_torch
 from diffusion import Schedule, decode, draw_times, sample
 from faster import Faster
 from models import build_text, build_unet, build_vae, read_text, read_unet
@@ -41,6 +41,13 @@ def build_pair(row: SimpleNamespace, work: Path) -> Pair:
     pair = Pair(build_text(row, vocabulary_of(work)), build_unet(row))
     nn.init.zeros_(pair.unet.conv_out.weight)
     return pair
+
+
+def trained_pair(row: SimpleNamespace, work: Path, device: torch.device) -> Pair:
+    """The pair that this step has trained, averaged; it learns nothing more."""
+    pair = build_pair(row, work).to(device, memory_format=torch.channels_last)
+    pair.load_state_dict(averaged(need(work / "train.pt", "train.py")))
+    return pair.requires_grad_(False)
 
 
 def step_of(pair: nn.Module, dtype: torch.dtype | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
@@ -168,8 +175,7 @@ def train(row: SimpleNamespace, work: Path, log: Log, bank: dict[str, Tensor], m
 
 
 def main() -> None:
-    options = {"--minutes": {"type": float, "default": 0.0, "help": "stop (resumable) after so many minutes"}}
-    args, row, work = arguments(__doc__, options)
+    args, row, work = arguments(__doc__, MINUTES)
     train(row, work, Log(work / "train.log"), load(need(work / "bank.pt", "encode.py")), args.minutes)
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import Log, arguments, need, set_up_torch
+from common import MINUTES, Log, arguments, need, set_up_torch
 from compose import Sprites
 from faster import Faster
 from models import build_vae
@@ -169,8 +169,7 @@ def report(state: State, twin: nn.Module, sprites: Sprites, tests: dict, work: P
 
 
 def main() -> None:
-    options = {"--minutes": {"type": float, "default": 0.0, "help": "stop (resumable) after so many minutes"}}
-    args, row, work = arguments(__doc__, options)
+    args, row, work = arguments(__doc__, MINUTES)
     train(row, work, Log(work / "vae.log"), minutes=args.minutes)
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-__all__ = ["AESTHETIC_SCORES", "FAMILIES", "Encoder", "Family", "distilled", "find"]
+__all__ = ["AESTHETIC_SCORES", "EMBEDDED", "FAMILIES", "Encoder", "Family", "distilled", "find"]
 
 Config = dict[str, Any]
 
 # The default aesthetic scores of the prompt and the negative prompt, in families that use them.
 AESTHETIC_SCORES = (6.0, 2.5)
+# How many numbers a U-Net embeds, by the last of its family's `sizes`.
+EMBEDDED = {"target_size": 6, "aesthetic_score": 5}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -59,7 +59,7 @@ def test_a_server_draws_reaches_nobody_and_ends_in_peace(environment, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "torch.py").write_text("raise SystemExit('the folder of images was imported from')")
     with started(watched, "serve", "--port", 0, "--output", tmp_path / "out", "--device", "cpu") as (process, line):
-        client = Client(int(re.search(r"http://127\.0\.0\.1:(\d+);", line)[1]))
+        client = Client(int(re.search(r"http://127\.0\.0\.1:(\d+) ", line)[1]))
         job = client.submit({"prompt": "a red apple, 3d", "steps": 1, "seed": 1})
         assert client.ended(job["id"])["state"] == "done"
         assert client("GET", "/")[0] == 404  # there is no page
@@ -78,7 +78,7 @@ def test_the_studio_opens_its_page(environment, tmp_path):
     browser.chmod(0o755)
     words = ("studio", "--port", 0, "--output", tmp_path / "out", "--token", "known")
     with started({**environment, "BROWSER": str(browser)}, *words) as (_, line):
-        port = re.search(r":(\d+)/\?token=known;", line)[1]
+        port = re.search(r":(\d+)/\?token=known ", line)[1]
         end = time.monotonic() + 30
         while not opened.exists():
             assert time.monotonic() < end
@@ -89,7 +89,7 @@ def test_the_studio_opens_its_page(environment, tmp_path):
 def test_off_the_loopback_address_a_token_is_made_and_printed(environment, tmp_path):
     words = ("studio", "--host", "0.0.0.0", "--port", 0, "--output", tmp_path, "--no-browser")
     with started(environment, *words) as (_, line):
-        port, token = re.search(r":(\d+)/\?token=([\w-]{43});", line).groups()
+        port, token = re.search(r":(\d+)/\?token=([\w-]{43}) ", line).groups()
         client = Client(int(port))
         assert client("GET", "/api/health")[0] == 401
         assert client("GET", "/api/health", Authorization=f"Bearer {token}")[0] == 200

@@ -108,10 +108,11 @@ def test_a_picture_of_a_batch_is_the_picture_alone(pipe, drawn):
         assert np.abs(pixels(alone.images[0]) - pixels(drawn.images[i])).max() <= 1
 
 
-def test_half_precision_draws_nearly_the_same(pipe, drawn):
+def test_half_precision_draws_nearly_the_same(pipe):
+    """Of few steps, as processors without bfloat16 take seconds for each."""
+    request = GenerateRequest(prompt="a red apple, 3d", seed=7, steps=4)
     half = sfumato.load(device="cpu", dtype=torch.bfloat16)
-    again = half.generate(drawn.request)
-    assert min(psnr(a, b) for a, b in zip(again.images, drawn.images, strict=True)) > 20
+    assert psnr(half.generate(request).images[0], pipe.generate(request).images[0]) > 20
 
 
 @pytest.mark.parametrize("prompt", ["a zebu, 3d", "кит", "!"])

@@ -24,17 +24,25 @@ def theirs(config):
     return randomize(transformers.DPTForDepthEstimation(transformers.DPTConfig(**config))).eval()
 
 
-@pytest.mark.parametrize("config", [DPT, HYBRID], ids=["plain", "hybrid"])
-def test_maps_are_the_references(config, tmp_path):
+def compared(config, folder, count, side):
+    """Ours as loaded from what theirs saves, the pixels, and their map of them, which ours equals."""
     other = theirs(config)
-    other.save_pretrained(tmp_path)
-    mine = DPTForDepthEstimation.from_pretrained(tmp_path)
-    assert mine.config.parameters == sum(weight.numel() for weight in mine.parameters())
-    pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    other.save_pretrained(folder)
+    mine = DPTForDepthEstimation.from_pretrained(folder)
+    for network in (mine, other):
+        assert mine.config.parameters == sum(weight.numel() for weight in network.parameters())
+    pixels = torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = other(pixels).predicted_depth
-        assert expected.std() > 0
         assert distance(mine(pixels), expected) < FLOAT32
+    return mine, pixels, expected
+
+
+@pytest.mark.parametrize("config", [DPT, HYBRID], ids=["plain", "hybrid"])
+def test_maps_are_the_references(config, tmp_path):
+    mine, pixels, expected = compared(config, tmp_path, 2, 64)
+    assert expected.std() > 0
+    with torch.no_grad():
         mine.save_pretrained(tmp_path / "again")
         again = transformers.DPTForDepthEstimation.from_pretrained(tmp_path / "again")
         assert torch.equal(again(pixels).predicted_depth, expected)
@@ -43,15 +51,8 @@ def test_maps_are_the_references(config, tmp_path):
 @pytest.mark.long
 def test_the_published_size(tmp_path):
     """DPT-Hybrid as Stable Diffusion 2 depth has it, with random weights."""
-    other = theirs(PUBLISHED)
-    other.save_pretrained(tmp_path)
-    mine = DPTForDepthEstimation.from_pretrained(tmp_path)
-    assert mine.config.parameters == sum(weight.numel() for weight in other.parameters())
-    pixels = torch.randn(1, 3, 384, 384, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = other(pixels).predicted_depth
-        assert expected.shape == (1, 384, 384)
-        assert distance(mine(pixels), expected) < FLOAT32
+    _, _, expected = compared(PUBLISHED, tmp_path, 1, 384)
+    assert expected.shape == (1, 384, 384)
 
 
 def test_images_are_prepared_the_same(tmp_path):

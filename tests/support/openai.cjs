@@ -23,7 +23,9 @@ async function main() {
   const four = await client.images.generate({ ...quick, n: 4 });
   const edited = await client.images.edit({ ...quick, image: await png(image), mask: await png(mask) });
   const streamed = [];
-  const events = await client.images.generate({ ...quick, num_inference_steps: 8, stream: true, partial_images: 3 });
+  // A seed of its own: an image that is there already has no partial images.
+  const long = { ...quick, seed: 4712, num_inference_steps: 8 };
+  const events = await client.images.generate({ ...long, stream: true, partial_images: 3 });
   for await (const event of events) streamed.push([event.type, event.partial_image_index ?? null]);
   const errors = [
     await refused(client.images.generate({ ...quick, model: 'nothing' })),

@@ -497,6 +497,22 @@ def test_what_is_there_is_not_drawn_again_with_the_others_of_its_batch(pipeline,
     assert job.path_of(pictures[1].key).stat().st_mtime_ns == first
 
 
+def test_long_notes_of_a_batch_are_cut(pipeline, tmp_path, monkeypatch):
+    """The ledger holds them once per image."""
+
+    def noted(*arguments):
+        images, recipes, _ = draw_requests(*arguments)
+        return images, recipes, ("word " * 500,)
+
+    monkeypatch.setattr("sfumato.bulk.painter.draw_requests", noted)
+    source = written(tmp_path / "rows.jsonl", json.dumps({"prompt": "a", "steps": 1}) + "\n")
+    job = open_job(tmp_path / "job", source, pipeline, on_bad=print)
+    (entry,) = Painter(Work(str(job.folder), "m", "m"), pipeline).draw(list(job.pictures_in_order()))
+    assert entry.notes.startswith("word word")
+    assert entry.notes.endswith("word …")
+    assert len(entry.notes) <= 200
+
+
 def test_a_ray_worker_that_cannot_begin_ends_the_run(tmp_path, monkeypatch):
     from sfumato.bulk.cluster import Pool
 

@@ -408,6 +408,7 @@ def test_models_of_a_folder(tmp_path, checkpoints):
     models = Models(tmp_path, cached=False)
     assert [(one.name, one.kind) for one in models.all(look=True)] == [
         ("built-in", "checkpoint"), ("mine/tiny", "checkpoint"), ("converted", "core-ml"),
+        ("built-in/evening", "embedding"),
     ]  # fmt: skip
     assert models.path("mine/tiny") == str(tmp_path / "mine" / "tiny")
     with pytest.raises(UsageError, match="did you mean 'mine/tiny'"):
@@ -436,3 +437,15 @@ def test_fast_steps_are_reported_ten_times_a_second(monkeypatch):
     assert [number for number, _ in reported] == [*range(1, 41, 4), 40]
     assert reported[-1][1]["seconds_left"] == pytest.approx(1.0)
     assert reported[1][1]["seconds_left"] == pytest.approx(0.03 * 35 + 1.0)
+
+
+def test_an_image_of_the_same_name_is_not_lost(tmp_path):
+    """Two trainings of a LoRA, under one name and with one seed."""
+    path = tmp_path / "a-cat-0123456789ab.png"
+    assert drawing.write(path, b"first") == path
+    assert drawing.write(path, b"first") == path
+    second = drawing.write(path, b"second")
+    assert second != path
+    assert drawing.write(path, b"second") == second
+    assert (path.read_bytes(), second.read_bytes()) == (b"first", b"second")
+    assert len(list(tmp_path.iterdir())) == 2

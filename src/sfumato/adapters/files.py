@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from sfumato.adapters.named import hash_of_weights
+from sfumato.checkpoints.builtin import builtin_path
 from sfumato.checkpoints.headers import MOST_HEADER, read_header
 from sfumato.checkpoints.weights import mapped_tensors
 from sfumato.errors import CheckpointError, UsageError
-from sfumato.files import check_file, expanded, file_hash, parse_json
+from sfumato.files import check_file, file_hash, parse_json
 from sfumato.values import reason, shown
 
 if TYPE_CHECKING:
@@ -64,16 +65,13 @@ def read_stored(path: str | PathLike[str], *, pickled: bool = False, hashed: boo
     pickled: allow pickled files, read by torch's restricted unpickler; hashed: compute the file's hash. Raises
     `CheckpointError` if the file is damaged, or pickled without permission, and `UsageError` if `path` is not a path.
     """
-    place = expanded(path)
-    if place.suffix in PICKLED:
-        if not pickled:
-            raise CheckpointError(
-                f"{place} is pickled, and such files can run code when opened; get a safetensors version or, "
-                "if you trust its source, pass use_safetensors=False in Python"
-            )
-        tensors, metadata = _unpickled(place), {}
-    else:
-        tensors, metadata = _safetensors(place)
+    place = builtin_path(path)
+    if place.suffix in PICKLED and not pickled:
+        raise CheckpointError(
+            f"{place} is pickled, and such files can run code when opened; get a safetensors version or, "
+            "if you trust its source, pass use_safetensors=False in Python"
+        )
+    tensors, metadata = (_unpickled(place), {}) if place.suffix in PICKLED else _safetensors(place)
     return Stored(tensors, metadata, place, file_hash(place, None) if hashed else "")
 
 

@@ -6,9 +6,10 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from sfumato.adapters.files import PICKLED
+from sfumato.checkpoints.builtin import builtin_path
 from sfumato.checkpoints.locate import locate_folder
 from sfumato.errors import CheckpointError, suggest
-from sfumato.files import expanded, names_in
+from sfumato.files import names_in
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,7 +36,7 @@ def find_file(
     weight_name: its name in the folder (default: a usual one); usual: stems of usual names; pickled: whether pickled
     files are allowed. Raises `CheckpointError` if no file or several files match.
     """
-    path = expanded(name)
+    path = builtin_path(name)
     if os.path.isfile(path):
         return path
     if path.suffix in (".safetensors", *PICKLED):
@@ -46,8 +47,7 @@ def find_file(
         inside = [one.removeprefix(prefix) for one in names if one.startswith(prefix) and "/" not in one[len(prefix) :]]
         return [prefix + _chosen(str(name), inside, usual, weight_name, pickled)]
 
-    folder = locate_folder(name, select, **hub)
-    place = folder / (subfolder or "")
+    place = locate_folder(name, select, **hub) / (subfolder or "")
     return place / _chosen(str(place), names_in(place), usual, weight_name, pickled)
 
 

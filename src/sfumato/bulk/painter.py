@@ -8,6 +8,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from sfumato.bulk.job import Job, Picture, WrongCheckpoint, with_refiner
@@ -29,9 +30,10 @@ if TYPE_CHECKING:
 
 __all__ = ["FATAL", "Painter", "Stopped", "Work", "batch_size", "draw_requests", "settings_of"]
 
-# Fields in which the rows of a batch may differ; the largest batch that the plan considers.
+# Fields in which the rows of a batch may differ; the largest batch that the plan considers; the most characters of a
+# batch's notes in the ledger, which holds them once per image, and in memory while it is compacted.
 OWN = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "seed")
-MOST_AT_ONCE = 64
+MOST_AT_ONCE, MOST_NOTES = 64, 200
 
 
 class Stopped(Exception):
@@ -98,13 +100,16 @@ class Painter:
         began = time.perf_counter()
         requests = [json.loads(one.request) for one in left]
         images, recipes, notes = draw_requests(self.pipeline, requests, check, self.job.refiners)
-        seconds = (time.perf_counter() - began) / len(left)
+        seconds, note = (
+            (time.perf_counter() - began) / len(left),
+            shorten("; ".join(notes), MOST_NOTES, placeholder=" …"),
+        )
         for picture, image, recipe in zip(left, images, recipes, strict=True):
             path, data = self._place(picture.key), image_bytes(image, recipe)
             output_folder(path.parent)
             with replacing(path) as temporary:
                 temporary.write_bytes(data)
-            found.append(self._entry(picture, data, seconds, "; ".join(notes)))
+            found.append(self._entry(picture, data, seconds, note))
         return found
 
     def _found(self, picture: Picture) -> Entry | None:

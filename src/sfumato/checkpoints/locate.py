@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sfumato.checkpoints.builtin import BUILT_IN, builtin_model
+from sfumato.checkpoints.builtin import BUILT_IN, builtin_model, builtin_path
 from sfumato.checkpoints.names import PUBLISHED, repository_of
 from sfumato.errors import CheckpointError, DownloadError, SfumatoError, UnknownArgument, UsageError, suggest
 from sfumato.files import expanded
@@ -65,9 +65,9 @@ class HubOptions:
 def locate_folder(name: str | PathLike[str], select: Select, **hub: Any) -> Path:
     """Return the local folder that holds the files `select` picks, downloading them if necessary.
 
-    "built-in" is the model that ships with the package. A local folder is used as it is, without network access. For a
-    hub id, cached files are never requested again. A short name such as "sd15" is only looked up in the cache, never
-    downloaded. Raises `CheckpointError` or `DownloadError`.
+    "built-in" is the model that ships with the package, "built-in/tiny-vae" a network made for it. A local folder is
+    used as it is, without network access. For a hub id, cached files are never requested again. A short name such as
+    "sd15" is only looked up in the cache, never downloaded. Raises `CheckpointError` or `DownloadError`.
     """
     options = HubOptions.of(hub)
     folder = _local_folder(name)
@@ -115,9 +115,9 @@ def full_name(name: str | PathLike[str]) -> str:
 def _local_folder(name: str | PathLike[str]) -> Path | None:
     if isinstance(name, str) and name == BUILT_IN:
         return builtin_model()
-    path = expanded(name)
     if not str(name):
         raise UsageError("the model name is empty; give a folder or a hub id such as 'owner/name'")
+    path = builtin_path(name)
     return path if os.path.isdir(path) else None
 
 

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sfumato.checkpoints.builtin import builtin_path
 from sfumato.checkpoints.locate import by_patterns, locate_folder
 from sfumato.errors import CheckpointError, UsageError
-from sfumato.files import expanded
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -28,7 +28,7 @@ def locate_file(name: str | PathLike[str], **hub: Any) -> Path:
     name: a path, a hub id followed by a file name, or a hub URL (`blob` or `resolve`). Keywords: those of
     `locate_folder`. Raises `CheckpointError`, `DownloadError` or `UsageError`.
     """
-    path = expanded(name)
+    path = builtin_path(name)
     if path.is_file():
         return path
     repo, revision, file = _on_hub(str(name), path)

@@ -37,9 +37,9 @@ __all__ = ["app", "main"]
 class _Interrupted(SfumatoError):
     """Ctrl-C or a termination signal. The exit code follows shell convention."""
 
-    def __init__(self, when: str, number: int = signal.SIGINT) -> None:
+    def __init__(self, when: str, cause: KeyboardInterrupt) -> None:
         super().__init__(f"interrupted{when}")
-        self.exit_code = 128 + number
+        self.exit_code = 128 + getattr(cause, "number", signal.SIGINT)
 
 
 _CLEAN = "; no unfinished files were left behind"
@@ -64,7 +64,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            raise _Interrupted(_CLEAN, getattr(error, "number", signal.SIGINT)) from error
+            raise _Interrupted(_CLEAN, error) from error
 
 
 app = typer.Typer(
@@ -128,7 +128,7 @@ def main() -> None:
         with notes():
             app()
     except KeyboardInterrupt as error:
-        _fail(_Interrupted(" before anything started", getattr(error, "number", signal.SIGINT)))
+        _fail(_Interrupted(" before anything started", error))
     except BrokenPipeError:
         discard(sys.stdout)  # nobody is reading, so write nothing more
         sys.exit(1)
@@ -145,9 +145,9 @@ def main() -> None:
         _fail(error)
 
 
-def _end_as_interrupted() -> list[int]:
+def _end_as_interrupted() -> list[_Ended]:
     """Handle termination signals like Ctrl-C. Returns a list that every signal is added to as it arrives."""
-    received: list[int] = []
+    received: list[_Ended] = []
     last = -1.0
 
     def end(number: int, _: object) -> None:
@@ -155,8 +155,8 @@ def _end_as_interrupted() -> list[int]:
         before, last = last, time.monotonic()
         # `timeout` sends it twice, which would interrupt the cleanup. A second Ctrl-C is intentional.
         if number == signal.SIGINT or before < 0 or last - before > 1:
-            received.append(number)
-            raise _Ended(number)
+            received.append(_Ended(number))
+            raise received[-1]
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)

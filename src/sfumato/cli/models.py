@@ -33,6 +33,7 @@ def models(context: typer.Context, as_json: options.AsJson = False) -> None:
     """
     if context.invoked_subcommand is not None:
         return
+    from sfumato.checkpoints.builtin import relatives
     from sfumato.checkpoints.cached import cached_models
     from sfumato.checkpoints.names import PUBLISHED
     from sfumato.cli.settings import config_file, default_model
@@ -42,7 +43,7 @@ def models(context: typer.Context, as_json: options.AsJson = False) -> None:
     others = {name: repo for name, repo in PUBLISHED.items() if repo not in {one.repo for one in found}}
     if as_json:
         cached = [{"name": one.name, "id": one.repo, "bytes": one.bytes, "kind": one.kind} for one in found]
-        print_json({"cached": cached, "default": default, "not_downloaded": others})
+        print_json({"cached": cached, "default": default, "not_downloaded": others, "relatives": [*relatives()]})
         return
     _show(found, others)
     where = source if source != str(config_file()) else f"set in {source}"
@@ -52,7 +53,7 @@ def models(context: typer.Context, as_json: options.AsJson = False) -> None:
 def _show(found: list[Cached], others: dict[str, str]) -> None:
     from rich.table import Table
 
-    from sfumato.checkpoints.builtin import BUILT_IN, builtin_model
+    from sfumato.checkpoints.builtin import BUILT_IN, builtin_model, relatives
     from sfumato.cli.terminal import output
     from sfumato.runtime.reasons import gigabytes
 
@@ -64,6 +65,7 @@ def _show(found: list[Cached], others: dict[str, str]) -> None:
     for one in found:
         table.add_row(one.name or "", one.repo, one.kind, gigabytes(one.bytes))
     console.print(table)
+    console.print(f"made for {BUILT_IN}: {', '.join(relatives())}", highlight=False)
     total = sum(one.bytes for one in found)
     console.print(f"{len(found)} downloaded, {gigabytes(total)} in total", highlight=False)
     table = Table("name", "hub id", box=None, pad_edge=False)

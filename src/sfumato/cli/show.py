@@ -36,6 +36,7 @@ def show(
 
     For a checkpoint: family, parameters, size, dtype and scheduler. Loads no weights and does not use the network.
     """
+    from sfumato.checkpoints.builtin import relatives
     from sfumato.checkpoints.locate_file import is_single_file
     from sfumato.cli.early import check_model
     from sfumato.cli.pictures import show_picture
@@ -46,7 +47,7 @@ def show(
     if model is not None and is_picture(model):
         show_picture(model, as_json=as_json)
         return
-    model = chosen_model(model)
+    model = str(relatives().get(name := chosen_model(model), name))
     check_model(model, downloads=False)
     facts = _of_file(model, variant) if is_single_file(model) else _of_folder(model, variant)
     if "width" not in facts and _is_adapter(model):

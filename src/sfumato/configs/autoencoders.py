@@ -86,7 +86,7 @@ class AutoencoderTinyConfig(Config):
     where = "vae/config.json"
     bounds = {
         "upsampling_scaling_factor": Within(1, 16), "latent_magnitude": Within(1e-9, 1e9),
-        "num_encoder_blocks": Within(1, 64), "num_decoder_blocks": Within(1, 64), "scaling_factor": Within(1e-9, 1e9),
+        "num_encoder_blocks": Within(0, 64), "num_decoder_blocks": Within(0, 64), "scaling_factor": Within(1e-9, 1e9),
     }  # fmt: skip
 
     def _check(self) -> None:

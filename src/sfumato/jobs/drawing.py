@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import time
@@ -85,11 +86,14 @@ class Shown:
             told["preview"] = encoded(enlarged(colors.image(step.original())), "JPEG")
         return told
 
-    def partial(self, step: Step) -> int | None:
-        """Return the index, from 0, of the requested partial image that this step gives; None if it gives none."""
+    def partial(self, step: Step) -> dict[str, Any]:
+        """Return the requested partial image that this step gives, with its index from 0; empty if it gives none."""
         wanted = self.message["options"].get("partials", 0)
         steps = [step.total * (number + 1) // (wanted + 1) for number in range(wanted)]
-        return steps.index(step.number) if step.number in steps else None
+        if step.number not in steps:
+            return {}
+        told, picture = {"place": self.place, "number": steps.index(step.number)}, step.preview()[0]
+        return {**told, "size": picture.size, "image": encoded(picture, "PNG")}
 
 
 def load_model(
@@ -105,9 +109,8 @@ def load_model(
         torch.set_num_threads(read_facts("cpu").free_cores)
         return pipeline
     less: dict[str, Any] = {"offload": "staged", "micro_batch": 1} if lean else {}
-    pipeline = load(
-        message["model"], device=device, dtype=parse_dtype(dtype), request=request, local_files_only=True, **less
-    )
+    how = {"device": device, "dtype": parse_dtype(dtype), "request": request, "local_files_only": True, **less}
+    pipeline = load(message["model"], **how)
     if lean:
         pipeline.enable_vae_tiling()
     if pipeline.device.type == "cpu" and pipeline.place.facts is not None:
@@ -163,10 +166,13 @@ def is_of(path: Path, request: GenerateRequest) -> bool:
         return False
 
 
-def write(path: Path, data: bytes) -> None:
-    """Write a file atomically."""
+def write(path: Path, data: bytes) -> Path:
+    """Write a file atomically, and return its path. An image of that name that differs stays: its LoRA has changed."""
+    if path.is_file() and path.read_bytes() != data:
+        path = path.with_stem(f"{path.stem}-{hashlib.sha256(data).hexdigest()[:6]}")
     with replacing(path) as temporary:
         temporary.write_bytes(data)
+    return path
 
 
 def enlarged(image: Image) -> Image:

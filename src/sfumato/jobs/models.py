@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from sfumato.checkpoints.builtin import BUILT_IN, builtin_model
+from sfumato.checkpoints.builtin import BUILT_IN, builtin_model, relatives
 from sfumato.errors import CheckpointError, SfumatoError, UsageError, suggest
 from sfumato.files import read_json
 
@@ -76,8 +76,7 @@ class Models:
         if look:
             found = {one.name: one for one in self._look()}
             with self._lock:
-                kept = {name: one for name, one in self._found.items() if name in (BUILT_IN, self.default)}
-                self._found = found | kept
+                self._found = found | {k: one for k, one in self._found.items() if k in (BUILT_IN, self.default)}
         with self._lock:
             return sorted(self._found.values(), key=lambda one: (one.name != self.default, one.kind, one.name.lower()))
 
@@ -95,6 +94,8 @@ class Models:
         return self.get(name).path
 
     def _look(self) -> Iterator[Model]:
+        for name, path in relatives().items():  # by their names, which hold on every machine
+            yield from (replace(one, path=name) for one in _of_file(path, name))
         if self._cached:
             from sfumato.checkpoints.cached import cached_models
 
@@ -118,13 +119,11 @@ def _built_in() -> Model:
 
 def _below(folder: Path, root: Path, depth: int) -> Iterator[Model]:
     try:
-        entries = sorted(os.scandir(folder), key=lambda one: one.name)
+        entries = sorted((one for one in os.scandir(folder) if one.name[0] != "."), key=lambda one: one.name)
     except OSError:
         return
     for one in entries:
         path, name = folder / one.name, (folder / one.name).relative_to(root).as_posix()
-        if one.name.startswith("."):
-            continue
         if one.is_dir():
             if (path / "model_index.json").is_file():
                 yield Model(name, "checkpoint", str(path.absolute()), bytes=_bytes(path))

@@ -129,21 +129,17 @@ class Worker:
             result = model.pipeline.generate(request, lambda step: self._step(shown, step))
             self._check(job)
             model.decode_seconds, notes = result.seconds.get("decode", 0.0), result.notes
-            write(path, image_bytes(result.images[0], result.recipes[0]))
+            path = write(path, image_bytes(result.images[0], result.recipes[0]))
         self._say("image", job=job, place=place, path=str(path))
         return notes
 
     def _step(self, shown: Shown, step: Step) -> None:
-        from sfumato.jobs.drawing import encoded
-
         job = shown.message["job"]
         self._check(job)
         if report := shown.of(step):
             self._say("step", job=job, **report)
-        if (number := shown.partial(step)) is not None:
-            picture = step.preview()[0]
-            told = {"place": shown.place, "number": number, "size": picture.size, "image": encoded(picture, "PNG")}
-            self._say("partial", job=job, **told)
+        if partial := shown.partial(step):
+            self._say("partial", job=job, **partial)
 
     def _check(self, job: str) -> None:
         if job in self._cancelled:

@@ -10,7 +10,6 @@ import hashlib
 import logging
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -22,28 +21,22 @@ from pathlib import Path
 from sfumato.cache import is_private, private_folder, work_without
 from sfumato.errors import OutputError, SfumatoError
 from sfumato.files import replacing
-from sfumato.kernels.variants import fitting
+from sfumato.kernels.variants import COMPILE, UNITS, compiler, fitting, processor_flags
 from sfumato.leftovers import beside
 
 __all__ = ["CompilerError", "compiler", "loaded", "shipped"]
 
 log = logging.getLogger("sfumato")
 
-SOURCES = ("vector.h", "attention.c", "normalize.c")
+SOURCES = ("vector.h", *UNITS)
 SYMBOLS = ("attention", "geglu", "group_norm")
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-w")
+FLAGS = (*COMPILE, "-march=native", "-shared")
 # A build takes a second; one that takes this long hangs. Slow failures are not repeated for a day.
 SECONDS, QUICK_SECONDS, REMEMBERED_SECONDS = 20.0, 2.0, 86400.0
 
 
 class CompilerError(SfumatoError):
     """The kernels could not be compiled or loaded; the message says why."""
-
-
-def compiler() -> str | None:
-    """Return the C compiler to use: `$CC`, or the first of cc, gcc and clang on the path; None if there is none."""
-    names = (os.environ.get("CC"), "cc", "gcc", "clang")
-    return next((found for name in names if name and (found := shutil.which(name))), None)
 
 
 def shipped(dtype: str) -> Path | None:
@@ -223,10 +216,4 @@ def _digest(binary: bytes) -> bytes:
 
 def _processor() -> str:
     """Return what `-march=native` depends on, so that a cache shared by several machines never serves the wrong one."""
-    try:
-        flags = next(
-            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features"))
-        )
-    except (OSError, StopIteration):
-        flags = platform.processor()
-    return f"{platform.machine()} {flags}"
+    return f"{platform.machine()} {processor_flags() or platform.processor()}"

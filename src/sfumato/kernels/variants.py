@@ -5,14 +5,16 @@ The build hook (`hatch_build.py`) runs this file on its own, so it imports only 
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["UNITS", "VARIANTS", "Variant", "build_variants", "fitting"]
+__all__ = ["COMPILE", "UNITS", "VARIANTS", "Variant", "build_variants", "compiler", "fitting", "processor_flags"]
 
 UNITS = ("attention.c", "normalize.c")
 # The flags of local builds, except those for the processor. OpenMP is the one that torch has already loaded.
@@ -53,23 +55,31 @@ VARIANTS = (
 )  # fmt: skip
 
 
+def compiler() -> str | None:
+    """Return the C compiler to use: `$CC`, or the first of cc, gcc and clang on the path; None if there is none."""
+    names = (os.environ.get("CC"), "cc", "gcc", "clang")
+    return next((found for name in names if name and (found := shutil.which(name))), None)
+
+
+def processor_flags() -> str:
+    """Return the line of `/proc/cpuinfo` that names the processor's features; "" if there is none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return ""
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
 def fitting(dtype: str) -> list[Variant]:
     """Return the variants that this machine can run, the fastest first. Empty on systems other than Linux."""
     if sys.platform != "linux":
         return []
-    found: set[str] = set()
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith(("flags", "Features")):
-                found = set(line.partition(":")[2].split())
-                break
-    except (OSError, ValueError):
-        pass
+    found = set(processor_flags().partition(":")[2].split())
     here = (one for one in VARIANTS if one.machine == platform.machine() and one.dtype == dtype)
     return [one for one in here if one.features <= found]
 
 
-def build_variants(compiler: str, sources: Path, folder: Path) -> list[Path]:
+def build_variants(cc: str, sources: Path, folder: Path) -> list[Path]:
     """Compile all variants for this machine's architecture into a folder and return their paths.
 
     Raises `subprocess.CalledProcessError` if the compiler fails. The libraries are not linked with OpenMP: torch
@@ -82,8 +92,8 @@ def build_variants(compiler: str, sources: Path, folder: Path) -> list[Path]:
         with tempfile.TemporaryDirectory() as scratch:
             objects = [str(Path(scratch, unit).with_suffix(".o")) for unit in UNITS]
             for unit, target in zip(UNITS, objects, strict=True):
-                command = [compiler, "-c", *COMPILE, *variant.flags, str(sources / unit), "-o", target]
+                command = [cc, "-c", *COMPILE, *variant.flags, str(sources / unit), "-o", target]
                 subprocess.run(command, check=True)
             made.append(folder / variant.file)
-            subprocess.run([compiler, *objects, *LINK, "-o", str(made[-1])], check=True)
+            subprocess.run([cc, *objects, *LINK, "-o", str(made[-1])], check=True)
     return made

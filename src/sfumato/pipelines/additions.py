@@ -10,6 +10,7 @@ from sfumato.adapters.adapter import read_adapter
 from sfumato.adapters.embeddings import check_fits, read_embeddings
 from sfumato.adapters.files import read_stored
 from sfumato.adapters.outfit import Worn
+from sfumato.checkpoints.builtin import builtin_name
 from sfumato.errors import UsageError
 from sfumato.request import AdapterFile, EmbeddingFile
 
@@ -59,7 +60,7 @@ def added(parts: Parts, request: GenerateRequest) -> Added:
         reports.append(f"{one.adapter.stored.where}: {one.adapter.report}")
         files.append(file.replace(sha256=one.adapter.stored.sha256))
         words += one.adapter.embeddings
-    embedded = [EmbeddingFile(file=str(one.path), token=one.token, sha256=one.sha256) for one in outfit.files]
+    embedded = [EmbeddingFile(file=builtin_name(one.path), token=one.token, sha256=one.sha256) for one in outfit.files]
     for one in request.embeddings:
         stored = _read(one.file, one.sha256)
         found = read_embeddings(stored, one.token)
@@ -93,7 +94,7 @@ def _told(worn: Worn) -> AdapterFile:
     partial = bool(worn.adapter.unknown) or sum(map(len, worn.adapter.changes.values())) < worn.adapter.total
     parts = dict(worn.parts) | dict.fromkeys(worn.without, 0.0)
     return AdapterFile(
-        file=str(worn.adapter.stored.path),
+        file=builtin_name(worn.adapter.stored.path),
         weight=worn.weight,
         parts=parts or None,
         partial=partial,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sfumato import schedulers
 from sfumato.checkpoints.weights import without_weights
-from sfumato.families import find
+from sfumato.families import EMBEDDED, find
 from sfumato.models import CLIPTextModelWithProjection
 from sfumato.pipelines.components import REQUIRED, network_class
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from sfumato.families import Family
 
 __all__ = ["with_stand_ins"]
-
-SIZES = {"target_size": 6, "aesthetic_score": 5}  # the number of embedded values, by the last of them
 
 
 def with_stand_ins(given: Mapping[str, Any], family: Family | None = None, *, sized: bool) -> dict[str, Any]:
@@ -40,7 +38,7 @@ def with_stand_ins(given: Mapping[str, Any], family: Family | None = None, *, si
     unet = family.unet | {"cross_attention_dim": width}
     pooled = [one.config.projection_dim for one in encoders if isinstance(one, CLIPTextModelWithProjection)]
     if family.sizes and pooled:
-        numbers = SIZES[family.sizes[-1]] * family.unet["addition_time_embed_dim"]
+        numbers = EMBEDDED[family.sizes[-1]] * family.unet["addition_time_embed_dim"]
         unet |= {"projection_class_embeddings_input_dim": numbers + pooled[0]}
     configs = {"unet": unet, "vae": family.vae}
     made: dict[str, Any] = {}

@@ -13,7 +13,7 @@ from sfumato import schedulers
 from sfumato.adapters.outfit import Outfit
 from sfumato.checkpoints.family import known_family, settings_of
 from sfumato.errors import UsageError
-from sfumato.families import find
+from sfumato.families import EMBEDDED, find
 from sfumato.image_processor import DPTImageProcessor
 from sfumato.models.t2i_adapter import T2IAdapter
 from sfumato.models.text_encoder import CLIPTextModelWithProjection
@@ -145,7 +145,7 @@ class Parts:
         if not family.sizes or pooled is None:
             return family
         numbers = ((config.projection_class_embeddings_input_dim or 0) - pooled) / (config.addition_time_embed_dim or 1)
-        for last, wanted in (("target_size", 6), ("aesthetic_score", 5)):
+        for last, wanted in EMBEDDED.items():
             if numbers == wanted:
                 return replace(family, sizes=(*family.sizes[:-1], last))
         raise UsageError(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sfumato.pipelines.parts import Parts
     from sfumato.schedulers.base import Scheduler
 
-__all__ = ["Line", "Reused", "methods", "shallow"]
+__all__ = ["Line", "Reused", "hastened", "methods", "shallow"]
 
 # What a request may say besides, as it was measured: everything else that differs from its default is drawn exactly.
 FREE = {
@@ -104,6 +104,16 @@ class Reused:
             others = () if known is None or len(known) == rows else (known[:-rows].to(x.dtype),)
             self.deep.keep(step, torch.cat([*others, deep.features]) if others else deep.features)
         return output
+
+
+def hastened(request: GenerateRequest, parts: Parts, scheduler: Scheduler) -> tuple[GenerateRequest, list[str]]:
+    """Return the request with the methods that keep its promise, or without one and a note why it is drawn exactly."""
+    if request.fast is None:
+        return request, []
+    try:
+        return request.replace(fast=methods(request, parts, scheduler)), []
+    except UsageError as error:
+        return request.replace(fast=None), [f"drawn exactly: {error}"]
 
 
 def methods(request: GenerateRequest, parts: Parts, scheduler: Scheduler) -> Fast:

@@ -23,7 +23,7 @@ from sfumato.pipelines.finite import FiniteWatch
 from sfumato.pipelines.guidance import Guidance
 from sfumato.pipelines.image_prompts import see, seen_by
 from sfumato.pipelines.repair import saved_randomness
-from sfumato.pipelines.reused import methods
+from sfumato.pipelines.reused import hastened
 from sfumato.pipelines.stages import Given
 from sfumato.pipelines.steering import Steering
 from sfumato.pipelines.tasks import task_for
@@ -117,7 +117,8 @@ class Run:
         self.micro_batch = self.micro_batch or (None if self.plan is None else self.plan.micro_batch)
         self._set_timesteps(task)
         self._note_schedule()
-        self._hasten()
+        self.added.request, notes = hastened(self.added.request, self.parts, self.scheduler)
+        self._note(notes)
         text = stages.tell_sizes(self.parts, self.request, task.size, self._encode_prompt(guided=task.guided))
         with torch.no_grad():
             self.beginning = beginning = task.begin(
@@ -142,16 +143,6 @@ class Run:
         for report in self.added.reports:
             self.notes.append(report)
             log.info("%s", report)
-
-    def _hasten(self) -> None:
-        """Choose what keeps the promise of the request (`fast`), for its recipe too; or say why it is drawn exactly."""
-        if self.request.fast is not None:
-            fast = None
-            try:
-                fast = methods(self.added.request, self.parts, self.scheduler)
-            except UsageError as error:
-                self._note([f"drawn exactly: {error}"])
-            self.added.request = self.added.request.replace(fast=fast)
 
     def _read_image(self) -> None:
         """For a family without prompts, use the image encoder's embedding instead of the prompt's."""

@@ -79,7 +79,8 @@ def _conv(call: Call) -> Bound:
             return plain(x, weight, bias)
         return convolve(x.contiguous(memory_format=torch.channels_last), weight, bias, pads, strides)
 
-    return bound._replace(run=run, ready={1: lambda weight: packed_filter(weight, pads, strides)})
+    size = call.type().shape
+    return bound._replace(run=run, ready={1: lambda weight: packed_filter(weight, pads, strides, size)})
 
 
 def _plain_conv(

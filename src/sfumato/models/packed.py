@@ -66,10 +66,9 @@ def pack(model: nn.Module, kernels: Kernels | None) -> None:
         if faster is None:
             continue
         setattr(parent, name, faster)
-        if isinstance(faster, PackedLinear | PackedPointwise):
-            size = layer.weight.nbytes
-            del layer
-            release(size)
+        size = faster.packed.nbytes if isinstance(faster, PackedLinear | PackedPointwise) else 0
+        del layer
+        release(size)
 
 
 class _Release:

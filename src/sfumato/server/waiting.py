@@ -52,7 +52,7 @@ class Waiting:
             pass
 
     async def follow(self, id: str) -> AsyncIterator[Event]:
-        """Yield a job's events up to and including its end or the server's. A job that has ended yields only its end."""
+        """Yield a job's events up to its end, or the server's. A job that has ended yields only its end."""
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
         def heard(event: Event) -> None:
@@ -99,7 +99,7 @@ def failed(job: Job) -> ApiError:
     """Return the error for clients that waited for a job that did not succeed."""
     if not job.ended:
         return ApiError(
-            503, "the server is stopping; the job continues when it starts again", code="stopping", after=10
+            503, "the server is stopping; the job continues at its next start", code="stopping", after=10
         )
     if job.error is None:
         return ApiError(409, "the job was cancelled", code="cancelled")

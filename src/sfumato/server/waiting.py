@@ -98,9 +98,7 @@ async def _gone(http: Request) -> None:
 def failed(job: Job) -> ApiError:
     """Return the error for clients that waited for a job that did not succeed."""
     if not job.ended:
-        return ApiError(
-            503, "the server is stopping; the job continues at its next start", code="stopping", after=10
-        )
+        return ApiError(503, "the server is stopping; the job continues at its next start", code="stopping", after=10)
     if job.error is None:
         return ApiError(409, "the job was cancelled", code="cancelled")
     return ApiError(STATUS.get(job.error["kind"], 500), job.error["message"], code=job.error["kind"])

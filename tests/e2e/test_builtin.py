@@ -69,7 +69,7 @@ def test_a_promise_is_kept_with_less_work_and_its_recipe_repeats_it(pipe, drawn)
         alone = pipe.generate(told).images[0]
     finally:
         handle.remove()
-    assert len(whole) <= 0.5 * told.chosen_steps
+    assert len(whole) <= 0.55 * told.chosen_steps
     assert np.abs(pixels(alone) - pixels(fast.images[1])).max() <= 2  # sums of a batch have another order
     assert pipe.generate(told).images[0].tobytes() == alone.tobytes()
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sfumato import UNet2DConditionModel
+import sfumato
+from sfumato import GenerateRequest, UNet2DConditionModel
 from sfumato.models.moments import Moments
 from sfumato.pipelines.conditioning import Conditioning
 from sfumato.pipelines.guidance import Guidance
@@ -60,7 +62,8 @@ def guidance_of(config=UNET, pictures: int = 2, **how) -> Guidance:
     told = (randn(1, pictures, 5, width), randn(2, pictures, 5, width))
     more = {}
     if config is XL:
-        more = {"pooled": (randn(3, pictures, 40), randn(4, pictures, 40)), "sizes": (torch.full((pictures, 6), 8.0),) * 2}
+        more["pooled"] = (randn(3, pictures, 40), randn(4, pictures, 40))
+        more["sizes"] = (torch.full((pictures, 6), 8.0),) * 2
     return Guidance(unet=unet, conditioning=Conditioning(told, **more), times=TIMES, **{"scale": 5.0, **how})
 
 
@@ -168,10 +171,52 @@ def test_time_embeddings_of_a_schedule_are_one_product_per_layer(config):
 
 
 def test_a_long_schedule_is_embedded_in_parts_and_other_timesteps_alone():
-    unet, times, moments = randomize(UNet2DConditionModel(**UNET)), tuple(float(t) for t in range(300, 0, -1)), Moments()
-    x = randn(0, 1, 4, 8, 8)
+    times, moments = tuple(float(t) for t in range(300, 0, -1)), Moments()
+    unet, x = randomize(UNet2DConditionModel(**UNET)), randn(0, 1, 4, 8, 8)
     with torch.no_grad():
         for t, rows in ((300.0, 128), (173.0, 128), (172.0, 128), (1.0, 1), (0.5, 1)):
             moment = moments.at(unet, x, t, times, {}, None)
             assert torch.allclose(moment.activated, unet.moment(x, t).activated, rtol=1e-5, atol=1e-6)
             assert len(moments._known) == rows
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """A run whose device is said to record."""
+    graphs = FakeGraphs()
+    monkeypatch.setattr("sfumato.pipelines.run.capture_for", lambda device: graphs.capture)
+    return graphs
+
+
+@pytest.mark.parametrize("shape", ["sd15", "sdxl"])
+@pytest.mark.parametrize("name", ["dpmpp_2m", "euler_a", "unipc", "heun"])
+def test_a_run_draws_the_same_images_from_a_recording(checkpoints, graphs, monkeypatch, shape, name):
+    pipe = sfumato.load(checkpoints(shape), device="cpu", dtype=torch.float32, engine="torch")
+    request = GenerateRequest(prompt="a photo", steps=6, scheduler=name, seed=3, count=2, width=16, height=16)
+    recorded = pipe.generate(request)
+    assert graphs.recorded == 1
+    assert graphs.replayed >= 5
+    monkeypatch.setattr("sfumato.pipelines.run.capture_for", lambda device: None)
+    plain = pipe.generate(request)
+    assert [one.tobytes() for one in recorded.images] == [one.tobytes() for one in plain.images]
+
+
+def test_a_callback_that_changes_latents_and_scale_is_obeyed(checkpoints, graphs, monkeypatch):
+    pipe = sfumato.StableDiffusionPipeline.from_pretrained(checkpoints())
+    pipe.place.wishes = replace(pipe.place.wishes, engine="torch")
+    pipe.set_progress_bar_config(disable=True)
+    how = {"num_inference_steps": 9, "width": 16, "height": 16, "output_type": "latent"}
+
+    def latents():
+        generator = torch.Generator().manual_seed(0)
+        return pipe("a photo", generator=generator, callback_on_step_end=obeyed, **how).images
+
+    def obeyed(pipe, index, t, tensors):
+        if index == 3:
+            pipe._guidance_scale = 3.0
+        return {"latents": tensors["latents"] * 0.99}
+
+    recorded = latents()
+    assert graphs.recorded == 2
+    monkeypatch.setattr("sfumato.pipelines.run.capture_for", lambda device: None)
+    assert torch.equal(recorded, latents())

@@ -66,7 +66,7 @@ class GpuKernels:
         return out
 
     def biased_sum(self, x: Tensor, y: Tensor, bias: Tensor) -> Tensor:
-        """x + y + bias, (B, C, H, W) twice and (C,)."""
+        """X + y + bias, (B, C, H, W) twice and (C,)."""
         out = torch.empty_like(x)
         with torch.cuda.device_of(x):
             grid = (-(-out.numel() // BLOCK),)
@@ -75,7 +75,7 @@ class GpuKernels:
 
 
 def gpu_kernels(x: Tensor) -> GpuKernels | None:
-    """Return the kernels for a tensor, None where torch computes: elsewhere, in float32, for training, in a compiler."""
+    """Return the kernels for a tensor; None elsewhere, in float32, while training, and while compiling."""
     if not x.is_cuda or x.dtype not in (torch.float16, torch.bfloat16):
         return None
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):

@@ -1,6 +1,6 @@
 """Triton kernels for half-precision images whose channels are contiguous; `gpu.py` calls them."""
 
-# ruff: noqa: ANN001, ANN201, N803 (arguments are pointers and numbers of Triton's own types; constants are its style)
+
 # pyright: basic, reportMissingImports=false
 
 import triton
@@ -51,7 +51,7 @@ def group_norm(
 
 @triton.jit
 def geglu(x, out, numbers, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """x (N, 2 WIDTH) -> (N, WIDTH): the first half times the GELU of the second."""
+    """X (N, 2 WIDTH) -> (N, WIDTH): the first half times the GELU of the second."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < numbers
     source = x + place + (place // WIDTH) * WIDTH
@@ -63,7 +63,7 @@ def geglu(x, out, numbers, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def biased_sum(x, y, bias, out, numbers, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
-    """x + y + bias, where the channels (CHANNELS) are contiguous."""
+    """X + y + bias, where the channels (CHANNELS) are contiguous."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = place < numbers
     total = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)

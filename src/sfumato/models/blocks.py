@@ -7,7 +7,7 @@ optimizer states, which go by position, match.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -123,7 +123,8 @@ class Moment:
     def load(self, other: Moment) -> None:
         """Take the values of another moment, in place."""
         mine = [self.activated, *self._projections.values()]
-        torch._foreach_copy_(mine, [other.activated, *(other.through(layer) for layer in self._projections)])
+        theirs = [other.activated, *(other.through(layer) for layer in self._projections)]
+        torch._foreach_copy_(mine, theirs)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class GroupNorm(nn.GroupNorm):
@@ -188,12 +189,14 @@ class ResnetBlock2D(Recomputed):
 
     def _fused(self, kernels: GpuKernels, x: Tensor, steered: Tensor) -> Tensor:
         """The same, with the biases of the convolutions in the sums that follow them: torch would add them alone."""
-        h = self.norm2(_unbiased(self.conv1, self.norm1(x, self.act)), self.act, steered + self.conv1.bias)
+        first: Any = self.conv1.bias
+        last: Any = self.conv2.bias
+        h = self.norm2(_unbiased(self.conv1, self.norm1(x, self.act)), self.act, steered + first)
         h = _unbiased(self.conv2, self.dropout(h))
         x = x if self.conv_shortcut is None else self.conv_shortcut(x)
         if kernels.takes(x) and kernels.takes(h):
-            return kernels.biased_sum(x, h, self.conv2.bias)
-        return x + (h + self.conv2.bias[:, None, None])
+            return kernels.biased_sum(x, h, last)
+        return x + (h + last[:, None, None])
 
 
 def _unbiased(conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Guidance whose steps, while nothing but the latents and the timestep changes, are one recorded graph of the device."""
+"""Guidance as a graph of the device, recorded once and replayed while only the latents and the timestep change."""
 
 from __future__ import annotations
 

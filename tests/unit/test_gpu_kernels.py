@@ -22,8 +22,8 @@ from sfumato.kernels import gpu, gpu_code
 kernels, last = gpu.GpuKernels(gpu_code), torch.channels_last
 def image(*shape): return (torch.randn(shape) * 2 + 3).half().contiguous(memory_format=last)
 def check(y, z): assert (y.float() - z).norm() < 1e-3 * z.norm(), (y.float() - z).norm() / z.norm()
-torch.manual_seed(0)
-for b, c, side, groups, silu, adds in [(2, 320, 8, 32, True, 2), (1, 64, 5, 32, False, 0), (2, 1280, 4, 32, True, 1), (1, 80, 48, 8, True, 1)]:
+torch.manual_seed(0); torch.set_grad_enabled(False)
+for b, c, side, groups, silu, adds in [(2, 320, 8, 32, True, 2), (1, 64, 5, 32, False, 0), (2, 1280, 4, 32, True, 1), (1, 80, 60, 8, True, 1), (2, 320, 64, 32, True, 2), (1, 96, 72, 3, False, 0)]:
     x, weight, bias = image(b, c, side, side), torch.randn(c).half(), torch.randn(c).half()
     added = torch.randn(adds, c).half() if adds else None
     y = kernels.group_norm(x, groups, weight, bias, 1e-5, added, silu=silu)
@@ -33,6 +33,15 @@ for b, c, side, groups, silu, adds in [(2, 320, 8, 32, True, 2), (1, 64, 5, 32, 
 x = torch.randn(3, 7, 80).half()
 value, gate = x.float().chunk(2, -1)
 check(kernels.geglu(x), value * F.gelu(gate))
+norm = torch.nn.LayerNorm(80).half()
+x, y = torch.randn(3, 7, 80).half() + 2, torch.randn(3, 7, 80).half()
+torch.nn.init.normal_(norm.weight); torch.nn.init.normal_(norm.bias)
+total, out = kernels.add_norm(x, y, norm)
+check(total, x.float() + y.float()); check(out, norm.float()(x.float() + y.float()))
+total, out = kernels.add_norm(x, None, norm.half())
+assert total is x; check(out, norm.float()(x.float()))
+for ours, plain in gpu._samples(kernels, torch.device("cpu")):
+    assert (ours.float() - plain).abs().max() < gpu.MOST_ERROR
 x, y, bias = image(2, 40, 6, 6), image(2, 40, 6, 6), torch.randn(40).half()
 check(kernels.biased_sum(x, y, bias), x.float() + y.float() + bias.float()[:, None, None])
 """
@@ -51,6 +60,11 @@ class PlainKernels:
         self.calls.append("group_norm")
         x = F.group_norm(x if added is None else x + added[:, :, None, None], groups, weight, bias, eps)
         return (F.silu(x) if silu else x).contiguous(memory_format=torch.channels_last)
+
+    def add_norm(self, x, y, norm):
+        self.calls.append("add_norm")
+        x = x if y is None else x + y
+        return x, norm(x)
 
     def geglu(self, x):
         self.calls.append("geglu")
@@ -87,9 +101,10 @@ def test_layers_that_call_kernels_compute_what_they_do_without(config, monkeypat
             monkeypatch.setattr(f"sfumato.models.{module}.gpu_kernels", lambda _: kernels)
         fused = unet(x, 500.0, states, added_cond_kwargs=added).sample
     assert torch.allclose(fused, plain, rtol=1e-9, atol=1e-9)
-    assert {name: kernels.calls.count(name) for name in ("group_norm", "geglu", "biased_sum")} == {
+    assert {name: kernels.calls.count(name) for name in ("group_norm", "geglu", "biased_sum", "add_norm")} == {
         "group_norm": sum(type(one).__name__ == "GroupNorm" for one in unet.modules()),
         "geglu": sum(type(one).__name__ == "GEGLU" for one in unet.modules()),
+        "add_norm": 3 * sum(type(one).__name__ == "BasicTransformerBlock" for one in unet.modules()),
         "biased_sum": sum(type(one).__name__ == "ResnetBlock2D" for one in unet.modules()),
     }
 

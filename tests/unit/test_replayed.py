@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sfumato
 from sfumato import GenerateRequest, UNet2DConditionModel
-from sfumato.models.moments import Moments
 from sfumato.pipelines.conditioning import Conditioning
 from sfumato.pipelines.guidance import Guidance
+from sfumato.pipelines.moments import Moments
 from sfumato.pipelines.replayed import Replayed
 from support.checkpoints import UNET, XL, randomize
 

@@ -189,18 +189,19 @@ class ResnetBlock2D(Recomputed):
 
     def _fused(self, kernels: GpuKernels, x: Tensor, steered: Tensor) -> Tensor:
         """The same, with the biases of the convolutions in the sums that follow them: torch would add them alone."""
-        first: Any = self.conv1.bias
-        last: Any = self.conv2.bias
-        h = self.norm2(_unbiased(self.conv1, self.norm1(x, self.act)), self.act, steered + first)
-        h = _unbiased(self.conv2, self.dropout(h))
-        x = x if self.conv_shortcut is None else self.conv_shortcut(x)
+        h, bias = _unbiased(self.conv1, self.norm1(x, self.act))
+        h, bias = _unbiased(self.conv2, self.dropout(self.norm2(h, self.act, steered + bias)))
+        if self.conv_shortcut is not None:
+            x, more = _unbiased(self.conv_shortcut, x)
+            bias = bias + more
         if kernels.takes(x) and kernels.takes(h):
-            return kernels.biased_sum(x, h, last)
-        return x + (h + last[:, None, None])
+            return kernels.biased_sum(x, h, bias)
+        return x + (h + bias[:, None, None])
 
 
-def _unbiased(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    return conv._conv_forward(x, conv.weight, None)
+def _unbiased(conv: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the convolution without its bias, and the bias (C,)."""
+    return conv._conv_forward(x, conv.weight, None), conv.bias
 
 
 class Downsample2D(nn.Module):

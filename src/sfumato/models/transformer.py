@@ -83,6 +83,12 @@ class BasicTransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Map x (B or a divisor of B, L, C) and a context of B prompts to (B, L, C)."""
+        kernels = gpu_kernels(x)
+        if kernels is not None and not self.only_cross_attention:
+            y = self.attn1(kernels.add_norm(x, None, self.norm1)[1], None, context.mask)
+            x, y = kernels.add_norm(context.widen(x), context.widen(y), self.norm2)
+            x, y = kernels.add_norm(x, self.attn2(y, context, context.states_mask), self.norm3)
+            return x + self.ff(y)
         if self.only_cross_attention:
             x = context.widen(x)
             x = x + self.attn1(self.norm1(x), context, context.mask)

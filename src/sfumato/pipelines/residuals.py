@@ -12,7 +12,7 @@ from sfumato.errors import UsageError
 from sfumato.models.attention import Context
 from sfumato.models.controlnet import ControlNetModel, layer_scales
 from sfumato.models.controlnet_union import ControlNetUnionModel
-from sfumato.models.moments import Moments
+from sfumato.pipelines.moments import Moments
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

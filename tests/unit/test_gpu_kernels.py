@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from sfumato import UNet2DConditionModel
-from sfumato.kernels.gpu import gpu_kernels
+from sfumato.kernels.gpu import gpu_kernels, is_plain
 from support.checkpoints import UNET, XL, randomize
 
 # In a process of its own: the interpreter is chosen before Triton is imported.
@@ -33,13 +33,6 @@ for b, c, side, groups, silu, adds in [(2, 320, 8, 32, True, 2), (1, 64, 5, 32, 
 x = torch.randn(3, 7, 80).half()
 value, gate = x.float().chunk(2, -1)
 check(kernels.geglu(x), value * F.gelu(gate))
-norm = torch.nn.LayerNorm(80).half()
-x, y = torch.randn(3, 7, 80).half() + 2, torch.randn(3, 7, 80).half()
-torch.nn.init.normal_(norm.weight); torch.nn.init.normal_(norm.bias)
-total, out = kernels.add_norm(x, y, norm)
-check(total, x.float() + y.float()); check(out, norm.float()(x.float() + y.float()))
-total, out = kernels.add_norm(x, None, norm.half())
-assert total is x; check(out, norm.float()(x.float()))
 for ours, plain in gpu._samples(kernels, torch.device("cpu")):
     assert (ours.float() - plain).abs().max() < gpu.MOST_ERROR
 x, y, bias = image(2, 40, 6, 6), image(2, 40, 6, 6), torch.randn(40).half()
@@ -60,11 +53,6 @@ class PlainKernels:
         self.calls.append("group_norm")
         x = F.group_norm(x if added is None else x + added[:, :, None, None], groups, weight, bias, eps)
         return (F.silu(x) if silu else x).contiguous(memory_format=torch.channels_last)
-
-    def add_norm(self, x, y, norm):
-        self.calls.append("add_norm")
-        x = x if y is None else x + y
-        return x, norm(x)
 
     def geglu(self, x):
         self.calls.append("geglu")
@@ -98,15 +86,25 @@ def test_layers_that_call_kernels_compute_what_they_do_without(config, monkeypat
     with torch.no_grad():
         plain = unet(x, 500.0, states, added_cond_kwargs=added).sample
         for module in ("blocks", "transformer"):
-            monkeypatch.setattr(f"sfumato.models.{module}.gpu_kernels", lambda _: kernels)
+            monkeypatch.setattr(f"sfumato.models.{module}.gpu_kernels", lambda *_: kernels)
         fused = unet(x, 500.0, states, added_cond_kwargs=added).sample
     assert torch.allclose(fused, plain, rtol=1e-9, atol=1e-9)
-    assert {name: kernels.calls.count(name) for name in ("group_norm", "geglu", "biased_sum", "add_norm")} == {
+    assert {name: kernels.calls.count(name) for name in ("group_norm", "geglu", "biased_sum")} == {
         "group_norm": sum(type(one).__name__ == "GroupNorm" for one in unet.modules()),
         "geglu": sum(type(one).__name__ == "GEGLU" for one in unet.modules()),
-        "add_norm": 3 * sum(type(one).__name__ == "BasicTransformerBlock" for one in unet.modules()),
         "biased_sum": sum(type(one).__name__ == "ResnetBlock2D" for one in unet.modules()),
     }
+
+
+def test_layers_with_hooks_and_those_of_others_are_called_themselves():
+    class Adapted(torch.nn.Linear):
+        pass
+
+    hooked = torch.nn.Conv2d(2, 2, 1)
+    assert is_plain(hooked)
+    hooked.register_forward_hook(lambda *_: None)
+    assert not is_plain(hooked)
+    assert not is_plain(Adapted(2, 2))
 
 
 def test_on_a_cpu_there_are_none():

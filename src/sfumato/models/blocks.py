@@ -173,7 +173,7 @@ class ResnetBlock2D(Recomputed):
 
     def forward(self, x: Tensor, time: Moment | None = None) -> Tensor:
         """Map x (B, C, H, W) and the time embedding to (B, C', H, W)."""
-        kernels = gpu_kernels(x)
+        kernels = gpu_kernels(x, self.conv1, self.conv2, self.conv_shortcut)
         steered = None if time is None else time.through(self.time_emb_proj)
         if kernels is not None and steered is not None and not self.scale_shift and self.output_scale == 1.0:
             return self._fused(kernels, x, steered)

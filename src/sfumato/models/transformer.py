@@ -83,12 +83,6 @@ class BasicTransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Map x (B or a divisor of B, L, C) and a context of B prompts to (B, L, C)."""
-        kernels = gpu_kernels(x)
-        if kernels is not None and not self.only_cross_attention:
-            y = self.attn1(kernels.add_norm(x, None, self.norm1)[1], None, context.mask)
-            x, y = kernels.add_norm(context.widen(x), context.widen(y), self.norm2)
-            x, y = kernels.add_norm(x, self.attn2(y, context, context.states_mask), self.norm3)
-            return x + self.ff(y)
         if self.only_cross_attention:
             x = context.widen(x)
             x = x + self.attn1(self.norm1(x), context, context.mask)
@@ -134,7 +128,7 @@ class Transformer2DModel(Recomputed):
         layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
         h = self.norm(x)
         # A 1 × 1 convolution of contiguous channels is a product of tokens, which adds its bias by itself.
-        linear = self.use_linear_projection or gpu_kernels(x) is not None
+        linear = self.use_linear_projection or gpu_kernels(x, self.proj_in, self.proj_out) is not None
         if not linear:
             h = self.proj_in(h)
         # A copy: Metal has multiplied transposed views wrongly in float32 (pytorch#193487).

@@ -7,6 +7,7 @@ A copy of the U-Net's first half reads the edges and adds to what the second hal
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +34,8 @@ HINT = (16, 32, 64, 96)  # channels from the edges' full size to the latents'
 
 def edges_of(x: Tensor) -> Tensor:
     """(B, 1, H, W) bool: the edges that Sfumato's `canny` finds in pictures in -1..1."""
-    lines = [np.asarray(prepare("canny", Image.fromarray(picture)))[..., 0] for picture in to_pixels(x)]
+    with ThreadPoolExecutor() as pool:
+        lines = list(pool.map(lambda one: np.asarray(prepare("canny", Image.fromarray(one)))[..., 0], to_pixels(x)))
     return torch.from_numpy(np.stack(lines) > 0)[:, None].to(x.device)
 
 

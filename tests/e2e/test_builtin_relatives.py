@@ -190,7 +190,7 @@ def test_a_pipeline_that_has_loaded_it_says_so_too(pipe, asked):
 def test_a_wrong_name_is_refused_with_those_there_are():
     with pytest.raises(CheckpointError, match=r"no built-in/tiny-vea \(did you mean 'built-in/tiny-vae'"):
         AutoencoderTiny.from_pretrained("built-in/tiny-vea")
-    with pytest.raises(CheckpointError, match=r"there are .*built-in/evening, built-in/tiny-vae"):
+    with pytest.raises(CheckpointError, match=r"there are built-in/edges, built-in/evening, .*built-in/tiny-vae"):
         AutoencoderTiny.from_pretrained("built-in/nothing")
 
 

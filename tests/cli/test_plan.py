@@ -185,6 +185,4 @@ def test_time_is_within_a_factor_of_two_for_the_small_model(installed, tmp_path)
     facts.to_json(tmp_path / "idle.json")
     words = ("plan", "a red apple, 3d", "--facts", "idle.json", "--json")
     told = installed(*words, cwd=tmp_path).succeeded().json["plan"]["seconds"]
-    # Convolutions as small as this model's reach 24 of the 60 GFLOP/s that a core with AVX2 alone is taken to have.
-    most = 2 if "avx512" in facts.instructions or facts.architecture != "x86_64" else 3
-    assert took / most < told < 2 * took
+    assert took / 2 < told < 2 * took

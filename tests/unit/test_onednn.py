@@ -45,6 +45,29 @@ OTHERS = {
 
 
 @available
+def test_filters_are_packed_for_the_shape_of_their_input(monkeypatch):
+    packed = []
+
+    def packing(weight, padding, stride, size, pack=onednn.packed_filter):
+        packed.append(tuple(size))
+        return pack(weight, padding, stride, size)
+
+    monkeypatch.setattr(onednn, "packed_filter", packing)
+    own = torch.Generator().manual_seed(1)
+    weight, bias = torch.randn(48, 32, 3, 3, generator=own), torch.randn(48, generator=own)
+    replaced: list[int] = []
+    filters = onednn.Filter(weight, (1, 1), (1, 1), replaced.append)
+    assert filters.to_dense() is weight  # nothing is packed before the first input
+    shapes = [(2, 32, 8, 8), (2, 32, 8, 8), (1, 32, 8, 8), (2, 32, 16, 24), (2, 32, 8, 8)]
+    for shape in shapes:
+        x = torch.randn(shape, generator=own).contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(filters(x, bias), F.conv2d(x, weight, bias, padding=1), rtol=1e-4, atol=1e-4)
+        assert torch.equal(filters.to_dense(), weight)
+    assert packed == [shapes[0], *shapes[2:]]
+    assert replaced == [weight.nbytes]
+
+
+@available
 def test_they_are_right_here():
     before = torch.get_rng_state()
     assert onednn.packable(torch.float32)

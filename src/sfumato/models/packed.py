@@ -18,9 +18,11 @@ from sfumato.models.attention import sdpa
 from sfumato.models.blocks import GroupNorm, Upsample2D
 from sfumato.models.transformer import GEGLU, FeedForward
 from sfumato.runtime.device import release_memory
-from sfumato.runtime.onednn import convolve, multiply, multiply_pixels, packable, packed_filter, packed_matrix
+from sfumato.runtime.onednn import Filter, multiply, multiply_pixels, packable, packed_matrix
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from sfumato.models.attention import AttentionFunction
 
 __all__ = [
@@ -31,15 +33,10 @@ __all__ = [
     "PackedLinear",
     "PackedPointwise",
     "PackedUpsample2D",
-    "convolve",
     "is_packed",
     "kernel_attention",
-    "multiply",
-    "multiply_pixels",
     "pack",
     "packable",
-    "packed_filter",
-    "packed_matrix",
     "plain",
     "unpack",
 ]
@@ -54,35 +51,50 @@ FEW_QUERIES = 16
 
 
 def pack(model: nn.Module, kernels: Kernels | None) -> None:
-    """Replace layers by faster ones; without kernels, only convolutions and linear layers."""
-    item, replaced = next(model.parameters()).dtype.itemsize, 0
+    """Replace layers by faster ones; without kernels, only convolutions and linear layers.
+
+    Linear layers are packed at once, convolutions for the size of their first input.
+    """
+    item, release = next(model.parameters()).dtype.itemsize, _Release()
     for parent, name in _places(model):
         layer = getattr(parent, name)
         if type(layer) is FeedForward:
             down: Any = layer.net[2]
             weights = 3 * down.in_features * down.out_features * item
             layer.stretch = max(256, max(STRETCH_BYTES, weights) // (2 * down.in_features * item))
-        faster = None if isinstance(parent, Upsample2D) else _faster(layer, kernels)
+        faster = None if isinstance(parent, Upsample2D) else _faster(layer, kernels, release)
         if faster is None:
             continue
-        replaced += sum(weight.nbytes for weight in layer.parameters())
         setattr(parent, name, faster)
+        size = faster.packed.nbytes if isinstance(faster, PackedLinear | PackedPointwise) else 0
         del layer
-        if replaced > RELEASED_BYTES:
-            # Freed memory of the old layers lies between that of the new ones; unreleased, it would add up to the whole
-            # model.
+        release(size)
+
+
+class _Release:
+    """Releases memory each time so many bytes of weights have been replaced.
+
+    The memory of the old weights lies between that of the new ones; unreleased, it would add up to the whole model.
+    """
+
+    def __init__(self) -> None:
+        self.replaced = 0
+
+    def __call__(self, size: int) -> None:
+        self.replaced += size
+        if self.replaced > RELEASED_BYTES:
             release_memory(torch.device("cpu"))
-            replaced = 0
+            self.replaced = 0
 
 
-def _faster(layer: nn.Module, kernels: Kernels | None) -> nn.Module | None:
+def _faster(layer: nn.Module, kernels: Kernels | None, release: _Release) -> nn.Module | None:
     """Return a faster replacement for a layer, or None."""
     if type(layer) is nn.Linear:
         return PackedLinear(layer)
     if type(layer) is nn.Conv2d and layer.groups == 1:
-        return PackedPointwise(layer) if layer.kernel_size == (1, 1) else PackedConv2d(layer)
+        return PackedPointwise(layer) if layer.kernel_size == (1, 1) else PackedConv2d(layer, release)
     if type(layer) is Upsample2D:
-        return PackedUpsample2D(layer)
+        return PackedUpsample2D(layer, release)
     if kernels is not None and type(layer) is GroupNorm and layer.num_channels % LANES == 0:
         return PackedGroupNorm(layer, kernels)
     if kernels is not None and type(layer) is GEGLU and layer.proj.out_features % (2 * LANES) == 0:
@@ -176,17 +188,16 @@ class PackedLinear(Packed):
 class PackedConv2d(Packed):
     """`nn.Conv2d` with oneDNN, channels last."""
 
-    def __init__(self, layer: nn.Conv2d) -> None:
+    def __init__(self, layer: nn.Conv2d, on_packed: Callable[[int], object] = lambda size: None) -> None:
         super().__init__(layer)
         self.channels = (layer.in_channels, layer.out_channels)
         self.kernel_size, self.padding, self.stride = layer.kernel_size, layer.padding, layer.stride
         self.bias, self.trainable = layer.bias, layer.weight.requires_grad
-        self.packed = packed_filter(layer.weight.detach(), layer.padding, layer.stride)
+        self.packed = Filter(layer.weight.detach(), layer.padding, layer.stride, on_packed)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
-        x = x.contiguous(memory_format=torch.channels_last)
-        return convolve(x, self.packed, self.bias, self.padding, self.stride)
+        return self.packed(x.contiguous(memory_format=torch.channels_last), self.bias)
 
     def unpacked(self) -> nn.Conv2d:
         """Return the original layer."""
@@ -222,12 +233,12 @@ class PackedUpsample2D(Packed):
     Sizes that are not exactly double are computed as usual.
     """
 
-    def __init__(self, layer: Upsample2D) -> None:
+    def __init__(self, layer: Upsample2D, on_packed: Callable[[int], object] = lambda size: None) -> None:
         super().__init__(layer)
-        self.plain = PackedConv2d(layer.conv)
+        self.plain = PackedConv2d(layer.conv, on_packed)
         weight = layer.conv.weight.detach().float()
         self.phases = [
-            packed_filter(_merged(weight, top, left).to(layer.conv.weight.dtype), (1, 1), (1, 1))
+            Filter(_merged(weight, top, left).to(layer.conv.weight.dtype), (1, 1), (1, 1), on_packed)
             for top in (0, 1)
             for left in (0, 1)
         ]
@@ -243,7 +254,7 @@ class PackedUpsample2D(Packed):
         for index, phase in enumerate(self.phases):
             top, left = divmod(index, 2)
             # Padding is the same on all sides, so each phase drops the row and column that belong to another.
-            part = convolve(x, phase, self.plain.bias, (1, 1), (1, 1))
+            part = phase(x, self.plain.bias)
             out[:, :, top::2, left::2] = part[:, :, top : top + height, left : left + width]
         return out
 

@@ -71,15 +71,19 @@ def _conv(call: Call) -> Bound:
     bound = call.bind(_pointwise if pointwise else plain, *names)
     if not packable(torch.float32):
         return bound
+    size = [side for side in call.type().shape if side is not None]
     if pointwise:
         return bound._replace(ready={1: lambda weight: packed_matrix(weight.flatten(1))})
+
+    if len(size) != 4:
+        return bound  # the order of the weights depends on a size that may vary
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if not weight.is_mkldnn:
             return plain(x, weight, bias)
         return convolve(x.contiguous(memory_format=torch.channels_last), weight, bias, pads, strides)
 
-    return bound._replace(run=run, ready={1: lambda weight: packed_filter(weight, pads, strides)})
+    return bound._replace(run=run, ready={1: lambda weight: packed_filter(weight, pads, strides, size)})
 
 
 def _plain_conv(

@@ -73,13 +73,20 @@ def test_the_sketch_draws_in_pencil_on_paper(pipe, asked, plain):
     assert told["file"] == "built-in/sketch"
 
 
-@pytest.mark.parametrize(("steps", "near"), [(4, 14), (2, 13), (1, 12)])
-def test_few_steps_come_near_the_whole_model(pipe, asked, plain, steps, near):
+def detail(image) -> float:
+    """The mean step between neighboring pixels."""
+    pixels = np.array(image, dtype=float)
+    return sum(float(np.abs(np.diff(pixels, axis=axis)).mean()) for axis in (0, 1))
+
+
+@pytest.mark.parametrize("steps", [4, 2, 1])
+def test_few_steps_come_near_the_whole_model(pipe, asked, plain, steps):
     fast = asked.replace(steps=steps, guidance_scale=1.0, scheduler="lcm")
     few = pipe.generate(fast.replace(adapters=(AdapterFile(file="built-in/few-step"),))).images
     without = pipe.generate(fast).images
-    for image, rough, whole in zip(few, without, plain, strict=True):
-        assert psnr(image, whole) > max(near, psnr(rough, whole) + 1)
+    for image, blurred, whole in zip(few, without, plain, strict=True):
+        assert psnr(image, whole) > 13
+        assert detail(image) > 0.85 * detail(whole) > detail(blurred)
 
 
 def lines(image) -> np.ndarray:

@@ -49,9 +49,10 @@ def known_family(
 
 def _as_of_four(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
     """Return how many channels the U-Net would read if the latents had four, as in every published family."""
-    latents, reads = vae.get("latent_channels", 4), unet.get("in_channels", 4)
-    more = reads - latents
-    return 4 + {latents: 4, latents + 1: 5}.get(more, more)
+    latents: int = vae.get("latent_channels", 4)
+    more: int = unet.get("in_channels", 4) - latents
+    same = {latents: 4, latents + 1: 5}  # the latents of an image once more, and a mask with them
+    return 4 + same.get(more, more)
 
 
 def _traits(unet: Mapping[str, Any], vae: Mapping[str, Any], scheduler: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -42,7 +42,6 @@ def show(
     from sfumato.cli.early import check_model
     from sfumato.cli.pictures import show_picture
     from sfumato.cli.settings import chosen_model
-    from sfumato.cli.terminal import output, print_json
     from sfumato.metadata.formats import is_picture
 
     if model is not None and is_picture(model):
@@ -57,7 +56,13 @@ def show(
     if "width" not in facts and _is_adapter(model):
         _show_adapter(model, as_json=as_json)
         return
-    facts["name"] = name
+    _show_checkpoint(facts | {"name": name}, as_json=as_json)
+
+
+def _show_checkpoint(facts: dict[str, Any], *, as_json: bool) -> None:
+    """Print the parts of a checkpoint as a table."""
+    from sfumato.cli.terminal import output, print_json
+
     if as_json:
         print_json(facts)
         return

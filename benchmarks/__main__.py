@@ -1,4 +1,5 @@
 """Run the benchmarks: `python -m benchmarks [cpu|memory|startup|schedulers|…]`, all of them if none is named.
+`python -m benchmarks cuda`: on an NVIDIA GPU, alone.
 
 Alternated runs, medians, ratios ours / theirs, on full-size Stable Diffusion 1.5 and XL with random weights. Needs an
 idle machine. Prints Markdown tables, keeps them in out/benchmarks.json, and writes docs/performance.md from that.
@@ -76,6 +77,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=512, help="pixels along each side")
     parser.add_argument("--model", type=Path, help="another checkpoint folder; nothing is kept then")
     arguments = parser.parse_args()
+    if "cuda" in arguments.groups:
+        from benchmarks.cuda import cuda
+
+        sys.exit(cuda())
     for name in arguments.groups:
         if name not in ("cpu", *GROUPS):
             parser.error(f"{name!r} is not one of cpu, {', '.join(GROUPS)}")

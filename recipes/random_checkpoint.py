@@ -52,11 +52,20 @@ def build(folder: Path, size: str = "tiny", dtype: torch.dtype = torch.float32, 
     """Write the checkpoint of this size into the folder, and return it."""
     folder.mkdir(parents=True, exist_ok=True)
     row = SIZES[size]
+    parts = parts_of(folder, row, dtype, seed)
+    pipeline = getattr(sfumato, row.pipeline)
+    flags = Parts(**parts, family=row).flags
+    pipeline(**parts, **{name: flags[name] for name in pipeline.index.flags if name in flags}).save_pretrained(folder)
+    return folder
+
+
+def parts_of(folder: Path, row: Family, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> dict[str, Any]:
+    """The parts of a pipeline, with random weights made on the device; only tokenizers are written to the folder."""
     parts: dict[str, Any] = {"scheduler": scheduler(row)}
     # The caller's random numbers and precision stay its own. Half precision is made as such: the float32 numbers of the
     # largest networks alone would be three times as large as what is written.
     before = torch.get_default_dtype()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(seed)
         torch.set_default_dtype(dtype)
         try:
@@ -70,10 +79,7 @@ def build(folder: Path, size: str = "tiny", dtype: torch.dtype = torch.float32, 
             parts["unet"], parts["vae"] = UNet2DConditionModel(**row.unet), AutoencoderKL(**row.vae)
         finally:
             torch.set_default_dtype(before)
-    pipeline = getattr(sfumato, row.pipeline)
-    flags = Parts(**parts, family=row).flags
-    pipeline(**parts, **{name: flags[name] for name in pipeline.index.flags if name in flags}).save_pretrained(folder)
-    return folder
+    return parts
 
 
 def scheduler(row: Family) -> Scheduler:

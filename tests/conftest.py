@@ -23,6 +23,9 @@ from support.processes import ForkServer
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(name, "1")
 
+# Processes that tests start would compile the package anew, each for half a second.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # Nothing of the user's cache is read or written; the kernels are built once for all tests and workers.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["SFUMATO_CACHE"] = tempfile.mkdtemp(prefix="sfumato-tests-")

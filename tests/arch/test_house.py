@@ -68,7 +68,7 @@ def test_lines_of_code_are_counted_as_decided(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("folder", "budget"), [("schedulers", 2000), ("models", 2590), ("metadata", 700), ("adapters", 900)]
+    ("folder", "budget"), [("schedulers", 2000), ("models", 2645), ("metadata", 700), ("adapters", 900)]
 )
 def test_budgets_of_code(folder, budget):
     # packed.py is no model, but a faster form of any of them (ADR 7 and 9).
@@ -243,6 +243,8 @@ def test_light_modules_import_nothing_heavy(module):
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_all_is_the_public_surface(path):
+    if path.name == "gpu_code.py":
+        pytest.importorskip("triton")  # which comes with torch for GPUs only
     module, tree = import_module(name_of(path)), TREES[path]
     public = {
         node.name for node in tree.body if isinstance(node, (ast.ClassDef, *Function.__args__)) and node.name[0] != "_"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import re
 import signal
@@ -69,6 +71,27 @@ def test_a_server_draws_reaches_nobody_and_ends_in_peace(environment, tmp_path):
         assert "no unfinished files" in process.stderr.read()
     assert not (tmp_path / "reached").exists()
     assert len(list((tmp_path / "out").glob("*.png"))) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Ctrl-C cannot be sent to one process there")
+def test_an_open_page_and_a_waiting_client_do_not_hold_it_up(environment, tmp_path):
+    words = ("studio", "--port", 0, "--output", tmp_path, "--no-browser", "--device", "cpu")
+    with started(environment, *words) as (process, line):
+        port = int(re.search(r"http://127\.0\.0\.1:(\d+) ", line)[1])
+        page, waiting = (http.client.HTTPConnection("127.0.0.1", port, timeout=60) for _ in range(2))
+        page.request("GET", "/api/events")
+        stream = page.getresponse()
+        body = json.dumps({"prompt": "a red apple, 3d", "num_inference_steps": 900, "seed": 1})
+        waiting.request("POST", "/v1/images/generations", body, {"Content-Type": "application/json"})
+        while b'"running"' not in stream.readline():
+            pass
+        process.send_signal(signal.SIGINT)
+        answer = waiting.getresponse()
+        assert (answer.status, json.loads(answer.read())["error"]["code"]) == (503, "stopping")
+        assert process.wait(30) == 130
+        assert process.stderr.read().splitlines() == ["sfumato: interrupted; no unfinished files were left behind"]
+        page.close()
+        waiting.close()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the browser cannot be chosen there")

@@ -57,6 +57,16 @@ def test_partial_images_are_streamed(client):
     assert events[-1].usage.total_tokens > 0
 
 
+def test_a_streamed_error_has_its_class(client, server):
+    extra = {"num_inference_steps": 300, "seed": 9}
+    events = iter(client.images.generate(prompt=APPLE, stream=True, partial_images=3, extra_body=extra))
+    next(events)  # the job runs
+    server("DELETE", f"/api/jobs/{server.get('/api/jobs')['jobs'][0]['id']}")
+    with pytest.raises(openai.APIError, match="cancelled") as caught:
+        list(events)
+    assert caught.value.body["type"] == "invalid_request_error"
+
+
 def test_edit_without_a_mask(client):
     image = Image.new("RGB", (160, 80), "navy")
     image.save(stream := io.BytesIO(), "PNG")

@@ -9,6 +9,7 @@ import signal
 import tarfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from sfumato.bulk import extras
 from sfumato.bulk.job import Job, Picture, Shard, WrongCheckpoint, held, open_job
 from sfumato.bulk.ledger import Entry, Ledger, conflicts, read_ledger, standing
-from sfumato.bulk.painter import Painter, Work, draw_requests, settings_of
+from sfumato.bulk.painter import Painter, Work, batch_size, draw_requests, settings_of
 from sfumato.bulk.report import status
 from sfumato.bulk.rows import digest_of, read_rows
 from sfumato.bulk.run import Queue, TooManyErrors, run
@@ -495,6 +496,23 @@ def test_what_is_there_is_not_drawn_again_with_the_others_of_its_batch(pipeline,
     assert {one.key for one in entries} == {one.key for one in pictures}
     assert [one.row for one in entries if not one.seconds] == [2]
     assert job.path_of(pictures[1].key).stat().st_mtime_ns == first
+
+
+@pytest.mark.parametrize(
+    ("micro", "seconds", "wanted"), [(1, 640.0, 1), (1, 64.0, 4), (1, 6.4, 40), (8, 64.0, 8), (64, 1.0, 64)]
+)
+def test_quick_images_share_a_batch(micro, seconds, wanted):
+    asked = []
+
+    def plan(parts, request):
+        asked.append(request.count)
+        return SimpleNamespace(micro_batch=micro, seconds=seconds)
+
+    pipeline = SimpleNamespace(parts=None, place=SimpleNamespace(plan=plan))
+    picture = Picture("0" * 32, 1, 1, json.dumps({"prompt": "a star", "seed": 1}))
+    assert batch_size(pipeline, picture, seconds=4.0) == wanted
+    assert batch_size(pipeline, picture) == micro
+    assert asked == [64, 64]
 
 
 def test_long_notes_of_a_batch_are_cut(pipeline, tmp_path, monkeypatch):

@@ -152,7 +152,18 @@ def test_shipped_machines(name, tmp_path):
 
 
 def test_the_machines_that_are_promised():
-    wanted = {"t4-16gb", "rtx-4090", "h200", "m1-8gb", "m2-16gb", "m3-max-64gb", "m4-16gb", "m5-24gb", "laptop-8gb"}
+    wanted = {
+        "t4-16gb",
+        "rtx-4090",
+        "h100",
+        "h200",
+        "m1-8gb",
+        "m2-16gb",
+        "m3-max-64gb",
+        "m4-16gb",
+        "m5-24gb",
+        "laptop-8gb",
+    }
     assert set(machine_names()) == wanted
     with pytest.raises(UsageError, match="did you mean 'm1-8gb'"):
         machine("m1-8g")

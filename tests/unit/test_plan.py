@@ -55,6 +55,7 @@ def test_every_shipped_machine_draws_512(name):
     [
         ("t4-16gb", "float16", "float32"),
         ("rtx-4090", "float16", "bfloat16"),
+        ("h100", "float16", "bfloat16"),
         ("h200", "float16", "bfloat16"),
         ("m1-8gb", "float16", "float32"),
         ("m2-16gb", "float32", "float32"),

@@ -28,12 +28,15 @@ if TYPE_CHECKING:
 
     from sfumato.pipelines.pipeline import DiffusionPipeline
 
-__all__ = ["FATAL", "Painter", "Stopped", "Work", "batch_size", "draw_requests", "settings_of"]
+__all__ = ["BATCH_SECONDS", "FATAL", "Painter", "Stopped", "Work", "batch_size", "draw_requests", "settings_of"]
 
 # Fields in which the rows of a batch may differ; the largest batch that the plan considers; the most characters of a
 # batch's notes in the ledger, which holds them once per image, and in memory while it is compacted.
 OWN = ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2", "seed")
 MOST_AT_ONCE, MOST_NOTES = 64, 200
+# Images that are drawn sooner than this share what is done once for a batch, even if their steps run one by one. A
+# stopped run finishes its batch.
+BATCH_SECONDS = 4.0
 
 
 class Stopped(Exception):
@@ -135,11 +138,13 @@ def settings_of(picture: Picture) -> str:
     return json.dumps([given, {name: value for name, value in request.items() if name not in OWN}], sort_keys=True)
 
 
-def batch_size(pipeline: DiffusionPipeline, picture: Picture) -> int:
-    """Return the batch size that the plan allows for an image's settings."""
+def batch_size(pipeline: DiffusionPipeline, picture: Picture, seconds: float = 0.0) -> int:
+    """Return the batch size that the plan allows for an image's settings, or as many images as take so many seconds."""
     request = GenerateRequest.from_dict(json.loads(picture.request))
     plan = pipeline.place.plan(pipeline.parts, request.replace(count=MOST_AT_ONCE))
-    return 1 if plan is None else plan.micro_batch
+    if plan is None:
+        return 1
+    return max(plan.micro_batch, min(MOST_AT_ONCE, int(seconds * MOST_AT_ONCE / max(plan.seconds, 1e-3))))
 
 
 def draw_requests(

@@ -303,14 +303,14 @@ def _say_bad(rows: Path) -> Callable[[int, Exception], None]:
 
 
 def _sizes(pipeline: DiffusionPipeline, micro_batch: int | None) -> Callable[[Picture], int]:
-    from sfumato.bulk.painter import batch_size, settings_of
+    from sfumato.bulk.painter import BATCH_SECONDS, batch_size, settings_of
 
     known: dict[str, int] = {}
 
     def size(picture: Picture) -> int:
         settings = settings_of(picture)
         if settings not in known:
-            known[settings] = micro_batch or batch_size(pipeline, picture)
+            known[settings] = micro_batch or batch_size(pipeline, picture, BATCH_SECONDS)
         return known[settings]
 
     return size

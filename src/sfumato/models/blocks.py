@@ -7,12 +7,17 @@ optimizer states, which go by position, match.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfumato.kernels.gpu import GpuKernels, gpu_kernels
 from sfumato.models.recomputed import Recomputed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 __all__ = [
     "Downsample2D",
@@ -81,11 +86,12 @@ class Moment:
     """The activated time embedding (B, T), or (1, T) if the batch shares a timestep, and its projections.
 
     Each layer's projection is computed once and cached, so that micro-batches with the same timestep share it. With
-    `keep=False` nothing is cached.
+    `keep=False` nothing is cached. A part of a whole reads its rows from the whole's projections.
     """
 
-    def __init__(self, activated: Tensor, *, keep: bool = True) -> None:
+    def __init__(self, activated: Tensor, *, keep: bool = True, whole: Moment | None = None, first: int = 0) -> None:
         self.activated, self.keep = activated, keep
+        self._whole, self._rows = whole, slice(first, first + activated.shape[0])
         self._projections: dict[nn.Module, Tensor] = {}
 
     def through(self, layer: nn.Module) -> Tensor:
@@ -93,8 +99,32 @@ class Moment:
         if not self.keep:
             return layer(self.activated)
         if layer not in self._projections:
-            self._projections[layer] = layer(self.activated)
+            whole = self._whole
+            self._projections[layer] = layer(self.activated) if whole is None else whole.through(layer)[self._rows]
         return self._projections[layer]
+
+    def parts(self, count: int) -> list[Moment]:
+        """Return the moments of `count` steps, whose rows follow each other here."""
+        rows, whole = self.activated.shape[0] // count, self if count > 1 else None
+        every = self.activated.split(rows)
+        return [Moment(one, keep=self.keep, whole=whole, first=i * rows) for i, one in enumerate(every)]
+
+    def copied(self, layers: Iterable[nn.Module] = ()) -> Moment:
+        """Return a moment with its own memory, which `load` overwrites; layers: whose projections to copy too."""
+        one = Moment(self.activated.clone(), keep=self.keep)
+        one._projections = {layer: self.through(layer).clone() for layer in layers}
+        return one
+
+    @property
+    def layers(self) -> tuple[nn.Module, ...]:
+        """The layers that have projected the embedding so far."""
+        return tuple(self._projections if self._whole is None else self._whole._projections)
+
+    def load(self, other: Moment) -> None:
+        """Take the values of another moment, in place."""
+        mine = [self.activated, *self._projections.values()]
+        theirs = [other.activated, *(other.through(layer) for layer in self._projections)]
+        torch._foreach_copy_(mine, theirs)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class GroupNorm(nn.GroupNorm):
@@ -104,6 +134,10 @@ class GroupNorm(nn.GroupNorm):
         self, x: Tensor, act: nn.Module | None = None, added: Tensor | None = None
     ) -> Tensor:
         """Normalize x + added, then apply the activation, if any: x (B, C, H, W), added (B or 1, C) or None."""
+        kernels = gpu_kernels(x)
+        if kernels is not None and kernels.takes(x) and (act is None or type(act) is nn.SiLU):
+            silu = act is not None
+            return kernels.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, added, silu=silu)
         x = super().forward(x if added is None else x + added[:, :, None, None])
         return x if act is None else act(x)
 
@@ -139,8 +173,11 @@ class ResnetBlock2D(Recomputed):
 
     def forward(self, x: Tensor, time: Moment | None = None) -> Tensor:
         """Map x (B, C, H, W) and the time embedding to (B, C', H, W)."""
-        h = self.conv1(self.norm1(x, self.act))
+        kernels = gpu_kernels(x, self.conv1, self.conv2, self.conv_shortcut)
         steered = None if time is None else time.through(self.time_emb_proj)
+        if kernels is not None and steered is not None and not self.scale_shift and self.output_scale == 1.0:
+            return self._fused(kernels, x, steered)
+        h = self.conv1(self.norm1(x, self.act))
         if steered is not None and self.scale_shift:
             scale, shift = steered[:, :, None, None].chunk(2, dim=1)
             h = self.act(self.norm2(h) * (1 + scale) + shift)
@@ -149,6 +186,22 @@ class ResnetBlock2D(Recomputed):
         h = self.conv2(self.dropout(h))
         x = x if self.conv_shortcut is None else self.conv_shortcut(x)
         return x + h if self.output_scale == 1.0 else (x + h) / self.output_scale
+
+    def _fused(self, kernels: GpuKernels, x: Tensor, steered: Tensor) -> Tensor:
+        """The same, with the biases of the convolutions in the sums that follow them: torch would add them alone."""
+        h, bias = _unbiased(self.conv1, self.norm1(x, self.act))
+        h, bias = _unbiased(self.conv2, self.dropout(self.norm2(h, self.act, steered + bias)))
+        if self.conv_shortcut is not None:
+            x, more = _unbiased(self.conv_shortcut, x)
+            bias = bias + more
+        if kernels.takes(x) and kernels.takes(h):
+            return kernels.biased_sum(x, h, bias)
+        return x + (h + bias[:, None, None])
+
+
+def _unbiased(conv: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the convolution without its bias, and the bias (C,)."""
+    return conv._conv_forward(x, conv.weight, None), conv.bias
 
 
 class Downsample2D(nn.Module):

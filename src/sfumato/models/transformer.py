@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sfumato.kernels.gpu import gpu_kernels
 from sfumato.models.attention import Context, SelfOrCrossAttention
 from sfumato.models.blocks import GroupNorm
 from sfumato.models.recomputed import Recomputed
@@ -24,7 +25,11 @@ class GEGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, C) -> (B, L, C')."""
-        x, gate = self.proj(x).chunk(2, dim=-1)
+        x = self.proj(x)
+        kernels = gpu_kernels(x)
+        if kernels is not None:
+            return kernels.geglu(x)
+        x, gate = x.chunk(2, dim=-1)
         return x * F.gelu(gate)
 
 
@@ -122,17 +127,24 @@ class Transformer2DModel(Recomputed):
         # Tokens need contiguous channels; the image keeps its memory format.
         layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
         h = self.norm(x)
-        if not self.use_linear_projection:
+        # A 1 × 1 convolution of contiguous channels is a product of tokens, which adds its bias by itself.
+        linear = self.use_linear_projection or gpu_kernels(x, self.proj_in, self.proj_out) is not None
+        if not linear:
             h = self.proj_in(h)
         # A copy: Metal has multiplied transposed views wrongly in float32 (pytorch#193487).
         h = h.flatten(2).transpose(1, 2).contiguous()  # (B, H W, C)
-        if self.use_linear_projection:
-            h = self.proj_in(h)
+        if linear:
+            h = _over_tokens(self.proj_in, h)
         for block in self.transformer_blocks:
             h = block(h, context)
-        if self.use_linear_projection:
-            h = self.proj_out(h)
+        if linear:
+            h = _over_tokens(self.proj_out, h)
         h = h.transpose(1, 2).unflatten(2, (height, width)).contiguous(memory_format=layout)
-        if not self.use_linear_projection:
+        if not linear:
             h = self.proj_out(h)
         return context.widen(x) + h
+
+
+def _over_tokens(layer: nn.Module, h: Tensor) -> Tensor:
+    """Apply a linear layer or a 1 × 1 convolution to tokens (B, L, C)."""
+    return F.linear(h, layer.weight.flatten(1), layer.bias) if isinstance(layer, nn.Conv2d) else layer(h)

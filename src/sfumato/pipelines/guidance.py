@@ -88,12 +88,14 @@ class Guidance:
 
     `tell`, `steer`, `change` and `show` change the conditioning between steps. scale: at most 1 means no guidance;
     image_scale: for the second of three branches, which reads only the image; micro_batch: images per U-Net call (None:
-    all); tile: side of the latents' tiles (None: no tiles); step: the current step, from 0, and the number of steps.
+    all); tile: side of the latents' tiles (None: no tiles); step: the current step, from 0, and the number of steps;
+    times: the timesteps to come, whose embeddings are computed together.
     Predictions are float32 (float64 for a float64 U-Net), so that guidance does not round twice.
     """
 
     unet: UNet2DConditionModel
     conditioning: Conditioning
+    times: tuple[float, ...] = ()
     scale: float
     rescale: float = 0.0
     image_scale: float = 1.0
@@ -113,14 +115,32 @@ class Guidance:
         for part, own in zip(narrow.split(size), self._read, strict=True):
             shared = id(own.read) if own.read.with_time else 0
             if shared not in moments:
-                moments[shared] = self._moment(part, t, dict(own.read.with_time))
+                moments[shared] = self.moment(part, t, own.read)
             predicted.append(self._in_tiles(part, t, moments[shared], own).to(x.dtype))
         return torch.cat(predicted)
 
-    def _moment(self, x: Tensor, t: float, with_time: dict[str, Tensor]) -> Moment:
-        labels, condition = with_time.pop("class_labels", None), with_time.pop("timestep_cond", None)
-        condition = self._scale_condition(x[:1]) if condition is None else condition
-        return self.unet.moment(x, t, labels, condition, with_time or None)
+    def moment(self, x: Tensor, t: float, read: Read) -> Moment:
+        """Return the time embedding of timestep t for one micro-batch's inputs."""
+        with_time = dict(read.with_time)
+        condition = with_time.pop("timestep_cond", None)
+        condition = self._scale_condition(x[:1].to(self.unet.dtype)) if condition is None else condition
+        return read.moments.at(self.unet, x.to(self.unet.dtype), t, self.times, with_time, condition)
+
+    @property
+    def reads(self) -> list[Read]:
+        """The different inputs whose time embeddings a call reads, once there was one."""
+        every = {id(own.read): own.read for own in self._read}
+        return list(every.values()) if self._read[0].read.with_time else [self._read[0].read]
+
+    def state(self, x: Tensor) -> tuple[object, ...] | None:
+        """Return all that a prediction depends on besides the values of x and t, to compare.
+
+        None if a call depends on more, which changes from step to step: networks beside the U-Net, or a repair.
+        """
+        if self.conditioning.steered or self.unet.is_gradient_checkpointing or self.unet.compute_dtype is not None:
+            return None
+        numbers = (self.scale, self.rescale, self.image_scale, self.micro_batch, self.tile)
+        return (x.shape, x.dtype, self.unet.dtype, *numbers, *self._read)
 
     def _in_tiles(self, x: Tensor, t: float, moment: Moment, own: _Part) -> Tensor:
         """Predict tile by tile, and blend overlapping tiles (MultiDiffusion, arXiv 2302.08113, eq. 5)."""

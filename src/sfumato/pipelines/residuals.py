@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
@@ -12,6 +12,7 @@ from sfumato.errors import UsageError
 from sfumato.models.attention import Context
 from sfumato.models.controlnet import ControlNetModel, layer_scales
 from sfumato.models.controlnet_union import ControlNetUnionModel
+from sfumato.pipelines.moments import Moments
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -31,12 +32,14 @@ SKIPS, MIDDLE, WITHIN = (
 class Read:
     """The inputs of one micro-batch.
 
-    context: the prompts' embeddings; with_time: inputs of the time embedding; prompts: number of the prompt's branches.
+    context: the prompts' embeddings; with_time: inputs of the time embedding; prompts: number of the prompt's branches;
+    moments: the time embeddings made from them.
     """
 
     context: Context
     with_time: dict[str, Tensor]
     prompts: int = 1
+    moments: Moments = field(default_factory=Moments)
 
     @property
     def added(self) -> dict[str, Tensor] | None:

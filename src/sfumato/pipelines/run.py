@@ -23,12 +23,14 @@ from sfumato.pipelines.finite import FiniteWatch
 from sfumato.pipelines.guidance import Guidance
 from sfumato.pipelines.image_prompts import see, seen_by
 from sfumato.pipelines.repair import saved_randomness
+from sfumato.pipelines.replayed import Replayed
 from sfumato.pipelines.stages import Given
 from sfumato.pipelines.steering import Steering
 from sfumato.pipelines.tasks import task_for
 from sfumato.pipelines.tasks.task import Tools, handover, noise_level, takes_over
 from sfumato.runtime.choices import check_sides
 from sfumato.runtime.device import ran_out_of_memory, release_memory, reused_memory
+from sfumato.runtime.graphs import capture_for
 from sfumato.schedulers.sigma import SigmaScheduler
 from sfumato.text.prompt import plain_words
 from sfumato.text.schedules import Timeline
@@ -80,6 +82,7 @@ class Run:
     bare: Parts = field(init=False)  # without the request's additions
     watch: FiniteWatch = field(init=False)
     guidance: Guidance = field(init=False)
+    _replayed: Replayed = field(init=False)
     steering: Steering = field(init=False)
     task: Task = field(init=False)  # set by `latents`
     beginning: Beginning = field(init=False)
@@ -305,12 +308,14 @@ class Run:
             self.guidance = Guidance(
                 unet=self.parts.unet,
                 conditioning=beginning.conditioning,
+                times=() if self.parts.unet._compiled_call_impl else tuple(row.t for row in rows),
                 scale=self.request.chosen_scale,
                 rescale=self.request.guidance_rescale,
                 image_scale=self.request.chosen_image_scale,
                 tile=self.task.tile,
                 micro_batch=self.micro_batch,
             )
+            self._replayed = Replayed(self.guidance, capture_for(self.device), lambda note: self._note([note]))
             result = yield from denoise(self._predictor(len(rows)), rows, latents, noise, stops, beginning.after)
             if self.watch.settle():
                 return result
@@ -333,7 +338,7 @@ class Run:
             return self.watch.step(
                 stage,
                 self.parts.unet,
-                lambda: self._with_less(lambda: self.guidance(x, t), self.guidance.one_at_a_time),
+                lambda: self._with_less(lambda: self._replayed(x, t), self.guidance.one_at_a_time),
             )
 
         return predict

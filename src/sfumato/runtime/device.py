@@ -9,6 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from sfumato.errors import UsageError, suggest
 from sfumato.values import shown
@@ -27,6 +28,7 @@ __all__ = [
     "ran_out_of_memory",
     "release_memory",
     "reused_memory",
+    "sent",
 ]
 
 # Options of mallopt (malloc.h).
@@ -137,6 +139,12 @@ def reused_memory() -> Iterator[None]:
         change(M_MMAP_THRESHOLD, 2**25)
         change(M_TRIM_THRESHOLD, 2**26)
         release_memory(torch.device("cpu"))
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor to a device. To CUDA from pinned memory, so that the host does not wait for queued work."""
+    pins = device.type == "cuda" and x.device.type == "cpu"
+    return x.pin_memory().to(device, non_blocking=True) if pins else x.to(device)
 
 
 def release_memory(device: torch.device) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from sfumato.errors import UsageError
 from sfumato.request import LARGEST_SEEDS
+from sfumato.runtime.device import sent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -197,6 +198,6 @@ def _stream(rng: str, seed: int) -> Stream:
 def normal(shape: Sequence[int], source: RandomSource | None, device: torch.device) -> Tensor:
     """Return standard normal numbers as float32, generated on the source's device. None: torch's default generator."""
     if source is not None and not isinstance(source, torch.Generator):
-        return source.randn(shape).to(device)
+        return sent(source.randn(shape), device)
     place = device if source is None else source.device
-    return torch.randn(tuple(shape), generator=source, device=place, dtype=torch.float32).to(device)
+    return sent(torch.randn(tuple(shape), generator=source, device=place, dtype=torch.float32), device)

@@ -13,7 +13,7 @@ from sfumato.jobs.queue import Full
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
 
-__all__ = ["ApiError", "add_handlers", "answer", "not_found"]
+__all__ = ["ApiError", "add_handlers", "answer", "described", "not_found"]
 
 TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -33,12 +33,16 @@ def not_found(what: str, name: str) -> ApiError:
     return ApiError(404, f"there is no {what} {name[:100]!r}", code=f"{what}_not_found")
 
 
+def described(error: ApiError) -> dict[str, Any]:
+    """Convert an error to the body of a response or event."""
+    kind = TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
+
+
 def answer(error: ApiError) -> JSONResponse:
     """Convert an error to a JSON response."""
-    kind = TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
-    body = {"message": error.message, "type": kind, "param": error.param, "code": error.code}
     headers = {"x-should-retry": "false"} if error.after is None else {"Retry-After": str(error.after)}
-    return JSONResponse({"error": body}, error.status, headers)
+    return JSONResponse(described(error), error.status, headers)
 
 
 def add_handlers(app: FastAPI) -> None:

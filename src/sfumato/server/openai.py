@@ -20,7 +20,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import UploadFile
 
-from sfumato.server.errors import ApiError
+from sfumato.server.errors import ApiError, described
 from sfumato.server.images import converted, fitting, painted
 from sfumato.server.intake import decoded
 from sfumato.server.waiting import failed
@@ -261,10 +261,8 @@ async def _streamed(http: Request, asked: Generation, id: str, kind: str) -> Asy
             about = await asyncio.to_thread(_about, queue, asked, job)
             more = {"created_at": int(time.time()), "image_index": place, "usage": _usage(job)}
             yield _event(f"{kind}.completed", image | about | more)
-        if job.ended and job.state != "done":
-            error = failed(job)
-            told_error = {"message": error.message, "type": "server_error", "param": None, "code": error.code}
-            yield b"event: error\ndata: " + json.dumps({"error": told_error}).encode() + b"\n\n"
+        if event.type == "stopping" or (job.ended and job.state != "done"):
+            yield b"event: error\ndata: " + json.dumps(described(failed(job))).encode() + b"\n\n"
             return
     yield b"data: [DONE]\n\n"
 

@@ -13,6 +13,7 @@ from sfumato.errors import UsageError
 from sfumato.files import output_folder
 from sfumato.jobs.models import Models
 from sfumato.jobs.queue import JobQueue
+from sfumato.jobs.store import Event
 from sfumato.server.app import create_app
 from sfumato.server.security import is_loopback, new_token
 
@@ -33,6 +34,18 @@ def listening(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise UsageError(f"cannot listen on {host}:{port} ({error.strerror}); choose another --port") from error
     return found
+
+
+class _Server(uvicorn.Server):
+    """Ends streams of events before it stops: an open page would delay it, and be reported as an error."""
+
+    def __init__(self, config: uvicorn.Config, queue: JobQueue) -> None:
+        super().__init__(config)
+        self._hub = queue.hub
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._hub.send(Event("stopping", {}))
+        await super().shutdown(sockets)
 
 
 def run(
@@ -66,7 +79,7 @@ def run(
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2, lifespan="off"
         )
-        uvicorn.Server(config).run(sockets=[sock])
+        _Server(config, queue).run(sockets=[sock])
         raise KeyboardInterrupt  # asyncio swallows Ctrl-C if its main task has already finished
     finally:
         queue.stop()

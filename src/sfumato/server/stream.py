@@ -66,5 +66,7 @@ async def events(queue: JobQueue, since: int | None) -> AsyncIterator[bytes]:
             except TimeoutError:
                 yield b": still here\n\n"
                 continue
+            if event.type == "stopping":
+                return
             if event.seq is None or event.seq > told:  # already sent with the missed ones
                 yield line(event)

@@ -52,11 +52,11 @@ class Waiting:
             pass
 
     async def follow(self, id: str) -> AsyncIterator[Event]:
-        """Yield a job's events up to and including its end. A job that has ended yields only its end."""
+        """Yield a job's events up to its end, or the server's. A job that has ended yields only its end."""
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
         def heard(event: Event) -> None:
-            if id in (event.data.get("job"), event.data.get("id")):
+            if event.type == "stopping" or id in (event.data.get("job"), event.data.get("id")):
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         with self._watched(id), self._queue.hub.listening(heard):
@@ -67,7 +67,7 @@ class Waiting:
             while True:
                 event = await events.get()
                 yield event
-                if event.type == "job" and event.data["state"] in ("done", "failed", "cancelled"):
+                if event.type == "stopping" or event.data.get("state") in ("done", "failed", "cancelled"):
                     return
 
     @contextmanager
@@ -97,6 +97,8 @@ async def _gone(http: Request) -> None:
 
 def failed(job: Job) -> ApiError:
     """Return the error for clients that waited for a job that did not succeed."""
+    if not job.ended:
+        return ApiError(503, "the server is stopping; the job continues at its next start", code="stopping", after=10)
     if job.error is None:
         return ApiError(409, "the job was cancelled", code="cancelled")
     return ApiError(STATUS.get(job.error["kind"], 500), job.error["message"], code=job.error["kind"])

@@ -62,7 +62,7 @@ class Models:
         """default: the model for requests that name none. It may be a path, because the user chooses it."""
         self._folder, self._default, self._cached = folder, default, cached
         self._lock = threading.Lock()
-        self._found: dict[str, Model] = {one.name: one for one in (_demo(BUILT_IN, builtin_model()),)}
+        self._found: dict[str, Model] = {one.name: one for one in (_built_in(),)}
         self.default = default if default == BUILT_IN else self._add_default(default)
 
     def _add_default(self, name: str) -> str:
@@ -94,9 +94,9 @@ class Models:
         return self.get(name).path
 
     def _look(self) -> Iterator[Model]:
-        for name, path in relatives().items():  # by their names, which hold on every machine
-            whole = (path / "model_index.json").is_file()
-            yield from [_demo(name, path)] if whole else (replace(one, path=name) for one in _of_entry(path, name, 0))
+        for folder in {path.parent for path in relatives().values()}:
+            for one in _below(folder, folder, 1):  # by their names, which hold on every machine
+                yield replace(one, name=(name := f"{BUILT_IN}/{one.name}"), path=name)
         if self._cached:
             from sfumato.checkpoints.cached import cached_models
 
@@ -107,14 +107,14 @@ class Models:
             yield from _below(self._folder, self._folder, DEPTH)
 
 
-def _demo(name: str, folder: Path) -> Model:
-    """Describe the built-in model, or one made from it, with the words that it knows."""
+def _built_in() -> Model:
+    folder = builtin_model()
     words = read_json(folder / "words.json")
     names = tuple(names[0] for names in words["concepts"].values())
     suggested = read_json(folder / "sfumato.json")
     size = read_json(folder / "unet" / "config.json")["sample_size"] * 8
     return Model(
-        name, "checkpoint", name, "built-in", size, size, _bytes(folder), suggested, (*names, *words["styles"])
+        BUILT_IN, "checkpoint", BUILT_IN, "built-in", size, size, _bytes(folder), suggested, (*names, *words["styles"])
     )
 
 
@@ -124,24 +124,19 @@ def _below(folder: Path, root: Path, depth: int) -> Iterator[Model]:
     except OSError:
         return
     for one in entries:
-        path = folder / one.name
-        yield from _of_entry(path, path.relative_to(root).as_posix().removesuffix(".safetensors"), depth, root)
-
-
-def _of_entry(path: Path, name: str, depth: int, root: Path | None = None) -> Iterator[Model]:
-    """Describe a file, a folder, or the models in a folder below `root`, at most `depth` levels."""
-    if path.is_dir():
-        if (path / "model_index.json").is_file():
-            yield Model(name, "checkpoint", str(path.absolute()), bytes=_bytes(path))
-        elif (kind := FOLDERS.get(_class_of(path))) is not None:
-            yield Model(name, kind, str(path.absolute()), bytes=_bytes(path))
-        elif any(inner.endswith((".mlmodelc", ".mlpackage")) for inner in os.listdir(path)):
-            units = UNITS if sys.platform == "darwin" else ()
-            yield Model(name, "core-ml", str(path.absolute()), bytes=_bytes(path), compute_units=units)
-        elif depth > 1 and root is not None:
-            yield from _below(path, root, depth - 1)
-    elif path.name.endswith(".safetensors") and not path.name.endswith(".vae.safetensors"):
-        yield from _of_file(path, name)
+        path, name = folder / one.name, (folder / one.name).relative_to(root).as_posix()
+        if one.is_dir():
+            if (path / "model_index.json").is_file():
+                yield Model(name, "checkpoint", str(path.absolute()), bytes=_bytes(path))
+            elif (kind := FOLDERS.get(_class_of(path))) is not None:
+                yield Model(name, kind, str(path.absolute()), bytes=_bytes(path))
+            elif any(inner.endswith((".mlmodelc", ".mlpackage")) for inner in os.listdir(path)):
+                units = UNITS if sys.platform == "darwin" else ()
+                yield Model(name, "core-ml", str(path.absolute()), bytes=_bytes(path), compute_units=units)
+            elif depth > 1:
+                yield from _below(path, root, depth - 1)
+        elif one.name.endswith(".safetensors") and not one.name.endswith(".vae.safetensors"):
+            yield from _of_file(path, name.removesuffix(".safetensors"))
 
 
 def _of_file(path: Path, name: str) -> Iterator[Model]:

@@ -56,6 +56,7 @@ BAD = {
     "fit must be crop, pad or stretch": ["--control", "canny:{photo}", "--controlnet", "{net}", "--control-fit", "squeeze"],
     "was made for Stable Diffusion XL": ["--control", "canny:{photo}", "--controlnet", "{xl}"],
     "is a whole checkpoint, not a ControlNet": ["--control", "canny:{photo}", "--controlnet", "{model}"],
+    "is one ControlNetModel, not a whole checkpoint": ["--model", "{net}"],
     "there is no folder ./nowhere": ["--control", "canny:{photo}", "--controlnet", "./nowhere"],
 }  # fmt: skip
 

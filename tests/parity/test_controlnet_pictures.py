@@ -189,3 +189,20 @@ def test_networks_of_another_kind_are_refused(ours):
     with pytest.raises(UsageError, match="controlnet must be a ControlNetModel or MultiControlNetModel"):
         sfumato.StableDiffusionControlNetPipeline(**parts, controlnet=ours().unet)
     assert EVERY["sd15"].unet["cross_attention_dim"] == 24
+
+
+@pytest.mark.parametrize("shape", ["sd15", "sdxl"])
+def test_prompts_are_encoded_without_the_networks(both, shape):
+    whole, _ = both(shape)
+    given = whole.components
+    encoding = {name: one for name, one in given.items() if "text" in name or "tokenizer" in name}
+    pipe = type(whole)(**dict.fromkeys(given) | encoding)
+    for one, other in zip(pipe.encode_prompt(PROMPTS[0]), whole.encode_prompt(PROMPTS[0]), strict=True):
+        torch.testing.assert_close(one, other, rtol=FLOAT32, atol=FLOAT32)
+    drawing = {"num_inference_steps": 2, "output_type": "latent"}
+    for name in ("unet", "vae", "scheduler", "controlnet"):
+        with pytest.raises(UsageError, match=r"controlnet.* left out \(None\), so only encode_prompt works"):
+            pipe(PROMPTS[0], image=CONTROL, **drawing)
+        setattr(pipe, name, given[name])
+    drawn = [one(PROMPTS[0], image=CONTROL, generator=generator(), **drawing).images for one in (pipe, whole)]
+    assert distance(*drawn) < FLOAT32

@@ -125,6 +125,14 @@ def test_images_are_the_references(uses, guidance, files, pipeline, checkpoints)
     assert abs(mine - drawn(pipeline, guidance_scale=guidance)[0]).max() > 3
 
 
+def test_transparent_parts_of_a_mask_are_black(files, pipeline):
+    clear = Image.new("L", (16, 16), 255)
+    clear.putalpha(Image.open(files / "mask.png"))
+    clear.save(files / "clear.png")
+    masked = [drawn(pipeline, prompt(files, mask=name))[0] for name in ("mask.png", "clear.png")]
+    assert (masked[0] == masked[1]).all()
+
+
 @pytest.mark.parametrize("guidance", [7.5, 1.0])
 def test_every_joined_prompt_sees_the_image(guidance, files, pipeline):
     how = {"guidance_scale": guidance, "prompt_syntax": "a1111"}

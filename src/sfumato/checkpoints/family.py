@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from sfumato.checkpoints.locate import index_of
 from sfumato.configs import UNet2DConditionConfig, parse
 from sfumato.families import distilled, find
 from sfumato.files import read_json
@@ -72,7 +73,7 @@ def family_of(folder: Path) -> Family:
 
     Raises `ConfigError` for an invalid U-Net config.
     """
-    index, unet = read_json(folder / "model_index.json"), folder / "unet" / "config.json"
+    index, unet = read_json(index_of(folder)), folder / "unet" / "config.json"
     encoders = [entry for part, entry in index.items() if part.startswith("text_encoder")]
     none = 0 if isinstance(sees := index.get("image_encoder"), list) and any(sees) else None
     return known_family(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from sfumato.checkpoints.builtin import BUILT_IN, builtin_model, builtin_path
 from sfumato.checkpoints.names import PUBLISHED, repository_of
 from sfumato.errors import CheckpointError, DownloadError, SfumatoError, UnknownArgument, UsageError, suggest
-from sfumato.files import expanded
+from sfumato.files import expanded, read_json
 from sfumato.values import reason
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ __all__ = [
     "download",
     "find_folder",
     "full_name",
+    "index_of",
     "keep_to_itself",
     "locate_folder",
 ]
@@ -274,3 +275,12 @@ def _literal(name: str) -> str:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(sorted(names)[:6]) + (", …" if len(names) > 6 else "")
+
+
+def index_of(folder: Path) -> Path:
+    """Return the path of a checkpoint's `model_index.json`. Raises `CheckpointError` for the folder of one network."""
+    index, config = folder / "model_index.json", folder / "config.json"
+    if not index.is_file() and config.is_file():
+        kind = read_json(config).get("_class_name", "network")
+        raise CheckpointError(f"{folder} is one {kind}, not a whole checkpoint; give the folder of a checkpoint")
+    return index

@@ -22,7 +22,7 @@ def check_model(name: str, request: GenerateRequest | None = None, *, downloads:
 
     downloads: whether a missing model will be downloaded; otherwise that is an error.
     """
-    from sfumato.checkpoints.locate import find_folder
+    from sfumato.checkpoints.locate import find_folder, index_of
     from sfumato.checkpoints.locate_file import check_file_name, is_single_file
     from sfumato.files import check_file, expanded
 
@@ -33,7 +33,7 @@ def check_model(name: str, request: GenerateRequest | None = None, *, downloads:
     if folder is None:
         return
     if folder == expanded(name):  # a cache may lack files that will be downloaded
-        check_file(folder / "model_index.json")
+        check_file(index_of(folder))
     if request is not None:
         _check_size(folder, request)
 

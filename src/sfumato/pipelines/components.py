@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sfumato import schedulers
+from sfumato.checkpoints.locate import index_of
 from sfumato.errors import CheckpointError, ConfigError, UsageError, VariantError
 from sfumato.files import LAYOUT_VERSION, read_json, write_json
 from sfumato.folders import saving_into
@@ -176,10 +177,7 @@ class ComponentFiles:
 
 def read_index(folder: Path) -> dict[str, Any]:
     """Read `model_index.json`. Raises `CheckpointError` or `ConfigError` if it is invalid."""
-    if not (folder / INDEX).is_file() and (folder / "config.json").is_file():
-        kind = read_json(folder / "config.json").get("_class_name", "network")
-        raise CheckpointError(f"{folder} is one {kind}, not a whole checkpoint; give the folder of a checkpoint")
-    index = read_json(folder / INDEX)
+    index = read_json(index_of(folder))
     check_value(str(folder / INDEX), "_class_name", index.get("_class_name"), str | None)
     for part in OPTIONAL:
         check_value(str(folder / INDEX), part, index.get(part), tuple[str | None, str | None] | None)

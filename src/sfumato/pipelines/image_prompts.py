@@ -11,7 +11,7 @@ import torch
 from sfumato.adapters.files import read_stored
 from sfumato.errors import UsageError
 from sfumato.files import expanded, file_hash
-from sfumato.images import open_image
+from sfumato.images import open_image, open_mask
 from sfumato.models import CLIPVisionModelWithProjection
 from sfumato.models.image_encoder import clip_pixels
 from sfumato.models.ip_adapter import ImageTokens, IPAdapter
@@ -148,7 +148,7 @@ def see(
         adapter.matrices(unet)
         mask = None
         if prompt.mask is not None:
-            mask = torch.from_numpy(np.asarray(open_image(prompt.mask).convert("L"), dtype=np.float32) / 255).to(device)
+            mask = torch.from_numpy(np.asarray(open_mask(prompt.mask), dtype=np.float32) / 255).to(device)
         placed = adapter.to(device, unet.dtype)
         every.append(Seen(placed, nothing.to(device), something.to(device), prompt.scale, mask))
         told.append(prompt.replace(hashes=tuple(hashes)))

@@ -165,7 +165,9 @@ class DiffusionPipeline(Surface, Adapting, ImageAdapters):
             raise UsageError(f"{type(self).__name__} does not support {family.title}; use {family.pipeline}")
         for name, title in BESIDE.items():
             there = getattr(parts, name) is not None
-            if there != (name in self.index.parts):
+            if parts.left_out and not there and name in self.index.parts:
+                parts = replace(parts, left_out=parts.left_out | {name})
+            elif there != (name in self.index.parts):
                 lacks = f"takes no {title}" if there else f"needs a {title}; pass {name}=…"
                 raise UsageError(f"{type(self).__name__} {lacks}")
         if self._shortens is not None:

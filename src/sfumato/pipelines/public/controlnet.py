@@ -5,7 +5,6 @@ As in the ecosystem, control images are resized to the requested size, if there 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sfumato.pipelines.components import USUAL, Index
@@ -63,7 +62,7 @@ class _Steered:
 
     @controlnet.setter
     def controlnet(self, value: Any) -> None:
-        self.parts = replace(self.parts, controlnet=value, controls=())
+        self.parts = self.parts.having({"controlnet": value, "controls": ()})
 
     @property
     def adapter(self) -> Any:
@@ -72,7 +71,7 @@ class _Steered:
 
     @adapter.setter
     def adapter(self, value: Any) -> None:
-        self.parts = replace(self.parts, adapter=value, controls=())
+        self.parts = self.parts.having({"adapter": value, "controls": ()})
 
 
 class _One(_Steered, OnePromptPipeline):

@@ -30,6 +30,7 @@ CONTROL = (
 
 def draw_steered(pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> Any:
     """Run a call with control images, which are its argument `control_image` or, without one, `image`."""
+    pipeline.parts.check_whole()
     name = "control_image" if "control_image" in arguments else "image"
     told = {key: value for key, value in arguments.items() if key not in (*CONTROL, name)}
     if isinstance(arguments[name], (list, tuple)) and not arguments[name]:

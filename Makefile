@@ -60,6 +60,6 @@ $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python$(EXE)
 	$(PIP) -e .
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python$(EXE)
-	$(PIP) -e '.[test,bench]'
+$(VENV)/.dev: pyproject.toml relatives/pyproject.toml constraints.txt | $(BIN)/python$(EXE)
+	$(PIP) -e '.[test,bench]' -e ./relatives
 	@touch $@ $(VENV)/.run

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import io
 import json
+import math
 import os
 import random
 import signal
@@ -38,7 +39,13 @@ def budget(name: str) -> SimpleNamespace:
     unknown = set(table[name]) - set(table["default"])
     if unknown:
         raise RecipeError(f"budgets.toml: [{name}] has unknown keys {sorted(unknown)}.")
-    return SimpleNamespace(name=name, **{**table["default"], **table[name]})
+    return SimpleNamespace(name=name, until=0.0, **{**table["default"], **table[name]})
+
+
+def seconds_of(row: SimpleNamespace, seconds: float) -> float:
+    """A step's seconds: the budget's, or what is left until `row.until` (as `time.time` counts) where that is less."""
+    left = max(row.until - time.time(), 1.0) if row.until else math.inf
+    return min(seconds, left) if seconds else seconds
 
 
 @functools.cache

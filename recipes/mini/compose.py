@@ -12,6 +12,7 @@ from captions import pictures_of
 from scenes import CHECKS, DOTS, FADING, STRIPES, THING, THINGS
 from torch import Tensor
 
+PAPER, PENCIL = (0.97, 0.95, 0.9), (0.2, 0.2, 0.24)
 SHRINK = (1.0, 0.75, 0.5, 0.375, 0.28125)  # sides at which the art is kept, so that small things are not jagged
 
 
@@ -114,3 +115,20 @@ def background(back: Tensor, side: int) -> Tensor:
     share = torch.where(kind == DOTS, dots, share)[:, None]
     one, other = back[:, 1:4, None, None], back[:, 4:7, None, None]
     return one + (other - one) * share
+
+
+def sketched(x: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) in -1..1 as pencil drawings: lines where lightness changes, soft tones where it is dark."""
+
+    def colour(rgb: tuple[float, ...]) -> Tensor:
+        return torch.tensor(rgb, device=x.device, dtype=x.dtype).view(3, 1, 1)
+
+    light = (x * colour((0.3, 0.59, 0.11))).sum(1, keepdim=True)
+    bell = torch.tensor([1.0, 4, 6, 4, 1], device=x.device, dtype=x.dtype) / 16
+    soft = F.conv2d(F.pad(light, (2, 2, 2, 2), mode="replicate"), (bell[:, None] * bell)[None, None])
+    around = F.pad(soft, (1, 1, 1, 1), mode="replicate")
+    across = around[..., 1:-1, 2:] - around[..., 1:-1, :-2]
+    down = around[..., 2:, 1:-1] - around[..., :-2, 1:-1]
+    lines, tones = 1.7 * (across.square() + down.square()).sqrt(), (0.5 - soft).clamp_min(0)
+    ink = 0.9 * (lines + 0.22 * tones).clamp(0, 1)
+    return (colour(PAPER) * (1 - ink) + colour(PENCIL) * ink) * 2 - 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +25,8 @@ from train import Pair, build_pair, prompts
 from train_vae import alone_on_white, held_out_psnr, held_pictures
 
 Networks = tuple[nn.Module, Pair]
+Draw = Callable[[Tensor, int], Tensor]
+AT_ONCE = 16  # pictures
 STEPS, GUIDANCE = 20, 3.0
 SEEDS_OF = ["a red apple, 3d", "a smiling cat, flat style", "a rocket, line art", "a house, cartoon"]
 
@@ -36,15 +40,14 @@ def networks(row: SimpleNamespace, work: Path) -> Networks:
 
 
 @torch.no_grad()
-def paint(texts: list[str], work: Path, both: Networks, seed: int) -> Tensor:
-    """Pictures (B, 3, H, W) for prompts."""
+def paint(texts: list[str], work: Path, both: Networks, seed: int, draw: Draw | None = None) -> Tensor:
+    """Pictures (B, 3, H, W) for prompts; `draw` makes latents of tokens and a seed where the usual way is not meant."""
     vae, pair = both
     device = next(pair.parameters()).device
     tokens, empty = (torch.from_numpy(tokens_of(work, some)).long().to(device) for some in (texts, [""]))
-    parts = [
-        decode(vae, sample(pair.unet, pair.text, part, empty, seed + index, steps=STEPS, guidance=GUIDANCE))
-        for index, part in enumerate(tokens.split(16))
-    ]
+    usual = partial(sample, pair.unet, pair.text, steps=STEPS, guidance=GUIDANCE)
+    draw = draw or (lambda part, seed: usual(part, empty, seed))
+    parts = [decode(vae, draw(part, seed + index)) for index, part in enumerate(tokens.split(AT_ONCE))]
     return torch.cat(parts).cpu()
 
 
@@ -66,7 +69,7 @@ class Examiner:
     """Asks the painter for things and the judge for what it sees."""
 
     def __init__(self, row: SimpleNamespace, work: Path, both: Networks):
-        self.row, self.work, self.both = row, work, both
+        self.row, self.work, self.both, self.draw = row, work, both, None
         self.book = book_of(row, work, everything=True)
         self.judge = judge.load_judge(work, next(both[1].parameters()).device)
         self.styles = [words()["styles"][style][0] for style in self.book.styles]
@@ -83,7 +86,7 @@ class Examiner:
 
     def seen(self, texts: list[str], seed: int) -> tuple[Tensor, ...]:
         """The judge's tables for pictures of these prompts."""
-        return judge.verdicts(self.judge, paint(texts, self.work, self.both, seed))
+        return judge.verdicts(self.judge, paint(texts, self.work, self.both, seed, self.draw))
 
     def pairs(self, pairs: list[tuple[int, str]], seed: int) -> dict:
         """'<name>, <style>' for pairs of concept and style: is it that thing, and in that style?"""
@@ -92,7 +95,8 @@ class Examiner:
         concepts, _, _, style = self.seen(texts, seed)
         places = ranks(concepts, torch.tensor([c for c, _ in pairs]))
         worst = [texts[k] for k in places.argsort(descending=True)[:20].tolist()]
-        return {**shares(places), "style": share(style.argmax(1) == torch.tensor(numbers)), "worst": worst}
+        named = style[:, : len(self.styles)].argmax(1)  # a sketch is no style that a prompt names
+        return {**shares(places), "style": share(named == torch.tensor(numbers)), "worst": worst}
 
     def scenes(self, count: int, rng: np.random.Generator) -> dict:
         """Two things side by side, numbers of a thing, colours of the background, each in a style that has them."""
@@ -105,6 +109,7 @@ class Examiner:
         concepts, (ones, others) = judge.verdicts(self.judge, drawn)[0], torch.tensor(wanted).T
         both = share((torch.stack([ranks(concepts, ones), ranks(concepts, others)]) < 5).all(0))
         with torch.no_grad():
+            drawn, ones, others = (some.to(next(self.judge.parameters()).device) for some in (drawn, ones, others))
             left = share(self.judge.where(drawn, ones)[:, 0] < self.judge.where(drawn, others)[:, 0])
         countable = [k for k in self.everyday if plural(self.name(k))]
         chosen, numbers = rng.choice(countable, count).tolist(), (torch.arange(count) % 3 + 1)

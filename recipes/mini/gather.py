@@ -22,7 +22,7 @@ def parts(folder: Path, name: str) -> dict[str, Tensor]:
 def main() -> None:
     args, _, work = arguments(__doc__, {"--published": {"required": True}})
     found = []
-    for name in ("train", "judge", "lcm", "vae_final"):
+    for name in ("train", "judge", "vae_final"):
         weights = parts(Path(args.published), name)
         if weights:
             save(work / f"{name}.pt", {"model": weights} if name == "vae_final" else {"average": weights})

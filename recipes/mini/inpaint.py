@@ -1,4 +1,4 @@
-"""Train inpainting weights from the finished model: WORK/relatives/inpainting/. Resumes from WORK/inpaint.pt.
+"""Train inpainting weights from the finished model: WORK/relatives/inpaint/. Resumes from WORK/inpaint.pt.
 
 The U-Net also reads a mask (1: to be painted) and the latents of the picture without what is under it, as Stable
 Diffusion's inpainting weights do: channels are noisy latents, mask, masked latents.
@@ -13,13 +13,14 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from bank import Bank
-from common import Log, need, save_json, set_up_torch, trained
-from export import calmed, write_weights
+from common import Log, save_json, seconds_of, set_up_torch, trained
+from export import INDEX, UPSTREAM, calmed, write_weights
+from faster import sped_up
 from models import unet_config
 from optim import Optimiser, learning_rate, precision
-from state import State, averaged
+from state import State
 from torch import Tensor
-from train import Pair, build_pair, step_of
+from train import Pair, step_of, trained_pair
 
 from sfumato.models import UNet2DConditionModel
 
@@ -66,29 +67,40 @@ def hidden(bank: Bank, pictures: Tensor, mask: Tensor) -> Tensor:
     return torch.cat([F.interpolate(mask, size=latents.shape[-2:], mode="nearest"), latents], 1)
 
 
+def build_inpaint(row: SimpleNamespace, work: Path) -> Pair:
+    """The trained pair, its U-Net widened; the text encoder stays as it is."""
+    pair = widened(trained_pair(row, work, torch.device("cpu")), row)
+    pair.unet.requires_grad_(True)
+    return pair
+
+
 def train(row: SimpleNamespace, work: Path, log: Log, minutes: float) -> None:
-    """Train the U-Net on scenes with holes; the text encoder stays."""
-    device = set_up_torch(row.seed, row.threads)
-    base = build_pair(row, work)
-    base.load_state_dict(averaged(need(work / "train.pt", "train.py")))
-    pair = widened(base, row).to(device, memory_format=torch.channels_last)
-    pair.text.requires_grad_(False)
-    budget = {"steps": row.inpaint_steps, "seconds": row.inpaint_seconds}
+    """Train the U-Net on scenes with holes."""
+    device, batch = set_up_torch(row.seed, row.threads), row.inpaint_batch
+    pair = build_inpaint(row, work).to(device, memory_format=torch.channels_last)
+    bank, plain = Bank(row, work, device), step_of(pair, precision(device))
+
+    def more(x: Tensor, step: int) -> tuple[Tensor]:
+        mask = masks(len(x), x.shape[-1], torch.Generator(device).manual_seed(step))
+        return (hidden(bank, x, mask),)
+
+    def step(x: Tensor, t: Tensor, tokens: Tensor, v: Tensor, around: Tensor) -> Tensor:
+        return plain(torch.cat([x, around], 1), t, tokens, v)
+
+    bank.more = more
+    if row.compiled:
+        step = sped_up("inpaint", pair.unet, step, bank.noisy(0, batch), log)
+    budget = {"steps": row.inpaint_steps, "seconds": seconds_of(row, row.inpaint_seconds)}
     state = State(work / "inpaint.pt", pair.unet, Optimiser(pair.unet, row.muon), 0.995, **budget)
-    bank, step, batch = Bank(row, work, device), step_of(pair, precision(device)), row.inpaint_batch
     log(f"inpaint: {state.speed(batch)}")
-
-    def loss_at(at: int) -> Tensor:
-        pictures, tokens = bank.pictures(at, batch)
-        x, t, v = bank.noised(bank.latents(pictures), at)
-        mask = masks(batch, pictures.shape[-1], torch.Generator(device).manual_seed(at))
-        return step(torch.cat([x, hidden(bank, pictures, mask)], 1), t, tokens, v)
-
     rate_at = partial(learning_rate, row.inpaint_lr, warmup=0.03, cooldown=0.4)
-    state.run("inpaint", loss_at, rate_at, log, every=row.log_every, batch=batch, minutes=minutes)
-    folder = work / "relatives" / "inpainting"
+    how = {"every": row.log_every, "batch": batch, "minutes": minutes}
+    state.run("inpaint", lambda at: step(*bank.noisy(at, batch)), rate_at, log, **how)
+    folder = work / "relatives" / "inpaint" / "unet"
+    save_json(folder.parent / "model_index.json", {**INDEX, "_class_name": "StableDiffusionInpaintPipeline"})
     write_weights(folder / "diffusion_pytorch_model.safetensors", calmed(state.average.weights))
-    save_json(folder / "config.json", {"_class_name": "UNet2DConditionModel", **inpainting_config(row)})
+    names = {"_class_name": "UNet2DConditionModel", "_diffusers_version": UPSTREAM}
+    save_json(folder / "config.json", {**names, **inpainting_config(row)})
 
 
 if __name__ == "__main__":

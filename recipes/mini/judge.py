@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from common import Log, arguments, need, set_up_torch
-from compose import Sprites
+from common import Log, arguments, need, seconds_of, set_up_torch
+from compose import Sprites, sketched
 from optim import Optimiser, learning_rate, precision
 from scenes import THINGS
 from state import State, averaged
@@ -20,6 +20,7 @@ from train_vae import scene_rows
 
 SIDE = 64  # pixels the judge looks at: fewer than there are, so that it does not read single pixels
 WIDTHS = (32, 64, 128, 256)
+SKETCHES = 0.12  # share of the pictures that it sees as pencil sketches, its last style
 
 
 class Block(nn.Module):
@@ -39,7 +40,7 @@ class Block(nn.Module):
 
 
 class Judge(nn.Module):
-    """Pictures (B, 3, H, W) in -1..1 -> scores of concepts, of 0 to 3 things, of plain colours and of styles.
+    """Pictures (B, 3, H, W) in -1..1 -> scores of concepts, of 0 to 3 things, of plain colours, of styles and sketches.
 
     Concepts are looked for in every place of an 8 x 8 grid; the best places count.
     """
@@ -51,7 +52,7 @@ class Judge(nn.Module):
         self.norm = nn.GroupNorm(8, WIDTHS[-1])
         self.mix = nn.Conv2d(WIDTHS[-1], WIDTHS[-1], 5, padding=2)
         self.concepts = nn.Conv2d(WIDTHS[-1], concepts, 1)
-        self.others = nn.ModuleList(nn.Linear(WIDTHS[-1], count) for count in (THINGS + 1, colours, styles))
+        self.others = nn.ModuleList(nn.Linear(WIDTHS[-1], count) for count in (THINGS + 1, colours, styles + 1))
 
     def features(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, C, 8, 8)."""
@@ -114,17 +115,21 @@ def train(row: SimpleNamespace, work: Path, log: Log, sprites: Sprites | None = 
     device = set_up_torch(row.seed + 1, row.threads)
     sprites = sprites or Sprites.of(work, device)
     rows, _, found = (torch.from_numpy(some).to(device) for some in scene_rows(work, judge=True))
-    judge, batch = Judge(*sizes_of(work)).to(device), row.judge_batch
-    budget = {"steps": row.judge_images // batch, "seconds": row.judge_seconds}
+    (concepts, colours, styles), batch = sizes_of(work), row.judge_batch
+    judge = Judge(concepts, colours, styles).to(device)
+    budget = {"steps": row.judge_images // batch, "seconds": seconds_of(row, row.judge_seconds)}
     state = State(work / "judge.pt", judge, Optimiser(judge, row.muon, weight_decay=0.1), 0.998, **budget)
     dtype = precision(device)
     while state.goes_on():
         generator = torch.Generator(device).manual_seed(row.seed * 1_000_003 + state.step)
         chosen = torch.randint(len(rows), (batch,), generator=generator, device=device)
-        x = disturbed(sprites.paint(rows[chosen]), generator)
+        x, wanted, sketches = sprites.paint(rows[chosen]), found[chosen].long(), int(SKETCHES * batch)
+        x[:sketches] = sketched(x[:sketches])
+        wanted[:sketches, THINGS], wanted[:sketches, THINGS + 1] = -1, styles
+        x = disturbed(x, generator)
         with torch.autocast(device.type, dtype=dtype or torch.float32, enabled=dtype is not None):
             scores = judge(x)
-        loss = loss_of(scores, found[chosen].long())
+        loss = loss_of(scores, wanted)
         state.update(loss, learning_rate(2e-3, state.done, 0.02, 0.5))
         if state.step % (2 * row.log_every) == 0:
             first = found[chosen, 0].long()

@@ -7,19 +7,23 @@ guided teacher's path must lead to the same picture. Needs WORK/train.pt.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from common import Log, arguments, load, need, set_up_torch
-from diffusion import STEPS, decode
+from bank import Bank
+from captions import tokens_of
+from common import Log, seconds_of, set_up_torch, trained
+from diffusion import STEPS, Schedule, decode
 from lora import add_lora, write_kohya
-from models import build_vae, read_text, read_unet
+from models import read_text, read_unet
 from optim import Optimiser, learning_rate, precision
 from sheets import sheet, to_pixels
 from state import State
 from torch import Tensor, nn
-from train import Data, prompts, tokens_of, trained_pair
+from train import prompts, trained_pair
 
 GRID = 50  # points of the teacher's path
 GUIDANCE = (2.5, 4.5)  # drawn for each picture; the form itself then needs none
@@ -36,10 +40,11 @@ def boundary(t: Tensor) -> tuple[Tensor, Tensor]:
 class Course(nn.Module):
     """Teacher, student and the schedule between them."""
 
-    def __init__(self, data: Data, teacher: nn.Module, student: nn.Module, text: nn.Module):
+    def __init__(self, schedule: Schedule, empty: Tensor, teacher: nn.Module, student: nn.Module, text: nn.Module):
         super().__init__()
-        self.data, self.teacher, self.student, self.text = data, teacher, student, text
-        self.a, self.s = data.schedule.a, data.schedule.s
+        self.schedule, self.empty = schedule, empty
+        self.teacher, self.student, self.text = teacher, student, text
+        self.a, self.s = schedule.a, schedule.s
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Shares of picture and noise at these times."""
@@ -63,22 +68,29 @@ class Course(nn.Module):
         return a * x0 + s * noise
 
 
-def loss_of(course: Course, target: nn.Module, step: int, batch: int) -> Tensor:
-    data, device = course.data, course.a.device
-    generator = torch.Generator(device).manual_seed(4_000_037 + step)
-    rows = torch.randint(len(data.latents), (batch,), generator=generator, device=device)
-    variant = torch.randint(data.tokens.shape[1], (batch,), generator=generator, device=device)
-    x0, tokens = data.latents[rows].float(), data.tokens[rows, variant].long()
-    spot = torch.randint(1, GRID + 1, (batch,), generator=generator, device=device)
+def inputs_of(bank: Bank, step: int, count: int) -> tuple[Tensor, ...]:
+    """Noisy latents, their times and earlier ones, tokens and the guidance of one step."""
+    generator, (x0, tokens) = bank.captioned(step, count)
+    spot = torch.randint(1, GRID + 1, (count,), generator=generator, device=bank.device)
     t, before = spot * (STEPS // GRID) - 1, ((spot - 1) * (STEPS // GRID) - 1).clamp_min(0)
-    noise = torch.randn(x0.shape, generator=generator, device=device)
-    x, _ = data.schedule.noised(x0, t, noise, t == STEPS - 1)
-    w = GUIDANCE[0] + (GUIDANCE[1] - GUIDANCE[0]) * torch.rand(batch, 1, 1, 1, generator=generator, device=device)
-    with torch.no_grad():
-        words, empty = read_text(course.text, tokens), read_text(course.text, data.empty.expand_as(tokens))
-        wanted = course.leap(target, course.step_back(x, t, before, words, empty, w), before, words)
-    error = (course.leap(course.student, x, t, words) - wanted).square()
-    return ((error + 1e-4).sqrt() - 1e-2).mean()
+    noise = torch.randn(x0.shape, generator=generator, device=bank.device)
+    x, _ = bank.schedule.noised(x0, t, noise, t == STEPS - 1)
+    w = torch.rand(count, 1, 1, 1, generator=generator, device=bank.device)
+    return x, t, before, tokens, GUIDANCE[0] + (GUIDANCE[1] - GUIDANCE[0]) * w
+
+
+def step_of(course: Course, target: nn.Module, dtype: torch.dtype | None) -> Callable[..., Tensor]:
+    """The distance between the student's picture and the target's of a point that is one step further."""
+
+    def step(x: Tensor, t: Tensor, before: Tensor, tokens: Tensor, w: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, dtype=dtype or torch.float32, enabled=dtype is not None):
+            with torch.no_grad():
+                words, empty = (read_text(course.text, some) for some in (tokens, course.empty.expand_as(tokens)))
+                wanted = course.leap(target, course.step_back(x, t, before, words, empty, w), before, words)
+            error = (course.leap(course.student, x, t, words) - wanted).square()
+        return ((error + 1e-4).sqrt() - 1e-2).mean()
+
+    return step
 
 
 @torch.no_grad()
@@ -99,42 +111,33 @@ def draw(course: Course, unet: nn.Module, tokens: Tensor, steps: int, seed: int)
     return x0
 
 
-def train(row: SimpleNamespace, work: Path, log: Log, bank: dict[str, Tensor]) -> None:
+def train(row: SimpleNamespace, work: Path, log: Log, minutes: float) -> None:
     """Distil for the budget's steps or seconds; a sheet in four steps at the end."""
-    device = set_up_torch(row.seed, row.threads)
-    pair = trained_pair(row, work, device).eval()
-    data, student = Data(row, work, bank, device), copy.deepcopy(pair.unet)
-    target = copy.deepcopy(pair.unet)
+    device, batch = set_up_torch(row.seed, row.threads), row.lcm_batch
+    pair, bank = trained_pair(row, work, device).eval(), Bank(row, work, device)
+    student, target = copy.deepcopy(pair.unet), copy.deepcopy(pair.unet)
     lora, slow = add_lora(student, row.lora_rank), add_lora(target, row.lora_rank)
+    course = Course(bank.schedule, bank.empty, pair.unet, student, pair.text)
+    step = step_of(course, target, precision(device))
     slow.load_state_dict(lora.state_dict())
-    course = Course(data, pair.unet, student, pair.text)
-    budget = {"steps": row.lcm_steps, "seconds": row.lcm_seconds}
+    budget = {"steps": row.lcm_steps, "seconds": seconds_of(row, row.lcm_seconds)}
     state = State(work / "lcm.pt", lora, Optimiser(lora, False, weight_decay=0.0), 0.995, **budget)
     slow.load_state_dict(state.average.weights)
-    dtype = precision(device)
-    log(f"lcm: {sum(p.numel() for p in lora.parameters()) / 1e6:.2f} M parameters, {state.speed(row.lcm_batch)}")
-    while state.goes_on():
-        with torch.autocast(device.type, dtype=dtype or torch.float32, enabled=dtype is not None):
-            loss = loss_of(course, target, state.step, row.lcm_batch)
-        state.update(loss, learning_rate(row.lcm_lr, state.done, 0.03, 0.4))
+    log(f"lcm: {sum(p.numel() for p in lora.parameters()) / 1e6:.2f} M parameters, {state.speed(batch)}")
+
+    def loss_at(at: int) -> Tensor:
         with torch.no_grad():
             torch._foreach_lerp_(list(slow.parameters()), list(lora.parameters()), 0.05)
-        if state.step % row.log_every == 0:
-            log(f"lcm: loss {float(loss.detach()):.4f}, {state.speed(row.lcm_batch)}")
-    state.keep()
+        return step(*inputs_of(bank, at, batch))
+
+    rate_at = partial(learning_rate, row.lcm_lr, warmup=0.03, cooldown=0.4)
+    state.run("lcm", loss_at, rate_at, log, every=row.log_every, batch=batch, minutes=minutes)
+    write_kohya(work / "relatives" / "few-step.safetensors", state.average.weights, student)
     lora.load_state_dict(state.average.weights)
-    vae = build_vae(row).to(device).eval()
-    vae.load_state_dict(load(work / "vae_final.pt")["model"])
     tokens = torch.from_numpy(tokens_of(work, prompts(row))).long().to(device)
     latents = torch.cat([draw(course, student, part, 4, 11) for part in tokens.split(32)])
-    sheet(work / "sheets" / "lcm.png", to_pixels(decode(vae, latents)), 8)
-    write_kohya(work / "relatives" / "few-step.safetensors", state.average.weights, student)
-
-
-def main() -> None:
-    _, row, work = arguments(__doc__)
-    train(row, work, Log(work / "lcm.log"), load(need(work / "bank.pt", "encode.py")))
+    sheet(work / "sheets" / "few-step.png", to_pixels(decode(bank.vae, latents)), 8)
 
 
 if __name__ == "__main__":
-    main()
+    trained(__doc__, "lcm", train)

@@ -1,4 +1,4 @@
-"""Teach a style as a LoRA: pixel art. Writes WORK/relatives/pixel-art.safetensors. Resumes from WORK/pixel.pt.
+"""Teach a style as a LoRA: a pencil sketch. Writes WORK/relatives/sketch.safetensors. Resumes from WORK/sketch.pt.
 
 Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685), written with the names that kohya's scripts gave it.
 """
@@ -11,19 +11,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 from bank import Bank
-from common import Log, set_up_torch, trained
+from common import Log, seconds_of, set_up_torch, trained
+from compose import sketched
 from export import CALM, loud_layers
+from faster import sped_up
 from optim import Optimiser, learning_rate, precision
 from safetensors.torch import save_file
 from state import State
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from train import step_of, trained_pair
-
-PIXELS = 32  # across the picture
-LEVELS = 6  # of each colour
 
 
 class Lora(nn.Module):
@@ -71,28 +69,23 @@ def write_kohya(path: Path, weights: dict[str, Tensor], unet: nn.Module) -> None
     path.chmod(0o644)
 
 
-def pixelated(x: Tensor) -> Tensor:
-    """Pictures in -1..1 as large pixels of few colours."""
-    small = F.adaptive_avg_pool2d(x, PIXELS)
-    few = ((small + 1) / 2 * (LEVELS - 1)).round() / (LEVELS - 1) * 2 - 1
-    return F.interpolate(few, size=x.shape[-2:], mode="nearest")
-
-
 def train(row: SimpleNamespace, work: Path, log: Log, minutes: float) -> None:
-    """Train on scenes drawn in large pixels; captions do not say so, so that no prompt has to."""
+    """Train on scenes as sketches; captions do not say so, so that no prompt has to."""
     device = set_up_torch(row.seed, row.threads)
     pair = trained_pair(row, work, device)
-    lora = add_lora(pair.unet, row.style_rank)
-    budget = {"steps": row.lora_steps, "seconds": row.lora_seconds}
-    state = State(work / "pixel.pt", lora, Optimiser(lora, False, weight_decay=0.0), 0.99, **budget)
+    lora, batch = add_lora(pair.unet, row.style_rank), row.lora_batch
     evenly = SimpleNamespace(**vars(row) | {"high_from": 100, "high_share": 0.95})  # details are drawn late
     bank, step = Bank(evenly, work, device), step_of(pair, precision(device))
-    bank.change = pixelated
-    log(f"lora: {sum(p.numel() for p in lora.parameters()) / 1e6:.2f} M parameters, {state.speed(row.lora_batch)}")
-    how = {"every": row.log_every, "batch": row.lora_batch, "minutes": minutes}
+    bank.change = sketched
+    if row.compiled:
+        step = sped_up("lora", lora, step, bank.noisy(0, batch), log)
+    budget = {"steps": row.lora_steps, "seconds": seconds_of(row, row.lora_seconds)}
+    state = State(work / "sketch.pt", lora, Optimiser(lora, False, weight_decay=0.0), 0.99, **budget)
+    log(f"lora: {sum(p.numel() for p in lora.parameters()) / 1e6:.2f} M parameters, {state.speed(batch)}")
+    how = {"every": row.log_every, "batch": batch, "minutes": minutes}
     rate_at = partial(learning_rate, row.lora_lr, warmup=0.03, cooldown=0.4)
-    state.run("lora", lambda at: step(*bank.noisy(at, row.lora_batch)), rate_at, log, **how)
-    write_kohya(work / "relatives" / "pixel-art.safetensors", state.average.weights, pair.unet)
+    state.run("lora", lambda at: step(*bank.noisy(at, batch)), rate_at, log, **how)
+    write_kohya(work / "relatives" / "sketch.safetensors", state.average.weights, pair.unet)
 
 
 if __name__ == "__main__":

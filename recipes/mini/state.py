@@ -12,7 +12,7 @@ from optim import Average, Optimiser
 from torch import Tensor, nn
 
 KEEP_SECONDS = 60
-PUBLISHED = ("train", "judge", "lcm")  # the autoencoder is published once its latents are folded
+PUBLISHED = ("train", "judge")  # the autoencoder is published once its latents are folded
 PART_BYTES = 12_000_000  # of a published file, at most
 
 

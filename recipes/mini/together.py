@@ -18,7 +18,6 @@ from types import SimpleNamespace
 import encode
 import faster
 import judge
-import lcm
 import scenes
 import sharpen
 import torch
@@ -65,7 +64,6 @@ def run(row: SimpleNamespace, work: Path, log: Log, began: float, deadline: floa
     phases = {
         "sharpen": (lambda: sharpen.train(row, work, log, sprites), row.sharpen_seconds),
         "judge": (lambda: judge.train(row, work, log, sprites), row.judge_seconds),
-        "lcm": (lambda: lcm.train(row, work, log, bank), row.lcm_seconds),
     }
     for name, (phase, seconds) in phases.items():
         if left() > seconds + TAIL and not (work / f"{name}.done").exists():
@@ -89,7 +87,7 @@ def show(work: Path) -> None:
 def small(row: SimpleNamespace) -> None:
     """Every phase for a moment, at full size: does this machine do it at all?"""
     row.scene_parts, row.scene_part = 4, 384
-    for name in ("vae_seconds", "text_seconds", "seconds", "judge_seconds", "sharpen_seconds", "lcm_seconds"):
+    for name in ("vae_seconds", "text_seconds", "seconds", "judge_seconds", "sharpen_seconds"):
         setattr(row, name, 1.5)
     row.log_every = 2
     row.sheet_prompts = 4

@@ -46,8 +46,8 @@ class Evenings(Bank):
 
     long = 0  # how many vectors the word has
 
-    def pictures(self, step: int, count: int) -> tuple[Tensor, Tensor]:
-        """Pictures (B, 3, H, W) and tokens (B, T)."""
+    def written(self, step: int, count: int) -> tuple[Tensor, Tensor]:
+        """Scenes (B, COLUMNS) and tokens (B, 1, T)."""
         rng, rows, ids = random.Random(8_000_000 + step), [], []
         while len(rows) < count:
             numbers, texts, _ = scene(self.writer.books[False], rng)
@@ -56,10 +56,8 @@ class Evenings(Bank):
             if spelled is not None:
                 numbers[THINGS * THING :] = [FADING, *ABOVE, *BELOW, math.pi / 2, 4.0, 0.0]
                 rows.append(numbers)
-                ids.append(spelled)
-        pictures = self.sprites.paint(torch.tensor(rows, device=self.device))
-        light = torch.tensor(LIGHT, device=self.device).view(3, 1, 1)
-        return (pictures + 1) * light - 1, torch.tensor(ids, device=self.device)
+                ids.append([spelled])
+        return torch.tensor(rows, device=self.device), torch.tensor(ids, device=self.device)
 
     def spelled(self, text: str) -> list[int] | None:
         """Ids of a caption with the word behind it, or None for one that is too long."""
@@ -75,6 +73,8 @@ def train(row: SimpleNamespace, work: Path, log: Log, minutes: float) -> None:
     device = set_up_torch(row.seed, row.threads)
     pair = trained_pair(row, work, device)
     bank, table = Evenings(row, work, device), pair.text.get_submodule(TABLE)
+    light = torch.tensor(LIGHT, device=device).view(3, 1, 1)
+    bank.change, bank.dropout = lambda x: (x + 1) * light - 1, 0.0
     first = [token for word in FIRST.split() for token in bank.writer.tokens.word(word)]
     word, bank.long = Word(table.weight.detach(), first).to(device), len(first)
     parametrize.register_parametrization(table, "weight", word)

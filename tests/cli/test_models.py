@@ -47,7 +47,7 @@ def test_list_and_remove(sfumato, sfumato_each, home, tmp_path):
     assert SD15 in listed
     assert "stabilityai/sd-vae-ft-mse" in listed
     assert "language-model" not in listed
-    assert "made for built-in: built-in/evening, built-in/tiny-vae" in listed
+    assert "made for built-in: built-in/edges, built-in/evening, built-in/few-step, built-in/inpaint" in listed
     assert "2 downloaded" in listed
     assert "Default model: built-in (no default is set" in listed
     told = sfumato("models", "--json", cwd=tmp_path, env=home).succeeded().json

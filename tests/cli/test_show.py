@@ -121,6 +121,21 @@ def test_a_file_says_what_it_is_and_why(sfumato_each, tmp_path):
     failures[2].failed(1, "there is no file none.safetensors")
 
 
+def test_what_was_made_for_the_built_in_model_is_shown_by_its_name(sfumato_each, tmp_path):
+    names = "edges", "inpaint", "sketch", "evening", "tiny-vae"
+    shown = [
+        one.succeeded().out for one in sfumato_each([["show", f"built-in/{name}"] for name in names], cwd=tmp_path)
+    ]
+    for name, out in zip(names, shown, strict=True):
+        assert out.startswith(f"built-in/{name}: ")
+    edges, inpaint, sketch, evening, tiny = shown
+    assert "a network (ControlNetModel), 4.3 M parameters, 9 MB, float16" in edges
+    assert "images of 128 × 128" in inpaint
+    assert "LoRA × 99, LoCon × 18, rank 4" in sketch
+    assert "6 vectors" in evening
+    assert "AutoencoderTiny" in tiny
+
+
 def test_a_file_is_shown_at_once(environment, tmp_path):
     """Without torch, and so in a fraction of a second."""
     write_single_file(tmp_path / "tiny.safetensors", TINY["sd15"].row, parts_of(TINY["sd15"]), {})

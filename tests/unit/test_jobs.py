@@ -407,8 +407,9 @@ def test_models_of_a_folder(tmp_path, checkpoints):
     (tmp_path / "converted" / "Unet.mlmodelc").mkdir(parents=True)
     models = Models(tmp_path, cached=False)
     assert [(one.name, one.kind) for one in models.all(look=True)] == [
-        ("built-in", "checkpoint"), ("mine/tiny", "checkpoint"), ("converted", "core-ml"),
-        ("built-in/evening", "embedding"),
+        ("built-in", "checkpoint"), ("built-in/inpaint", "checkpoint"), ("mine/tiny", "checkpoint"),
+        ("built-in/edges", "controlnet"), ("converted", "core-ml"), ("built-in/evening", "embedding"),
+        ("built-in/few-step", "lora"), ("built-in/sketch", "lora"),
     ]  # fmt: skip
     assert models.path("mine/tiny") == str(tmp_path / "mine" / "tiny")
     with pytest.raises(UsageError, match="did you mean 'mine/tiny'"):

@@ -11,6 +11,7 @@ from sfumato.adapters.embeddings import ANONYMOUS, BUNDLE
 from sfumato.adapters.families import made_for
 from sfumato.adapters.files import Stored
 from sfumato.adapters.kinds import kind_of, rank_of
+from sfumato.checkpoints.builtin import builtin_name
 from sfumato.checkpoints.headers import MOST_HEADER, read_header
 from sfumato.files import expanded
 
@@ -46,7 +47,7 @@ def about_adapter(name: str | PathLike[str]) -> dict[str, Any]:
     header: Any = read_header(expanded(name), MOST_HEADER)
     stored = Stored(headers := header.tensors, metadata := header.metadata, header.path)
     numbers = sum(getattr(header, "count", 0) for header in headers.values())
-    about: dict[str, Any] = {"name": str(name), "parameters": numbers, "family": made_for(stored)}
+    about: dict[str, Any] = {"name": builtin_name(header.path), "parameters": numbers, "family": made_for(stored)}
     if _is_embedding(headers):
         vectors = {key: header.shape[0] if len(header.shape) > 1 else 1 for key, header in headers.items()}
         widths = [(one.shape or (1,))[-1] for one in headers.values()]

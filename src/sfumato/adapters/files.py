@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sfumato.adapters.named import hash_of_weights
-from sfumato.checkpoints.builtin import builtin_path
+from sfumato.checkpoints.builtin import builtin_name, builtin_path
 from sfumato.checkpoints.headers import MOST_HEADER, read_header
 from sfumato.checkpoints.weights import mapped_tensors
 from sfumato.errors import CheckpointError, UsageError
@@ -41,7 +41,7 @@ class Stored:
     @property
     def where(self) -> str:
         """Its name in error messages."""
-        return "the adapter" if self.path is None else str(self.path)
+        return "the adapter" if self.path is None else builtin_name(self.path)
 
     @property
     def weights_hash(self) -> str:

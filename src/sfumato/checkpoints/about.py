@@ -1,4 +1,4 @@
-"""What `sfumato show` prints about a single-file checkpoint, from its header and without torch."""
+"""What `sfumato show` prints about a single-file checkpoint or one network, from headers and without torch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from sfumato.checkpoints.detect import detect, kind_of
 from sfumato.checkpoints.headers import read_header
 from sfumato.checkpoints.locate_file import locate_file, text_beside, vae_beside
 from sfumato.errors import CheckpointError
+from sfumato.files import expanded, read_json
 
 if TYPE_CHECKING:
     from os import PathLike
 
     from sfumato.checkpoints.headers import Header
 
-__all__ = ["about_file"]
+__all__ = ["about_file", "about_network", "is_network"]
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 DTYPES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
@@ -61,6 +62,29 @@ def about_file(name: str | PathLike[str], **hub: Any) -> dict[str, Any]:
         "why": [*found.reasons, *found.notes, *([f"its VAE is taken from {beside.name} next to it"] if beside else [])],
         "missing": {role: said for role, said in found.missing.items() if role != "vae" or beside is None},
     } | {key: sum(part[key] for part in parts.values()) for key in whole}
+
+
+def is_network(folder: str | PathLike[str]) -> bool:
+    """Return whether a folder holds one network, such as a ControlNet or a VAE, instead of a checkpoint."""
+    path = expanded(folder)
+    return (path / "config.json").is_file() and not (path / "model_index.json").is_file()
+
+
+def about_network(folder: str | PathLike[str]) -> dict[str, Any]:
+    """Return the name and class of the network in a folder, and its size and dtype.
+
+    Raises `CheckpointError` if a file cannot be read.
+    """
+    path = expanded(folder)
+    headers = [read_header(file) for file in sorted(path.glob("*.safetensors"))]
+    stored = [one for header in headers for one in header.tensors.values()]
+    return {
+        "name": str(folder),
+        "class": str(read_json(path / "config.json").get("_class_name", "")),
+        "parameters": sum(one.count for one in stored),
+        "bytes": sum(one.bytes for one in stored),
+        "dtype": ", ".join(sorted({DTYPES.get(one.dtype, one.dtype) for one in stored})),
+    }
 
 
 def _only(header: Header, whole: dict[str, int]) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sfumato.errors import CheckpointError, suggest
+from sfumato.errors import CheckpointError, MissingExtra, suggest
 from sfumato.files import expanded
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ BUILT_IN = "built-in"
 
 FOLDER = Path(__file__).parent.parent / "mini"
 RELATIVES = FOLDER / "relatives"
+# The larger ones are in a package of their own, so that both stay below 40 MB.
+EXTRA, LARGER = "sfumato_relatives", (f"{BUILT_IN}/edges", f"{BUILT_IN}/inpaint")
 
 
 def builtin_model() -> Path:
@@ -29,24 +32,39 @@ def builtin_model() -> Path:
 
 
 def relatives() -> dict[str, Path]:
-    """Return the files and folders made for the built-in model, by names such as "built-in/pixel-art"."""
-    return {f"{BUILT_IN}/{path.stem}": path for path in sorted(RELATIVES.iterdir())} if RELATIVES.is_dir() else {}
+    """Return the files and folders made for the built-in model, by names such as "built-in/sketch"."""
+    inside = [path for folder in _folders() for path in folder.iterdir()]
+    found = [path for path in inside if path.is_dir() or path.suffix == ".safetensors"]
+    return {
+        f"{BUILT_IN}/{path.stem}": path for path in sorted(found, key=lambda path: path.name) if path.name[0] != "_"
+    }
+
+
+def _folders() -> list[Path]:
+    extra = find_spec(EXTRA)
+    places = [RELATIVES, *map(Path, (extra.submodule_search_locations or ()) if extra is not None else ())]
+    return [folder for folder in places if folder.is_dir()]
 
 
 def builtin_path(name: str | PathLike[str]) -> Path:
     """Return a path with its home folder expanded or, for "built-in/NAME", the path of that relative.
 
-    A file or folder of the user by that name comes first. Raises `CheckpointError` for an unknown relative.
+    A file or folder of the user by that name comes first. Raises `CheckpointError` for an unknown relative, and
+    `MissingExtra` for one that is not installed.
     """
     path = expanded(name)
     if not isinstance(name, str) or not name.startswith(f"{BUILT_IN}/") or os.path.lexists(path):
         return path
     known = relatives()
-    if name not in known:
-        raise CheckpointError(f"there is no {name}{suggest(name, known)}; there are {', '.join(known)}")
-    return known[name]
+    if name in known:
+        return known[name]
+    if name in LARGER:
+        how = "pip install 'sfumato[relatives]' (in a checkout: pip install ./relatives)"
+        raise MissingExtra(f"{name} is in a package of its own; install it with {how}")
+    every = dict.fromkeys([*known, *LARGER])
+    raise CheckpointError(f"there is no {name}{suggest(name, every)}; there are {', '.join(sorted(every))}")
 
 
 def builtin_name(path: Path | None) -> str:
     """Return the name that means this path on any machine: "built-in/NAME" for a relative, else the path."""
-    return f"{BUILT_IN}/{path.stem}" if path is not None and path.parent == RELATIVES else str(path)
+    return f"{BUILT_IN}/{path.stem}" if path is not None and path.parent in _folders() else str(path)

@@ -33,7 +33,7 @@ def known_family(
     encoders: the number of text encoders. called: the name of the folder or repository. Families with the same shapes
     are distinguished by name, then by scheduler, VAE latent statistics and sample size.
     """
-    found = find(dict(unet), encoders=encoders) or find({})
+    found = find({**unet, "in_channels": _as_of_four(unet, vae)}, encoders=encoders) or find({})
     name = re.sub(r"[^a-z0-9]+", "-", called.lower())
     for row in found:
         match = re.search(row.named, name) if row.named else None
@@ -46,6 +46,14 @@ def known_family(
     row = found[alike.index(max(alike))]
     reads_guidance = unet.get("time_cond_proj_dim") is not None and "time_cond_proj_dim" not in row.unet
     return distilled(row) if reads_guidance else row
+
+
+def _as_of_four(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> int:
+    """Return how many channels the U-Net would read if the latents had four, as in every published family."""
+    latents: int = vae.get("latent_channels", 4)
+    more: int = unet.get("in_channels", 4) - latents
+    same = {latents: 4, latents + 1: 5}  # the latents of an image once more, and a mask with them
+    return 4 + same.get(more, more)
 
 
 def _traits(unet: Mapping[str, Any], vae: Mapping[str, Any], scheduler: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -36,23 +36,33 @@ def show(
 
     For a checkpoint: family, parameters, size, dtype and scheduler. Loads no weights and does not use the network.
     """
+    from sfumato.checkpoints.about import is_network
     from sfumato.checkpoints.builtin import relatives
     from sfumato.checkpoints.locate_file import is_single_file
     from sfumato.cli.early import check_model
     from sfumato.cli.pictures import show_picture
     from sfumato.cli.settings import chosen_model
-    from sfumato.cli.terminal import output, print_json
     from sfumato.metadata.formats import is_picture
 
     if model is not None and is_picture(model):
         show_picture(model, as_json=as_json)
         return
     model = str(relatives().get(name := chosen_model(model), name))
+    if is_network(model):
+        _show_network(name, model, as_json=as_json)
+        return
     check_model(model, downloads=False)
     facts = _of_file(model, variant) if is_single_file(model) else _of_folder(model, variant)
     if "width" not in facts and _is_adapter(model):
         _show_adapter(model, as_json=as_json)
         return
+    _show_checkpoint(facts | {"name": name}, as_json=as_json)
+
+
+def _show_checkpoint(facts: dict[str, Any], *, as_json: bool) -> None:
+    """Print the parts of a checkpoint as a table."""
+    from sfumato.cli.terminal import output, print_json
+
     if as_json:
         print_json(facts)
         return
@@ -115,6 +125,21 @@ def _show_adapter(path: str, *, as_json: bool) -> None:
         lines += [f"{said}: {value}" for said, value in facts["training"].items()]
     for line in lines:
         output().print(escape(plain(line)), highlight=False, soft_wrap=True)
+
+
+def _show_network(name: str, folder: str, *, as_json: bool) -> None:
+    """Describe a folder with one network: a ControlNet, a VAE."""
+    from rich.markup import escape
+
+    from sfumato.checkpoints.about import about_network
+    from sfumato.cli.terminal import output, print_json
+
+    facts = about_network(folder) | {"name": name}
+    if as_json:
+        print_json(facts)
+        return
+    size = f"{_count(facts['parameters'])} parameters, {_bytes(facts['bytes'])}, {facts['dtype']}"
+    output().print(escape(f"{name}: a network ({facts['class']}), {size}"), highlight=False, soft_wrap=True)
 
 
 def _of_file(model: str, variant: str | None) -> dict[str, Any]:

@@ -94,8 +94,9 @@ class Models:
         return self.get(name).path
 
     def _look(self) -> Iterator[Model]:
-        for name, path in relatives().items():  # by their names, which hold on every machine
-            yield from (replace(one, path=name) for one in _of_file(path, name))
+        for folder in {path.parent for path in relatives().values()}:
+            for one in _below(folder, folder, 1):  # by their names, which hold on every machine
+                yield replace(one, name=(name := f"{BUILT_IN}/{one.name}"), path=name)
         if self._cached:
             from sfumato.checkpoints.cached import cached_models
 

@@ -56,8 +56,6 @@ NETWORKS = {
     "vae": ("vae",),
 }
 PARTS = tuple(NETWORKS)
-# Input channels of U-Nets that support image-to-image: plain ones, and those that also read depth or a mask.
-_BEGUN = (4, 5, 9)
 # Training timesteps of all families.
 _TRAINED = 1000
 
@@ -210,14 +208,15 @@ def task_of(sizes: Sizes, request: GenerateRequest) -> Task:
         return replace(task, steps=steps, from_picture=coded, first=task_of(sizes, first))
     custom = request.timesteps or request.sigmas
     steps = len(custom) if custom else request.chosen_steps
-    begins = request.image is not None and sizes.unet_config.in_channels in _BEGUN
+    latents = sizes.vae_config.latent_channels
+    extra = sizes.unet_config.in_channels - latents
+    begins = request.image is not None and extra in (0, 1, 1 + latents)  # no more, a depth map, a mask and an image
     taken = int(steps * (request.chosen_strength if begins else 1.0))
     if request.denoising_start is not None:
         taken = _left(steps, request.denoising_start, sizes.spacing)
     if request.denoising_end is not None:
         taken -= _left(steps, request.denoising_end, sizes.spacing)
-    extra = sizes.unet_config.in_channels - sizes.vae_config.latent_channels
-    upscales, edits = extra == 3, extra == sizes.vae_config.latent_channels and not sizes.unet_config.is_k
+    upscales, edits = extra == 3, extra == latents and not sizes.unet_config.is_k
     guided = request.chosen_scale > 1 and not sizes.unet_config.reads_guidance
     return Task(
         sizes=sizes,

@@ -30,7 +30,8 @@ import google.protobuf, numpy, PIL.Image, psutil, rich.progress, safetensors.tor
 import sfumato
 
 for module in pkgutil.walk_packages(sfumato.__path__, "sfumato."):
-    importlib.import_module(module.name)
+    if module.name != "sfumato.kernels.gpu_code":  # needs Triton
+        importlib.import_module(module.name)
 PIL.Image.preinit()
 with contextlib.redirect_stdout(io.StringIO()):
     sfumato.cli.main.app(["schedulers"], standalone_mode=False)

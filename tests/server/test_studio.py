@@ -223,7 +223,7 @@ def test_gallery_search_delete_undo(studio, visit):
     page.locator(".tile-delete").first.click()
     page.get_by_text(re.compile(rf"^{found - 1} images?$|^No image matches")).first.wait_for()
     assert studio.get("/api/images?q=apple")["total"] == found - 1
-    page.get_by_role("button", name="Undo").click()
+    page.get_by_role("button", name="Undo", exact=True).click()
     page.get_by_text(re.compile(rf"^{found} images?$")).wait_for()
     assert studio.get("/api/images?q=apple")["total"] == found
     # What somebody moves away outside of the studio goes from the page, too.
@@ -471,7 +471,7 @@ def test_the_keyboard_alone(studio, visit):
     assert page.evaluate(focused) == "Details"
     total = studio.get("/api/images")["total"]
     page.keyboard.press("Delete")
-    page.get_by_role("button", name="Undo").wait_for()
+    page.get_by_role("button", name="Undo", exact=True).wait_for()  # not "Undo the last change", which is always there
     tab_to("Undo")
     assert studio.get("/api/images")["total"] == total - 1
     page.keyboard.press("Enter")

@@ -117,7 +117,7 @@ def test_masks_that_say_nothing_are_refused(client, mask, words):
 
 
 def test_models(client):
-    assert [one.id for one in client.models.list()] == ["built-in"]
+    assert [one.id for one in client.models.list()] == ["built-in", "built-in/inpaint"]
     assert client.models.retrieve("gpt-image-1").id == "built-in"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("nothing")

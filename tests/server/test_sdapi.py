@@ -60,7 +60,7 @@ def test_a_mask(api, invert):
 
 
 def test_lists_and_settings(api, server):
-    assert api.util_get_model_names() == ["built-in"]
+    assert api.util_get_model_names() == ["built-in", "built-in/inpaint"]
     assert {"Euler", "Euler a", "DPM++ 2M", "DDIM"} <= set(api.util_get_sampler_names())
     assert {"automatic", "karras", "sgm_uniform"} <= set(api.util_get_scheduler_names())
     assert api.util_get_current_model() == "built-in"
@@ -72,7 +72,8 @@ def test_lists_and_settings(api, server):
     assert server("POST", "/sdapi/v1/options", {"sd_model_checkpoint": "nothing"})[0] == 404
     assert [one["name"] for one in api.get_upscalers()] == ["None", "Lanczos"]
     assert {"name": "Latent (bicubic)"} in api.get_latent_upscale_modes()
-    assert [api.get_sd_vae(), api.get_loras(), api.get_prompt_styles()] == [[]] * 3
+    assert [api.get_sd_vae(), api.get_prompt_styles()] == [[]] * 2
+    assert [one["name"] for one in api.get_loras()] == ["few-step", "sketch"]
     assert api.get_memory()["ram"]["total"] > 0
     api.refresh_checkpoints()
 

@@ -177,10 +177,13 @@ def test_no_path_and_no_address_of_a_request_is_opened(server, text):
 @pytest.fixture
 def no_files_opened(monkeypatch, server):
     """Fails a test in which the server looks into a file that is neither its own nor part of the package."""
+    import sfumato_relatives
+
     import sfumato.files
 
     opened, plain, find = [], sfumato.files.os.open, socket.getaddrinfo
-    own = (str(server.folder), str(Path(sfumato.files.__file__).parent))
+    packages = Path(sfumato.files.__file__).parent, Path(sfumato_relatives.__file__).parent
+    own = (str(server.folder), *map(str, packages))
 
     def watched(path, *rest, **more):
         if not str(path).startswith(own):

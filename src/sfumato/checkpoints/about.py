@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os.path import isfile
 from typing import TYPE_CHECKING, Any
 
 from sfumato.checkpoints.detect import detect, kind_of
@@ -67,7 +68,7 @@ def about_file(name: str | PathLike[str], **hub: Any) -> dict[str, Any]:
 def is_network(folder: str | PathLike[str]) -> bool:
     """Return whether a folder holds one network, such as a ControlNet or a VAE, instead of a checkpoint."""
     path = expanded(folder)
-    return (path / "config.json").is_file() and not (path / "model_index.json").is_file()
+    return isfile(path / "config.json") and not isfile(path / "model_index.json")  # pathlib's raises for long names
 
 
 def about_network(folder: str | PathLike[str]) -> dict[str, Any]:

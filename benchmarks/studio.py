@@ -128,7 +128,7 @@ def cancelled(studio: Studio, runs: int) -> tuple[list[float], float]:
             if name == "progress" and told.get("step", 0) > 1:
                 steps.append(when - last if last is not None else 0.0)
             last = when
-            if name == "progress" and told.get("step", 0) == 8 + number % 5:
+            if name == "progress" and told.get("step", 0) >= 8 + number % 5:  # not every step is reported
                 break
         began = time.time()
         studio.ask("DELETE", f"/api/jobs/{job['id']}")

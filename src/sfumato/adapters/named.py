@@ -29,7 +29,7 @@ def with_named_adapters(request: GenerateRequest, hashes: Mapping[str, str] | No
     folder has no file for a name.
     """
     if request.lora_dir is None or request.prompt_syntax != "a1111":
-        return request.replace(lora_dir=None)
+        return request if request.lora_dir is None else request.replace(lora_dir=None)
     read = [named_adapters(prompt) for prompt in request.prompts]
     if any(named != read[0][1] for _, named in read):
         raise UsageError("the prompts name different adapters; use a separate request for each prompt")

@@ -161,6 +161,8 @@ class Sieve:
     def _with_hashes(self, request: GenerateRequest) -> GenerateRequest:
         """Add the hash of each adapter and embedding to the request, so that a changed file gives a different key."""
         added = {"adapters": request.adapters, "embeddings": request.embeddings}
+        if not any(added.values()):
+            return request  # a copy would be checked again: a million rows take minutes
         for name, files in added.items():
             added[name] = tuple(one.replace(sha256=one.sha256 or self._hash(one.file)) for one in files)
         return request.replace(**added)

@@ -143,7 +143,7 @@ async def _of_json(http: Request) -> dict[str, Any]:
 @router.get("/models")
 def models(http: Request) -> dict[str, Any]:
     """List the models that can generate images."""
-    return {"object": "list", "data": [_model(one) for one in _drawing(http.app.state.queue)]}
+    return {"object": "list", "data": [_model(one) for one in _drawing(http.app.state.queue, look=True)]}
 
 
 @router.get("/models/{name:path}")
@@ -152,8 +152,8 @@ def model(http: Request, name: str) -> dict[str, Any]:
     return _model(_named(http.app.state.queue, name))
 
 
-def _drawing(queue: JobQueue) -> list[Model]:
-    return [one for one in queue.models.all() if one.kind in ("checkpoint", "core-ml")]
+def _drawing(queue: JobQueue, *, look: bool = False) -> list[Model]:
+    return [one for one in queue.models.all(look=look) if one.kind in ("checkpoint", "core-ml")]
 
 
 def _model(one: Model) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from os.path import isfile
 from typing import TYPE_CHECKING, Any
 
 from sfumato.checkpoints.detect import detect, kind_of
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
     from sfumato.checkpoints.headers import Header
 
-__all__ = ["about_file", "about_network", "is_network"]
+__all__ = ["about_file", "about_network"]
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 DTYPES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
@@ -63,12 +62,6 @@ def about_file(name: str | PathLike[str], **hub: Any) -> dict[str, Any]:
         "why": [*found.reasons, *found.notes, *([f"its VAE is taken from {beside.name} next to it"] if beside else [])],
         "missing": {role: said for role, said in found.missing.items() if role != "vae" or beside is None},
     } | {key: sum(part[key] for part in parts.values()) for key in whole}
-
-
-def is_network(folder: str | PathLike[str]) -> bool:
-    """Return whether a folder holds one network, such as a ControlNet or a VAE, instead of a checkpoint."""
-    path = expanded(folder)
-    return isfile(path / "config.json") and not isfile(path / "model_index.json")  # pathlib's raises for long names
 
 
 def about_network(folder: str | PathLike[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from sfumato.files import expanded
 if TYPE_CHECKING:
     from os import PathLike
 
-__all__ = ["BUILT_IN", "builtin_model", "builtin_name", "builtin_path", "relatives"]
+__all__ = ["BUILT_IN", "builtin_model", "builtin_name", "builtin_path", "relative_folders", "relatives"]
 
 # The name of this model, in place of a folder or a hub id, also in recipes. Its relatives are "built-in/NAME".
 BUILT_IN = "built-in"
@@ -33,14 +33,15 @@ def builtin_model() -> Path:
 
 def relatives() -> dict[str, Path]:
     """Return the files and folders made for the built-in model, by names such as "built-in/sketch"."""
-    inside = [path for folder in _folders() for path in folder.iterdir()]
+    inside = [path for folder in relative_folders() for path in folder.iterdir()]
     found = [path for path in inside if path.is_dir() or path.suffix == ".safetensors"]
     return {
         f"{BUILT_IN}/{path.stem}": path for path in sorted(found, key=lambda path: path.name) if path.name[0] != "_"
     }
 
 
-def _folders() -> list[Path]:
+def relative_folders() -> list[Path]:
+    """Return the folders with those of the built-in model's relatives that are installed."""
     extra = find_spec(EXTRA)
     places = [RELATIVES, *map(Path, (extra.submodule_search_locations or ()) if extra is not None else ())]
     return [folder for folder in places if folder.is_dir()]
@@ -67,4 +68,4 @@ def builtin_path(name: str | PathLike[str]) -> Path:
 
 def builtin_name(path: Path | None) -> str:
     """Return the name that means this path on any machine: "built-in/NAME" for a relative, else the path."""
-    return f"{BUILT_IN}/{path.stem}" if path is not None and path.parent in _folders() else str(path)
+    return f"{BUILT_IN}/{path.stem}" if path is not None and path.parent in relative_folders() else str(path)

@@ -28,6 +28,7 @@ __all__ = [
     "find_folder",
     "full_name",
     "index_of",
+    "is_network",
     "keep_to_itself",
     "locate_folder",
 ]
@@ -279,8 +280,13 @@ def _some(names: Sequence[str]) -> str:
 
 def index_of(folder: Path) -> Path:
     """Return the path of a checkpoint's `model_index.json`. Raises `CheckpointError` for the folder of one network."""
-    index, config = folder / "model_index.json", folder / "config.json"
-    if not index.is_file() and config.is_file():
-        kind = read_json(config).get("_class_name", "network")
+    if is_network(folder):
+        kind = read_json(folder / "config.json").get("_class_name", "network")
         raise CheckpointError(f"{folder} is one {kind}, not a whole checkpoint; give the folder of a checkpoint")
-    return index
+    return folder / "model_index.json"
+
+
+def is_network(folder: Path) -> bool:
+    """Return whether a folder holds one network, such as a ControlNet or a VAE, instead of a checkpoint."""
+    # pathlib's `is_file` raises for long names.
+    return os.path.isfile(folder / "config.json") and not os.path.isfile(folder / "model_index.json")

@@ -36,19 +36,20 @@ def show(
 
     For a checkpoint: family, parameters, size, dtype and scheduler. Loads no weights and does not use the network.
     """
-    from sfumato.checkpoints.about import is_network
     from sfumato.checkpoints.builtin import relatives
+    from sfumato.checkpoints.locate import is_network
     from sfumato.checkpoints.locate_file import is_single_file
     from sfumato.cli.early import check_model
     from sfumato.cli.pictures import show_picture
     from sfumato.cli.settings import chosen_model
+    from sfumato.files import expanded
     from sfumato.metadata.formats import is_picture
 
     if model is not None and is_picture(model):
         show_picture(model, as_json=as_json)
         return
     model = str(relatives().get(name := chosen_model(model), name))
-    if is_network(model):
+    if is_network(expanded(model)):
         _show_network(name, model, as_json=as_json)
         return
     check_model(model, downloads=False)

@@ -8,7 +8,7 @@ import threading
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from sfumato.checkpoints.builtin import BUILT_IN, builtin_model, relatives
+from sfumato.checkpoints.builtin import BUILT_IN, builtin_model, relative_folders
 from sfumato.errors import CheckpointError, SfumatoError, UsageError, suggest
 from sfumato.files import read_json
 
@@ -94,7 +94,7 @@ class Models:
         return self.get(name).path
 
     def _look(self) -> Iterator[Model]:
-        for folder in {path.parent for path in relatives().values()}:
+        for folder in relative_folders():
             for one in _below(folder, folder, 1):  # by their names, which hold on every machine
                 yield replace(one, name=(name := f"{BUILT_IN}/{one.name}"), path=name)
         if self._cached:

@@ -108,9 +108,7 @@ class Guidance:
     step: tuple[int, int] = (0, 1)
     fast: Fast | None = None
     _read: list[_Part] = field(default_factory=list, init=False)  # for each micro-batch
-    _alone: list[_Part] = field(
-        default_factory=list, init=False
-    )  # the same without guidance, where `fast` leaves it out
+    _alone: list[_Part] = field(default_factory=list, init=False)  # without guidance, where `fast` leaves it out
 
     def __call__(self, x: Tensor, t: float) -> Tensor:
         """Scaled latents (B, C, h, w) at timestep t -> the prediction (B, C, h, w)."""

@@ -42,19 +42,9 @@ class Moments:
         """
         if self.fixed is not None:
             return self.fixed
-        if t not in self._known:
-            self._known = self._from(unet, x, t, times, dict(with_time), condition)
-        return self._known[t]
-
-    def _from(
-        self,
-        unet: Any,
-        x: Tensor,
-        t: float,
-        times: tuple[float, ...],
-        told: dict[str, Tensor],
-        condition: Tensor | None,
-    ) -> dict[float, Moment]:
+        if t in self._known:
+            return self._known[t]
+        told = dict(with_time)
         rows = max((one.shape[0] for one in told.values()), default=1)
         rows = rows if condition is None else max(rows, condition.shape[0])
         begin = times.index(t) if t in times else len(times)
@@ -65,7 +55,9 @@ class Moments:
             told = {name: _repeated(one, rows, len(steps)) for name, one in told.items()}
             condition = None if condition is None else _repeated(condition, rows, len(steps))
         labels = told.pop("class_labels", None)
-        return dict(zip(steps, unet.moment(x, when, labels, condition, told or None).parts(len(steps)), strict=True))
+        every = unet.moment(x, when, labels, condition, told or None).parts(len(steps))
+        self._known = dict(zip(steps, every, strict=True))
+        return self._known[t]
 
 
 def _repeated(x: Tensor, rows: int, times: int) -> Tensor:

@@ -6,6 +6,7 @@ when its input ends, because its parent is gone. Image files are written atomica
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import logging
@@ -39,25 +40,20 @@ class Worker:
     """Runs one job after another with a model that stays in memory, and estimates requests."""
 
     def __init__(self, output: io.BufferedWriter, device: str | None, dtype: str | None) -> None:
-        self._output, self._lock = output, threading.Lock()
-        self._device, self._dtype = device, dtype
+        self._output, self._device, self._dtype = output, device, dtype
+        self._lock, self._cancelled = threading.Lock(), set[str]()
         self._todo: queue.Queue[dict[str, Any]] = queue.Queue()
         self._asked: queue.Queue[dict[str, Any]] = queue.Queue()
-        self._cancelled: set[str] = set()
         self._loaded: Loaded | None = None
 
     def run(self) -> None:
         """Work until the input ends."""
         threading.Thread(target=self._listen, daemon=True).start()
-        import torch
-
+        gc.disable()  # while torch is imported, there is no garbage, but half a million objects to look through
         import sfumato.jobs.drawing  # noqa: F401
-        from sfumato.runtime.facts import read_facts
 
-        facts = read_facts(self._device)
-        self._say(
-            "ready", device=facts.accelerator_name or facts.processor, kind=facts.accelerator, torch=torch.__version__
-        )
+        gc.freeze()
+        gc.enable()
         threading.Thread(target=self._answer, daemon=True).start()
         while True:
             message = self._todo.get()
@@ -160,9 +156,13 @@ class Worker:
         return self._loaded
 
     def _answer(self) -> None:
-        """Answer requests for estimates while a job is running."""
+        """Say what this machine is, then answer requests for estimates, while a job may already be running."""
         from sfumato.jobs.drawing import planned
+        from sfumato.runtime.facts import read_facts
 
+        facts = read_facts(self._device)
+        device, kind, torch = facts.accelerator_name or facts.processor, facts.accelerator, facts.libraries["torch"]
+        self._say("ready", device=device, kind=kind, torch=torch)
         while True:
             message = self._asked.get()
             try:

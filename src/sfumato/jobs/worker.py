@@ -50,10 +50,17 @@ class Worker:
         """Work until the input ends."""
         threading.Thread(target=self._listen, daemon=True).start()
         gc.disable()  # while torch is imported, there is no garbage, but half a million objects to look through
+        import torch
+
         import sfumato.jobs.drawing  # noqa: F401
+        from sfumato.runtime.device import parse_device
+        from sfumato.runtime.processor import processor_name
 
         gc.freeze()
         gc.enable()
+        device = parse_device(self._device)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+        self._say("ready", device=name, kind=device.type, torch=torch.__version__)
         threading.Thread(target=self._answer, daemon=True).start()
         while True:
             message = self._todo.get()
@@ -156,13 +163,9 @@ class Worker:
         return self._loaded
 
     def _answer(self) -> None:
-        """Say what this machine is, then answer requests for estimates, while a job may already be running."""
+        """Answer requests for estimates while a job is running."""
         from sfumato.jobs.drawing import planned
-        from sfumato.runtime.facts import read_facts
 
-        facts = read_facts(self._device)
-        device, kind, torch = facts.accelerator_name or facts.processor, facts.accelerator, facts.libraries["torch"]
-        self._say("ready", device=device, kind=kind, torch=torch)
         while True:
             message = self._asked.get()
             try:

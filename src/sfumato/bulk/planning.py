@@ -18,6 +18,7 @@ from sfumato.pipelines.components import choose_scheduler
 from sfumato.pipelines.loading import load
 from sfumato.pipelines.parts import check_latents
 from sfumato.pipelines.recipe import model_digest
+from sfumato.pipelines.vaes import with_vae
 from sfumato.request import GenerateRequest
 from sfumato.runtime.choices import check_sides
 from sfumato.runtime.device import dtype_name
@@ -91,7 +92,11 @@ class Sieve:
         return self._with_hashes(with_named_adapters(request))
 
     def _with_hashes(self, request: GenerateRequest) -> GenerateRequest:
-        """Add the hash of each adapter and embedding to the request, so that a changed file gives a different key."""
+        """Add the hashes of adapters, embeddings and VAE to the request, so that changed files give other keys."""
+        if request.vae is not None:
+            place, which = self._pipeline.place, (request.vae, request.vae_weights)
+            told = self._once(lambda: with_vae(self._parts, place, request)[1].vae_weights, "vae", *which)
+            request = request.replace(vae_weights=told)
         added = {"adapters": request.adapters, "embeddings": request.embeddings}
         if not any(added.values()):
             return request  # a copy would be checked again: a million rows take minutes

@@ -90,6 +90,8 @@ class GenerateRequest(Record):
     denoising_end     stop when this fraction of the noise is removed, so that another checkpoint can continue
     denoising_start   continue from such latents, given as `image`; replaces strength
     refiner           the checkpoint that continues there, a folder or hub id; from 0.8 if denoising_end is None
+    vae               another VAE for the checkpoint: a folder, a safetensors file, or a hub id in the local cache
+    vae_weights       the required hash of its weights, as recorded in recipes
     framing           size conditioning, for checkpoints that use it
     negative_framing  size conditioning of the negative prompt; fields that are None are taken from `framing`
     adapters          files that change the weights, in addition to those loaded into the pipeline
@@ -136,6 +138,8 @@ class GenerateRequest(Record):
     denoising_start: Share | None = None
     denoising_end: Share | None = None
     refiner: str | None = None
+    vae: Annotated[str, Within(1, 4096)] | None = None
+    vae_weights: Annotated[str, Within(32, 32)] | None = None
     framing: Framed = Framing()
     negative_framing: Framed | None = None
     adapters: Adapters = ()
@@ -167,6 +171,8 @@ class GenerateRequest(Record):
                 f"denoising_start, {self.denoising_start:g}, must be below denoising_end, {self.denoising_end or 1:g}"
             )
         self._check_second_pass()
+        if self.vae_weights is not None and self.vae is None:
+            raise UsageError("vae_weights needs the VAE that has them; give vae too")
         if self.mask is not None and self.image is None:
             raise UsageError("a mask needs an image to change; give the image too")
         if self.refiner is not None and self.denoising_end in (0, 1):

@@ -25,7 +25,7 @@ def test_a_draft_says_what_it_does_and_is_replayed(sfumato_each, model, tmp_path
 
 
 def test_plans_know_it(sfumato_each, model, tmp_path):
-    plan = ["plan", "cat", "--facts", "m1-8gb", "--json"]
+    plan = ["plan", "cat", "--facts", "rtx-4090", "--json"]
     commands = [[*plan, *more] for more in ([], ["--model", model], ["--model", "sd15"], ["--model", "sdxl-turbo"])]
     outcomes = sfumato_each([one for line in commands for one in (line, [*line, "--draft"])], cwd=tmp_path)
     for whole, draft in zip(outcomes[::2], outcomes[1::2], strict=True):

@@ -27,7 +27,7 @@ from sfumato.request.fast import Fast, Hastened
 from sfumato.request.hires import Hires, SecondPass, share_of
 from sfumato.request.masks import Mask, Masked
 from sfumato.request.records import Layers, Level, Pixels, Record, Seed, Share, Weight, check_word
-from sfumato.values import Within, shown
+from sfumato.values import Within, check_argument, shown
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -160,7 +160,8 @@ class GenerateRequest(Record):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_texts()
-        self._check_seed()
+        check_word("rng", self.rng, LARGEST_SEEDS)
+        self._check_seed(self.seed)
         check_word("prompt_syntax", self.prompt_syntax, SYNTAXES)
         check_word("spacing", self.spacing or "uniform", SPACINGS)
         check_word("seamless", self.seamless or "x", ("x", "y", "xy"))
@@ -192,11 +193,11 @@ class GenerateRequest(Record):
                 raise UsageError(f"hires and {name} cannot be combined; drop one of them")
 
     def _check_texts(self) -> None:
-        texts = {name: getattr(self, name) for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2")}
-        for name, value in texts.items():
-            given = (value or "",) if isinstance(value, str | None) else value
-            if any(not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text) for text in given):
-                raise UsageError(f"the {name.replace('_', ' ')} contains bytes that are not valid UTF-8; type it again")
+        for name in ("prompt", "negative_prompt", "prompt_2", "negative_prompt_2"):
+            if (value := getattr(self, name)) is None:
+                continue
+            for text in (value,) if isinstance(value, str) else value:
+                _check_text(name, text)
             if name != "prompt" and isinstance(value, tuple) and len(value) != len(self.prompts):
                 raise UsageError(
                     f"{name} must be one text, or one per prompt; got {len(value)} for "
@@ -205,12 +206,11 @@ class GenerateRequest(Record):
         if self.batch_size > MOST_PICTURES:
             raise UsageError(f"{self.batch_size} images are too many for one request; the limit is {MOST_PICTURES}")
 
-    def _check_seed(self) -> None:
-        check_word("rng", self.rng, LARGEST_SEEDS)
+    def _check_seed(self, seed: int | None) -> None:
         largest = LARGEST_SEEDS[self.rng]
-        if self.seed is not None and self.seed > largest:
+        if seed is not None and seed > largest:
             limits = f"0 to 2**{largest.bit_length()} - 1 with rng {self.rng}"
-            raise UsageError(f"seed must be a whole number from {limits}, not {self.seed!r}")
+            raise UsageError(f"seed must be a whole number from {limits}, not {seed!r}")
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -253,6 +253,16 @@ class GenerateRequest(Record):
     def batch_size(self) -> int:
         """The total number of images."""
         return len(self.prompts) * self.count
+
+    def check_with(self, prompt: str, seed: int) -> None:
+        """Raise `UsageError` unless this request, of one image, is valid with another prompt and seed.
+
+        Much quicker than `replace` with both, which checks all fields.
+        """
+        check_argument("prompt", prompt, str)
+        check_argument("seed", seed, Seed)
+        _check_text("prompt", prompt)
+        self._check_seed(seed)
 
     def alone(self, place: int) -> Self:
         """Return a request for a single image of one of the prompts, counted from 0."""
@@ -332,6 +342,11 @@ class GenerateRequest(Record):
         request = self.replace(**left_open)
         end = REFINER_START if self.refiner is not None and self.denoising_end is None else self.denoising_end
         return request.replace(steps=request.chosen_steps, guidance_scale=request.chosen_scale, denoising_end=end)
+
+
+def _check_text(name: str, text: str) -> None:
+    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        raise UsageError(f"the {name.replace('_', ' ')} contains bytes that are not valid UTF-8; type it again")
 
 
 def as_request(value: object) -> GenerateRequest:

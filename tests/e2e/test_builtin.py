@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -54,6 +55,23 @@ def test_pictures_are_pictures_of_what_was_asked_for(drawn):
     assert colour[0] > 4 * colour[1]  # line art is black on white
     vivid = sunflower[np.ptp(sunflower, axis=2) > 100].mean(0)
     assert vivid[2] < 0.5 * vivid[0]  # yellow and brown
+
+
+def test_a_run_holds_no_tensors_once_it_has_ended(pipe):
+    """In a circle of references, they would stay until Python collects garbage, which it rarely does."""
+    request = GenerateRequest(prompt=PROMPTS[0], seed=7, steps=4, width=64, height=64)
+    pipe.generate(request)
+    gc.collect()
+    gc.disable()
+    try:
+        pipe.generate(request)
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        assert [one.shape for one in gc.garbage if isinstance(one, torch.Tensor)] == []
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
 
 
 def test_a_promise_is_kept_with_less_work_and_its_recipe_repeats_it(pipe, drawn):

@@ -84,7 +84,7 @@ class FiniteWatch:
             self._in_float32[component] = _repeatable(model) and recall(component, model)
             if self._in_float32[component]:
                 precision = dtype_name(model.dtype)
-                self._note(f"{component}: computed in float32, because {precision} failed with this checkpoint before")
+                self.note(f"{component}: computed in float32, because {precision} failed with this checkpoint before")
         with computed_in_float32(model) if self._in_float32[component] else nullcontext():
             return compute()
 
@@ -98,7 +98,7 @@ class FiniteWatch:
         component = _component(stage)
         if self._in_float32[component] or not _repeatable(model):
             raise NonFiniteError(stage, model.remedy)
-        self._note(f"{stage}: {dtype_name(model.dtype)} gave NaN or infinity, so it was computed again in float32")
+        self.note(f"{stage}: {dtype_name(model.dtype)} gave NaN or infinity, so it was computed again in float32")
         self._in_float32[component] = True
         self._unproven.add(component)
 
@@ -108,7 +108,8 @@ class FiniteWatch:
             self._unproven.remove(component)
             remember(component, model)
 
-    def _note(self, note: str) -> None:
+    def note(self, note: str) -> None:
+        """Add a note to the run's, and log it."""
         self._notes.append(note)
         log.warning("%s", note)
 

@@ -321,7 +321,8 @@ class Run:
                 fast=self.added.request.fast,
                 micro_batch=self.micro_batch,
             )
-            self._replayed = Replayed(self.guidance, capture_for(self.device), lambda note: self._note([note]))
+            # Nothing here may hold the run: its tensors would stay until garbage is collected.
+            self._replayed = Replayed(self.guidance, capture_for(self.device), self.watch.note)
             result = yield from denoise(self._predictor(len(rows)), rows, latents, noise, stops, beginning.after)
             if self.watch.settle():
                 return result

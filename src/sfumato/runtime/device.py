@@ -147,11 +147,16 @@ def sent(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if pins else x.to(device)
 
 
+@cache
+def _c_library() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
 def release_memory(device: torch.device) -> None:
     """Release cached memory: torch's cache on an accelerator, the C library's on a CPU."""
     if device.type == "cpu" and sys.platform == "linux":
         with suppress(OSError, AttributeError):  # C libraries other than GNU's return it by default
-            ctypes.CDLL(None).malloc_trim(0)
+            _c_library().malloc_trim(0)
     elif device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "mps":

@@ -64,7 +64,7 @@ def run(group: str, folder: Path, machine: Machine, runs: int) -> list[Result]:
         case "xl-peak":
             return xl.peak(folder, machine)
         case "xl-memory":
-            return list(xl.memory(folder))
+            return list(xl.memory(folder, machine))
         case "startup":
             return startup.startup(folder, runs)
         case _:

@@ -30,7 +30,7 @@ LOAD = "from sfumato.bulk.painter import Work; work = Work(sys.argv[2], 'built-i
 TIMED = "import resource, sys, time; from pathlib import Path; {before}; began = time.perf_counter(); {work}; \
 print(time.process_time(), time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
 PLAN = (
-    "from sfumato.bulk.job import open_job; " + LOAD + "pipeline = work.load()",
+    "from sfumato.bulk.planning import open_job; " + LOAD + "pipeline = work.load()",
     "open_job(Path(sys.argv[2]), Path(sys.argv[1]), pipeline, on_bad=print)",
 )
 RUN = (

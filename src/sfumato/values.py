@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 from sfumato.errors import ConfigError, SfumatoError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 __all__ = ["Within", "check_argument", "check_number", "check_record", "check_value", "kinds_of", "reason", "shown"]
 
@@ -71,8 +71,9 @@ def check_value(
     `Annotated[kind, Within(low, high), words]`, the bounds and the words for messages are optional. bounds: defaults by
     type, for annotations without bounds.
     """
-    bounds = _BOUNDS if bounds is None else {**_BOUNDS, **bounds}
-    if not _fits(value, kind, bounds):
+    test = _test(kind, None if bounds is None else tuple(bounds.items()))
+    if not test(value):
+        bounds = _BOUNDS if bounds is None else {**_BOUNDS, **bounds}
         prefix = f"{where}: " if where else ""
         raise error(f"{prefix}{key} must be {_wanted(value, kind, bounds)}, not {shown(value)}")
 
@@ -94,16 +95,16 @@ def check_number(name: str, value: Any) -> None:
 
 def check_record(record: Any, where: str, error: type[SfumatoError] = ConfigError) -> None:
     """Apply `check_value` to every field of a dataclass; fields at their default are skipped."""
-    for name, kind, default in _fields(type(record)):
+    for name, kind, default, test in _fields(type(record)):
         value = getattr(record, name)
-        if value is not default:
+        if value is not default and not test(value):
             check_value(where, name, value, kind, error=error)
 
 
 @cache
-def _fields(cls: Any) -> list[tuple[str, Any, Any]]:
+def _fields(cls: Any) -> list[tuple[str, Any, Any, Callable[[Any], bool]]]:
     kinds = kinds_of(cls)
-    return [(field.name, kinds[field.name], field.default) for field in dataclasses.fields(cls)]
+    return [(one.name, kinds[one.name], one.default, _test(kinds[one.name], None)) for one in dataclasses.fields(cls)]
 
 
 @cache
@@ -111,13 +112,6 @@ def kinds_of(cls: Any) -> dict[str, Any]:
     """Return the annotations of a dataclass's fields, including bounds."""
     hints = get_type_hints(cls, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-
-
-@cache
-def _form(kind: Any) -> tuple[Any, Within | None, Any, tuple[Any, ...]]:
-    """Return a kind without its bounds, the bounds, its origin and its arguments."""
-    kind, within, _ = _parts(kind)
-    return kind, within, get_origin(kind), get_args(kind)
 
 
 def _parts(kind: Any) -> tuple[Any, Within | None, str | None]:
@@ -129,29 +123,51 @@ def _parts(kind: Any) -> tuple[Any, Within | None, str | None]:
     return plain, bounds, next((note for note in notes if isinstance(note, str)), None)
 
 
-def _fits(value: Any, kind: Any, bounds: Mapping[Any, Within]) -> bool:
-    kind, within, origin, args = _form(kind)
-    if kind is Any or kind is NoneType:
-        return kind is Any or value is None
+@cache
+def _test(kind: Any, bounds: tuple[tuple[Any, Within], ...] | None) -> Callable[[Any], bool]:
+    """Return the function that tells whether a value matches an annotation. bounds: those that replace defaults.
+
+    An annotation is taken apart once, not at each of a million checks.
+    """
+    plain, within, _ = _parts(kind)
+    origin, args = get_origin(plain), get_args(plain)
+    base = origin or plain
+    if plain is Any:
+        return lambda value: True
+    if plain is NoneType:
+        return lambda value: value is None
     if origin in (Union, UnionType):
-        return any(_fits(value, one, bounds) for one in args)
+        tests = [_test(one, bounds) for one in args]
+        return lambda value: any(test(value) for test in tests)
     if origin is Literal:
-        return any(type(value) is type(one) and value == one for one in args)
-    base = origin or kind
+        return lambda value: any(type(value) is type(one) and value == one for one in args)
     if isinstance(base, type) and dataclasses.is_dataclass(base):
-        return isinstance(value, base)  # which validated itself
-    if not isinstance(value, _TYPES[base]) or (base is not bool and type(value) is bool):
-        return False
-    within = within or bounds.get(base)
-    size: Any = value if base in (bool, int, float) else len(value)
-    if within is not None and not within.low <= size <= within.high:
-        return False
+        return lambda value: isinstance(value, base)  # which validated itself
+    within = within or {**_BOUNDS, **dict(bounds or ())}.get(base)
+    has_size = _sized(base, within)
     if base is dict:
-        return all(_fits(key, args[0], bounds) and _fits(one, args[1], bounds) for key, one in value.items())
+        keys, values = (_test(one, bounds) for one in args)
+        return lambda value: has_size(value) and all(keys(key) and values(one) for key, one in value.items())
     if base is not tuple:
-        return True
-    kinds = args[:1] * size if args[-1] is Ellipsis else args
-    return size == len(kinds) and all(_fits(one, own, bounds) for one, own in zip(value, kinds, strict=True))
+        return has_size
+    items = [_test(one, bounds) for one in args if one is not Ellipsis]
+    if args[-1] is Ellipsis:
+        return lambda value: has_size(value) and all(map(items[0], value))
+    return lambda value: (
+        has_size(value) and len(value) == len(items) and all(test(one) for test, one in zip(items, value, strict=True))
+    )
+
+
+def _sized(base: Any, within: Within | None) -> Callable[[Any], bool]:
+    """Return the function that tells whether a value has a type and is within bounds itself, or by its length."""
+    types, is_number = _TYPES[base], base in (bool, int, float)
+
+    def has_size(value: Any) -> bool:
+        if not isinstance(value, types) or (base is not bool and type(value) is bool):
+            return False
+        return within is None or within.low <= (value if is_number else len(value)) <= within.high
+
+    return has_size
 
 
 def _wanted(value: object, kind: Any, bounds: Mapping[Any, Within]) -> str:

@@ -131,6 +131,16 @@ def test_a_port_that_is_taken_is_said(environment, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_device_that_is_absent_is_said_before_anything_starts(environment, tmp_path):
+    words = ("serve", "--device", "cuda" if sys.platform == "darwin" else "mps", "--output", str(tmp_path / "out"))
+    done = subprocess.run(
+        [sys.executable, "-c", MAIN, *words], env=environment, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (done.returncode, done.stdout, "is not available" in done.stderr) == (2, "", True)
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_the_extra_it_is_said_what_to_install(environment, tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['fastapi'] = None\n")
     path = os.pathsep.join([str(tmp_path), *filter(None, [environment.get("PYTHONPATH")])])

@@ -72,7 +72,8 @@ def test_lists_and_settings(api, server):
     assert server("POST", "/sdapi/v1/options", {"sd_model_checkpoint": "nothing"})[0] == 404
     assert [one["name"] for one in api.get_upscalers()] == ["None", "Lanczos"]
     assert {"name": "Latent (bicubic)"} in api.get_latent_upscale_modes()
-    assert [api.get_sd_vae(), api.get_prompt_styles()] == [[]] * 2
+    assert api.get_prompt_styles() == []
+    assert [one["model_name"] for one in api.get_sd_vae()] == ["built-in/tiny-vae"]
     assert [one["name"] for one in api.get_loras()] == ["few-step", "sketch"]
     assert api.get_memory()["ram"]["total"] > 0
     api.refresh_checkpoints()
@@ -151,7 +152,8 @@ def test_sillytavern_from_the_first_ping_to_the_image(server):
     upscalers = [one["name"] for one in asked("GET", "upscalers")]
     upscalers[1:1] = [one["name"] for one in asked("GET", "latent-upscale-modes")]
     assert {"None", "Latent", "Lanczos"} <= set(upscalers)
-    assert (asked("GET", "sd-vae"), asked("GET", "sd-modules")) == ([], [])
+    assert [one["model_name"] for one in asked("GET", "sd-vae")] == ["built-in/tiny-vae"]
+    assert asked("GET", "sd-modules") == []
     samplers = [one["name"] for one in asked("GET", "samplers")]
     schedulers = [one["name"] for one in asked("GET", "schedulers")]
     assert {"automatic", "karras"} <= set(schedulers)

@@ -18,9 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sfumato.bulk import extras
-from sfumato.bulk.job import Job, Picture, Shard, WrongCheckpoint, held, open_job
+from sfumato.bulk.job import Job, Picture, Shard, WrongCheckpoint, held
 from sfumato.bulk.ledger import Entry, Ledger, conflicts, read_ledger, standing
 from sfumato.bulk.painter import Painter, Work, batch_size, draw_requests, settings_of
+from sfumato.bulk.planning import open_job
 from sfumato.bulk.report import status
 from sfumato.bulk.rows import digest_of, read_rows
 from sfumato.bulk.run import Queue, TooManyErrors, run
@@ -391,6 +392,28 @@ def test_a_row_is_drawn_as_its_request_is(pipeline):
     images, _, _ = draw_requests(pipeline, [first, first | {"prompt": "a [horse]", "seed": 6}])
     alone = pipeline.generate(GenerateRequest.from_dict(first))
     assert psnr(images[0], alone.images[0]) > 50
+
+
+def test_rows_that_share_settings_are_as_if_each_were_alone(pipeline, tmp_path):
+    """Only the first of them is checked whole; what differs must be checked, and give the same keys, all the same."""
+    settings = {"steps": 3, "negative_prompt": "fog", "rng": "numpy"}
+    given = [
+        {"prompt": "a", "seed": 1}, {"prompt": "b", "seed": 1}, {"prompt": "b \u00e9", "seed": 2**32 - 1},
+        {"prompt": "b", "seed": 2**32}, {"prompt": "b", "seed": True}, {"prompt": "b", "seed": 1.0},
+        {"prompt": "\ud800", "seed": 1}, {"prompt": 3, "seed": 1}, {"prompt": ["c", "d"], "seed": 1}, {"prompt": "", "seed": 1},
+        {"prompt": "b", "seed": 1, "steps": 4}, {"prompt": "b", "seed": 1, "steps": True},
+        {"prompt": "<lora:gone:1> b", "seed": 1, "lora_dir": str(tmp_path), "prompt_syntax": "a1111"},
+    ]  # fmt: skip
+    rows = [settings | one for one in given]
+    together, wrong, _ = planned(pipeline, tmp_path, rows, skip_bad=True)
+    apart, refused = [], {}
+    for number, row in enumerate(rows, start=1):
+        found, error, _ = planned(pipeline, tmp_path, [{"prompt": "a", "seed": 7}, row], skip_bad=True)
+        apart += [one._replace(row=number) for one in found[1:]]
+        refused |= dict.fromkeys([number] * len(error), error.get(2))
+    assert together == apart
+    assert wrong == refused
+    assert (len(together), len(wrong)) == (6, 8)
 
 
 def test_a_row_of_several_pictures(pipeline, tmp_path):

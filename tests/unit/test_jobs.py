@@ -409,7 +409,7 @@ def test_models_of_a_folder(tmp_path, checkpoints):
     assert [(one.name, one.kind) for one in models.all(look=True)] == [
         ("built-in", "checkpoint"), ("built-in/inpaint", "checkpoint"), ("mine/tiny", "checkpoint"),
         ("built-in/edges", "controlnet"), ("converted", "core-ml"), ("built-in/evening", "embedding"),
-        ("built-in/few-step", "lora"), ("built-in/sketch", "lora"),
+        ("built-in/few-step", "lora"), ("built-in/sketch", "lora"), ("built-in/tiny-vae", "vae"),
     ]  # fmt: skip
     assert models.path("mine/tiny") == str(tmp_path / "mine" / "tiny")
     with pytest.raises(UsageError, match="did you mean 'mine/tiny'"):

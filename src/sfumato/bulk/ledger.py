@@ -19,7 +19,7 @@ from sfumato.errors import OutputError
 from sfumato.files import naming, output_folder, replacing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     from sfumato.bulk.job import Job, Shard
@@ -30,6 +30,8 @@ __all__ = ["Entry", "Ledger", "Standing", "conflicts", "is_state", "read_ledger"
 ATTEMPTS = 3
 # Seconds between two files; number of a run's files that are merged into one.
 PERIOD, MOST_FILES = 10.0, 64
+# Rows that are merged at a time.
+MOST_ROWS = 20_000
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Ledger:
     def flush(self) -> None:
         """Write all entries to disk. Raises `OutputError`."""
         if self._open:
-            self._write(arrow().Table.from_pylist([asdict(one) for one in self._open], schema=_schema()))
+            self._write([arrow().Table.from_pylist([asdict(one) for one in self._open], schema=_schema())])
             self._open = []
         self._last = time.monotonic()
         if len(self._written) >= MOST_FILES:
@@ -104,7 +106,7 @@ class Ledger:
 
     def forget(self, keys: Iterable[str]) -> None:
         """Remove keys, so that the next run generates them again."""
-        self._merge(sorted(self.folder.glob("part-*.parquet")), arrow().array(list(keys), arrow().string()))
+        self._merge(sorted(self.folder.glob("part-*.parquet")), keys)
 
     def in_flight(self, keys: Sequence[str]) -> None:
         """Record the keys of the running batch for the next run, in case this one dies. No keys: remove the record."""
@@ -120,19 +122,40 @@ class Ledger:
             return [str(key) for key in json.loads(self._flight.read_text())]
         return []
 
-    def _write(self, table: Any) -> None:
+    def _write(self, tables: Iterable[Any]) -> None:
         self._files += 1
-        path = self.folder / f"part-{self.worker}-{self._files:06d}.parquet"
-        with replacing(path) as temporary:
-            arrow("pyarrow.parquet").write_table(table, temporary, compression="zstd")
+        path, parquet = self.folder / f"part-{self.worker}-{self._files:06d}.parquet", arrow("pyarrow.parquet")
+        with replacing(path) as temporary, parquet.ParquetWriter(temporary, _schema(), compression="zstd") as file:
+            for table in tables:
+                file.write_table(table)
         self._written.append(path)
 
-    def _merge(self, paths: list[Path], forgotten: Any = None) -> None:
-        table, compute = _first(_concat(paths)), arrow("pyarrow.compute")
+    def _merge(self, paths: list[Path], forgotten: Iterable[str] = ()) -> None:
+        finished, gone = _standing(_concat(paths, ["key", "state", "attempt"])).done, set(forgotten)
         self._written = []
-        self._write(table if forgotten is None else table.filter(~compute.field("key").isin(forgotten)))
+        self._write(_first(paths, lambda key, state: key not in gone and (state == "done" or key not in finished)))
         for path in paths:
             path.unlink(missing_ok=True)
+        arrow().default_memory_pool().release_unused()
+
+
+def _first(paths: list[Path], stays: Callable[[str, str], bool]) -> Iterator[Any]:
+    """Yield the rows of files, in tables, without what does not stay and what was there before.
+
+    If a key's images differ, all stay. Neither Arrow's joins nor all rows at a time: a job's memory should be the same
+    from beginning to end.
+    """
+    seen, kept = set[str](), list[Any]()
+    for path in paths:
+        table, mask = _concat([path]), list[bool]()
+        for key, state, sha256, worker, attempt in _rows(table, "key", "state", "sha256", "worker", "attempt"):
+            mark = key + (sha256 if state == "done" else f"{worker} {attempt}")
+            mask.append(mark not in seen and stays(key, state))
+            seen.add(mark)
+        kept.append(table.filter(arrow().array(mask, arrow().bool_())))
+        if sum(one.num_rows for one in kept) >= MOST_ROWS or path == paths[-1]:
+            yield arrow().concat_tables(kept)
+            kept.clear()
 
 
 def read_ledger(folder: Path, columns: Sequence[str] | None = None) -> Any:
@@ -149,36 +172,23 @@ def read_ledger(folder: Path, columns: Sequence[str] | None = None) -> Any:
 
 
 def _concat(paths: Iterable[Path], columns: Sequence[str] | None = None) -> Any:
-    parquet, tables = arrow("pyarrow.parquet"), []
+    tables, errors = [], (arrow().ArrowException, OSError, ValueError)
+    schema = _schema() if columns is None else arrow().schema([_schema().field(name) for name in columns])
     for path in paths:
         try:
-            tables.append(parquet.read_table(path, columns=columns, schema=_schema(), partitioning=None))
-        except (arrow().ArrowException, OSError) as error:
+            # A file alone, not a dataset, which would hold 60 MB more, and as one thread, which gives memory back.
+            with arrow("pyarrow.parquet").ParquetFile(path) as file:
+                tables.append(file.read(columns=schema.names, use_threads=False).select(schema.names).cast(schema))
+        except errors as error:
             if isinstance(error, FileNotFoundError):
                 raise
             raise OutputError(f"{path} is damaged; delete it, and the next run will restore its entries") from error
-    empty = _schema().empty_table()
-    return arrow().concat_tables(tables) if tables else empty.select(columns) if columns else empty
+    return arrow().concat_tables(tables) if tables else schema.empty_table()
 
 
 def is_state(table: Any, state: str) -> Any:
     """Return a mask of the rows in a state."""
     return arrow("pyarrow.compute").equal(table["state"], state)
-
-
-def _first(table: Any) -> Any:
-    """Keep the first row of each finished key, and both if their images differ. Drop failures of finished keys."""
-    compute = arrow("pyarrow.compute")
-    done, failed = (table.filter(is_state(table, state)) for state in ("done", "failed"))
-    failed = failed.filter(compute.invert(compute.is_in(failed["key"], done["key"].combine_chunks())))
-    return arrow().concat_tables([_distinct(done, ["key", "sha256"]), _distinct(failed, ["key", "worker", "attempt"])])
-
-
-def _distinct(table: Any, columns: list[str]) -> Any:
-    numbers = arrow().array(range(table.num_rows), arrow().int64())
-    groups = table.select(columns).append_column("n", numbers).group_by(columns, use_threads=False)
-    firsts = groups.aggregate([("n", "min")])["n_min"]
-    return table if len(firsts) == table.num_rows else table.take(firsts)
 
 
 class Standing(NamedTuple):
@@ -195,18 +205,28 @@ class Standing(NamedTuple):
 
 def standing(folder: Path) -> Standing:
     """Read the state of each key from the ledger."""
-    done, attempts, table = set[str](), dict[str, int](), read_ledger(folder, ["key", "state", "attempt"])
+    return _standing(read_ledger(folder, ["key", "state", "attempt"]))
+
+
+def _standing(table: Any) -> Standing:
+    done, attempts = set[str](), dict[str, int]()
     done.update(table["key"].filter(is_done := is_state(table, "done")).to_pylist())
     failed = table.filter(arrow("pyarrow.compute").invert(is_done))
-    for key, number in zip(failed["key"].to_pylist(), failed["attempt"].to_pylist(), strict=True):
+    for key, number in _rows(failed, "key", "attempt"):
         if key not in done:
             attempts[key] = max(number, attempts.get(key, 0))
     return Standing(done, attempts)
 
 
+def _rows(table: Any, *columns: str) -> Iterator[tuple[Any, ...]]:
+    """Yield the values of some columns, row by row."""
+    for batch in table.select(columns).to_batches(max_chunksize=1000):
+        yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
+
+
 def conflicts(table: Any) -> list[str]:
     """Return the keys with different images, which should be identical: a machine does not compute exactly."""
     compute = arrow("pyarrow.compute")
-    done = _distinct(table.filter(is_state(table, "done")).select(["key", "sha256"]), ["key", "sha256"])
+    done = table.filter(is_state(table, "done")).group_by(["key", "sha256"], use_threads=False).aggregate([])
     counts = compute.value_counts(done["key"])
     return [one["values"] for one in counts.filter(compute.greater(counts.field("counts"), 1)).to_pylist()]

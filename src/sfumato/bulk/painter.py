@@ -11,8 +11,9 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-from sfumato.bulk.job import Job, Picture, WrongCheckpoint, with_refiner
+from sfumato.bulk.job import Job, Picture, WrongCheckpoint
 from sfumato.bulk.ledger import Entry
+from sfumato.bulk.planning import with_refiner
 from sfumato.errors import OutputError, SfumatoError
 from sfumato.files import output_folder, replacing
 from sfumato.metadata.carriers import image_bytes, read_recipe

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from sfumato.bulk.extras import arrow
 from sfumato.bulk.job import Job, is_running
 from sfumato.bulk.ledger import conflicts, is_state, read_ledger, standing
-from sfumato.bulk.painter import batch_size, draw_requests
 from sfumato.bulk.shards import image_at, write_shard
 from sfumato.errors import UsageError
 from sfumato.files import replacing
@@ -33,6 +32,7 @@ def estimate(
     pipeline: DiffusionPipeline, sample: Sequence[Picture], pictures: int, workers: int, price: float
 ) -> dict[str, Any]:
     """Estimate the time, size and cost of a job from a sample, which is discarded. price: of one worker hour."""
+    from sfumato.bulk.painter import batch_size, draw_requests
     from sfumato.metadata.carriers import image_bytes
 
     seconds, sizes = [], []
@@ -61,10 +61,10 @@ def status(folder: Path, price: float = 0.0) -> dict[str, Any]:
     The rate is that of the last run of each part, by monotonic clocks, so clock changes do not affect it.
     """
     compute, job = arrow("pyarrow.compute"), Job.read(folder)
-    table = read_ledger(folder, ["key", "state", "seconds", "bytes", "error", "worker", "elapsed"])
+    table = read_ledger(folder, ["row", "seed", "state", "seconds", "bytes", "error", "worker", "elapsed"])
     is_done = is_state(table, "done")
     done, failed = table.filter(is_done), table.filter(compute.invert(is_done))
-    keys = compute.count_distinct(done["key"]).as_py()
+    keys = done.group_by(["row", "seed"]).aggregate([]).num_rows  # in place of the keys: numbers are compared quickly
     known = standing(folder).set_aside if failed.num_rows else set()
     drawn = done["seconds"].filter(compute.greater(done["seconds"], 0))
     middle, slow = compute.quantile(drawn, [0.5, 0.95]).to_pylist() if len(drawn) else (None, None)
@@ -134,6 +134,7 @@ def verify(job: Job, pipeline: DiffusionPipeline | None = None, redraw: int = 0,
 def _redraw(job: Job, pipeline: DiffusionPipeline, entries: list[dict[str, Any]], found: Check) -> None:
     from PIL import Image
 
+    from sfumato.bulk.painter import draw_requests
     from sfumato.images import psnr
 
     chosen = {entry["key"] for entry in entries}

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from sfumato.checkpoints.headers import Header, Stored
     from sfumato.checkpoints.rules import Names
 
-__all__ = ["ENCODERS", "Detected", "FilePart", "detect", "kind_of"]
+__all__ = ["ENCODERS", "TINY", "VAE", "Detected", "FilePart", "detect", "kind_of"]
 
 UNETS = ("model.diffusion_model.", "diffusion_model.", "unet.", "")
 AUTOENCODERS = ("first_stage_model.", "vae.", "")
+# What `kind_of` calls them.
+VAE, TINY = "an autoencoder (VAE)", "a tiny autoencoder (VAE)"
 # The prefixes of text encoders in a file, and the naming scheme of their weights.
 ENCODERS = (
     ("cond_stage_model.transformer.", "clip"),
@@ -122,7 +124,9 @@ def kind_of(names: Iterable[str]) -> str:
     """Describe a file that is not a checkpoint, given its tensor names."""
     names = list(names)
     if any(_autoencoder_naming(names, prefix) for prefix in AUTOENCODERS):
-        return "an autoencoder (VAE)"
+        return VAE
+    if "decoder.layers.0.weight" in names and any(name.startswith("decoder.layers.2.conv.") for name in names):
+        return TINY
     found = (words for pattern, words in KINDS if any(re.search(pattern, name) for name in names))
     return next(found, "of a kind that is not known")
 

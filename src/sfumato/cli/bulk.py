@@ -83,7 +83,7 @@ def plan(
     as_json: options.AsJson = False,
 ) -> None:
     """Check every row and estimate time, disk space and cost. Writes nothing."""
-    from sfumato.bulk.job import open_job
+    from sfumato.bulk.planning import open_job
     from sfumato.bulk.report import estimate
     from sfumato.cli.terminal import Terminal, print_json
 
@@ -137,7 +137,8 @@ def run(
 ) -> None:
     """Generate every row once. After an interruption, run the same command again to resume."""
     from sfumato.bulk.extras import arrow
-    from sfumato.bulk.job import Shard, open_job
+    from sfumato.bulk.job import Shard
+    from sfumato.bulk.planning import open_job
     from sfumato.cli.terminal import Terminal, print_json
 
     arrow()

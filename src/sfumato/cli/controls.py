@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from sfumato.request import GenerateRequest
 
-__all__ = ["controls", "fetch_controls", "image_prompts"]
+__all__ = ["controls", "fetch_networks", "image_prompts"]
 
 FORM = "--control takes KIND:IMAGE[:SCALE[:START[:END]]]"
 
@@ -74,8 +74,8 @@ def _split(text: str, most: int, form: str) -> tuple[str, list[float]]:
     return image, numbers
 
 
-def fetch_controls(request: GenerateRequest) -> None:
-    """Download the networks of a request that are not on this machine yet.
+def fetch_networks(request: GenerateRequest) -> None:
+    """Download the control networks and the VAE of a request that are not on this machine yet.
 
     Raises `CheckpointError` if one is something else.
     """
@@ -84,3 +84,7 @@ def fetch_controls(request: GenerateRequest) -> None:
 
         for name in dict.fromkeys(control.model for control in request.controls):
             open_control(name, local_files_only=False)
+    if request.vae is not None:
+        from sfumato.pipelines.vaes import open_vae
+
+        open_vae(request.vae, local_files_only=False)

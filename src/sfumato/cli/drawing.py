@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from sfumato.pipelines.result import Step
     from sfumato.request import AdapterFile, Framing, GenerateRequest, Mask
 
+# What a run adds to its request: files with their hashes, and the methods that keep a promise.
+GRID_ADDS = ("adapters", "embeddings", "fast", "vae_weights")
+
 __all__ = ["adapter_file", "base_path", "check_early", "draw", "framing", "mask_of", "sized"]
 
 
@@ -193,7 +196,7 @@ def _write(result: Result, base: Path, *, grid: bool, overwrite: bool) -> list[P
 
     if grid:
         first = result.recipes[0]
-        added = {key: value for key, value in first["request"].items() if key in ("adapters", "embeddings", "fast")}
+        added = {key: value for key, value in first["request"].items() if key in GRID_ADDS}
         asked = result.request.replace(fast=None).to_dict()
         pictures = [(_in_grid(result.images), first | {"request": asked | added, "grid": True})]
     else:

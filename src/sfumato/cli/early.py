@@ -52,9 +52,10 @@ def _check_size(folder: Path, request: GenerateRequest) -> None:
 
 def check_choices(device: str | None, **wishes: Any) -> None:
     """Raise `UsageError` for a device, dtype or other choice that does not exist on any machine."""
-    from sfumato.runtime.choices import Wishes
+    if any(wish is not None for wish in wishes.values()):
+        from sfumato.runtime.choices import Wishes
 
-    Wishes(**wishes)
+        Wishes(**wishes)
     if device is not None and device.partition(":")[0] not in ("auto", *_DEVICES):
         raise UsageError(f"there is no device {device!r}{suggest(device, _DEVICES)}; use cuda, mps or cpu")
 

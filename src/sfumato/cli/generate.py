@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sfumato.cli import details, options
-from sfumato.cli.controls import controls, fetch_controls, image_prompts
+from sfumato.cli.controls import controls, fetch_networks, image_prompts
 from sfumato.cli.drawing import adapter_file, base_path, check_early, draw, framing, mask_of, sized
 from sfumato.errors import UsageError
 
@@ -30,6 +30,7 @@ Examples:
   sfumato generate "a red hat" --image photo.jpg --mask hat.png --mask-edge 8
   sfumato generate "a wide beach" --image photo.jpg --extend left=256,right=256
   sfumato generate "a fox" --model ./sdxl --refiner ./sdxl-refiner
+  sfumato generate "a fox" --model sd15 --vae ./vae-ft-mse-840000-ema-pruned.safetensors
   sfumato generate "a fox" -m sd15 --hires 1.5 --hires-strength 0.5
   sfumato generate "a fox" --lora watercolor.safetensors:0.8 --embedding my-style.safetensors
   sfumato generate "a fox" -m sd15 --control canny:photo.jpg:0.8 --controlnet ./control_v11p_sd15_canny"""
@@ -183,6 +184,7 @@ def generate(
     refiner_start: Annotated[
         float | None, typer.Option(help="The fraction of the denoising done before it takes over. Default: 0.8.")
     ] = None,
+    vae: options.Vae = None,
     output: options.OutputImage = None,
     overwrite: options.Overwrite = False,
     grid: Annotated[bool, typer.Option("--grid", help="Combine all images into one.")] = False,
@@ -221,7 +223,7 @@ def generate(
         embeddings=tuple(EmbeddingFile(file=one) for one in embedding or ()),
         depth=None if depth is None else str(depth), image_guidance_scale=image_guidance_scale, noise_level=noise_level,
         mask=mask_of(mask, extend, mask_edge, mask_crop),
-        refiner=refiner, denoising_end=_taken_over(refiner, refiner_start),
+        refiner=refiner, denoising_end=_taken_over(refiner, refiner_start), vae=vae,
         controls=controls(control or (), controlnet or (), control_fit),
         image_prompts=image_prompts(image_prompt or (), ip_adapter or (), image_encoder),
     )  # fmt: skip
@@ -234,7 +236,7 @@ def generate(
     check_model(model, request)
     if refiner is not None:
         check_model(refiner)
-    fetch_controls(request)
+    fetch_networks(request)
     pipeline = load_model(
         terminal,
         model,

@@ -44,6 +44,7 @@ __all__ = [
     "SchedulerName",
     "Seed",
     "Steps",
+    "Vae",
     "Variant",
     "Width",
     "complete_models",
@@ -169,6 +170,10 @@ NoiseLevel = Annotated[
     typer.Option(
         help="Noise added to the input of upscalers (default: 20) and of image variations (default: 0), out of 1000."
     ),
+]
+Vae = Annotated[
+    str | None,
+    typer.Option(help="Another VAE in place of the model's own: folder, file, hub id, or built-in/tiny-vae."),
 ]
 ControlPicture = Annotated[
     list[str] | None,

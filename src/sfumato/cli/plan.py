@@ -59,6 +59,7 @@ def plan(
     image_prompt: options.ImagePrompts = None,
     ip_adapter: options.IPAdapters = None,
     image_encoder: options.ImageEncoder = None,
+    vae: options.Vae = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     variant: options.Variant = None,
@@ -91,7 +92,7 @@ def plan(
 
     request = GenerateRequest(
         prompt=prompt, width=width, height=height, count=count, steps=steps, guidance_scale=guidance_scale,
-        refiner=refiner, hires=details.hires(hires, upscaler=hires_upscaler, steps=hires_steps),
+        refiner=refiner, vae=vae, hires=details.hires(hires, upscaler=hires_upscaler, steps=hires_steps),
         image=None if image is None else str(image), strength=strength,
         mask=mask_of(mask, extend, None, mask_crop), controls=controls(control or (), controlnet or (), "crop"),
         image_prompts=image_prompts(image_prompt or (), ip_adapter or (), image_encoder),
@@ -138,7 +139,7 @@ def _settled(model: str, request: GenerateRequest, variant: str | None) -> tuple
     if not published:
         check_model(model, request, downloads=False)
     sizes, settings = published or _sizes(model, variant)
-    if request.controls or request.image_prompts:
+    if request.controls or request.image_prompts or request.vae:
         from sfumato.pipelines.controlling import with_sizes
 
         sizes = with_sizes(sizes, request)

@@ -92,6 +92,10 @@ def _run(
     check_choices(device, dtype=dtype)
     if any(find_spec(name) is None for name in ("fastapi", "uvicorn", "python_multipart")):
         raise MissingExtra("the studio needs FastAPI and uvicorn; install them with: pip install 'sfumato[studio]'")
+    if device not in (None, "auto", "cpu"):  # may be absent; the server would learn it from a worker that dies
+        from sfumato.runtime.device import parse_device
+
+        parse_device(device)
     from sfumato.server.run import run
 
     run(

@@ -20,6 +20,7 @@ from sfumato.jobs.preview import Colors
 from sfumato.metadata.carriers import read_recipe
 from sfumato.pipelines import stages
 from sfumato.pipelines.components import ComponentFiles
+from sfumato.pipelines.controlling import with_sizes
 from sfumato.pipelines.finite import FiniteWatch
 from sfumato.pipelines.loading import load
 from sfumato.pipelines.recipe import model_digest
@@ -132,7 +133,8 @@ def colors_of(pipeline: DiffusionPipeline) -> Colors:
 def planned(message: Mapping[str, Any], device: str | None, dtype: str | None) -> dict[str, Any]:
     """Estimate the time and memory of a request on this machine. The model does not have to be loaded."""
     source = open_source(message["model"], ComponentFiles(), {"local_files_only": True})
-    sizes, request = read_sizes(source), GenerateRequest.from_dict(message["request"]).settled(source.settings)
+    request = GenerateRequest.from_dict(message["request"]).settled(source.settings)
+    sizes = with_sizes(read_sizes(source), request)
     facts, task = checked(read_facts(device), sizes), task_of(sizes, request)
     found = plan(facts, sizes, request, Wishes(device=device, dtype=dtype))
     return {

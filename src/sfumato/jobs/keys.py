@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 __all__ = ["NUMERICS", "canonical", "file_name", "image_key", "salt_of"]
 
+_encode = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
+
 # Increased whenever the same request with the same checkpoint starts to give different numbers.
 NUMERICS = 1
 
@@ -21,9 +23,9 @@ def salt_of(model: str, numerics: dict[str, Any]) -> str:
     return f"{model}\n{json.dumps(numerics, sort_keys=True)}\n"
 
 
-def canonical(request: GenerateRequest) -> str:
-    """Return the canonical text of a request."""
-    return json.dumps(request.to_dict(), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+def canonical(request: GenerateRequest | dict[str, Any]) -> str:
+    """Return the canonical text of a request, or of its JSON values."""
+    return _encode(request if isinstance(request, dict) else request.to_dict())
 
 
 def image_key(salt: str, source: str, text: str) -> str:

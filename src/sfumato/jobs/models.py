@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from sfumato.checkpoints.builtin import BUILT_IN, builtin_model, relative_folders
+from sfumato.checkpoints.detect import TINY, VAE
 from sfumato.errors import CheckpointError, SfumatoError, UsageError, suggest
 from sfumato.files import read_json
 
@@ -23,9 +24,10 @@ DEPTH = 3
 # Model kinds: of folders by the class in their config.json, of files by the family in their header.
 NETWORKS = ("ControlNetModel", "ControlNetUnionModel", "T2IAdapter", "MultiAdapter")
 FOLDERS: dict[str, str] = {**dict.fromkeys(NETWORKS, "controlnet"), "CLIPVisionModelWithProjection": "image-encoder"}
+FOLDERS |= dict.fromkeys(("AutoencoderKL", "AutoencoderTiny"), "vae")
 FILES = {
     "a LoRA": "lora", "a textual inversion": "embedding", "an IP-Adapter": "ip-adapter", "a ControlNet": "controlnet",
-    "a T2I-Adapter": "controlnet",
+    "a T2I-Adapter": "controlnet", VAE: "vae", TINY: "vae",
 }  # fmt: skip
 UNITS = ("CPU_AND_GPU", "CPU_AND_NE", "ALL")
 
@@ -34,9 +36,9 @@ UNITS = ("CPU_AND_GPU", "CPU_AND_NE", "ALL")
 class Model:
     """A checkpoint, or an adapter for checkpoints.
 
-    kind: "checkpoint", "core-ml", "lora", "embedding", "controlnet", "ip-adapter" or "image-encoder"; family: as far as
-    its header tells; suggested: recommended settings; words: what a small model knows, as suggestions for the page;
-    compute_units: for Core ML models, the available compute units, if there is a choice.
+    kind: "checkpoint", "core-ml", "lora", "embedding", "controlnet", "ip-adapter", "image-encoder" or "vae"; family:
+    as far as its header tells; suggested: recommended settings; words: what a small model knows, as suggestions for the
+    page; compute_units: for Core ML models, the available compute units, if there is a choice.
     """
 
     name: str

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["Colors"]
 
 # Size of the latents that the matrix is fitted to, and of their uniform patches: images are smooth.
-SIDE, PATCH = 24, 4
+SIDE, PATCH = 16, 4
 
 
 class Colors:

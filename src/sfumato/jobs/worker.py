@@ -6,6 +6,7 @@ when its input ends, because its parent is gone. Image files are written atomica
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import logging
@@ -39,25 +40,27 @@ class Worker:
     """Runs one job after another with a model that stays in memory, and estimates requests."""
 
     def __init__(self, output: io.BufferedWriter, device: str | None, dtype: str | None) -> None:
-        self._output, self._lock = output, threading.Lock()
-        self._device, self._dtype = device, dtype
+        self._output, self._device, self._dtype = output, device, dtype
+        self._lock, self._cancelled = threading.Lock(), set[str]()
         self._todo: queue.Queue[dict[str, Any]] = queue.Queue()
         self._asked: queue.Queue[dict[str, Any]] = queue.Queue()
-        self._cancelled: set[str] = set()
         self._loaded: Loaded | None = None
 
     def run(self) -> None:
         """Work until the input ends."""
         threading.Thread(target=self._listen, daemon=True).start()
+        gc.disable()  # while torch is imported, there is no garbage, but half a million objects to look through
         import torch
 
         import sfumato.jobs.drawing  # noqa: F401
-        from sfumato.runtime.facts import read_facts
+        from sfumato.runtime.device import parse_device
+        from sfumato.runtime.processor import processor_name
 
-        facts = read_facts(self._device)
-        self._say(
-            "ready", device=facts.accelerator_name or facts.processor, kind=facts.accelerator, torch=torch.__version__
-        )
+        gc.freeze()
+        gc.enable()
+        device = parse_device(self._device)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
+        self._say("ready", device=name, kind=device.type, torch=torch.__version__)
         threading.Thread(target=self._answer, daemon=True).start()
         while True:
             message = self._todo.get()

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from sfumato.checkpoints.control_file import control_class, open_control_file
 from sfumato.checkpoints.locate import locate_folder
 from sfumato.checkpoints.locate_file import is_single_file
 from sfumato.checkpoints.weights import find_weights
-from sfumato.configs import CLIPVisionConfig, ControlNetConfig, T2IAdapterConfig, parse
+from sfumato.configs import CLIPVisionConfig, parse
 from sfumato.errors import CheckpointError, UsageError
 from sfumato.files import expanded, file_hash, read_json
 from sfumato.images import open_image
@@ -21,61 +18,28 @@ from sfumato.models.base import select_model_files
 from sfumato.pipelines.fingerprint import fingerprint
 from sfumato.pipelines.parts import check_control
 from sfumato.pipelines.residuals import steered_by, united
-from sfumato.pipelines.source import stored_size
+from sfumato.pipelines.source import OneNetwork, stored_size
+from sfumato.pipelines.vaes import with_vae_size
 from sfumato.preprocess import control_image, control_pixels
 from sfumato.request import MODE_OF, MODES
-from sfumato.runtime.choices import Part
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from PIL.Image import Image
 
-    from sfumato.checkpoints.single_file import SingleFile
     from sfumato.pipelines.parts import Parts
     from sfumato.pipelines.place import Place
     from sfumato.pipelines.residuals import Steered
     from sfumato.request import Control, GenerateRequest
     from sfumato.runtime.choices import Sizes
 
-__all__ = ["ControlSource", "open_control", "steering", "with_networks", "with_sizes"]
+__all__ = ["open_control", "steering", "with_networks", "with_sizes"]
 
 CLASSES: dict[str, Any] = {cls.__name__: cls for cls in (ControlNetModel, ControlNetUnionModel, T2IAdapter)}
 
 
-@dataclass(frozen=True)
-class ControlSource:
-    """The source of a control network: a folder, or a single file whose header has been read."""
-
-    place: Path
-    cls: Any
-    file: SingleFile | None = None
-
-    @property
-    def config(self) -> ControlNetConfig | T2IAdapterConfig:
-        """The network's config."""
-        if self.file is not None:
-            return parse(self.cls.config_class, self.file.config(self.cls.role), self.place)[0]
-        path = self.place / "config.json"
-        return parse(self.cls.config_class, read_json(path), path)[0]
-
-    @property
-    def size(self) -> Part:
-        """The network's parameters and bytes, from headers."""
-        if self.file is not None:
-            part = self.file.part(self.cls.role)
-            return Part(part.parameters, part.bytes)
-        return stored_size(find_weights(self.place, self.cls.weights_name))
-
-    def load(self, dtype: torch.dtype) -> Any:
-        """Load the network onto the CPU."""
-        if self.file is not None:
-            return self.cls.from_file(self.file, dtype=dtype)
-        return self.cls.from_folder(self.place, dtype=dtype)
-
-
-def open_control(name: str, *, local_files_only: bool = True, **hub: Any) -> ControlSource:
+def open_control(name: str, *, local_files_only: bool = True, **hub: Any) -> OneNetwork:
     """Find a control network by folder, file or hub id. Reads no weights, and by default downloads nothing.
 
     Raises `CheckpointError` if it is not a control network, with a description of what it is instead.
@@ -83,7 +47,7 @@ def open_control(name: str, *, local_files_only: bool = True, **hub: Any) -> Con
     hub = {"local_files_only": local_files_only, **hub}
     if is_single_file(name):
         file = open_control_file(name, **hub)
-        return ControlSource(file.path, CLASSES[control_class(file)], file)
+        return OneNetwork(file.path, CLASSES[control_class(file)], file)
 
     def select(names: Sequence[str], strict: bool) -> list[str]:
         return select_model_files(names, "", ControlNetModel.weights_name, strict=strict)
@@ -94,11 +58,12 @@ def open_control(name: str, *, local_files_only: bool = True, **hub: Any) -> Con
     found = str(read_json(folder / "config.json").get("_class_name"))
     if found not in CLASSES:
         raise CheckpointError(f"{name} is a {found}, not a ControlNet; give the folder of a ControlNet")
-    return ControlSource(folder, CLASSES[found])
+    return OneNetwork(folder, CLASSES[found])
 
 
 def with_sizes(sizes: Sizes, request: GenerateRequest) -> Sizes:
-    """Add the sizes of a request's control networks and image encoders to a checkpoint's sizes."""
+    """Add the sizes of a request's control networks and image encoders to a checkpoint's, and those of its VAE."""
+    sizes = with_vae_size(sizes, request.vae)
     sources = [open_control(name) for name in dict.fromkeys(control.model for control in request.controls)]
     unet = sum((source.size for source in sources), sizes.unet)
     configs = tuple(source.config for source in sources)

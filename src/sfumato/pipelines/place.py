@@ -48,7 +48,8 @@ class Place:
     """Where the networks of a checkpoint are on this machine, and the user's preferences.
 
     home: the device that each network is moved to for its own stage, None if networks stay where they are; sliced:
-    whether the user chose attention slicing for the U-Net; kept: control networks of the last request.
+    whether the user chose attention slicing for the U-Net; kept: control networks of the last request; vae: its VAE, if
+    not the checkpoint's own, after what identifies it.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Place:
         self._device_chosen = facts is not None and not self.wishes.asked("device")
         self._said: set[str] = set()
         self.kept: dict[Any, Model] = {}
+        self.vae: tuple[Any, Any] | None = None
         self._hosts: dict[Model, dict[Tensor, Tensor]] = {}
 
     def device_of(self, parts: Parts) -> torch.device:

@@ -95,6 +95,8 @@ def checked(recipe: Mapping[str, Any], where: object) -> tuple[GenerateRequest, 
             raise UsageError(
                 f"the recipe of {where} does not identify its image prompts; the image may have been edited"
             )
+    if {"vae", "vae_weights"} & recipe["request"].keys() == {"vae"}:
+        raise UsageError(f"the recipe of {where} does not identify its VAE; the image may have been edited")
     try:
         check_value("", "dtype", recipe.get("dtype"), str)
         for key, kinds in wanted.items():

@@ -29,7 +29,7 @@ __all__ = ["Line", "Reused", "hastened", "methods", "shallow"]
 # What a request may say besides, as it was measured: everything else that differs from its default is drawn exactly.
 FREE = {
     "fast", "prompt", "negative_prompt", "prompt_syntax", "steps", "guidance_scale", "seed", "rng", "noise", "count",
-    "width", "height", "scheduler", "lora_dir", "embeddings",
+    "width", "height", "scheduler", "lora_dir", "embeddings", "vae_weights",
 }  # fmt: skip
 # Each step goes on by this share of the change before it. Features change ever more slowly: with every pattern of steps
 # tried on the built-in model, 0.7 predicts them better than 1, a straight line, and than 0.4 (docs/log.md).

@@ -29,6 +29,7 @@ from sfumato.pipelines.stages import Given
 from sfumato.pipelines.steering import Steering
 from sfumato.pipelines.tasks import task_for
 from sfumato.pipelines.tasks.task import Tools, handover, noise_level, takes_over
+from sfumato.pipelines.vaes import with_vae
 from sfumato.runtime.choices import check_sides
 from sfumato.runtime.device import ran_out_of_memory, release_memory, reused_memory
 from sfumato.runtime.graphs import capture_for
@@ -141,6 +142,7 @@ class Run:
         """Read the request's additions to the checkpoint, and report how much of each was applied."""
         self.added = added(self.parts, self.request)
         self.parts = self.added.parts
+        self.parts, self.added.request = with_vae(self.parts, self.place, self.added.request)
         if not self.given.steered:
             self.parts = with_networks(self.parts, self.place, self.request.controls)
         for report in self.added.reports:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
     from sfumato.families import Family
 
-__all__ = ["FILE_OPTIONS", "Folder", "OneFile", "Source", "load_components", "open_source", "stored_size"]
+__all__ = ["FILE_OPTIONS", "Folder", "OneFile", "OneNetwork", "Source", "load_components", "open_source", "stored_size"]
 
 log = logging.getLogger("sfumato")
 
@@ -269,6 +269,37 @@ class OneFile:
 
 
 Source = Folder | OneFile
+
+
+@dataclass(frozen=True)
+class OneNetwork:
+    """The source of one network: a folder, or a single file whose header has been read."""
+
+    place: Path
+    cls: Any
+    file: SingleFile | None = None
+
+    @property
+    def config(self) -> Any:
+        """The network's config."""
+        if self.file is not None:
+            return parse(self.cls.config_class, self.file.config(self.cls.role), self.place)[0]
+        path = self.place / "config.json"
+        return parse(self.cls.config_class, read_json(path), path)[0]
+
+    @property
+    def size(self) -> Part:
+        """The network's parameters and bytes, from headers."""
+        if self.file is not None:
+            part = self.file.part(self.cls.role)
+            return Part(part.parameters, part.bytes)
+        return stored_size(find_weights(self.place, self.cls.weights_name))
+
+    def load(self, dtype: torch.dtype, *, later: bool = False) -> Any:
+        """Load the network onto the CPU. later: leave its weights on the meta device, for `reload` to load."""
+        if self.file is not None:
+            return self.cls.from_file(self.file, dtype=dtype, later=later)
+        return self.cls.from_folder(self.place, dtype=dtype, later=later)
 
 
 def open_source(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
 
 from sfumato.errors import UnknownArgument, UsageError, suggest
@@ -28,9 +29,9 @@ class Record:
     nested: ClassVar[dict[str, Any]] = {}
 
     def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
-            if isinstance(value := getattr(self, f.name), list):  # from JSON
-                object.__setattr__(self, f.name, tuple(value))
+        for name in _defaults(type(self)):
+            if isinstance(value := getattr(self, name), list):  # from JSON
+                object.__setattr__(self, name, tuple(value))
         check_record(self, "", UsageError)
 
     def replace(self, **changes: Any) -> Self:
@@ -40,24 +41,29 @@ class Record:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields that differ from their defaults, as JSON values."""
         return {
-            f.name: _plain(value)
-            for f in dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
-            if (value := getattr(self, f.name)) != f.default
+            name: _plain(value)
+            for name, default in _defaults(type(self)).items()
+            if (value := getattr(self, name)) is not default and value != default
         }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Create a record from `to_dict`'s output. Raises `UsageError` for unknown and missing fields."""
-        fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
-        known = [f.name for f in fields]
+        known = _defaults(cls)
         for name in values:
             if name not in known:
                 raise UnknownArgument(f"a request has no field {name!r}{suggest(name, known)}")
-        if missing := [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]:
+        if missing := [n for n, default in known.items() if default is dataclasses.MISSING and n not in values]:
             raise UsageError(f"{cls.__name__} needs {missing[0]!r}")
         return cls(
             **values | {name: _records(kind, values[name]) for name, kind in cls.nested.items() if name in values}
         )
+
+
+@cache
+def _defaults(cls: Any) -> dict[str, Any]:
+    """Return the default of each field of a record; `dataclasses.MISSING` where there is none."""
+    return {field.name: field.default for field in dataclasses.fields(cls)}
 
 
 def check_word(name: str, value: str, known: Collection[str]) -> None:
@@ -68,9 +74,9 @@ def check_word(name: str, value: str, known: Collection[str]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Record):
-        return value.to_dict()
-    return list(map(_plain, value)) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return list(map(_plain, value))
+    return value.to_dict() if isinstance(value, Record) else value
 
 
 def _records(kind: Any, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The ASGI application: serves the page at once, and the API once it has been imported."""
+"""The ASGI application, which serves the page at once and the API once it has been imported, and its server."""
 
 from __future__ import annotations
 
@@ -7,19 +7,23 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import uvicorn
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
 from sfumato.errors import UsageError
+from sfumato.jobs.store import Event
 from sfumato.server.security import Guard, content_policy, is_loopback
 
 if TYPE_CHECKING:
+    from socket import socket
+
     from fastapi import FastAPI
     from starlette.types import ASGIApp, Receive, Scope, Send
 
     from sfumato.jobs.queue import JobQueue
 
-__all__ = ["STATIC", "create_app"]
+__all__ = ["STATIC", "create_app", "serve"]
 
 STATIC = Path(__file__).parent / "static"
 # Path prefixes of the APIs.
@@ -36,6 +40,27 @@ def create_app(queue: JobQueue, *, page: bool = True, host: str = "127.0.0.1", t
         raise UsageError(f"anyone who can reach {host} could use this server; set a token, or listen on 127.0.0.1")
     policy = content_policy(STATIC / "index.html")
     return Guard(_Door(queue, page and STATIC.is_dir()), host=host, token=token, policy=policy)
+
+
+def serve(app: ASGIApp, queue: JobQueue, sock: socket) -> None:
+    """Serve an application on a listening socket. Raises `KeyboardInterrupt` when it is stopped."""
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2, lifespan="off"
+    )
+    _Server(config, queue).run(sockets=[sock])
+    raise KeyboardInterrupt  # asyncio swallows Ctrl-C if its main task has already finished
+
+
+class _Server(uvicorn.Server):
+    """Ends streams of events before it stops: an open page would delay it, and be reported as an error."""
+
+    def __init__(self, config: uvicorn.Config, queue: JobQueue) -> None:
+        super().__init__(config)
+        self._hub = queue.hub
+
+    async def shutdown(self, sockets: list[socket] | None = None) -> None:
+        self._hub.send(Event("stopping", {}))
+        await super().shutdown(sockets)
 
 
 class _Door:

@@ -31,7 +31,7 @@ MOST_BYTES, MOST_PIXELS = 50 * 10**6, 50 * 10**6
 FORMATS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}
 # Request fields that stand for files. Clients send images or name them by key; they name models by kind and name.
 FILES: dict[str, Any] = {
-    "image": "image", "depth": "image", "refiner": "checkpoint", "mask": {"file": "image"},
+    "image": "image", "depth": "image", "refiner": "checkpoint", "vae": "vae", "mask": {"file": "image"},
     "adapters": {"file": "lora"}, "embeddings": {"file": "embedding"},
     "controls": {"model": "controlnet", "image": "image"},
     "image_prompts": {"model": "ip-adapter", "encoder": "image-encoder", "image": "image", "mask": "image"},

@@ -27,9 +27,10 @@ REQUEST is a `GenerateRequest` as JSON; its documentation describes the fields. 
 model's: {"prompt": "a red apple", "negative_prompt": "…", "steps": 20, "guidance_scale": 7.5, "seed": 7, "count": 4,
 "width": 512, "height": 512, "scheduler": "euler", "spacing": "karras", "image": IMG, "strength": 0.8,
 "mask": {"file": IMG, "edge": 8}, "adapters": [{"file": "NAME of a lora", "weight": 0.8}], "embeddings": [{"file":
-"NAME"}], "controls": [{"model": "NAME of a controlnet", "image": IMG, "preprocessor": "canny"}], "image_prompts":
-[{"model": "NAME of an ip-adapter", "encoder": "NAME of an image-encoder", "image": IMG}]}. IMG is a data URL
-("data:image/png;base64,…") or the key of an image on this server. Recipes have the same form and can be sent back.
+"NAME"}], "vae": "NAME of a vae", "controls": [{"model": "NAME of a controlnet", "image": IMG, "preprocessor":
+"canny"}], "image_prompts": [{"model": "NAME of an ip-adapter", "encoder": "NAME of an image-encoder", "image":
+IMG}]}. IMG is a data URL ("data:image/png;base64,…") or the key of an image on this server. Recipes have the same form
+and can be sent back.
 
 JOB: {"id": "9f…", "state": "queued" | "running" | "done" | "failed" | "cancelled", "model": "built-in", "request":
 REQUEST with its seed, "client": "…", "created": 1764140000.1, "started": null, "finished": null, "attempts": 0,
@@ -41,9 +42,9 @@ IMAGE: {"key": "32 hex digits", "name": "a-red-apple-0123456789ab.png", "folder"
 "height": 128, "created": 1.0, "prompt": "…", "negative_prompt": "…", "model": "…", "seed": "7", "scheduler": "…",
 "program": "Sfumato"}; texts are "" if the file does not contain them.
 
-MODEL: {"name", "kind": "checkpoint" | "core-ml" | "lora" | "embedding" | "controlnet" | "ip-adapter" | "image-encoder",
-"family", "width", "height", "bytes", "suggested": {"steps": 20, "guidance_scale": 3.0}, "words": ["…"] (what a small
-model knows), "compute_units": ["CPU_AND_GPU", …] (of Core ML models, if there is a choice)}.
+MODEL: {"name", "kind": "checkpoint" | "core-ml" | "lora" | "embedding" | "controlnet" | "ip-adapter" | "image-encoder"
+| "vae", "family", "width", "height", "bytes", "suggested": {"steps": 20, "guidance_scale": 3.0}, "words": ["…"] (what a
+small model knows), "compute_units": ["CPU_AND_GPU", …] (of Core ML models, if there is a choice)}.
 
 PLAN: {"fits": true, "seconds": 2.1, "peak_bytes": 1, "free_bytes": 1, "device": "cpu", "dtype": "float32", "width",
 "height", "steps", "guidance_scale", "reasons": ["…"], "tokens": {"prompt": 5, "negative_prompt": 0, "limit": 75} or

@@ -1,20 +1,15 @@
-"""Starts the server: first the socket, then the queue and its worker, then the page; the API comes last."""
+"""Starts the server: first the socket, then the queue and its worker, whose imports take longest, then the page."""
 
 from __future__ import annotations
 
 import socket
-import webbrowser
 from threading import Thread
 from typing import TYPE_CHECKING
-
-import uvicorn
 
 from sfumato.errors import UsageError
 from sfumato.files import output_folder
 from sfumato.jobs.models import Models
 from sfumato.jobs.queue import JobQueue
-from sfumato.jobs.store import Event
-from sfumato.server.app import create_app
 from sfumato.server.security import is_loopback, new_token
 
 if TYPE_CHECKING:
@@ -36,18 +31,6 @@ def listening(host: str, port: int) -> socket.socket:
     return found
 
 
-class _Server(uvicorn.Server):
-    """Ends streams of events before it stops: an open page would delay it, and be reported as an error."""
-
-    def __init__(self, config: uvicorn.Config, queue: JobQueue) -> None:
-        super().__init__(config)
-        self._hub = queue.hub
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._hub.send(Event("stopping", {}))
-        await super().shutdown(sockets)
-
-
 def run(
     folder: Path,
     *,
@@ -67,6 +50,8 @@ def run(
     queue = JobQueue(output_folder(folder).absolute(), Models(models, default), device=device, dtype=dtype)
     queue.start()  # its worker takes seconds to import torch, in parallel with everything below
     try:
+        from sfumato.server.app import create_app, serve
+
         app = create_app(queue, page=page, host=host, token=token)
         place = f"http://{f'[{host}]' if ':' in host else host}:{sock.getsockname()[1]}"
         link = place if token is None or not page else f"{place}/?token={token}"
@@ -74,12 +59,10 @@ def run(
         if not page and token is not None and not given:
             print(f"Clients must send this token: {token}", flush=True)
         if browser:
+            import webbrowser
+
             here = link.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
             Thread(target=webbrowser.open, args=(here,), daemon=True).start()
-        config = uvicorn.Config(
-            app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2, lifespan="off"
-        )
-        _Server(config, queue).run(sockets=[sock])
-        raise KeyboardInterrupt  # asyncio swallows Ctrl-C if its main task has already finished
+        serve(app, queue, sock)
     finally:
         queue.stop()

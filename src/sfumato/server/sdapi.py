@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ImageToImage", "PngInfo", "TextToImage", "img2img", "interrupt", "loras", "memory", "options", "png_info",
-    "progress", "refresh", "router", "sd_models", "set_options", "txt2img",
+    "progress", "refresh", "router", "sd_models", "set_options", "txt2img", "vaes",
 ]  # fmt: skip
 
 router = APIRouter(prefix="/sdapi/v1", tags=["sdapi"])
@@ -142,6 +142,8 @@ def _submitted(http: Request, asked: TextToImage) -> tuple[Job, list[str]]:
     extra = {name for name in asked.model_extra or {} if name not in HARMLESS}
     warnings += [f"{name} has no effect" for name in sorted(extra | ({"styles"} if asked.styles else set()))]
     values: dict[str, Any] = request.to_dict() | {"count": asked.batch_size * asked.n_iter}
+    if (vae := settings["sd_vae"]) not in ("Automatic", "None"):
+        values["vae"] = vae
     if isinstance(asked, ImageToImage):
         values["image"] = asked.init_images[0]
         if asked.mask:
@@ -306,6 +308,13 @@ def loras(http: Request) -> list[dict[str, Any]]:
     return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in found]
 
 
+@router.get("/sd-vae")
+def vaes(http: Request) -> list[dict[str, Any]]:
+    """List the VAEs that the setting `sd_vae` can name."""
+    found = [one.name for one in http.app.state.queue.models.all() if one.kind == "vae"]
+    return [{"model_name": name, "filename": name} for name in found]
+
+
 @router.get("/memory")
 def memory() -> dict[str, Any]:
     """Return this machine's memory in bytes."""
@@ -337,7 +346,7 @@ FIXED: dict[str, Any] = {
         for name in ("None", "Lanczos")
     ],
     "latent-upscale-modes": [{"name": name} for name in names()["upscalers"] if name.startswith("Latent")],
-    "embeddings": {"loaded": {}, "skipped": {}}, "scripts": {"txt2img": [], "img2img": []}, "sd-vae": [],
+    "embeddings": {"loaded": {}, "skipped": {}}, "scripts": {"txt2img": [], "img2img": []},
     "sd-modules": [], "hypernetworks": [], "face-restorers": [], "realesrgan-models": [], "prompt-styles": [],
 }  # fmt: skip
 

@@ -99,7 +99,7 @@ def _store(layer: EightBit, own: Any, make: Callable[[Tensor, Tensor], None]) ->
 
 def _put_back(model: Any, name: str, own: Any) -> None:
     layer, last = _layer(model, name)
-    if isinstance(own, Stored):
+    if isinstance(layer, EightBit) and isinstance(own, Stored):
         layer.store(own)
     else:
         weight = getattr(layer, last)

@@ -145,7 +145,7 @@ class ComponentFiles:
     later: bool = False
     eight_bit: bool = False
 
-    def how(self, part: str) -> dict[str, bool]:
+    def how(self, part: str) -> dict[str, Any]:
         """Return how to load a component, as keyword arguments of `Model.from_folder`."""
         return {"copy": self.copy, "later": self.later, "eight_bit": self.eight_bit and part == "unet"}
 

@@ -19,6 +19,7 @@ __all__ = [
     "Filter",
     "IntegerFilter",
     "IntegerMatrix",
+    "Integers",
     "Scratch",
     "convolve",
     "integers_packable",

@@ -21,7 +21,7 @@ from sfumato.runtime.facts import read_facts
 
 CPU = ("unet", "vae", "picture", "peak", "growth")
 XL = ("xl-unet", "xl-peak", "xl-memory")
-GROUPS = (*CPU, "memory", "startup", "schedulers", "coreml", "bulk", "eight-bit", *XL)
+GROUPS = (*CPU, "draft", "memory", "startup", "schedulers", "coreml", "bulk", "eight-bit", *XL)
 
 
 def checkpoint(family: str) -> Path:
@@ -38,7 +38,7 @@ def checkpoint(family: str) -> Path:
 
 def run(group: str, folder: Path, machine: Machine, runs: int) -> list[Result]:
     """One group of benchmarks."""
-    from benchmarks import bulk, calls, coreml, eight_bit, growth, pictures, schedulers, startup, xl
+    from benchmarks import bulk, calls, coreml, draft, eight_bit, growth, pictures, schedulers, startup, xl
 
     match group:
         case "unet":
@@ -51,6 +51,8 @@ def run(group: str, folder: Path, machine: Machine, runs: int) -> list[Result]:
             return pictures.peak(folder, machine)
         case "growth":
             return growth.growth(folder, machine, runs)
+        case "draft":
+            return draft.draft(folder, machine, runs)
         case "memory":
             return list(pictures.memory(folder))
         case "coreml":
@@ -91,7 +93,8 @@ def main() -> None:
     groups = [one for name in arguments.groups or GROUPS for one in (CPU if name == "cpu" else [name])]
     machine = Machine.of(read_facts("cpu"), arguments.size)
     for group in groups:
-        folder = arguments.model or (Path() if group == "bulk" else checkpoint("sdxl" if group in XL else "sd15"))
+        family = "sdxl" if group in XL else "sd-turbo" if group == "draft" else "sd15"
+        folder = arguments.model or (Path() if group == "bulk" else checkpoint(family))
         results = run(group, folder, machine, arguments.runs)
         if arguments.model is None:
             keep(group, results)

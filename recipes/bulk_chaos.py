@@ -185,9 +185,10 @@ def painters() -> list[psutil.Process]:
 
 
 def held(process: psutil.Process) -> int:
-    """What a process holds for itself, in bytes; 0 if it is new, and still loads, or gone."""
+    """What a process holds for itself, in bytes, without pages of files; 0 if it is new, and still loads, or gone."""
     try:
-        return process.memory_info().rss if time.time() - process.create_time() > 120 else 0
+        found = process.memory_info()
+        return found.rss - found.shared if time.time() - process.create_time() > 120 else 0
     except psutil.Error:
         return 0
 

@@ -89,6 +89,14 @@ def test_few_steps_come_near_the_whole_model(pipe, asked, plain, steps):
         assert detail(image) > 0.85 * detail(whole) > detail(blurred)
 
 
+def test_a_draft_comes_near_the_whole_picture(pipe, plain):
+    draft = pipe.generate(GenerateRequest(prompt=PROMPTS, seed=7, draft=True))
+    assert draft.notes[0].startswith("a draft: 4 steps of lcm with built-in/few-step, decoded by built-in/tiny-vae")
+    for image, whole in zip(draft.images, plain, strict=True):
+        assert psnr(image, whole) > 13
+        assert detail(image) > 0.6 * detail(whole)
+
+
 def lines(image) -> np.ndarray:
     return np.array(prepare("canny", image))[..., 0] > 0
 

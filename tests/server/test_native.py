@@ -93,6 +93,19 @@ def test_what_does_not_fit_ends_with_a_sentence(server):
     assert (status, plan["fits"]) == (200, False)
 
 
+def test_a_draft_is_planned_drawn_and_noted_as_what_it_does(server):
+    plan = server("POST", "/api/plan", {"request": {"prompt": "a red apple, 3d", "draft": True}})[1]
+    assert (plan["steps"], plan["guidance_scale"]) == (4, 1.0)
+    done = server.ended(server.submit({"prompt": "a red apple, 3d", "draft": True, "seed": 7})["id"])
+    assert done["notes"][0].startswith("a draft: 4 steps of lcm with built-in/few-step")
+    told = server("GET", f"/api/images/{done['images'][0]}")[1]["request"]
+    assert (told["vae"], told["scheduler"], "draft" in told) == ("built-in/tiny-vae", "lcm", False)
+    own = server.ended(server.submit({**RED, "vae": "built-in/tiny-vae"})["id"])
+    assert own["state"] == "done"
+    status, body, _ = server("POST", "/api/jobs", {"request": {"prompt": "x", "vae": "/etc/passwd"}})
+    assert (status, "no model '/etc/passwd'" in body["error"]["message"]) == (400, True)
+
+
 def test_errors_of_drawing_are_sentences(server):
     found = server.ended(server.submit({**RED, "spacing": "karras", "scheduler": "ddim"})["id"])
     assert (found["error"]["kind"], "spacing" in found["error"]["message"]) == ("request", True)

@@ -79,6 +79,18 @@ def test_lists_and_settings(api, server):
     api.refresh_checkpoints()
 
 
+def test_the_setting_sd_vae_names_another_vae(server):
+    asked = {"prompt": "a red apple, 3d", "steps": 1, "seed": 7, "width": 128, "height": 128}
+    images = []
+    for vae in ("Automatic", "built-in/tiny-vae"):
+        status, told, _ = server("POST", "/sdapi/v1/txt2img", asked | {"override_settings": {"sd_vae": vae}})
+        assert status == 200, told
+        images.append(told["images"][0])
+    assert images[0] != images[1]
+    status, told, _ = server("POST", "/sdapi/v1/txt2img", asked | {"override_settings": {"sd_vae": "nothing"}})
+    assert status == 400
+
+
 def test_what_tells_secrets_or_ends_the_server_is_not_there(server):
     for path in ("cmd-flags", "server-kill", "server-restart", "extensions"):
         assert server("GET", f"/sdapi/v1/{path}")[0] == server("POST", f"/sdapi/v1/{path}", {})[0] == 404

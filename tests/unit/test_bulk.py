@@ -499,6 +499,46 @@ def test_refiners_that_are_none_are_named(pipeline, tmp_path):
     assert "scale" in wrong[3]
 
 
+def test_rows_with_another_vae_are_told_apart_by_its_weights(pipeline, tmp_path):
+    from sfumato import AutoencoderKL
+    from support.checkpoints import VAE, XL_VAE, randomize
+
+    keys, row = [], {"prompt": "a", "steps": 1, "vae": str(tmp_path / "vae")}
+    for seed in (1, 2):
+        randomize(AutoencoderKL(**VAE), seed).save_pretrained(tmp_path / "vae")
+        (picture,) = planned(pipeline, tmp_path, [row])[0]
+        keys.append(picture.key)
+    assert keys[0] != keys[1]
+    told = json.loads(picture.request)
+    assert draw_requests(pipeline, [told])[1][0]["request"] == told
+    with pytest.raises(UsageError, match="differ from the recipe's"):
+        draw_requests(pipeline, [told | {"vae_weights": "0" * 32}])
+    AutoencoderKL(**XL_VAE).save_pretrained(tmp_path / "xl")
+    rows = [{"prompt": "a"}, row | {"vae": str(tmp_path / "xl")}, row | {"vae": "./nowhere"}]
+    _, wrong, _ = planned(pipeline, tmp_path, rows, skip_bad=True)
+    assert "latents of scale" in wrong[2]
+    assert "there is no folder ./nowhere" in wrong[3]
+
+
+def test_rows_that_are_drafts_are_stored_as_what_they_do(pipeline, tmp_path):
+    import sfumato
+
+    pictures, _, _ = planned(
+        pipeline, tmp_path, [{"prompt": "a", "draft": True}, {"prompt": "a", "draft": True, "steps": 3}]
+    )
+    told = [json.loads(one.request) for one in pictures]
+    assert [(one["steps"], one["scheduler"], "draft" in one) for one in told] == [
+        (10, "unipc", False),
+        (3, "unipc", False),
+    ]
+    assert told[0]["guidance_scale"] == 7.5
+    own = sfumato.load(device="cpu")
+    ((picture,), _, _) = planned(own, tmp_path, [{"prompt": "a house", "draft": True}])
+    told = json.loads(picture.request)
+    assert (told["steps"], told["vae"], len(told["vae_weights"])) == (4, "built-in/tiny-vae", 32)
+    assert draw_requests(own, [told])[0][0].size == (128, 128)
+
+
 def test_another_image_of_a_control_is_another_key(pipeline, tmp_path):
     from PIL import Image
 

@@ -158,8 +158,3 @@ def test_what_is_no_vae_is_named(files, checkpoints, tmp_path):
 def test_a_whole_checkpoint_in_a_file_is_no_vae(written):
     with pytest.raises(CheckpointError, match="is a whole checkpoint, not a VAE; give a file with nothing but a VAE"):
         open_vae(str(written("sd15")[1]))
-
-
-def test_a_hash_alone_is_refused():
-    with pytest.raises(UsageError, match="vae_weights needs the VAE that has them"):
-        GenerateRequest(prompt="a cat", vae_weights="0" * 32)

@@ -129,6 +129,7 @@ class Ledger:
             for table in tables:
                 file.write_table(table)
         self._written.append(path)
+        arrow().default_memory_pool().release_unused()  # or each file would leave some
 
     def _merge(self, paths: list[Path], forgotten: Iterable[str] = ()) -> None:
         finished, gone = _standing(_concat(paths, ["key", "state", "attempt"])).done, set(forgotten)
@@ -136,7 +137,6 @@ class Ledger:
         self._write(_first(paths, lambda key, state: key not in gone and (state == "done" or key not in finished)))
         for path in paths:
             path.unlink(missing_ok=True)
-        arrow().default_memory_pool().release_unused()
 
 
 def _first(paths: list[Path], stays: Callable[[str, str], bool]) -> Iterator[Any]:

@@ -21,6 +21,7 @@ from sfumato.pipelines.draw import draw
 from sfumato.pipelines.loading import load
 from sfumato.pipelines.recipe import model_digest
 from sfumato.request import GenerateRequest
+from sfumato.runtime.device import release_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,6 +39,8 @@ MOST_AT_ONCE, MOST_NOTES = 64, 200
 # Images that are drawn sooner than this share what is done once for a batch, even if their steps run one by one. A
 # stopped run finishes its batch.
 BATCH_SECONDS = 4.0
+# Seconds after which memory is given back to the system: what batches leave between things that stay would add up.
+RELEASE_PERIOD = 5.0
 
 
 class Stopped(Exception):
@@ -91,6 +94,7 @@ class Painter:
         if model_digest(self.pipeline.parts) != self.job.model:
             raise WrongCheckpoint(f"the checkpoint {work.name} is not the one this job was started with; restore it")
         self._place = self.job.pending if work.shards else self.job.path_of
+        self._released = time.monotonic()
 
     def draw(self, pictures: Sequence[Picture], check: Callable[[], None] = lambda: None) -> list[Entry]:
         """Generate images that do not exist yet. Their requests may differ only in prompts and seeds.
@@ -114,6 +118,9 @@ class Painter:
             with replacing(path) as temporary:
                 temporary.write_bytes(data)
             found.append(self._entry(picture, data, seconds, note))
+        if time.monotonic() - self._released > RELEASE_PERIOD:
+            release_memory(self.pipeline.device)
+            self._released = time.monotonic()
         return found
 
     def _found(self, picture: Picture) -> Entry | None:

@@ -11,10 +11,12 @@ from sfumato.adapters.named import with_named_adapters
 from sfumato.bulk.extras import arrow
 from sfumato.bulk.job import FILE, Job, Picture, WrongCheckpoint
 from sfumato.bulk.rows import digest_of, read_rows
+from sfumato.checkpoints.builtin import builtin_path
 from sfumato.errors import SfumatoError, UsageError
 from sfumato.files import expanded, file_hash, output_folder, replacing
 from sfumato.jobs.keys import NUMERICS, canonical, image_key, salt_of
 from sfumato.pipelines.components import choose_scheduler
+from sfumato.pipelines.drafts import Sketched, drafted
 from sfumato.pipelines.loading import load
 from sfumato.pipelines.parts import check_latents
 from sfumato.pipelines.recipe import model_digest
@@ -84,7 +86,12 @@ class Sieve:
 
     def _request(self, values: dict[str, Any]) -> GenerateRequest:
         sized = {} if "image" in values else self._size
-        request = GenerateRequest.from_dict({**self._left_open, **sized, **values})
+        left_open = {} if values.get("draft") else self._left_open
+        request = GenerateRequest.from_dict({**left_open, **sized, **values})
+        if request.draft:
+            model = Sketched.of(self._parts)
+            vae = request.vae or self._once(lambda: model.tiny, "tiny decoder")
+            request = drafted(request.replace(vae=vae), model)[0].settled(self._parts.settings)
         if not any(request.prompts):
             raise UsageError("the prompt is missing; add one")
         if request.refiner is not None:  # fills in the default for when it takes over
@@ -134,7 +141,7 @@ class Sieve:
         self._pipeline.place.plan(self._parts, GenerateRequest(width=width, height=height))
 
     def _hash(self, file: str) -> str:
-        return self._once(lambda: file_hash(expanded(file), None), "file", file)
+        return self._once(lambda: file_hash(builtin_path(file), None), "file", file)
 
     def _once(self, find: Callable[[], Any], *what: Any) -> Any:
         if what not in self._known:

@@ -236,8 +236,10 @@ def _left(
     job: Job, shard: Shard, suspects: dict[str, int], size: Callable[[Picture], int], *, retry: bool
 ) -> tuple[Outcome, Queue]:
     """Return the outcome so far, and a queue of the images not in the ledger. suspects: keys to generate alone."""
-    parquet, known = arrow("pyarrow.parquet"), standing(job.folder)
-    keys = [key for key in parquet.read_table(job.table, columns=["key"])["key"].to_pylist() if shard.has(key)]
+    known = standing(job.folder)
+    with arrow("pyarrow.parquet").ParquetFile(job.table) as file:
+        keys = file.read(columns=["key"], use_threads=False)["key"].to_pylist()
+    keys = [key for key in keys if shard.has(key)]
     aside = set() if retry else known.set_aside.intersection(keys)
     outcome = Outcome(len(keys), sum(key in known.done for key in keys), set_aside=sorted(aside))
     settled = known.done | aside

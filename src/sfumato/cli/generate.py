@@ -22,6 +22,7 @@ __all__ = ["EXAMPLES", "generate", "load_model"]
 EXAMPLES = """\b
 Examples:
   sfumato generate "a red apple, 3d"
+  sfumato generate "a red apple, 3d" --draft
   sfumato generate "a lighthouse in fog" --model stable-diffusion-v1-5/stable-diffusion-v1-5
   sfumato generate "a fox" --model ./dreamshaper_8.safetensors
   sfumato generate "a fox" -m sd15 --steps 20 --scheduler "DPM++ 2M Karras"
@@ -74,6 +75,7 @@ def generate(
             "reached. Only for models that this was measured for. Default: exact.",
         ),
     ] = None,
+    draft: options.Draft = False,
     seamless: Annotated[
         str | None, typer.Option(help="x, y or xy: make the image tile seamlessly along these axes.")
     ] = None,
@@ -211,7 +213,7 @@ def generate(
         image=None if image is None else str(image), strength=strength, steps=steps, guidance_scale=guidance_scale,
         prompt_2=prompt_2, negative_prompt_2=negative_prompt_2, prompt_syntax=prompt_syntax, spacing=spacing,
         negative_clip_skip=negative_clip_skip, seamless=seamless, freeu=details.freeu(freeu),
-        fast=details.fast(fast),
+        fast=details.fast(fast), draft=draft,
         guidance_interval=details.guidance_interval(guidance_interval, guidance_sigmas),
         hires=details.hires(
             hires, upscaler=hires_upscaler, strength=hires_strength, steps=hires_steps, scheduler=hires_scheduler,

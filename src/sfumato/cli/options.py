@@ -19,6 +19,7 @@ __all__ = [
     "Count",
     "DepthFile",
     "Device",
+    "Draft",
     "Dtype",
     "Extend",
     "Family",
@@ -174,6 +175,12 @@ NoiseLevel = Annotated[
 Vae = Annotated[
     str | None,
     typer.Option(help="Another VAE in place of the model's own: folder, file, hub id, or built-in/tiny-vae."),
+]
+Draft = Annotated[
+    bool,
+    typer.Option(
+        "--draft", help="A quick first look: fewer steps, and a tiny decoder where one is at hand. Your settings win."
+    ),
 ]
 ControlPicture = Annotated[
     list[str] | None,

@@ -13,6 +13,7 @@ from sfumato.cli.drawing import mask_of, sized
 from sfumato.families import FAMILIES
 
 if TYPE_CHECKING:
+    from sfumato.families import Family
     from sfumato.request import GenerateRequest
     from sfumato.runtime.choices import Plan, Sizes, Task
     from sfumato.runtime.facts import Facts
@@ -60,6 +61,7 @@ def plan(
     ip_adapter: options.IPAdapters = None,
     image_encoder: options.ImageEncoder = None,
     vae: options.Vae = None,
+    draft: options.Draft = False,
     dtype: options.Dtype = None,
     device: options.Device = None,
     variant: options.Variant = None,
@@ -92,7 +94,7 @@ def plan(
 
     request = GenerateRequest(
         prompt=prompt, width=width, height=height, count=count, steps=steps, guidance_scale=guidance_scale,
-        refiner=refiner, vae=vae, hires=details.hires(hires, upscaler=hires_upscaler, steps=hires_steps),
+        refiner=refiner, vae=vae, draft=draft, hires=details.hires(hires, upscaler=hires_upscaler, steps=hires_steps),
         image=None if image is None else str(image), strength=strength,
         mask=mask_of(mask, extend, None, mask_crop), controls=controls(control or (), controlnet or (), "crop"),
         image_prompts=image_prompts(image_prompt or (), ip_adapter or (), image_encoder),
@@ -138,7 +140,11 @@ def _settled(model: str, request: GenerateRequest, variant: str | None) -> tuple
     published = _published(model)
     if not published:
         check_model(model, request, downloads=False)
-    sizes, settings = published or _sizes(model, variant)
+    sizes, settings, family = published or _sizes(model, variant)
+    if request.draft:
+        from sfumato.pipelines.drafts import Sketched, drafted
+
+        request, _ = drafted(request, Sketched(model, family, settings, sizes.vae_config, model))
     if request.controls or request.image_prompts or request.vae:
         from sfumato.pipelines.controlling import with_sizes
 
@@ -146,8 +152,8 @@ def _settled(model: str, request: GenerateRequest, variant: str | None) -> tuple
     return sizes, enlarged(sizes, request.settled(settings))
 
 
-def _published(model: str) -> tuple[Sizes, dict[str, Any]] | None:
-    """Return a family's published sizes and settings by its short name; None for other models."""
+def _published(model: str) -> tuple[Sizes, dict[str, Any], Family] | None:
+    """Return a family's published sizes, its settings and itself by its short name; None for other models."""
     import os
 
     if model not in FAMILIES or os.path.isdir(model):
@@ -155,17 +161,17 @@ def _published(model: str) -> tuple[Sizes, dict[str, Any]] | None:
     from sfumato.checkpoints.family import settings_of
     from sfumato.runtime.choices import published_sizes
 
-    return published_sizes(model), settings_of(FAMILIES[model])
+    return published_sizes(model), settings_of(FAMILIES[model]), FAMILIES[model]
 
 
-def _sizes(name: str, variant: str | None) -> tuple[Sizes, dict[str, Any]]:
-    """Return the sizes of a model on this machine, and its default settings."""
+def _sizes(name: str, variant: str | None) -> tuple[Sizes, dict[str, Any], Family]:
+    """Return the sizes of a model on this machine, its default settings and its family."""
     from sfumato.pipelines.components import ComponentFiles
     from sfumato.pipelines.sizes import read_sizes
     from sfumato.pipelines.source import open_source
 
     source = open_source(name, ComponentFiles(variant), {"local_files_only": True})
-    return read_sizes(source), source.settings
+    return read_sizes(source), source.settings, source.family
 
 
 def _other_side(request: GenerateRequest, sizes: Sizes) -> str:

@@ -107,8 +107,9 @@ class CoreMLPipeline(StableDiffusionPipeline):
 
     def stream(self, request: GenerateRequest) -> Generator[Step, None, Result]:
         """Like `stream` of other pipelines; the recipes also name the models and the backend."""
-        if request.vae is not None:
-            raise UsageError("converted models do not support another vae; drop it, or use the checkpoint itself")
+        for name in ("vae", "draft"):
+            if getattr(request, name):
+                raise UsageError(f"converted models do not support {name}; drop it, or use the checkpoint itself")
         with reused_memory():
             result = yield from super().stream(request)
         recipes = [recipe | {"coreml": self.details} for recipe in result.recipes]

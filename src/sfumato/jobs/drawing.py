@@ -21,6 +21,7 @@ from sfumato.metadata.carriers import read_recipe
 from sfumato.pipelines import stages
 from sfumato.pipelines.components import ComponentFiles
 from sfumato.pipelines.controlling import with_sizes
+from sfumato.pipelines.drafts import drafted
 from sfumato.pipelines.finite import FiniteWatch
 from sfumato.pipelines.loading import load
 from sfumato.pipelines.recipe import model_digest
@@ -133,7 +134,7 @@ def colors_of(pipeline: DiffusionPipeline) -> Colors:
 def planned(message: Mapping[str, Any], device: str | None, dtype: str | None) -> dict[str, Any]:
     """Estimate the time and memory of a request on this machine. The model does not have to be loaded."""
     source = open_source(message["model"], ComponentFiles(), {"local_files_only": True})
-    request = GenerateRequest.from_dict(message["request"]).settled(source.settings)
+    request = drafted(GenerateRequest.from_dict(message["request"]), source)[0].settled(source.settings)
     sizes = with_sizes(read_sizes(source), request)
     facts, task = checked(read_facts(device), sizes), task_of(sizes, request)
     found = plan(facts, sizes, request, Wishes(device=device, dtype=dtype))
@@ -144,13 +145,14 @@ def planned(message: Mapping[str, Any], device: str | None, dtype: str | None) -
     }  # fmt: skip
 
 
-def settled(pipeline: DiffusionPipeline, request: GenerateRequest) -> GenerateRequest:
-    """Return the request with the checkpoint's default settings and size filled in."""
+def settled(pipeline: DiffusionPipeline, request: GenerateRequest, path: str) -> tuple[GenerateRequest, list[str]]:
+    """Return the request with the checkpoint's default settings and size filled in, and notes. path: the model's."""
+    request, notes = drafted(request, pipeline.parts, path)
     request = request.settled(pipeline.parts.settings)
     if request.image is not None:
-        return request
+        return request, notes
     width, height = pipeline.parts.size_of(request)
-    return request.replace(width=width, height=height)
+    return request.replace(width=width, height=height), notes
 
 
 def key_of(pipeline: DiffusionPipeline, request: GenerateRequest) -> str:

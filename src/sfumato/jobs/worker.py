@@ -109,9 +109,9 @@ class Worker:
         request = GenerateRequest.from_dict(message["request"])
         self._check(job)
         model = self._model(message, request)
-        request = settled(model.pipeline, request)
+        request, told = settled(model.pipeline, request, message["model"])
         self._say("began", job=job, total=request.batch_size, tokens=self._tokens(message))
-        notes: dict[str, None] = {}
+        notes: dict[str, None] = dict.fromkeys(told)
         for place, seed in enumerate(request.seeds):
             if place not in done:
                 alone = request.alone(place // request.count).replace(seed=seed)

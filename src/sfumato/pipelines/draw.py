@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Generator
 from dataclasses import replace
@@ -12,6 +13,7 @@ from torch import Tensor
 from sfumato.adapters.named import with_named_adapters
 from sfumato.pipelines import recipe
 from sfumato.pipelines.components import choose_scheduler
+from sfumato.pipelines.drafts import drafted
 from sfumato.pipelines.hires import enlarged
 from sfumato.pipelines.result import Result, Step
 from sfumato.pipelines.run import Run
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["draw"]
 
+log = logging.getLogger("sfumato")
+
 
 def draw(
     parts: Parts,
@@ -43,6 +47,9 @@ def draw(
     request's `denoising_end` on the rest of the same schedule, and decodes; if there is a second pass, in that pass
     (A1111's default). seeds: one per image (default: the request's).
     """
+    request, notes = drafted(request, parts)
+    for note in notes:
+        log.warning("%s", note)
     request = with_named_adapters(request.settled(parts.settings))
     request = request.replace(seed=secrets.randbits(32) if request.seed is None else request.seed)
     seeds = seeds or request.seeds
@@ -51,7 +58,7 @@ def draw(
         request = request.replace(width=width, height=height)
     given = Given(generators=[generator_for(request.rng, seed, request.noise) for seed in seeds])
     scheduler, two = choose_scheduler(request.scheduler, parts.scheduler), request.hires is not None
-    run = Run(parts, place, request.first_pass, given, scheduler)
+    run = Run(parts, place, request.first_pass, given, scheduler, notes)
     runs = [run]
     later = request.second_steps * scheduler.order if two else 0
     latents = yield from _watched(run, after=lambda: later or (run.left if refiner else 0))

@@ -12,6 +12,7 @@ from sfumato.checkpoints.builtin import BUILT_IN
 from sfumato.pipelines.arguments import split_keywords
 from sfumato.pipelines.components import ComponentFiles
 from sfumato.pipelines.controlling import with_sizes
+from sfumato.pipelines.drafts import drafted
 from sfumato.pipelines.pipeline import DiffusionPipeline
 from sfumato.pipelines.place import Place
 from sfumato.pipelines.sizes import read_sizes
@@ -64,7 +65,10 @@ def load(
     source = open_source(name, ComponentFiles(variant, use_safetensors), hub, given=given, options=options)
     facts, home, faults = read_facts(device), None, ()
     if request is not None:
-        request = as_request(request).settled(source.settings)
+        request = as_request(request)
+        if "vae" not in given:  # the file may have none
+            request, _ = drafted(request, source)
+        request = request.settled(source.settings)
     if dtype == torch.float64 or given.keys() & {role for roles in NETWORKS.values() for role in roles}:
         pipeline = DiffusionPipeline.from_source(source, dtype or default_dtype(parse_device(device)), given)
         pipeline.to(parse_device(device))

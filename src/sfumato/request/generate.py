@@ -65,6 +65,8 @@ class GenerateRequest(Record):
     guidance_rescale  0 to 1; reduces overexposure (arXiv 2305.08891, section 3.4)
     guidance_interval  the steps or noise levels with guidance (arXiv 2404.07724)
     freeu             reweights the U-Net's skip connections (arXiv 2309.11497)
+    draft             a quick first look: fewer steps, and a tiny decoder where one is at hand, in place of what the
+                      request leaves open
     fast              less work, with a promise of how near the image is to the exact one
     seamless          "x", "y" or "xy": make the image tile along these axes, with circular padding in all convolutions
     hires             a second pass over an enlarged image (A1111's "Hires. fix")
@@ -91,7 +93,7 @@ class GenerateRequest(Record):
     denoising_start   continue from such latents, given as `image`; replaces strength
     refiner           the checkpoint that continues there, a folder or hub id; from 0.8 if denoising_end is None
     vae               another VAE for the checkpoint: a folder, a safetensors file, or a hub id in the local cache
-    vae_weights       the required hash of its weights, as recorded in recipes
+    vae_weights       the required hash of that VAE's weights, as recorded in recipes
     framing           size conditioning, for checkpoints that use it
     negative_framing  size conditioning of the negative prompt; fields that are None are taken from `framing`
     adapters          files that change the weights, in addition to those loaded into the pipeline
@@ -112,6 +114,7 @@ class GenerateRequest(Record):
     guidance_rescale: Share = 0.0
     guidance_interval: Interval | None = None
     freeu: Reweighted | None = None
+    draft: bool = False
     fast: Hastened | None = None
     seamless: str | None = None
     hires: SecondPass | None = None
@@ -171,8 +174,8 @@ class GenerateRequest(Record):
                 f"denoising_start, {self.denoising_start:g}, must be below denoising_end, {self.denoising_end or 1:g}"
             )
         self._check_second_pass()
-        if self.vae_weights is not None and self.vae is None:
-            raise UsageError("vae_weights needs the VAE that has them; give vae too")
+        if self.draft and self.fast is not None:
+            raise UsageError("draft and fast cannot be combined: a draft is not near the exact image; drop one of them")
         if self.mask is not None and self.image is None:
             raise UsageError("a mask needs an image to change; give the image too")
         if self.refiner is not None and self.denoising_end in (0, 1):

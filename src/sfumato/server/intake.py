@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sfumato.checkpoints.builtin import BUILT_IN
 from sfumato.errors import UsageError
 from sfumato.files import output_folder, replacing
 from sfumato.jobs.gallery import HIDDEN
@@ -162,7 +163,8 @@ class Intake:
 
             def name(file: str, kind: str, field: str = field) -> str:
                 lost.update({field} if kind == "image" and not KEPT.fullmatch(file) else ())
-                return file if kind == "image" else names.get(file, Path(file).stem)
+                known = kind == "image" or file.startswith(f"{BUILT_IN}/")
+                return file if known else names.get(file, Path(file).stem)
 
             request[field] = _placed(request[field], FILES[field], name)
         if lost:

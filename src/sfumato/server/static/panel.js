@@ -1,7 +1,7 @@
 // The settings: few of them in sight, the rest one click away and left as they were.
 import { useRef, useState } from 'preact/hooks';
 import { again, copy, receive, steerWithFile } from './actions.js';
-import { Choice, html, Icon, IconButton, NumberInput, Section, Slider, TextInput } from './fields.js';
+import { Check, Choice, html, Icon, IconButton, NumberInput, Section, Slider, TextInput } from './fields.js';
 import { t } from './i18n.js';
 import {
   abilities, lastSeed, loadModels, model, models, painters, plan, preprocessors, samplers, spacings,
@@ -167,6 +167,7 @@ function Advanced() {
   const about = samplers.value.find(({ name }) => name === now.scheduler)?.about;
   return html`<${Section} title=${t('advanced')} open=${preferences.value.advanced}
     onToggle=${(advanced) => prefer({ advanced })}>
+    <${Check} label=${t('draft')} checked=${now.draft} onChange=${(on) => change({ draft: on ? 1 : null })} />
     <${Slider} label=${t('steps')} value=${now.steps} own=${suggested.steps ?? planned.steps} min=${1} max=${100}
       typed=${1000} step=${1} onChange=${(value) => change({ steps: Math.round(value) })} />
     <${Slider} label=${t('guidance')} value=${now.guidance_scale}

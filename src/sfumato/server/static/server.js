@@ -94,6 +94,7 @@ const PASSED_ON = ['steps', 'guidance_scale', 'scheduler', 'spacing', 'seed', 'w
 export function asked(value = settings.peek(), picture = start.peek(), painted = mask.peek()) {
   const request = { prompt: value.prompt, count: value.count, ...value.extra };
   if (value.negative_prompt) request.negative_prompt = value.negative_prompt;
+  if (value.draft) request.draft = true;
   if (value.prompt_syntax) request.prompt_syntax = value.prompt_syntax;
   for (const name of PASSED_ON) if (value[name] != null) request[name] = value[name];
   for (const name of ['adapters', 'embeddings']) if (value[name].length) request[name] = value[name];

@@ -82,7 +82,7 @@ export const announcement = signal('');
 export const EMPTY = Object.freeze({
   model: null, prompt: '', negative_prompt: '', steps: null, guidance_scale: null, scheduler: null, seed: null,
   count: 1, width: null, height: null, strength: null, adapters: [], embeddings: [], controls: [], prompt_syntax: null,
-  spacing: null, compute_unit: null,
+  spacing: null, draft: null, compute_unit: null,
   // Pixels to add on the left, top, right and bottom of the start image.
   extend: null,
   // Fields of a recipe that the page has no control for; they are sent as they came.

@@ -21,7 +21,7 @@ from sfumato.runtime.facts import read_facts
 
 CPU = ("unet", "vae", "picture", "peak", "growth")
 XL = ("xl-unet", "xl-peak", "xl-memory")
-GROUPS = (*CPU, "draft", "memory", "startup", "schedulers", "coreml", "bulk", *XL)
+GROUPS = (*CPU, "draft", "memory", "startup", "schedulers", "coreml", "bulk", "eight-bit", *XL)
 
 
 def checkpoint(family: str) -> Path:
@@ -38,7 +38,7 @@ def checkpoint(family: str) -> Path:
 
 def run(group: str, folder: Path, machine: Machine, runs: int) -> list[Result]:
     """One group of benchmarks."""
-    from benchmarks import bulk, calls, coreml, draft, growth, pictures, schedulers, startup, xl
+    from benchmarks import bulk, calls, coreml, draft, eight_bit, growth, pictures, schedulers, startup, xl
 
     match group:
         case "unet":
@@ -59,6 +59,8 @@ def run(group: str, folder: Path, machine: Machine, runs: int) -> list[Result]:
             return [*coreml.conversion(folder), *coreml.memory(folder), *coreml.execution(folder, runs)]
         case "bulk":
             return bulk.bulk()
+        case "eight-bit":
+            return eight_bit.eight_bit(folder, machine, runs)
         case "xl-unet":
             return xl.unet(folder, machine, runs)
         case "xl-peak":

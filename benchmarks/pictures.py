@@ -77,14 +77,16 @@ def memory(folder: Path) -> Iterator[Result]:
 
 
 def planned_and_held(
-    folder: Path, sizes: Sizes, size: int, count: int, dtype: str, offload: str | None = None
+    folder: Path, sizes: Sizes, size: int, count: int, dtype: str, offload: str | None = None, *, light: bool = False
 ) -> Result:
-    """The plan's peak of one step against the real one; offload: a wish of both."""
+    """The plan's peak of one step against the real one; offload: a wish of both; light: weights in 8 bits."""
     request = GenerateRequest(prompt="a fox", width=size, height=size, count=count, steps=1)
-    wishes = Wishes(device="cpu", dtype=dtype, offload=offload, once=True)
+    wishes = Wishes(device="cpu", dtype=dtype, offload=offload, eight_bit=light, once=True)
     planned = plan(read_facts("cpu"), sizes, request, wishes).peak_bytes
-    held = peak_of_command(folder, size, count, dtype, *(() if offload is None else ("--offload", offload)))
-    how = "" if offload is None else ", all networks in memory" if offload == "none" else f", {offload}"
+    more = () if offload is None else ("--offload", offload)
+    held = peak_of_command(folder, size, count, dtype, *more, *(("--eight-bit",) if light else ()))
+    how = ", 8 bits" if light else ""
+    how += "" if offload is None else ", all networks in memory" if offload == "none" else f", {offload}"
     what = f"planned peak, {count} of {size}², {dtype}{how} (measured)"
     return Result(what, gigabytes(planned), gigabytes(held), planned / held, least=0.9, most=1.1)
 

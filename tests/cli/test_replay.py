@@ -109,6 +109,28 @@ def test_a_promise_that_cannot_be_kept_and_the_exact_image_of_one_that_was(sfuma
     outcomes[4].failed(2, "promise must be")
 
 
+def test_weights_in_eight_bits_are_repeated_and_compared(sfumato_each, drawn, model, tmp_path):
+    words = ["generate", "A red heart, 3D!", "--model", model, "--steps", "2", "--seed", "0"]
+    outcomes = sfumato_each(
+        [
+            [*words, "--eight-bit", "-o", "light.png"],
+            ["replay", "light.png", "--json"],
+            ["replay", "light.png", "--exact", "-o", "exact.png", "--json"],
+            ["replay", "exact.png", "--exact"],
+        ],
+        cwd=tmp_path,
+    )
+    outcomes[0].succeeded()
+    assert outcomes[0].err.count("U-Net weights in 8 bits, about") == 1
+    assert read_recipe(tmp_path / "light.png")["model"]["eight_bit"] is True
+    assert outcomes[1].succeeded().json == {"image": "light-replay.png", "psnr_db": None, "identical": True}
+    assert 25 < outcomes[2].succeeded().json["psnr_db"] < 90
+    assert not read_recipe(tmp_path / "exact.png")["model"].get("eight_bit")
+    with Image.open(tmp_path / "exact.png") as exact, Image.open(drawn.path) as image:
+        assert exact.tobytes() == image.tobytes()
+    outcomes[3].failed(2, "exact.png was not drawn with --fast or weights in 8 bits")
+
+
 # Changes to a recipe, and what its refusal says. The model is there: nothing of this may wait for it to be loaded.
 NONSENSE = {
     "steps": {"request": {"steps": 10**9}},

@@ -92,6 +92,15 @@ def test_a_promise_is_kept_with_less_work_and_its_recipe_repeats_it(pipe, drawn)
     assert pipe.generate(told).images[0].tobytes() == alone.tobytes()
 
 
+def test_weights_in_eight_bits_draw_nearly_the_same(pipe, drawn):
+    light = sfumato.load(device="cpu", dtype=torch.float32, eight_bit=True)
+    result = light.generate(drawn.request)
+    near = [psnr(a, b) for a, b in zip(result.images, drawn.images, strict=True)]
+    assert 40 <= np.median(near) < np.inf
+    assert min(near) >= 30
+    assert result.recipes[0]["model"] == drawn.recipes[0]["model"] | {"eight_bit": True}
+
+
 def test_a_scene_has_the_background_and_the_things_that_were_asked_for(pipe):
     request = GenerateRequest(prompt="two red apples on a blue background, flat style", seed=11, **pipe.suggested)
     (picture,) = map(pixels, pipe.generate(request).images)

@@ -18,8 +18,9 @@ from sfumato.models import (
     CLIPTextModelWithProjection,
     UNet2DConditionModel,
 )
+from sfumato.models.eight_bits import eight_bit_layers, lighten
 from sfumato.request import GenerateRequest
-from sfumato.runtime.choices import Plan, count_parameters, published_sizes, task_of
+from sfumato.runtime.choices import Plan, Wishes, count_parameters, published_sizes, task_of
 from sfumato.runtime.clip_layers import text_layers
 from sfumato.runtime.facts import machine
 from sfumato.runtime.footprint import footprint, seconds_of
@@ -111,6 +112,24 @@ def test_operations_of_the_other_families_are_torchs_own_count(name):
     theirs = measured(lambda: network(x, time, words, **options))
     # Fixed filters run over a padded picture on the way up, of which the padding is not counted here.
     assert ours == (pytest.approx(theirs, rel=1e-3) if config.is_k else theirs)
+
+
+@pytest.mark.parametrize("config", [SD15.unet_config, published_sizes("sdxl").unet_config], ids=["sd15", "sdxl"])
+def test_what_is_stored_in_eight_bits_is_counted(config):
+    network = on_meta(UNet2DConditionModel, config)
+    lighten(network, None)
+    large = sum(layer.values.numel() for _, layer in eight_bit_layers(network))
+    counted = sum(layer.parameters for layer in unet_layers(config, 64, 64, 77) if layer.is_large)
+    assert counted == pytest.approx(large, rel=1e-3)
+
+
+def test_adapters_keep_weights_in_eight_bits_as_such():
+    def peak(**wishes):
+        found = [plan(machine("laptop-8gb"), sizes, GenerateRequest(prompt=""), Wishes(offload="staged", **wishes)) for sizes in (SD15, kept)]  # fmt: skip
+        return found[1].peak_bytes - found[0].peak_bytes
+
+    kept = dataclasses.replace(SD15, kept={"unet": 400_000_000})
+    assert peak(eight_bit=True) == pytest.approx(peak() / 4, rel=0.01)
 
 
 def test_the_projection_of_a_text_encoder_is_counted():

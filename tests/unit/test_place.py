@@ -8,9 +8,10 @@ import logging
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import sfumato
-from sfumato import GenerateRequest
+from sfumato import AdapterFile, GenerateRequest
 from sfumato.errors import MemoryPlanError
 from sfumato.kernels import CompilerError, kernels_for
 from sfumato.models.packed import is_packed, packable
@@ -18,6 +19,7 @@ from sfumato.pipelines import place as place_module
 from sfumato.pipelines import run as run_module
 from sfumato.pipelines.place import to_accelerator
 from sfumato.runtime.facts import machine, read_facts
+from support.adapters import kohya, random_lora
 
 PARTS = ("text_encoder", "unet", "vae")
 
@@ -201,6 +203,47 @@ def test_what_does_not_fit_is_refused_before_a_weight_is_read(folder, monkeypatc
     monkeypatch.setattr("sfumato.checkpoints.weights.load_into", lambda *a, **k: pytest.fail("a weight was read"))
     with pytest.raises(MemoryPlanError, match="free on"):
         load(folder, request=request(width=512, height=512))
+
+
+def test_weights_in_eight_bits_are_said_once_and_named_in_the_recipe(folder, expected, caplog):
+    pipe = load(folder, eight_bit=True)
+    with caplog.at_level(logging.WARNING, logger="sfumato"):
+        first, second = (pipe.generate(request()) for _ in range(2))
+    assert sum("8 bits" in record.message for record in caplog.records) == 1
+    for result in (first, second):
+        assert result.plan.eight_bit
+        assert any("U-Net weights in 8 bits, about" in note and "dB" in note for note in result.notes)
+        assert result.recipes[0]["model"]["eight_bit"] is True
+        assert np.abs(pixels(result) - expected).mean() < 4
+        assert (pixels(result) != expected).any()
+    assert pixels(first).tobytes() == pixels(second).tobytes()
+    exact = load(folder).generate(request())
+    assert "eight_bit" not in exact.recipes[0]["model"]
+    assert exact.recipes[0]["model"]["weights"] == first.recipes[0]["model"]["weights"]
+
+
+@pytest.mark.parametrize("offload", ["none", "staged"])
+def test_exact_weights_come_back_when_there_is_memory_again(folder, expected, monkeypatch, offload):
+    pipe = load(folder, offload=offload)
+    fits = pipe.place.plan(pipe.parts, request())
+    monkeypatch.setattr(place_module, "plan", lambda *known: dataclasses.replace(fits, eight_bit=small))
+    for small in (False, True, False):
+        result = pipe.generate(request())
+        assert pipe.unet.eight_bit == small
+        assert (np.abs(pixels(result) - expected).max() <= 1) != small
+
+
+def test_adapters_on_weights_in_eight_bits(folder, tmp_path):
+    pipe, exact = load(folder, eight_bit=True), load(folder)
+    before = pipe.generate(request())
+    file = tmp_path / "lora.safetensors"
+    modules = random_lora({"unet": exact.unet})
+    save_file(kohya(modules), file)
+    worn = request(adapters=(AdapterFile(file=str(file)),))
+    with_it, wanted = (pixels(one.generate(worn)) for one in (pipe, exact))
+    assert np.abs(with_it - wanted).mean() < 4
+    assert np.abs(with_it - pixels(before)).mean() > 2 * np.abs(with_it - wanted).mean()
+    assert pixels(pipe.generate(request())).tobytes() == pixels(before).tobytes()
 
 
 def test_the_largest_batch_is_one_call(folder):

@@ -29,7 +29,7 @@ from sfumato.files import read_json
 from sfumato.values import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from os import PathLike
 
     from torch import Tensor, nn
@@ -137,20 +137,31 @@ class SingleFile:
         self._check_rest(part, {source.name for source in sources.values()}, where)
         return sources
 
-    def fill(self, model: nn.Module, role: str, dtype: torch.dtype | None = None, *, copy: bool = False) -> None:
+    def fill(
+        self,
+        model: nn.Module,
+        role: str,
+        dtype: torch.dtype | None = None,
+        *,
+        copy: bool = False,
+        made: Mapping[str, Callable[[Tensor], Any]] | None = None,
+    ) -> None:
         """Load the weights of a part into a model built on the meta device.
 
         dtype: the dtype to cast to; by default, `self.dtype(role)`. copy: copy weights that need no cast instead of
-        mapping them. Raises `CheckpointError`, like `check`.
+        mapping them. made: what the model makes of some weights, by its names, instead of a cast. Raises
+        `CheckpointError`, like `check`.
         """
         file, sources = self._holding(role), self.check(model, role)
         keys: dict[str, list[str]] = {}
         for key, source in sources.items():
             keys.setdefault(source.name, []).append(key)
-        wanted, state = dtype or self.dtype(role), {}
-        for name, tensor in file._read(list(keys), wanted, copy):
+        wanted, state, made = dtype or self.dtype(role), {}, made or {}
+        whole = {name for name, ours in keys.items() if any(key in made for key in ours)}
+        for name, tensor in file._read(list(keys), wanted, copy, whole):
             for key in keys[name]:
-                state[key] = _in_our_form(tensor, sources[key])
+                own = _in_our_form(tensor, sources[key])
+                state[key] = made[key](own) if key in made else own
         model.load_state_dict(state, strict=True, assign=True)
 
     def _source(self, key: str, part: FilePart, table: Sequence[rules.Names]) -> _Source | None:
@@ -179,12 +190,16 @@ class SingleFile:
                 "file is mixed from several models, or of another family; specify it with family=…"
             )
 
-    def _read(self, names: list[str], dtype: torch.dtype, copy: bool) -> Iterator[tuple[str, Tensor]]:
+    def _read(
+        self, names: list[str], dtype: torch.dtype, copy: bool, whole: Collection[str] = ()
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield tensors in a dtype; those in `whole` as copies in float32, about to become something smaller."""
+
         def convert(name: str, stored: Tensor) -> Tensor:
-            scale = self._scale(name)
+            wanted, scale = torch.float32 if name in whole else dtype, self._scale(name)
             if scale is not None:
-                return (stored.float() * scale).to(dtype)
-            return stored.to(dtype, copy=copy)
+                return (stored.float() * scale).to(wanted)
+            return stored.to(wanted, copy=copy or name in whole)
 
         if self.header.loaded is None:
             yield from mapped_tensors(self.path, convert, names)

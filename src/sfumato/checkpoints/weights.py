@@ -163,13 +163,20 @@ def load_into(
     rules: Sequence[Rule] = (),
     *,
     copy: bool = False,
+    made: Mapping[str, Callable[[Tensor], Any]] | None = None,
 ) -> None:
     """Load weights into a model built on the meta device. The keys must match exactly.
 
-    copy: copy weights that need no cast instead of mapping them, for a model that is about to rearrange them. Raises
-    `CheckpointError` naming the file and the key.
+    copy: copy weights that need no cast instead of mapping them, for a model that is about to rearrange them. made:
+    what the model makes of some stored weights instead of a cast, by its names. Raises `CheckpointError` naming the
+    file and the key.
     """
-    state = _assembled(model, files, rules, lambda file: _tensors(file, dtype, copy))
+
+    def convert(name: str, stored: Tensor) -> Any:
+        make = made.get(_renamed(name, rules)) if made else None
+        return _cast(stored, dtype, copy) if make is None else make(stored)
+
+    state = _assembled(model, files, rules, lambda file: _tensors(file, convert))
     model.load_state_dict(state, strict=True, assign=True)
 
 
@@ -235,12 +242,12 @@ def _renamed(key: str, rules: Sequence[Rule]) -> str:
     return key
 
 
-def _tensors(file: Path, dtype: torch.dtype | None, copy: bool) -> Iterator[tuple[str, Tensor]]:
+def _tensors(file: Path, convert: Callable[[str, Tensor], Any]) -> Iterator[tuple[str, Any]]:
     if file.suffix == ".safetensors":
-        yield from mapped_tensors(file, lambda _, stored: _cast(stored, dtype, copy))
+        yield from mapped_tensors(file, convert)
         return
     for key, value in unpickled(file).items():
-        yield key, _cast(value, dtype, copy)
+        yield key, convert(key, value)
 
 
 def mapped_tensors(

@@ -111,6 +111,14 @@ def generate(
             "memory."
         ),
     ] = None,
+    eight_bit: Annotated[
+        bool | None,
+        typer.Option(
+            "--eight-bit/--no-eight-bit",
+            help="Keep the U-Net's weights in 8 bits: much less memory, a slightly different image. Default: only if "
+            "nothing else fits.",
+        ),
+    ] = None,
     micro_batch: Annotated[
         int | None,
         typer.Option(help="Images per batch. Does not change the images. Default: as many as fit in memory."),
@@ -224,7 +232,7 @@ def generate(
     request = with_named_adapters(request)
     base = base_path(output, request.prompts[0])
     check_early(request, base, preview_every)
-    wishes = {"once": True, "offload": offload, "micro_batch": micro_batch, "compile": compile}
+    wishes = {"once": True, "offload": offload, "eight_bit": eight_bit, "micro_batch": micro_batch, "compile": compile}
     check_choices(device, dtype=dtype, **wishes)
     model = chosen_model(model)
     check_model(model, request)

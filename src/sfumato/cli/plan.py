@@ -237,6 +237,7 @@ def _choices(found: Plan) -> list[tuple[str, str]]:
     return [
         ("device", found.device + threads),
         ("dtype", dtypes[0] if len(set(dtypes)) == 1 else "text encoder {}, U-Net {}, VAE {}".format(*dtypes)),
+        *([("weights", "of the U-Net in 8 bits")] if found.eight_bit else []),
         ("engine", f"{found.engine}, {found.memory_format}, {'compiled' if found.compile else 'not compiled'}"),
         ("attention", found.attention + chunk),
         ("images per batch", str(found.micro_batch)),

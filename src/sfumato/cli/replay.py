@@ -62,7 +62,8 @@ def replay(
     device: options.Device = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16. Default: the original's.")] = None,
     exact: Annotated[
-        bool, typer.Option("--exact", help="Draw the exact image in place of one that was drawn with --fast.")
+        bool,
+        typer.Option("--exact", help="Draw the exact image if --fast or weights in 8 bits drew this one."),
     ] = False,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where to write the new image. Default: <image>-replay.png.")
@@ -107,10 +108,14 @@ def replay(
 
 
 def _exact(recipe: dict[str, Any] | None, picture: Path) -> dict[str, Any]:
-    """Return the recipe without what makes it fast. Raises `UsageError` for an image that was drawn exactly."""
-    if recipe is None or "fast" not in recipe["request"]:
-        raise UsageError(f"{picture} was not drawn with --fast, so there is nothing to compare; drop --exact")
-    return recipe | {"request": {name: one for name, one in recipe["request"].items() if name != "fast"}}
+    """Return the recipe without what makes it fast or small. Raises `UsageError` for an image drawn exactly."""
+    light = [] if recipe is None else [one for one in ("model", "refiner") if recipe.get(one, {}).get("eight_bit")]
+    if recipe is None or not ("fast" in recipe["request"] or light):
+        raise UsageError(
+            f"{picture} was not drawn with --fast or weights in 8 bits, so there is nothing to compare; drop --exact"
+        )
+    request = {name: one for name, one in recipe["request"].items() if name != "fast"}
+    return recipe | {"request": request} | {one: recipe[one] | {"eight_bit": False} for one in light}
 
 
 def _target(output: Path | None, picture: Path) -> Path:
@@ -256,8 +261,10 @@ def _load(
             pipeline = replay_models(terminal, name, converted)
         else:
             precision, local = dtype or recipe["dtype"], model is None
-            said = recipe["model"].get("options")
-            pipeline = load_model(terminal, name, device=device, dtype=precision, local_files_only=local, options=said)
+            said, wishes = recipe["model"].get("options"), {"eight_bit": recipe["model"].get("eight_bit")}
+            pipeline = load_model(
+                terminal, name, device=device, dtype=precision, wishes=wishes, local_files_only=local, options=said
+            )
     except CheckpointError as error:
         if model is not None or os.path.isdir(expanded(name)):
             raise

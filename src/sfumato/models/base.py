@@ -17,6 +17,7 @@ from sfumato.configs import Config, Configured, parse
 from sfumato.errors import CheckpointError, UnknownArgument, UsageError, suggest
 from sfumato.folders import saving_into
 from sfumato.harmless import asked_device, asked_dtype, say_safe, without_harmless
+from sfumato.models.eight_bits import lighten
 from sfumato.models.overlay import Overlay, own_weights, take_off
 from sfumato.models.packed import unpack
 from sfumato.models.surface import ModelSurface
@@ -50,6 +51,8 @@ class Model(Configured, ModelSurface):
     # Weights that replace the model's own (models/overlay.py), and the cached shapes of all weights.
     overlay: Overlay | None = None
     shapes: dict[str, torch.Size] | None = None
+    # Whether the large weights are stored in 8 bits (models/eight_bits.py), or were before they left memory.
+    eight_bit: bool = False
     # Advice for when a stage's values are not finite even in float32 (pipelines/finite.py).
     remedy = "check the prompt embeddings, latents or image that were given"
     _stored: Callable[..., Self] | None = None
@@ -120,11 +123,12 @@ class Model(Configured, ModelSurface):
         use_safetensors: bool | None = None,
         copy: bool = False,
         later: bool = False,
+        eight_bit: bool = False,
     ) -> Self:
         """Load a model from a local folder.
 
         copy: copy the weights instead of mapping them. later: leave them on the meta device, for `reload` to load.
-        Raises `CheckpointError`.
+        eight_bit: store large weights in 8 bits. Raises `CheckpointError`.
         """
         if dtype is not None:
             check_dtype(dtype)
@@ -132,11 +136,13 @@ class Model(Configured, ModelSurface):
             model = cls.from_config(files.read_json(folder / "config.json"), folder / "config.json").eval()
         found = weights.find_weights(folder, cls.weights_name, variant=variant, use_safetensors=use_safetensors)
         model._stored = partial(cls.from_folder, folder, variant=variant, use_safetensors=use_safetensors, copy=copy)
+        model.eight_bit = eight_bit
         if later:
             weights.check(model, found, cls.key_rules)
             model.to(dtype=dtype)
         else:
-            weights.load_into(model, found, dtype, cls.key_rules, copy=copy)
+            made = lighten(model, dtype) if eight_bit else {}
+            weights.load_into(model, found, dtype, cls.key_rules, copy=copy, made=made)
         weights.verify(found)
         return model
 
@@ -164,16 +170,24 @@ class Model(Configured, ModelSurface):
 
     @classmethod
     def from_file(
-        cls, file: SingleFile, *, dtype: torch.dtype | None = None, copy: bool = False, later: bool = False
+        cls,
+        file: SingleFile,
+        *,
+        dtype: torch.dtype | None = None,
+        copy: bool = False,
+        later: bool = False,
+        eight_bit: bool = False,
     ) -> Self:
-        """Load a model from its part of an opened file. For `copy` and `later`, see `from_folder`."""
+        """Load a model from its part of an opened file. For `copy`, `later` and `eight_bit`, see `from_folder`."""
         with weights.without_weights():
             model = cls.from_config(file.config(cls.role)).eval()
         model._stored = partial(cls.from_file, file, copy=copy)
+        model.eight_bit = eight_bit
         if later:
             file.check(model, cls.role)
             return model.to(dtype=dtype or file.dtype(cls.role))
-        file.fill(model, cls.role, dtype, copy=copy)
+        made = lighten(model, dtype or file.dtype(cls.role)) if eight_bit else {}
+        file.fill(model, cls.role, dtype, copy=copy, made=made)
         return model
 
     def __getattr__(self, name: str) -> Any:
@@ -193,13 +207,17 @@ class Model(Configured, ModelSurface):
             self._modules = type(self)(self.config).to(self.dtype).eval()._modules
         self.overlay = None
 
-    def reload(self) -> None:
-        """Load the weights again from where they came from, in the current dtype."""
+    def reload(self, *, eight_bit: bool | None = None) -> None:
+        """Load the weights again from where they came from, in the current dtype.
+
+        eight_bit: whether to store large ones in 8 bits; by default, as before.
+        """
         if self._stored is None:
             raise UsageError(
                 f"this {type(self).__name__} did not come from a folder, so its weights cannot be read again"
             )
-        self._modules = self._stored(dtype=self.dtype)._modules
+        self.eight_bit = self.eight_bit if eight_bit is None else eight_bit
+        self._modules = self._stored(dtype=self.dtype, eight_bit=self.eight_bit)._modules
 
     def save_pretrained(
         self,

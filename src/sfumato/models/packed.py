@@ -6,7 +6,7 @@ and outputs are the same tensors, so that a model's code does not need to know.
 
 from __future__ import annotations
 
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,9 +16,20 @@ from torch import Tensor, nn
 from sfumato.kernels import LANES, Kernels
 from sfumato.models.attention import sdpa
 from sfumato.models.blocks import GroupNorm, Upsample2D
+from sfumato.models.eight_bits import EightBit, EightBitConv2d, EightBitLinear
 from sfumato.models.transformer import GEGLU, FeedForward
 from sfumato.runtime.device import release_memory
-from sfumato.runtime.onednn import Filter, multiply, multiply_pixels, packable, packed_matrix
+from sfumato.runtime.onednn import (
+    Filter,
+    IntegerFilter,
+    IntegerMatrix,
+    Scratch,
+    integers_packable,
+    multiply,
+    multiply_pixels,
+    packable,
+    packed_matrix,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Packed",
     "PackedConv2d",
+    "PackedEightBit",
     "PackedGEGLU",
     "PackedGroupNorm",
     "PackedLinear",
@@ -56,17 +68,18 @@ def pack(model: nn.Module, kernels: Kernels | None) -> None:
     Linear layers are packed at once, convolutions for the size of their first input.
     """
     item, release = next(model.parameters()).dtype.itemsize, _Release()
+    scratch = next((one.scratch for one in model.modules() if isinstance(one, PackedEightBit)), Scratch())
     for parent, name in _places(model):
         layer = getattr(parent, name)
         if type(layer) is FeedForward:
             down: Any = layer.net[2]
             weights = 3 * down.in_features * down.out_features * item
             layer.stretch = max(256, max(STRETCH_BYTES, weights) // (2 * down.in_features * item))
-        faster = None if isinstance(parent, Upsample2D) else _faster(layer, kernels, release)
+        faster = None if isinstance(parent, Upsample2D) else _faster(layer, kernels, release, scratch)
         if faster is None:
             continue
         setattr(parent, name, faster)
-        size = faster.packed.nbytes if isinstance(faster, PackedLinear | PackedPointwise) else 0
+        size = faster.packed.nbytes if isinstance(faster, PackedLinear | PackedPointwise | PackedEightBit) else 0
         del layer
         release(size)
 
@@ -87,14 +100,18 @@ class _Release:
             self.replaced = 0
 
 
-def _faster(layer: nn.Module, kernels: Kernels | None, release: _Release) -> nn.Module | None:
+def _faster(layer: nn.Module, kernels: Kernels | None, release: _Release, scratch: Scratch) -> nn.Module | None:
     """Return a faster replacement for a layer, or None."""
+    if isinstance(layer, EightBit):
+        return PackedEightBit(layer, scratch, release) if integers_packable(layer.scales.dtype) else None
     if type(layer) is nn.Linear:
         return PackedLinear(layer)
     if type(layer) is nn.Conv2d and layer.groups == 1:
         return PackedPointwise(layer) if layer.kernel_size == (1, 1) else PackedConv2d(layer, release)
     if type(layer) is Upsample2D:
-        return PackedUpsample2D(layer, release)
+        light = isinstance(layer.conv, EightBit)
+        if not light or integers_packable(layer.conv.scales.dtype):
+            return PackedUpsample2D(layer, release, scratch)
     if kernels is not None and type(layer) is GroupNorm and layer.num_channels % LANES == 0:
         return PackedGroupNorm(layer, kernels)
     if kernels is not None and type(layer) is GEGLU and layer.proj.out_features % (2 * LANES) == 0:
@@ -225,6 +242,44 @@ class PackedPointwise(Packed):
         return layer
 
 
+class PackedEightBit(Packed):
+    """A linear layer or convolution with weights in 8 bits, widened for each call in memory that all of them share."""
+
+    def __init__(
+        self, layer: EightBit, scratch: Scratch, on_packed: Callable[[int], object] = lambda size: None
+    ) -> None:
+        super().__init__(layer)
+        self.layer, self.scratch = layer, scratch
+        self.bias = layer.bias
+        values = layer.values
+        self.pointwise = values.shape[2:] == (1, 1)
+        self.padding: Any = ()  # for seamless.py
+        if isinstance(layer, EightBitConv2d):
+            self.channels = (layer.in_channels, layer.out_channels)
+            self.kernel_size, self.padding, self.stride = layer.kernel_size, layer.padding, layer.stride
+        elif isinstance(layer, EightBitLinear):
+            self.in_features, self.out_features = layer.in_features, layer.out_features
+        if isinstance(layer, EightBitConv2d) and not self.pointwise:
+            where = (layer.padding, layer.stride, scratch, on_packed)
+            self.packed: Any = IntegerFilter(values, layer.scales, *where)
+        else:
+            self.packed = IntegerMatrix(values.flatten(1), layer.scales, scratch)
+        layer.values = values.new_empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C'), or (B, C, H, W) -> (B, C', H', W')."""
+        if self.pointwise:
+            return self.packed(x.permute(0, 2, 3, 1).contiguous(), self.bias).permute(0, 3, 1, 2)
+        convolves = isinstance(self.packed, IntegerFilter)
+        return self.packed(x.contiguous(memory_format=torch.channels_last) if convolves else x, self.bias)
+
+    def unpacked(self) -> EightBit:
+        """Return the original layer."""
+        layer, values = copy(self.layer), self.packed.plain()
+        layer._buffers = self.layer._buffers | {"values": values[:, :, None, None] if self.pointwise else values}
+        return layer.train(self.training)
+
+
 class PackedUpsample2D(Packed):
     """`Upsample2D` without the repeated pixels.
 
@@ -233,15 +288,22 @@ class PackedUpsample2D(Packed):
     Sizes that are not exactly double are computed as usual.
     """
 
-    def __init__(self, layer: Upsample2D, on_packed: Callable[[int], object] = lambda size: None) -> None:
+    def __init__(
+        self, layer: Upsample2D, on_packed: Callable[[int], object] = lambda size: None, scratch: Scratch | None = None
+    ) -> None:
         super().__init__(layer)
-        self.plain = PackedConv2d(layer.conv, on_packed)
-        weight = layer.conv.weight.detach().float()
-        self.phases = [
-            Filter(_merged(weight, top, left).to(layer.conv.weight.dtype), (1, 1), (1, 1), on_packed)
-            for top in (0, 1)
-            for left in (0, 1)
-        ]
+        conv, corners = layer.conv, [(top, left) for top in (0, 1) for left in (0, 1)]
+        self.phases: list[Filter | IntegerFilter]
+        self.plain: PackedConv2d | PackedEightBit
+        if isinstance(conv, EightBitConv2d):
+            scratch, wide = scratch or Scratch(), conv.values.short()  # as sums of up to four
+            where = ((1, 1), (1, 1), scratch, on_packed)
+            self.phases = [IntegerFilter(_merged(wide, *corner), conv.scales, *where) for corner in corners]
+            self.plain = PackedEightBit(conv, scratch, on_packed)
+        else:
+            weight, where = conv.weight.detach(), ((1, 1), (1, 1), on_packed)
+            self.phases = [Filter(_merged(weight.float(), *one).to(weight.dtype), *where) for one in corners]
+            self.plain = PackedConv2d(conv, on_packed)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, 2H, 2W), or `size`."""
@@ -262,7 +324,8 @@ class PackedUpsample2D(Packed):
         """Return the original layer."""
         layer = Upsample2D.__new__(Upsample2D)
         nn.Module.__init__(layer)
-        layer.conv = self.plain.unpacked()
+        conv: Any = self.plain.unpacked()
+        layer.conv = conv
         return layer.train(self.training)
 
 

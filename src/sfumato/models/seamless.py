@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sfumato.models.blocks import Downsample2D
-from sfumato.models.packed import PackedConv2d, PackedUpsample2D
+from sfumato.models.packed import PackedConv2d, PackedEightBit, PackedUpsample2D
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -56,7 +56,7 @@ def _continued(x: Tensor, before: int, after: int, dim: int) -> Tensor:
 def _hooks(layer: Any, axes: str) -> list[Any]:
     """Return hooks that make a layer pad circularly. It still pads with zeros, but that part is cropped."""
     match layer:
-        case nn.Conv2d() | PackedConv2d() if any(layer.padding):
+        case nn.Conv2d() | PackedConv2d() | PackedEightBit() if any(layer.padding):
             margin, stride, size = (int(one[0]) for one in (layer.padding, layer.stride, layer.kernel_size))
             around, reach = (margin * stride, margin * stride), 2 * margin - size
             return _around(layer, axes, around, margin, lambda side: (side + reach) // stride + 1)

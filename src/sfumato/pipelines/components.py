@@ -136,13 +136,18 @@ class ComponentFiles:
     """Which weight files to load, and how.
 
     use_safetensors: False allows pickled files; copy: read the weights instead of memory-mapping them; later: read them
-    only when they are used.
+    only when they are used; eight_bit: the U-Net's large ones are stored in 8 bits.
     """
 
     variant: str | None = None
     use_safetensors: bool | None = None
     copy: bool = False
     later: bool = False
+    eight_bit: bool = False
+
+    def how(self, part: str) -> dict[str, Any]:
+        """Return how to load a component, as keyword arguments of `Model.from_folder`."""
+        return {"copy": self.copy, "later": self.later, "eight_bit": self.eight_bit and part == "unet"}
 
     def __post_init__(self) -> None:
         check_argument("variant", self.variant, str | None)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 from typing import TYPE_CHECKING
 
+from sfumato.models.eight_bits import Stored, eight_bit_layers, signs
 from sfumato.models.overlay import own_weights
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
     from sfumato.models.base import Model
 
 __all__ = ["fingerprint"]
-
-# Number of values to read from each tensor: enough to tell two trainings apart, few enough to take only milliseconds.
-SAMPLES = 64
 
 
 def fingerprint(model: Model) -> str:
@@ -32,9 +34,16 @@ def fingerprint(model: Model) -> str:
             model.forget()
         return model.fingerprint
     digest = hashlib.sha256()
-    for name, tensor in sorted(own_weights(model).items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        flat = tensor.detach().flatten()
-        part = flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
-        digest.update(part.signbit().cpu().numpy().tobytes())
+    for name, weight in sorted(_own(model).items()):
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        digest.update((weight.signs if isinstance(weight, Stored) else signs(weight)).numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def _own(model: Model) -> Mapping[str, Tensor | Stored]:
+    """Return a network's own weights by name. Those in 8 bits know their signs before rounding."""
+    if not model.eight_bit:
+        return own_weights(model)
+    kept = {} if model.overlay is None else model.overlay.own
+    light = {f"{path}.weight": layer.stored for path, layer in eight_bit_layers(model)}
+    return {name: kept.get(name, weight) for name, weight in (dict(model.named_parameters()) | light).items()}

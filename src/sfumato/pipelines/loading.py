@@ -35,7 +35,7 @@ __all__ = ["load"]
 
 log = logging.getLogger("sfumato")
 
-WISHES = ("engine", "offload", "compile", "micro_batch", "once")
+WISHES = ("engine", "offload", "eight_bit", "compile", "micro_batch", "once")
 
 
 def load(
@@ -51,9 +51,10 @@ def load(
     name: a folder, a single file, a hub id, or a short name such as "sd15", which never downloads. device, dtype:
     override the choice. request: what will be generated, if known; a request that does not fit is then refused before
     any weights are read, and its refiner is loaded too. Other choices of the plan: engine, offload ("none", "staged"),
-    compile, micro_batch; and once: nothing else will be generated, so on a CPU each network is only in memory for its
-    own stage. Other keywords are those of `DiffusionPipeline.from_pretrained` or, for a file, of `from_single_file`.
-    Raises `MemoryPlanError` if the request does not fit.
+    eight_bit (the U-Net's large weights, by default only if nothing else fits), compile, micro_batch; and once: nothing
+    else will be generated, so on a CPU each network is only in memory for its own stage. Other keywords are those of
+    `DiffusionPipeline.from_pretrained` or, for a file, of `from_single_file`. Raises `MemoryPlanError` if the request
+    does not fit.
     """
     wished = {key: keywords.pop(key) for key in WISHES if key in keywords}
     planned_for = None if dtype is None or dtype is torch.float64 else dtype_name(dtype)
@@ -101,6 +102,7 @@ def _placed(source: Source, given: dict[str, Any], planned: Plan) -> DiffusionPi
     staged = planned.offload == "staged"
     on_cpu = planned.kind == "cpu"
     files = dataclasses.replace(source.files, copy=planned.engine == "onednn", later=staged and on_cpu)
+    files = dataclasses.replace(files, eight_bit=planned.eight_bit)
     pipeline = DiffusionPipeline.from_source(dataclasses.replace(source, files=files), dtypes, given)
     if not staged:
         pipeline.to(planned.device)

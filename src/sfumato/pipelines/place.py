@@ -27,6 +27,7 @@ from sfumato.runtime.faults import HEAD_WIDTHS, SPLIT_KEYS
 from sfumato.runtime.numerics import softmax_dtype
 from sfumato.runtime.onednn import packable
 from sfumato.runtime.plan import largest_batch, plan
+from sfumato.runtime.reasons import EIGHT_BIT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -139,13 +140,15 @@ class Place:
             self.facts, self._device_chosen = checked(read_facts(str(device)), sizes), False
         else:
             self.facts = refreshed(self.facts)
-        as_they_are = {f"{part}_dtype": dtype for part, dtype in dtypes.items()}
+        as_they_are: dict[str, Any] = {f"{part}_dtype": dtype for part, dtype in dtypes.items()}
         if not self._device_chosen or device.index:
             as_they_are["device"] = str(device)
         if any(network.device.type == "meta" for network in parts.networks.values()):
             as_they_are["offload"] = "staged"
         elif device.type == "cpu" and not self.may_reload:
             as_they_are["offload"] = "none"
+        if parts.lead.device.type != "meta" and not (self.may_reload and parts.lead.can_reload):
+            as_they_are["eight_bit"] = parts.lead.eight_bit
         wishes = self.wishes.settled_as(as_they_are)
         if parts.vae.use_tiling:
             wishes = dataclasses.replace(wishes, vae_tiling=True)
@@ -156,7 +159,8 @@ class Place:
 
         Reasons why a faster setup is not possible are added to `notes`.
         """
-        for sentence in () if plan is None else plan.faults:
+        light = () if plan is None or part != "unet" else (one for one in plan.reasons if one.startswith(EIGHT_BIT))
+        for sentence in (*(() if plan is None else plan.faults), *light):
             self._say(sentence, notes)
         for role in parts.stage(part):
             self._load(parts, role, plan, worn)
@@ -189,8 +193,11 @@ class Place:
 
     def _load(self, parts: Parts, role: str, plan: Plan | None, worn: Sequence[Worn]) -> None:
         model, device = parts.networks[role], self.device_of(parts)
+        light = plan is not None and plan.eight_bit and role == "unet"
+        if plan is not None and light != model.eight_bit and self.may_reload and model.can_reload:
+            model.forget()
         if model.device.type == "meta":
-            model.reload()
+            model.reload(eight_bit=light)
         staged = plan is not None and plan.offload == "staged" and model.device.type != device.type
         if (worn or model.overlay is not None) and role in parts.adaptable:
             wear(model, role, worn, fused=bool(worn) and worn == parts.outfit.fused)

@@ -42,8 +42,7 @@ def describe(
     hashes by which other programs identify them, by name.
     """
     shared = {
-        "model": {"name": parts.name, "weights": weights_hash(parts)}
-        | ({"options": parts.options} if parts.options else {}),
+        "model": _named(parts) | ({"options": parts.options} if parts.options else {}),
         "scheduler": {"class": type(scheduler).__name__, "config": scheduler.config.to_dict()},
         "device": device.type,
         "dtype": dtype_name(parts.unet.dtype),
@@ -51,7 +50,7 @@ def describe(
         "notes": list(notes),
     }
     if refiner is not None:
-        shared["refiner"] = {"name": refiner.name, "weights": weights_hash(refiner)}
+        shared["refiner"] = _named(refiner)
     if adapters:
         shared["adapters"] = dict(adapters)
     shared |= {name: {"sha256": file_hash(expanded(file))} for name, file in request.pictures.items()}
@@ -60,6 +59,11 @@ def describe(
         alone = request.alone(index // request.count).replace(seed=seed)
         recipes.append({"request": alone.to_dict(), **shared})
     return recipes
+
+
+def _named(parts: Parts) -> dict[str, Any]:
+    light = {"eight_bit": True} if parts.unet.eight_bit else {}
+    return {"name": parts.name, "weights": weights_hash(parts), **light}
 
 
 def checked(recipe: Mapping[str, Any], where: object) -> tuple[GenerateRequest, Scheduler]:

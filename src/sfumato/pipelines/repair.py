@@ -40,7 +40,7 @@ def computed_in_float32(model: Model) -> Iterator[None]:
     compiled model runs eagerly, because compiled code reads the stored weights.
     """
     unpack(model)
-    layers = [layer for layer in model.modules() if any(True for _ in layer.parameters(recurse=False))]
+    layers = [layer for layer in model.modules() if layer._parameters or layer._buffers]
     compiled, model._compiled_call_impl = model._compiled_call_impl, None
     model.compute_dtype = torch.float32
     try:
@@ -55,7 +55,8 @@ def computed_in_float32(model: Model) -> Iterator[None]:
 
 def _forward_in_float32(layer: nn.Module, *arguments: Any, **named: Any) -> Any:
     wide = copy.copy(layer)
-    wide._parameters = {name: None if p is None else _widened(p) for name, p in layer._parameters.items()}
+    wide._parameters = {name: _widened(p) for name, p in layer._parameters.items()}
+    wide._buffers = {name: _widened(buffer) for name, buffer in layer._buffers.items()}  # scales of 8-bit weights
     named = {name: _widened(value) for name, value in named.items()}
     return type(layer).forward(wide, *map(_widened, arguments), **named)
 

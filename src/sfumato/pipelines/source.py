@@ -139,9 +139,8 @@ class Folder:
         """Load a component as our class. dtype: the precision of its weights; None for the stored one."""
         cls = self.class_of(part)
         if issubclass(cls, WITH_WEIGHTS):
-            options = {"variant": self.files.variant, "use_safetensors": self.files.use_safetensors}
-            how = {"dtype": dtype, "copy": self.files.copy, "later": self.files.later}
-            return cls.from_folder(self.path / part, **options, **how)
+            named: dict[str, Any] = {"variant": self.files.variant, "use_safetensors": self.files.use_safetensors}
+            return cls.from_folder(self.path / part, dtype=dtype, **named, **self.files.how(part))
         if issubclass(cls, CLIPTokenizer):
             return cls.from_folder(self.path / part)
         return cls.from_pretrained(self.path, subfolder=part)
@@ -239,7 +238,7 @@ class OneFile:
         if folder is not None:
             return folder.load(part, dtype)
         if issubclass(cls, Model):
-            return cls.from_file(self.file, dtype=dtype, copy=self.files.copy, later=self.files.later)
+            return cls.from_file(self.file, dtype=dtype, **self.files.how(part))
         if issubclass(cls, CLIPTokenizer):
             encoders = self.file.detected.family.encoders
             role = part.replace("tokenizer", "text_encoder")

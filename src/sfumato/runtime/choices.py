@@ -265,6 +265,7 @@ class Wishes:
     vae_slicing: bool | None = None
     vae_tiling: bool | None = None
     offload: str | None = None
+    eight_bit: bool | None = None
     compile: bool | None = None
     threads: int | None = None
     once: bool = False
@@ -282,7 +283,8 @@ class Wishes:
                 raise UsageError(
                     f"there is no {name} {shown(value)}{suggest(str(value), allowed)}; use one of {', '.join(allowed)}"
                 )
-        check_argument("compile", self.compile, bool | None)
+        for name in ("compile", "eight_bit"):
+            check_argument(name, getattr(self, name), bool | None)
         for name in ("attention_bytes", "micro_batch", "threads"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -301,7 +303,7 @@ class Wishes:
         """Return whether the user requested a choice, rather than inheriting it from a loaded pipeline."""
         return self.wish(name) is not None and name not in self.settled
 
-    def settled_as(self, choices: Mapping[str, str]) -> Wishes:
+    def settled_as(self, choices: Mapping[str, Any]) -> Wishes:
         """Return these wishes for a pipeline that is already loaded with the given choices."""
         unasked = {name for name, value in choices.items() if value not in (self.wish(name), f"{self.wish(name)}:0")}
         return replace(self, dtype=None, settled=frozenset(unasked), **choices)
@@ -319,6 +321,7 @@ class Plan:
     micro_batch     images per call of the U-Net
     singly          convolutions take the images of a batch one at a time
     offload         "none", or "staged": unload the text encoder after encoding, and the U-Net before decoding
+    eight_bit       the U-Net's large weights are stored in 8 bits, which changes the image slightly
     steps           number of steps in the schedule, as requested
     keep_freed      while the VAE decodes, keep large freed tensors for reuse
     reasons         one sentence per choice
@@ -343,6 +346,7 @@ class Plan:
     compile: bool
     threads: int | None
     steps: int
+    eight_bit: bool = False
     keep_freed: bool = False
     attention_keys: int | None = None
     singly: bool = False

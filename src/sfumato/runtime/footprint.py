@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sfumato.runtime.choices import DTYPE_BYTES, PARTS
 from sfumato.runtime.faults import HEAD_WIDTHS
-from sfumato.runtime.layers import decoder_layers
+from sfumato.runtime.layers import decoder_layers, unet_layers
 from sfumato.runtime.speeds import SECONDS_TO_COMPILE, speed
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ PIXEL_BUFFERS = 3
 # When packed for oneDNN, upsampling layers store their taps twice; and during packing, the memory of earlier layers is
 # only released now and then.
 PACKED, UNRELEASED = 1.08, 64 * MIB
+# A weight in 8 bits is widened and, where it is not packed, scaled.
+WIDENED = 2
 # Kept memory is not always the size that is needed next.
 KEPT = 3
 # Casting maps a window of the file in addition to the result: a sixty-fourth of the file.
@@ -111,14 +113,29 @@ def _held(facts: Facts, task: Task, plan: Plan, running: str) -> int:
     present = PARTS if plan.offload == "none" else (running,)
     total = 0
     for part in present:
-        parameters, stored = getattr(task.sizes, part).parameters, getattr(task.sizes, part).stored_bytes
-        total += parameters * DTYPE_BYTES[plan.dtype_of(part)]
+        total += _weights(task, plan, part)
     if plan.engine == "onednn":
         total = int(PACKED * total) + UNRELEASED
     if plan.kind != "cuda":  # with CUDA, they are kept on the host
-        total += sum(task.sizes.kept.get(part, 0) for part in present)
+        total += sum(task.sizes.kept.get(part, 0) // _narrower(plan, part) for part in present)
     stored = max(getattr(task.sizes, part).stored_bytes for part in present)
     return total + (stored if facts.address_limited else stored // CAST_PARTS)
+
+
+def _narrower(plan: Plan, part: str) -> int:
+    """Return how many times smaller than planned for its dtype a network's large weights are stored."""
+    return DTYPE_BYTES[plan.dtype_of(part)] if part == "unet" and plan.eight_bit else 1
+
+
+def _weights(task: Task, plan: Plan, part: str) -> int:
+    """Return the size of a network's weights; of those in 8 bits, the largest is widened while it is used."""
+    parameters, wide = getattr(task.sizes, part).parameters, DTYPE_BYTES[plan.dtype_of(part)]
+    if part != "unet" or not plan.eight_bit:
+        return parameters * wide
+    large = [layer.parameters for layer in unet_layers(task.sizes.unet_config, 64, 64, 77) if layer.is_large]
+    total = (parameters - sum(large)) * wide + sum(large)
+    # Metal's copy is in the same memory as the host's, which does not map what is smaller than its file.
+    return (2 if plan.kind == "mps" else 1) * total + WIDENED * max(large, default=0) * wide
 
 
 def _live(plan: Plan, layers: Sequence[Layer], part: str, rows: int = 1, *, chunked: bool = True) -> int:

@@ -43,6 +43,11 @@ class Layer:
     attention: Attention | None = None
 
     @property
+    def is_large(self) -> bool:
+        """Whether its weights may be stored in 8 bits: those of all but norms and what only reads the timestep."""
+        return self.kind in ("conv", "linear") and self.operations > 2 * self.parameters
+
+    @property
     def head_width(self) -> int:
         """Of an attention: the numbers of a query in one head."""
         return 0 if self.attention is None else self.largest // (self.attention.heads * self.attention.queries)

@@ -132,7 +132,9 @@ def _candidates(facts: Facts, task: Task, wishes: Wishes) -> Iterator[Plan]:
 
 
 def _steps_down(facts: Facts, best: Plan) -> Iterator[dict[str, Any]]:
-    """Yield concessions in order: batches, large chunks, float32 on Metal, keeping all networks, untiled decoding."""
+    """Yield concessions in order: batches, large chunks, float32 on Metal, keeping all networks, untiled decoding, and
+    exact weights last.
+    """
     at_once = best.micro_batch
     yield {}
     while at_once > 1:
@@ -146,6 +148,7 @@ def _steps_down(facts: Facts, best: Plan) -> Iterator[dict[str, Any]]:
         if not half_failed(facts, "mps"):
             changes.append(half | ({"attention": "chunked"} if best.attention == "fused" else {}))
     changes += [{"offload": "staged"}, {"vae_tiling": True}]
+    changes += [{"eight_bit": True, "vae_tiling": best.vae_tiling}, {"vae_tiling": True}]
     less: dict[str, Any] = {}
     for change in changes:
         less = less | change
@@ -178,6 +181,7 @@ def _best(facts: Facts, task: Task, wishes: Wishes) -> Plan:
         vae_slicing=bool(wishes.vae_slicing),
         vae_tiling=bool(wishes.vae_tiling),
         offload=wishes.offload or ("staged" if wishes.once and kind == "cpu" else "none"),
+        eight_bit=bool(wishes.eight_bit),
         compile=bool(wishes.compile),
         threads=(wishes.threads or facts.free_cores) if kind == "cpu" else None,
         steps=task.steps,

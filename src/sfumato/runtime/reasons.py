@@ -20,7 +20,7 @@ __all__ = ["EIGHT_BIT", "REPLACED", "gigabytes", "reasons"]
 REPLACED = "instead of float16"
 
 # How close weights in 8 bits come to exact ones: the median of 64 images by the built-in model (docs/performance.md).
-EIGHT_BIT_DB = 40
+EIGHT_BIT_DB = 44
 EIGHT_BIT = "U-Net weights in 8 bits"
 
 # From this many steps on, a better scheduler is worth mentioning.

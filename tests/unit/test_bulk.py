@@ -21,7 +21,7 @@ from sfumato.bulk import extras
 from sfumato.bulk.job import Job, Picture, Shard, WrongCheckpoint, held
 from sfumato.bulk.ledger import Entry, Ledger, conflicts, read_ledger, standing
 from sfumato.bulk.painter import Painter, Work, batch_size, draw_requests, settings_of
-from sfumato.bulk.planning import open_job
+from sfumato.bulk.planning import open_job, with_refiner
 from sfumato.bulk.report import status
 from sfumato.bulk.rows import digest_of, read_rows
 from sfumato.bulk.run import Queue, TooManyErrors, run
@@ -414,6 +414,15 @@ def test_rows_that_share_settings_are_as_if_each_were_alone(pipeline, tmp_path):
     assert together == apart
     assert wrong == refused
     assert (len(together), len(wrong)) == (6, 8)
+
+
+def test_a_worker_never_rounds_weights_for_want_of_memory(checkpoints, pipeline, tmp_path):
+    """Two workers with different memory would draw different images for one key."""
+    work = Work(str(tmp_path), str(checkpoints("sd15")), "sd15", device="cpu", dtype="float32")
+    assert work.load().place.wishes.eight_bit is False
+    with_refiner(pipeline, str(checkpoints("sd15")), {})
+    assert pipeline.refiner.place.wishes.eight_bit is False
+    pipeline.refiner = None
 
 
 def test_a_row_of_several_pictures(pipeline, tmp_path):

@@ -76,7 +76,7 @@ class Work:
 
         pipeline = load(
             self.model, device=device or self.device, dtype=parse_dtype(self.dtype), variant=self.variant,
-            micro_batch=self.micro_batch,
+            micro_batch=self.micro_batch, eight_bit=False,  # images must not depend on a worker's memory
         )  # fmt: skip
         if pipeline.device.type == "cpu" and pipeline.place.facts is not None:
             torch.set_num_threads(self.threads or pipeline.place.facts.free_cores)

@@ -164,7 +164,8 @@ def with_refiner(pipeline: DiffusionPipeline, name: str | None, known: dict[str,
     pipeline.refiner = None  # never keep two in memory
     place = expanded(name)
     where = str(place.absolute()) if place.exists() else name
-    refiner = load(where, device=pipeline.device.type, dtype=pipeline.dtype, local_files_only=True)
+    how = {"device": pipeline.device.type, "dtype": pipeline.dtype, "local_files_only": True}
+    refiner = load(where, **how, eight_bit=False)  # as in `Work.load`
     check_latents(pipeline.parts, refiner.parts)
     if known.setdefault(name, digest := model_digest(refiner.parts)) != digest:
         raise WrongCheckpoint(f"the refiner {name} is not the one this job was started with; restore it")

@@ -112,7 +112,7 @@ class TestNetworks:
         upscaler = sfumato.UNet2DConditionModel(**LATENT_UPSCALER)
         assert not any("norm" in path or "resize" in path for path, _ in eight_bit_layers(light(upscaler)))
 
-    def test_files_and_state_are_those_of_the_plain_network(self, folder, tmp_path):
+    def test_files_and_state_are_those_of_the_plain_network(self, folder, tmp_path, caplog):
         exact, model = loaded(folder, eight_bit=False), loaded(folder)
         state, want = model.state_dict(), exact.state_dict()
         assert state.keys() == want.keys()
@@ -121,6 +121,7 @@ class TestNetworks:
         assert 0 < distance(state[WEIGHT], want[WEIGHT]) < 0.01
         assert torch.equal(state["conv_in.weight"], want["conv_in.weight"])
         model.save_pretrained(tmp_path / "saved")
+        assert "eight_bit=False" in caplog.text  # a copy that is less exact should not be made unnoticed
         again = sfumato.UNet2DConditionModel.from_pretrained(tmp_path / "saved")
         assert torch.equal(again.state_dict()[WEIGHT], state[WEIGHT])
         assert fingerprint(model) == fingerprint(exact)  # of the weights in the file

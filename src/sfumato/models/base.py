@@ -232,6 +232,8 @@ class Model(Configured, ModelSurface):
         An earlier save is replaced atomically (folders.py). Raises `OutputError` if it cannot be written.
         """
         say_safe(safe_serialization=safe_serialization)
+        if self.eight_bit:
+            log.warning("these weights were rounded to 8 bits; to save the exact ones, load them with eight_bit=False")
         stale = weights.stale(self.weights_name, variant)
         state = self.state_dict() if self.overlay is not None and self.overlay.fused else own_weights(self)
         with saving_into(folder, last="config.json", stale=stale) as new:

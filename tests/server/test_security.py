@@ -214,7 +214,7 @@ def test_every_text_of_a_request_is_a_text_a_word_or_a_name():
 
     texts = {name for name, kind in kinds_of(GenerateRequest).items() if holds_text(kind)}
     read = {"prompt", "negative_prompt", "prompt_2", "negative_prompt_2"}
-    words = {"prompt_syntax", "rng", "scheduler", "spacing", "seamless"}
+    words = {"prompt_syntax", "rng", "scheduler", "spacing", "seamless", "vae_weights"}
     assert texts - read - words - FILES.keys() - {"lora_dir"} == set()
     nested = {name: set(kinds_of(kind)) for name, kind in GenerateRequest.nested.items()}
     paths = {name: fields & {"file", "image", "model", "encoder", "mask"} for name, fields in nested.items()}

@@ -288,6 +288,15 @@ def test_rows_twice_in_the_ledger_do_not_show_and_different_pictures_alarm(tmp_p
     assert read_ledger(job.folder).num_rows == 0
 
 
+def test_a_failure_before_an_image_in_one_file_goes_too(tmp_path):
+    job = made(tmp_path / "job", pictures=1)
+    ledger, [picture] = Ledger(job, Shard()), list(job.pictures_in_order())
+    ledger.add([replace(entry(picture), state="failed", sha256="", error="Died"), entry(picture)])
+    ledger.flush()
+    ledger.compact()
+    assert read_ledger(job.folder)["state"].to_pylist() == ["done"]
+
+
 def test_a_damaged_ledger_file_is_named(tmp_path):
     job = made(tmp_path / "job")
     run(job, Shard(), Fake(), lambda _: 2)

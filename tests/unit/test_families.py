@@ -16,7 +16,7 @@ from sfumato.configs import AutoencoderKLConfig, CLIPTextConfig, UNet2DCondition
 from sfumato.errors import MemoryPlanError, UsageError
 from sfumato.families import FAMILIES, find
 from sfumato.request import GenerateRequest
-from sfumato.runtime.choices import published_sizes
+from sfumato.runtime.choices import Wishes, published_sizes
 from sfumato.runtime.facts import machine
 from sfumato.runtime.plan import plan
 from support.families import REAL_ENCODERS, REAL_UNETS
@@ -141,9 +141,10 @@ def test_stable_diffusion_xl_in_numbers():
     assert plan(card, sizes, request).peak_bytes < card.accelerator_memory_free
     staged = plan(machine("m2-16gb"), sizes, request)
     assert (staged.offload, staged.unet_dtype) == ("staged", "float16")
+    assert plan(machine("laptop-8gb"), sizes, request).eight_bit
     for name in ("m1-8gb", "laptop-8gb"):
         with pytest.raises(MemoryPlanError, match=r"1024 × 1024 needs at least .* GB; .* GB are free"):
-            plan(machine(name), sizes, request)
+            plan(machine(name), sizes, request, Wishes(eight_bit=False))
 
 
 def test_the_table_needs_no_torch():

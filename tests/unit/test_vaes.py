@@ -87,7 +87,7 @@ def test_what_was_loaded_for_one_request_reads_it_only_for_its_stage(files, chec
     request, read = REQUEST.replace(vae=str(files / "kl")), []
     pipe = sfumato.load(checkpoints(), device="cpu", dtype=torch.float32, request=request, once=True)
     reload = Model.reload
-    monkeypatch.setattr(Model, "reload", lambda self: read.append(type(self).__name__) or reload(self))
+    monkeypatch.setattr(Model, "reload", lambda self, **how: read.append(type(self).__name__) or reload(self, **how))
     result = pipe.generate(request)
     assert result.plan.offload == "staged"
     assert read[-3:] == ["UNet2DConditionModel", "AutoencoderKL", "AutoencoderKL"]  # and that of the recipe's hash

@@ -101,7 +101,7 @@ class Ledger:
     def compact(self) -> None:
         """Merge all files of this part of the job, including earlier runs', into one file with one row per key."""
         mine = sorted(self.folder.glob(f"part-{'*' if self.label == '1of1' else self.label + '.*'}.parquet"))
-        if len(mine) > 1:
+        if len(mine) > 1 or self._files:  # one file may hold a failure and then the image of one key
             self._merge(mine)
 
     def forget(self, keys: Iterable[str]) -> None:

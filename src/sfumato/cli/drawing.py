@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from sfumato.pipelines.result import Step
     from sfumato.request import AdapterFile, Framing, GenerateRequest, Mask
 
+__all__ = ["adapter_file", "base_path", "check_early", "draw", "framing", "mask_of", "sized"]
+
 # What a run adds to its request: files with their hashes, and the methods that keep a promise.
 GRID_ADDS = ("adapters", "embeddings", "fast", "vae_weights")
-
-__all__ = ["adapter_file", "base_path", "check_early", "draw", "framing", "mask_of", "sized"]
 
 
 def framing(

@@ -10,7 +10,7 @@ from sfumato.checkpoints.locate import locate_folder
 from sfumato.checkpoints.locate_file import is_single_file
 from sfumato.checkpoints.weights import find_weights
 from sfumato.configs import CLIPVisionConfig, parse
-from sfumato.errors import CheckpointError, UsageError
+from sfumato.errors import UsageError
 from sfumato.files import expanded, file_hash, read_json
 from sfumato.images import open_image
 from sfumato.models import ControlNetModel, ControlNetUnionModel, T2IAdapter
@@ -53,12 +53,8 @@ def open_control(name: str, *, local_files_only: bool = True, **hub: Any) -> One
         return select_model_files(names, "", ControlNetModel.weights_name, strict=strict)
 
     folder = locate_folder(name, select, **hub)
-    if (folder / "model_index.json").is_file():
-        raise CheckpointError(f"{name} is a whole checkpoint, not a ControlNet; give the folder of a ControlNet")
-    found = str(read_json(folder / "config.json").get("_class_name"))
-    if found not in CLASSES:
-        raise CheckpointError(f"{name} is a {found}, not a ControlNet; give the folder of a ControlNet")
-    return OneNetwork(folder, CLASSES[found])
+    give = "give the folder of a ControlNet"
+    return OneNetwork.in_folder(folder, CLASSES, name, "a ControlNet", whole=give, other=give)
 
 
 def with_sizes(sizes: Sizes, request: GenerateRequest) -> Sizes:

@@ -279,6 +279,21 @@ class OneNetwork:
     cls: Any
     file: SingleFile | None = None
 
+    @classmethod
+    def in_folder(
+        cls, folder: Path, classes: Mapping[str, Any], name: str, what: str, *, whole: str, other: str
+    ) -> OneNetwork:
+        """Return the network in a folder. name: what the user called it; what: such as "a ControlNet".
+
+        Raises `CheckpointError` if it is a whole checkpoint or of another class; whole, other: what to give instead.
+        """
+        if (folder / "model_index.json").is_file():
+            raise CheckpointError(f"{name} is a whole checkpoint, not {what}; {whole}")
+        found = str(read_json(folder / "config.json").get("_class_name"))
+        if found not in classes:
+            raise CheckpointError(f"{name} is a {found}, not {what}; {other}")
+        return cls(folder, classes[found])
+
     @property
     def config(self) -> Any:
         """The network's config."""

@@ -10,7 +10,6 @@ from sfumato.checkpoints.locate import locate_folder
 from sfumato.checkpoints.locate_file import is_single_file
 from sfumato.checkpoints.vae_file import is_tiny, open_vae_file
 from sfumato.errors import CheckpointError, UsageError
-from sfumato.files import read_json
 from sfumato.models import AutoencoderKL, AutoencoderTiny
 from sfumato.models.base import select_model_files
 from sfumato.pipelines.fingerprint import fingerprint
@@ -45,12 +44,8 @@ def open_vae(name: str, *, local_files_only: bool = True) -> OneNetwork:
         return select_model_files(names, "", AutoencoderKL.weights_name, strict=strict)
 
     folder = locate_folder(name, select, **hub)
-    if (folder / "model_index.json").is_file():
-        raise CheckpointError(f"{name} is a whole checkpoint, not a VAE; give a VAE, such as its folder vae")
-    found = str(read_json(folder / "config.json").get("_class_name"))
-    if found not in CLASSES:
-        raise CheckpointError(f"{name} is a {found}, not a VAE; give an {' or an '.join(CLASSES)}")
-    return OneNetwork(folder, CLASSES[found])
+    whole, other = "give a VAE, such as its folder vae", f"give an {' or an '.join(CLASSES)}"
+    return OneNetwork.in_folder(folder, CLASSES, name, "a VAE", whole=whole, other=other)
 
 
 def with_vae_size(sizes: Sizes, name: str | None) -> Sizes:

@@ -68,7 +68,7 @@ def test_lines_of_code_are_counted_as_decided(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("folder", "budget"), [("schedulers", 2000), ("models", 2785), ("metadata", 700), ("adapters", 900)]
+    ("folder", "budget"), [("schedulers", 2000), ("models", 2800), ("metadata", 700), ("adapters", 900)]
 )
 def test_budgets_of_code(folder, budget):
     # packed.py is no model, but a faster form of any of them (ADR 7 and 9).

@@ -1,4 +1,4 @@
-"""Kernels for GPUs: what they compute, by Triton's interpreter where Triton is; and layers that call them."""
+"""Kernels for GPUs: what they compute, by Triton's interpreter where there is none; and layers that call them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from sfumato.kernels.gpu import gpu_kernels, is_plain
 from support.checkpoints import UNET, XL, randomize
 
 # In a process of its own: the interpreter is chosen before Triton is imported.
-INTERPRETED = """
+FORMULAS = """
 import contextlib, torch, torch.nn.functional as F
-torch.cuda.device_of = lambda x: contextlib.nullcontext()
+device = "cuda" if torch.cuda.is_available() else "cpu"
+torch.set_default_device(device)
+if device == "cpu":
+    torch.cuda.device_of = lambda x: contextlib.nullcontext()
 from sfumato.kernels import gpu, gpu_code
 kernels, last = gpu.GpuKernels(gpu_code), torch.channels_last
 def image(*shape): return (torch.randn(shape) * 2 + 3).half().contiguous(memory_format=last)
@@ -33,7 +36,14 @@ for b, c, side, groups, silu, adds in [(2, 320, 8, 32, True, 2), (1, 64, 5, 32, 
 x = torch.randn(3, 7, 80).half()
 value, gate = x.float().chunk(2, -1)
 check(kernels.geglu(x), value * F.gelu(gate))
-for ours, plain in gpu._samples(kernels, torch.device("cpu")):
+norm = torch.nn.LayerNorm(80).half()
+x, y = torch.randn(3, 7, 80).half() + 2, torch.randn(3, 7, 80).half()
+torch.nn.init.normal_(norm.weight); torch.nn.init.normal_(norm.bias)
+total, out = kernels.add_norm(x, y, norm)
+check(total, x.float() + y.float()); check(out, norm.float()(x.float() + y.float()))
+total, out = kernels.add_norm(x, None, norm.half())
+assert total is x; check(out, norm.float()(x.float()))
+for ours, plain in gpu._samples(kernels, torch.device(device)):
     assert (ours.float() - plain).abs().max() < gpu.MOST_ERROR
 x, y, bias = image(2, 40, 6, 6), image(2, 40, 6, 6), torch.randn(40).half()
 check(kernels.biased_sum(x, y, bias), x.float() + y.float() + bias.float()[:, None, None])
@@ -54,6 +64,11 @@ class PlainKernels:
         x = F.group_norm(x if added is None else x + added[:, :, None, None], groups, weight, bias, eps)
         return (F.silu(x) if silu else x).contiguous(memory_format=torch.channels_last)
 
+    def add_norm(self, x, y, norm):
+        self.calls.append("add_norm")
+        x = x if y is None else x + y
+        return x, norm(x)
+
     def geglu(self, x):
         self.calls.append("geglu")
         x, gate = x.chunk(2, dim=-1)
@@ -68,8 +83,8 @@ class PlainKernels:
 def test_each_kernel_is_its_formula(tmp_path):
     import os
 
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    subprocess.run([sys.executable, "-c", INTERPRETED], check=True, env=environment)
+    environment = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
+    subprocess.run([sys.executable, "-c", FORMULAS], check=True, env=environment)
 
 
 @pytest.mark.parametrize("config", [UNET, XL], ids=["sd", "xl"])
@@ -89,9 +104,10 @@ def test_layers_that_call_kernels_compute_what_they_do_without(config, monkeypat
             monkeypatch.setattr(f"sfumato.models.{module}.gpu_kernels", lambda *_: kernels)
         fused = unet(x, 500.0, states, added_cond_kwargs=added).sample
     assert torch.allclose(fused, plain, rtol=1e-9, atol=1e-9)
-    assert {name: kernels.calls.count(name) for name in ("group_norm", "geglu", "biased_sum")} == {
+    assert {name: kernels.calls.count(name) for name in ("group_norm", "geglu", "biased_sum", "add_norm")} == {
         "group_norm": sum(type(one).__name__ == "GroupNorm" for one in unet.modules()),
         "geglu": sum(type(one).__name__ == "GEGLU" for one in unet.modules()),
+        "add_norm": 3 * sum(type(one).__name__ == "BasicTransformerBlock" for one in unet.modules()),
         "biased_sum": sum(type(one).__name__ == "ResnetBlock2D" for one in unet.modules()),
     }
 

@@ -162,6 +162,17 @@ def test_to_an_accelerator_and_back_without_a_copy(folder):
         assert torch.equal(value, before[name][1])
 
 
+def test_images_computed_together_are_decoded_one_at_a_time_as_planned(folder, monkeypatch):
+    pipeline, decoded = load(folder, micro_batch=2), []
+    real = pipeline.vae.decoder.forward
+    monkeypatch.setattr(pipeline.vae.decoder, "forward", lambda z: (decoded.append(z.shape[0]), real(z))[1])
+    result = pipeline.generate(request(count=2))
+    assert (result.plan.micro_batch, result.plan.vae_slicing, decoded) == (2, True, [1, 1])
+    assert not pipeline.vae.use_slicing
+    alone = [load(folder).generate(request(seed=seed)) for seed in (3, 4)]
+    assert np.abs(pixels(result) - np.concatenate([pixels(one) for one in alone])).max() <= 1
+
+
 def running_out(monkeypatch, times: int):
     """The decoder runs out of memory so often."""
     left, real = [times], run_module.stages.decode

@@ -446,7 +446,8 @@ def card(gigabytes: int):
     ("family", "gigabytes", "side", "offload", "tiled"),
     [
         ("sdxl", 24, 1024, "none", False),
-        ("sdxl", 10, 1024, "none", False),
+        ("sdxl", 11, 1024, "none", False),
+        ("sdxl", 10, 1024, "staged", False),
         ("sdxl", 8, 1024, "staged", False),
         ("sdxl-refiner", 7, 2048, "staged", True),
         ("sdxl-turbo", 8, 512, "staged", False),
@@ -507,7 +508,7 @@ def test_xl_that_does_not_even_fit_in_eight_bits_is_refused_with_numbers():
 
 def test_a_refiner_has_room_beside_or_not():
     base, refiner = published_sizes("sdxl"), published_sizes("sdxl-refiner")
-    for gigabytes, room in ((24, True), (10, False)):
+    for gigabytes, room in ((24, True), (11, False)):
         found = plan(card(gigabytes), base, request())
         assert found.offload == "none"
         assert fits_beside(found, refiner) == room

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,6 +45,16 @@ class Tiled:
     def disable_tiling(self) -> None:
         """Process every image as a whole."""
         self.use_tiling = False
+
+    @contextmanager
+    def saving_memory(self, *, slicing: bool, tiling: bool) -> Iterator[None]:
+        """Within the block, slice and tile too, in addition to what is already enabled."""
+        enabled = self.use_slicing, self.use_tiling
+        self.use_slicing, self.use_tiling = self.use_slicing or slicing, self.use_tiling or tiling
+        try:
+            yield
+        finally:
+            self.use_slicing, self.use_tiling = enabled
 
     def _encode_in_parts(self, encode: Transform, x: Tensor) -> Tensor:
         return self._in_parts(encode, x, self.tile_sample_min_size, self.tile_latent_min_size)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.kernels.gpu import gpu_kernels
+from sfumato.kernels.gpu import GpuKernels, gpu_kernels
 from sfumato.models.attention import Context, SelfOrCrossAttention
 from sfumato.models.blocks import GroupNorm
 from sfumato.models.recomputed import Recomputed
@@ -83,6 +83,9 @@ class BasicTransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """Map x (B or a divisor of B, L, C) and a context of B prompts to (B, L, C)."""
+        kernels = gpu_kernels(x, self.norm1, self.norm2, self.norm3)
+        if kernels is not None and not self.only_cross_attention:
+            return self._fused(kernels, x, context)
         if self.only_cross_attention:
             x = context.widen(x)
             x = x + self.attn1(self.norm1(x), context, context.mask)
@@ -91,6 +94,13 @@ class BasicTransformerBlock(nn.Module):
         x = context.widen(x)
         x = x + self.attn2(self.norm2(x), context, context.states_mask)
         return x + self.ff(self.norm3(x))
+
+    def _fused(self, kernels: GpuKernels, x: Tensor, context: Context) -> Tensor:
+        """The same, with each residual connection added by the normalization that follows it."""
+        y = self.attn1(kernels.add_norm(x, None, self.norm1)[1], None, context.mask)
+        x, y = kernels.add_norm(context.widen(x), context.widen(y), self.norm2)
+        x, y = kernels.add_norm(x, self.attn2(y, context, context.states_mask), self.norm3)
+        return x + self.ff(y)
 
 
 class Transformer2DModel(Recomputed):

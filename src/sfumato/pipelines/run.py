@@ -273,12 +273,10 @@ class Run:
                 yield pixels
 
     def _decode(self, latents: Tensor) -> Tensor:
-        vae, asked = self.parts.vae, self.parts.vae.use_tiling
-        vae.use_tiling = asked or self._lean or (self.plan is not None and self.plan.vae_tiling)
-        try:
-            return stages.decode(vae, latents, self.watch, self.request.seamless)
-        finally:
-            vae.use_tiling = asked
+        lean, plan = self._lean, self.plan
+        sliced, tiled = (lean, lean) if plan is None else (lean or plan.vae_slicing, lean or plan.vae_tiling)
+        with self.parts.vae.saving_memory(slicing=sliced, tiling=tiled):
+            return stages.decode(self.parts.vae, latents, self.watch, self.request.seamless)
 
     def _with_less(self, compute: Callable[[], Tensor], shrink: Callable[[], None]) -> Tensor:
         """Return the result of `compute`. If memory runs out despite the plan, try once more with less."""
@@ -324,6 +322,7 @@ class Run:
             # Nothing here may hold the run: its tensors would stay until garbage is collected.
             self._replayed = Replayed(self.guidance, capture_for(self.device), self.watch.note)
             result = yield from denoise(self._predictor(len(rows)), rows, latents, noise, stops, beginning.after)
+            del self._replayed  # its graph holds the memory of a call, which decoding may need
             if self.watch.settle():
                 return result
             go_back()

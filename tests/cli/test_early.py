@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from cli.conftest import SCRIPT
+from sfumato.cli.studio import started_early
 
 WRONG = [
     (["generate", "x", "--model", "/nope"], 1, "there is no folder /nope"),
@@ -74,3 +75,14 @@ def test_refused_in_less_than_half_a_second(environment, tmp_path):
     # On slow cores, a third of what they take to import torch.
     torch = min(taken([sys.executable, "-c", "import torch"]) for _ in range(2))
     assert max(map(min, zip(*rounds, strict=True))) < max(0.4, torch / 3)
+
+
+def test_the_studio_s_worker_starts_before_options_are_read_and_ends_with_a_misuse():
+    assert started_early(["serve", "--help"]) is None
+    assert started_early(["generate", "studio"]) is None
+    child = started_early(["serve", "--port", "none"])
+    assert child is not None
+    child.stdin.close()  # as when the command ends
+    assert child.wait(30) == 0
+    assert child.stdout.read() == b""
+    child.stdout.close()

@@ -302,7 +302,7 @@ def test_streams_that_are_closed(environment, model, tmp_path, closing):
 def test_an_interrupt_that_compiled_code_reports_as_an_error_of_its_own(monkeypatch, capsys, number):
     """As safetensors does if a signal arrives while it makes a tensor."""
 
-    def app():
+    def app(obj):
         try:
             signal.raise_signal(number)
         except KeyboardInterrupt:

@@ -134,7 +134,7 @@ class Actor:
     starts: list[Actor] = []
     ready = True
 
-    def __init__(self, folder, heard, options):
+    def __init__(self, folder, heard, *_):
         self.folder, self._heard, self.told, self.dead = folder, heard, [], False
         Actor.starts.append(self)
         if Actor.ready:

@@ -126,7 +126,7 @@ def main() -> None:
         completion_init()
     try:
         with notes():
-            app()
+            app(obj=studio.started_early(sys.argv[1:]))
     except KeyboardInterrupt as error:
         _fail(_Interrupted(" before anything started", error))
     except BrokenPipeError:

@@ -14,10 +14,27 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-__all__ = ["Process"]
+    Heard = Callable[["Process", dict[str, Any]], None]
+
+__all__ = ["Child", "Process", "start_worker"]
+
+Child = subprocess.Popen[bytes]
 
 # Maximum length of a message in bytes; the longest ones contain previews and partial images.
 MOST_LINE = 2**26
+
+
+def start_worker() -> Child:
+    """Start a worker. It imports torch, which takes seconds, and waits for a `Process` to tell it where to work.
+
+    It ends with this process, or when its input is closed.
+    """
+    # -P: never import files from the current folder. New session: Ctrl-C in the terminal reaches only the server.
+    quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "sfumato.jobs.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        start_new_session=os.name == "posix", env={**os.environ, **quiet},
+    )  # fmt: skip
 
 
 class Process:
@@ -26,16 +43,13 @@ class Process:
     heard: called in a separate thread as `heard(process, message)`, the last time with {"is": "gone"}.
     """
 
-    def __init__(self, folder: Path, heard: Callable[[Process, dict[str, Any]], None], options: list[str]) -> None:
-        # -P: never import files from the folder. New session: Ctrl-C in the terminal reaches only the server.
-        command = [sys.executable, "-P", "-m", "sfumato.jobs.worker", *options]
-        self._child = subprocess.Popen(
-            command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=os.name == "posix",
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"},
-        )  # fmt: skip
+    def __init__(self, folder: Path, heard: Heard, options: dict[str, Any], child: Child | None = None) -> None:
+        """options: its "device" and "dtype"; child: a worker that has already been started."""
+        self._child = child or start_worker()
         self._lock, self._heard = threading.Lock(), heard
         self._thread = threading.Thread(target=self._listen, name="sfumato-worker", daemon=True)
         self._thread.start()
+        self.tell(do="begin", folder=str(folder), **options)
 
     @property
     def pid(self) -> int:

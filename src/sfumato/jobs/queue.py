@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from sfumato.jobs.models import Models
+    from sfumato.jobs.process import Child
     from sfumato.request import GenerateRequest
 
 __all__ = ["Full", "JobQueue"]
@@ -59,7 +60,8 @@ class JobQueue:
         )
         self.store = Store(output_folder(folder / HIDDEN) / "studio.db")
         self.gallery = Gallery(folder, self.store, self._tell)
-        self._options = [device or "-", dtype or "-"]
+        self._options = {"device": device, "dtype": dtype}
+        self._child: Child | None = None
         self._changed, self._telling = threading.Condition(), threading.Lock()
         self._process: Process | None = None
         self._running: str | None = None
@@ -139,8 +141,9 @@ class JobQueue:
 
     # Start and stop.
 
-    def start(self) -> None:
-        """Resume the jobs of the last run, and start the worker."""
+    def start(self, child: Child | None = None) -> None:
+        """Resume the jobs of the last run, and start the worker, unless it has been started: then child."""
+        self._child = child
         for job in self.store.jobs("running", most=10**6):
             if job.restarts >= RESTARTS:
                 self._end(job.id, "failed", error={"kind": "crash", "message": "the server was restarted too often"})
@@ -183,6 +186,7 @@ class JobQueue:
                 log.warning("cannot scan the folder (%s); trying again", error)
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping, LOOK)
+            import sfumato.metadata.carriers  # noqa: F401  # now, so that the first image does not wait for it
 
     def _wake(self) -> None:
         with self._changed:
@@ -204,7 +208,8 @@ class JobQueue:
         if self._deaths >= ATTEMPTS:
             return
         self._tell_worker("starting")
-        self._process = Process(self.folder, self._heard, self._options)
+        child, self._child = self._child, None
+        self._process = Process(self.folder, self._heard, self._options, child)
 
     def _next(self) -> None:
         waiting = self.store.jobs("queued", most=1, newest=False)

@@ -39,8 +39,9 @@ class Cancelled(Exception):
 class Worker:
     """Runs one job after another with a model that stays in memory, and estimates requests."""
 
-    def __init__(self, output: io.BufferedWriter, device: str | None, dtype: str | None) -> None:
-        self._output, self._device, self._dtype = output, device, dtype
+    def __init__(self, output: io.BufferedWriter) -> None:
+        self._output = output
+        self._device = self._dtype = None
         self._lock, self._cancelled = threading.Lock(), set[str]()
         self._todo: queue.Queue[dict[str, Any]] = queue.Queue()
         self._asked: queue.Queue[dict[str, Any]] = queue.Queue()
@@ -58,6 +59,9 @@ class Worker:
 
         gc.freeze()
         gc.enable()
+        begin = self._todo.get()  # the first message, which may have been here for long
+        os.chdir(begin["folder"])
+        self._device, self._dtype = begin["device"], begin["dtype"]
         device = parse_device(self._device)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
         self._say("ready", device=name, kind=device.type, torch=torch.__version__)
@@ -205,8 +209,7 @@ def main() -> None:
     logging.getLogger("sfumato").setLevel(logging.ERROR)  # warnings are part of a job's notes
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    device, dtype = (None if word == "-" else word for word in sys.argv[1:3])  # "-": the plan decides
-    Worker(output, device, dtype).run()
+    Worker(output).run()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import sys
+import time
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -42,6 +43,8 @@ MACHINES = Path(__file__).parent / "machines"
 LIBRARIES = ("torch", "safetensors", "tokenizers", "numpy")
 # The version of what runtime/speeds.py measures. Increase it when that changes, so that older results are ignored.
 MEASURED = 2
+# Seconds; the system counts in hundredths.
+SAMPLED = 0.1
 SYSTEMS = {"linux": "linux", "darwin": "macos", "win32": "windows"}
 ARCHITECTURES = {"amd64": "x86_64", "aarch64": "arm64"}
 
@@ -184,6 +187,7 @@ def read_facts(device: str | None = None) -> Facts:
     device: restricts the accelerator ("cpu", "cuda", "cuda:1", "mps"); by default, the best one present. Raises
     `UsageError` if it is unknown or absent.
     """
+    load = _Load()
     import torch
 
     from sfumato.runtime.device import parse_device
@@ -206,7 +210,6 @@ def read_facts(device: str | None = None) -> Facts:
         memory_free=free,
         address_limited=address_limited,
         cores=cores if quota is None else max(1, min(cores, int(quota + 0.5))),
-        load=_load(cpus),
         instructions=processor.instruction_sets(),
         cache_l2=cache_l2,
         cache_l3=cache_l3,
@@ -216,7 +219,7 @@ def read_facts(device: str | None = None) -> Facts:
         onednn=chosen.type != "cpu" or packable(torch.float32),
         **_accelerator(chosen.type, chosen.index, free),
     )
-    return dataclasses.replace(facts, speeds=cached_speeds(facts))
+    return dataclasses.replace(facts, speeds=cached_speeds(facts), load=load.of(cpus))
 
 
 def kept_name(facts: Facts) -> str:
@@ -253,15 +256,24 @@ def _memory() -> tuple[int, int, bool]:
     return min(total, addresses), max(0, addresses - own.vms + own.rss), True
 
 
-def _load(cpus: tuple[int, ...]) -> float:
-    """Return how many of these cores other processes keep busy. Sampled, because a load average lags by a minute."""
-    import psutil
+class _Load:
+    """How busy other processes keep the cores. Sampled, because a load average lags by a minute."""
 
-    process = psutil.Process()
-    process.cpu_percent(None)
-    busy = psutil.cpu_percent(0.1, percpu=True)
-    own = process.cpu_percent(None)
-    return round(max(0.0, sum(busy[cpu] for cpu in cpus if cpu < len(busy)) - own) / 100, 2)
+    def __init__(self) -> None:
+        """Begin to sample."""
+        import psutil
+
+        self._process, self._began = psutil.Process(), time.monotonic()
+        self._process.cpu_percent(None)
+        psutil.cpu_percent(None, percpu=True)
+
+    def of(self, cpus: tuple[int, ...]) -> float:
+        """Return how many of these cores were busy, once there are enough samples."""
+        import psutil
+
+        time.sleep(max(0.0, SAMPLED - (time.monotonic() - self._began)))
+        busy, own = psutil.cpu_percent(None, percpu=True), self._process.cpu_percent(None)
+        return round(max(0.0, sum(busy[cpu] for cpu in cpus if cpu < len(busy)) - own) / 100, 2)
 
 
 def _accelerator(kind: str, index: int | None, memory_free: int) -> dict[str, Any]:

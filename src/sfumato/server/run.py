@@ -15,6 +15,8 @@ from sfumato.server.security import is_loopback, new_token
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from sfumato.jobs.process import Child
+
 __all__ = ["listening", "run"]
 
 
@@ -43,12 +45,13 @@ def run(
     dtype: str | None,
     page: bool,
     browser: bool,
+    child: Child | None = None,
 ) -> None:
-    """Serve until interrupted."""
+    """Serve until interrupted. child: a worker that has already been started."""
     given, token = token is not None, token or (None if is_loopback(host) else new_token())
     sock = listening(host, port)
     queue = JobQueue(output_folder(folder).absolute(), Models(models, default), device=device, dtype=dtype)
-    queue.start()  # its worker takes seconds to import torch, in parallel with everything below
+    queue.start(child)  # its worker takes seconds to import torch, in parallel with everything below
     try:
         from sfumato.server.app import create_app, serve
 

@@ -142,7 +142,7 @@ class JobQueue:
     # Start and stop.
 
     def start(self, child: Child | None = None) -> None:
-        """Resume the jobs of the last run, and start the worker, unless it has been started: then child."""
+        """Resume the jobs of the last run, and start the worker. child: one that has already been started."""
         self._child = child
         for job in self.store.jobs("running", most=10**6):
             if job.restarts >= RESTARTS:

@@ -84,8 +84,10 @@ def ready(folder: Path, runs: int) -> tuple[list[float], list[float]]:
         began, events = time.perf_counter(), studio.events()
         next(events)
         studio.ask("POST", "/api/jobs", {"request": APPLE})
-        while next(events)[1] != "drawn":
-            pass
+        for _, name, told in events:
+            if name == "drawn":
+                break
+            assert told.get("state") not in ("failed", "cancelled"), told
         images.append(time.perf_counter() - began)
         studio.end()
     return answers, images

@@ -6,11 +6,12 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import pytest
 
 from cli.conftest import SCRIPT
-from sfumato.cli.studio import started_early
+from sfumato.cli.studio import early_worker
 
 WRONG = [
     (["generate", "x", "--model", "/nope"], 1, "there is no folder /nope"),
@@ -77,12 +78,21 @@ def test_refused_in_less_than_half_a_second(environment, tmp_path):
     assert max(map(min, zip(*rounds, strict=True))) < max(0.4, torch / 3)
 
 
-def test_the_studio_s_worker_starts_before_options_are_read_and_ends_with_a_misuse():
-    assert started_early(["serve", "--help"]) is None
-    assert started_early(["generate", "studio"]) is None
-    child = started_early(["serve", "--port", "none"])
-    assert child is not None
-    child.stdin.close()  # as when the command ends
-    assert child.wait(30) == 0
-    assert child.stdout.read() == b""
+def test_the_studio_s_worker_starts_before_options_are_read_and_does_not_outlive_the_command():
+    for words in (["serve", "--help"], ["generate", "studio"]):
+        with early_worker(words) as child:
+            assert child is None
+    with early_worker(["serve", "--port", "none"]) as child:
+        assert child is not None
+        assert child.poll() is None
+    assert child.wait(10) != 0
+    child.stdin.close()
     child.stdout.close()
+
+
+def test_who_reads_the_message_of_a_misuse_does_not_wait_for_the_worker():
+    began = time.perf_counter()
+    done = subprocess.run([SCRIPT, "serve", "--port", "none"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "valid integer" in done.stderr
+    assert time.perf_counter() - began < 5

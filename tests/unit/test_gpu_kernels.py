@@ -26,7 +26,7 @@ kernels, last = gpu.GpuKernels(gpu_code), torch.channels_last
 def image(*shape): return (torch.randn(shape) * 2 + 3).half().contiguous(memory_format=last)
 def check(y, z): assert (y.float() - z).norm() < 1e-3 * z.norm(), (y.float() - z).norm() / z.norm()
 torch.manual_seed(0); torch.set_grad_enabled(False)
-for b, c, side, groups, silu, adds in [(2, 320, 8, 32, True, 2), (1, 64, 5, 32, False, 0), (2, 1280, 4, 32, True, 1), (1, 80, 60, 8, True, 1), (2, 320, 64, 32, True, 2), (1, 96, 72, 3, False, 0)]:
+for b, c, side, groups, silu, adds in [(2, 320, 8, 32, True, 2), (1, 64, 5, 32, False, 0), (2, 1280, 4, 32, True, 1), (1, 80, 60, 8, True, 1), (2, 320, 64, 32, True, 2), (1, 96, 72, 3, False, 0)] + [(1, 64, 1480, 8, True, 0)] * (device == "cuda"):
     x, weight, bias = image(b, c, side, side), torch.randn(c).half(), torch.randn(c).half()
     added = torch.randn(adds, c).half() if adds else None
     y = kernels.group_norm(x, groups, weight, bias, 1e-5, added, silu=silu)
@@ -121,6 +121,8 @@ def test_layers_with_hooks_and_those_of_others_are_called_themselves():
     hooked.register_forward_hook(lambda *_: None)
     assert not is_plain(hooked)
     assert not is_plain(Adapted(2, 2))
+    assert is_plain(torch.nn.LayerNorm(2))
+    assert not is_plain(torch.nn.LayerNorm(2, bias=False))
 
 
 def test_on_a_cpu_there_are_none():

@@ -125,8 +125,8 @@ def main() -> None:
 
         completion_init()
     try:
-        with notes():
-            app(obj=studio.started_early(sys.argv[1:]))
+        with notes(), studio.early_worker(sys.argv[1:]) as child:
+            app(obj=child)
     except KeyboardInterrupt as error:
         _fail(_Interrupted(" before anything started", error))
     except BrokenPipeError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,11 +12,11 @@ import typer
 from sfumato.cli import options
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from sfumato.jobs.process import Child
 
-__all__ = ["SERVE", "STUDIO", "serve", "started_early", "studio"]
+__all__ = ["SERVE", "STUDIO", "early_worker", "serve", "studio"]
 
 STUDIO = """\b
 Examples:
@@ -41,16 +42,23 @@ Token = Annotated[
 ]
 
 
-def started_early(words: Sequence[str]) -> Child | None:
+@contextmanager
+def early_worker(words: Sequence[str]) -> Iterator[Child | None]:
     """Start the worker of a command line that needs one, before its options are read: that takes a third of a second.
 
-    It ends by itself if the command fails.
+    It is killed if the command ends without it.
     """
     if words[:1] not in (["studio"], ["serve"]) or not {"-h", "--help"}.isdisjoint(words):
-        return None
+        yield None
+        return
     from sfumato.jobs.process import start_worker
 
-    return start_worker()
+    child = start_worker()
+    try:
+        yield child
+    finally:
+        if child.poll() is None:
+            child.kill()
 
 
 def studio(

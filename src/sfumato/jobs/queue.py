@@ -181,12 +181,13 @@ class JobQueue:
             whole = time.monotonic() - last > LOOK_AT_ALL
             last = time.monotonic() if whole else last
             try:
+                if not whole:  # after a second, so that neither the page nor the first image waits for it
+                    import sfumato.metadata.carriers  # noqa: F401
                 self.gallery.scan(whole=whole, stop=lambda: self._stopping)
             except Exception as error:
                 log.warning("cannot scan the folder (%s); trying again", error)
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping, LOOK)
-            import sfumato.metadata.carriers  # noqa: F401  # now, so that the first image does not wait for it
 
     def _wake(self) -> None:
         with self._changed:

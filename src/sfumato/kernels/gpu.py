@@ -68,7 +68,7 @@ class GpuKernels:
             self._code.group_scales[(batch * groups,)](
                 moments, *parameters, scales, *how, shares, share, eps, LANES=lanes, SHARES=_power(shares)
             )
-            self._code.scaled[batch, -(-pixels // ROWS), blocks](
+            self._code.scaled[-(-pixels // ROWS), batch, blocks](  # only the first axis of a grid may be long
                 x, scales, out, pixels, channels, int(silu), LANES=LANES, ROWS=ROWS
             )
         return out
@@ -126,8 +126,10 @@ def gpu_kernels(x: Tensor, *layers: nn.Module | None) -> GpuKernels | None:
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether a layer is torch's own and has no hooks, so that its weights are all there is to it."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks
-    return type(layer) in (nn.Conv2d, nn.Linear, nn.LayerNorm) and not hooked
+    if layer._forward_hooks or layer._forward_pre_hooks:
+        return False
+    whole = type(layer) is nn.LayerNorm and layer.bias is not None
+    return whole or type(layer) in (nn.Conv2d, nn.Linear)
 
 
 @cache

@@ -94,8 +94,8 @@ def group_scales(
 @triton.jit(do_not_specialize=["silu"])
 def scaled(x, scales, out, pixels, channels, silu, LANES: tl.constexpr, ROWS: tl.constexpr):
     """X times the factor of its channel plus the offset, then SiLU (silu: 0 or 1)."""
-    image = tl.program_id(0)
-    row, channel = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.program_id(2) * LANES + tl.arange(0, LANES)
+    image = tl.program_id(1)
+    row, channel = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(2) * LANES + tl.arange(0, LANES)
     inside = channel < channels
     scale = tl.load(scales + image * 2 * channels + channel, mask=inside, other=0.0)
     offset = tl.load(scales + (image * 2 + 1) * channels + channel, mask=inside, other=0.0)

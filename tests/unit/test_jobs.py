@@ -73,8 +73,14 @@ def ended(queue, job, seconds=10):
 
 
 def ends(queue, job):
-    found = [event.data for event in queue.store.events_after(0) if event.type == "job" and event.data["id"] == job.id]
-    return [one["state"] for one in found if one["state"] in ENDED]
+    """The ends that were told of a job, which has ended; it is told just after it is stored."""
+    end = time.monotonic() + 10
+    while True:
+        told = [one.data for one in queue.store.events_after(0) if one.type == "job" and one.data["id"] == job.id]
+        found = [one["state"] for one in told if one["state"] in ENDED]
+        if found or time.monotonic() > end:
+            return found
+        time.sleep(0.005)
 
 
 def test_a_dead_worker_costs_its_job_one_attempt(acted):

@@ -163,6 +163,7 @@ def test_to_an_accelerator_and_back_without_a_copy(folder):
 
 
 def test_images_computed_together_are_decoded_one_at_a_time_as_planned(folder, monkeypatch):
+    monkeypatch.setattr("sfumato.runtime.plan.TOGETHER", 0)  # or they would be small enough to be decoded together
     pipeline, decoded = load(folder, micro_batch=2), []
     real = pipeline.vae.decoder.forward
     monkeypatch.setattr(pipeline.vae.decoder, "forward", lambda z: (decoded.append(z.shape[0]), real(z))[1])

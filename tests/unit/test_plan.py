@@ -134,6 +134,7 @@ def test_batches_are_cut_where_that_is_right():
     found = plan(machine("h200"), SD15, request(count=64))
     assert found.micro_batch == 16
     assert found.vae_slicing
+    assert not plan(machine("h200"), SD15, request(count=16, width=64, height=64)).vae_slicing  # all at once are small
     assert plan(machine("h200"), SD15, request(count=3)).micro_batch == 3
     small = dataclasses.replace(machine("t4-16gb"), accelerator_memory_free=5 * GIB)
     assert 1 <= plan(small, SD15, request(count=64, width=1024, height=1024)).micro_batch < 16

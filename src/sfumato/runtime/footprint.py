@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Footprint",
     "decoded_layers",
+    "decoded_together",
     "footprint",
     "largest_tensor",
     "seconds_of",
@@ -97,6 +98,11 @@ def decoded_layers(task: Task, plan: Plan) -> list[Layer]:
     size = config.sample_size if hasattr(config, "sample_size") else 512
     tile = max(1, (size if isinstance(size, int) else size[0]) // config.scale_factor)
     return decoder_layers(config, min(height, tile), min(width, tile))
+
+
+def decoded_together(task: Task, plan: Plan) -> int:
+    """Return the bytes of activations if a whole micro-batch is decoded together."""
+    return _live(plan, decoded_layers(task, plan), "vae", plan.micro_batch)
 
 
 def largest_tensor(plan: Plan, task: Task) -> tuple[int, int]:

@@ -22,7 +22,14 @@ from sfumato.runtime.faults import (
     told,
     unusable,
 )
-from sfumato.runtime.footprint import footprint, largest_tensor, seconds_of, start_seconds, stored_scores
+from sfumato.runtime.footprint import (
+    decoded_together,
+    footprint,
+    largest_tensor,
+    seconds_of,
+    start_seconds,
+    stored_scores,
+)
 from sfumato.runtime.numerics import vae_dtypes
 from sfumato.runtime.quirks import release
 from sfumato.runtime.reasons import gigabytes, reasons
@@ -48,6 +55,8 @@ MOST_AT_ONCE = 16
 # As many as the canary of batches proves, with two branches of guidance, from this release on (pytorch#169342).
 MOST_ON_METAL, BATCHES_ON_METAL = 2, (2, 14)
 MOST_SEARCHED = 1024
+# A batch of images that takes more bytes is decoded one by one, which then costs no time.
+TOGETHER = 2**28
 
 
 def plan(facts: Facts, sizes: Sizes, request: GenerateRequest, wishes: Wishes = Wishes()) -> Plan:  # noqa: B008
@@ -119,7 +128,8 @@ def _candidates(facts: Facts, task: Task, wishes: Wishes) -> Iterator[Plan]:
         free = {name: value for name, value in changes.items() if wishes.wish(name) is None}
         one = dataclasses.replace(best, **free)
         if wishes.vae_slicing is None:
-            one = dataclasses.replace(one, vae_slicing=one.micro_batch > 1)
+            many = one.micro_batch > 1 and decoded_together(task, one) > TOGETHER
+            one = dataclasses.replace(one, vae_slicing=many)
         if one in seen:
             continue
         seen.add(one)

@@ -57,6 +57,15 @@ def latest(studio) -> dict:
     return studio.get("/api/jobs?limit=1")["jobs"][0]
 
 
+# Collects in `captions` what is said beside each preview, as soon as it is shown.
+CAPTIONS_OF_PREVIEWS = """() => {
+  window.captions = []
+  new MutationObserver(() => {
+    if (document.querySelector('.drawing img')) captions.push(document.querySelector('.drawing .caption').innerText)
+  }).observe(document.body, { subtree: true, childList: true, characterData: true, attributes: true })
+}"""
+
+
 def test_a_first_image(studio, visit):
     page = visit.page
     page.route("**/api/jobs?*", lambda route: route.fulfill(json={"jobs": []}))
@@ -68,9 +77,9 @@ def test_a_first_image(studio, visit):
     expect(page.locator("#prompt")).to_have_value(APPLE)
     page.get_by_text(re.compile(r"^Fits: .*[MG]B of .*, about ")).wait_for()
     page.get_by_text("6 of 22 tokens").wait_for()
+    page.evaluate(CAPTIONS_OF_PREVIEWS)  # before it starts: it takes hardly longer than a look at the page
     job = visit.generate(APPLE)
-    page.locator(".drawing img").wait_for()
-    assert "of 20" in page.locator(".drawing .caption").inner_text()
+    studio.until(lambda: page.evaluate("captions"), lambda found: any("of 20" in one for one in found), 20)
     job = studio.ended(job["id"])
     visit.shows(job["images"][0])
     assert (job["state"], job["request"]) == ("done", {"prompt": APPLE, "seed": job["request"]["seed"]})

@@ -15,6 +15,15 @@ from typing import Any
 __all__ = ["Actor", "Client", "finishes", "serving"]
 
 
+def until(look: Any, holds: Any, seconds: float = 60) -> Any:
+    """What `look` finds, once `holds` is true of it."""
+    end = time.monotonic() + seconds
+    while not holds(found := look()):
+        assert time.monotonic() < end, found
+        time.sleep(0.02)
+    return found
+
+
 class Client:
     """Sends requests to a port of this machine; answers are (status, JSON or bytes, headers)."""
 
@@ -55,12 +64,7 @@ class Client:
         """The job, once it has ended."""
         return self.until(lambda: self.get(f"/api/jobs/{id}"), lambda job: job["state"] in ENDED, seconds)
 
-    def until(self, look: Any, holds: Any, seconds: float = 60) -> Any:
-        end = time.monotonic() + seconds
-        while not holds(found := look()):
-            assert time.monotonic() < end, found
-            time.sleep(0.02)
-        return found
+    until = staticmethod(until)
 
     @contextmanager
     def events(self, path: str = "/api/events", **headers: str) -> Iterator[Iterator[dict[str, Any]]]:

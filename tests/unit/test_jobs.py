@@ -24,7 +24,7 @@ from sfumato.jobs.models import Models
 from sfumato.jobs.queue import JobQueue
 from sfumato.jobs.store import ENDED, Event, Job, Store
 from sfumato.request import GenerateRequest
-from support.studio import Actor, finishes
+from support.studio import Actor, finishes, until
 
 APPLE = GenerateRequest(prompt="a red apple", seed=7)
 
@@ -65,22 +65,17 @@ def acted(tmp_path, monkeypatch):
 
 
 def ended(queue, job, seconds=10):
-    end = time.monotonic() + seconds
-    while (found := queue.store.job(job.id)).state not in ENDED:
-        assert time.monotonic() < end, found
-        time.sleep(0.005)
-    return found
+    return until(lambda: queue.store.job(job.id), lambda found: found.state in ENDED, seconds)
 
 
 def ends(queue, job):
     """The ends that were told of a job, which has ended; it is told just after it is stored."""
-    end = time.monotonic() + 10
-    while True:
-        told = [one.data for one in queue.store.events_after(0) if one.type == "job" and one.data["id"] == job.id]
-        found = [one["state"] for one in told if one["state"] in ENDED]
-        if found or time.monotonic() > end:
-            return found
-        time.sleep(0.005)
+
+    def told():
+        of_job = [one.data for one in queue.store.events_after(0) if one.type == "job" and one.data["id"] == job.id]
+        return [one["state"] for one in of_job if one["state"] in ENDED]
+
+    return until(told, bool, 10)
 
 
 def test_a_dead_worker_costs_its_job_one_attempt(acted):

@@ -77,7 +77,7 @@ def studio(
 
     Also serves the same APIs as `sfumato serve`.
     """
-    _run(context, host, port, models, output, token, model, device, dtype, page=True, browser=not no_browser)
+    _run(context.obj, host, port, models, output, token, model, device, dtype, page=True, browser=not no_browser)
 
 
 def serve(
@@ -95,11 +95,11 @@ def serve(
 
     Serves Sfumato's own API, OpenAI's Images API and AUTOMATIC1111's API.
     """
-    _run(context, host, port, models, output, token, model, device, dtype, page=False, browser=False)
+    _run(context.obj, host, port, models, output, token, model, device, dtype, page=False, browser=False)
 
 
 def _run(
-    context: typer.Context,
+    child: Child | None,
     host: str,
     port: int,
     models: Path | None,
@@ -129,5 +129,5 @@ def _run(
     run(
         expanded(output) if output else Path.home() / "Pictures" / "sfumato",
         host=host, port=port, models=None if models is None else expanded(models), default=chosen_model(model),
-        token=token, device=device, dtype=dtype, page=page, browser=browser, child=context.obj,
+        token=token, device=device, dtype=dtype, page=page, browser=browser, child=child,
     )  # fmt: skip

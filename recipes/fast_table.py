@@ -18,7 +18,7 @@ from sfumato import Fast, GenerateRequest, Reuse
 from sfumato.images import psnr
 
 # A method in one word: the start and the interval of deep features and their layers, then of guidance.
-METHODS = ("0.2:2:1", "0.3:4:1", "0.25:4:1", "0.25:5:1", "0.3:4:1+0.6:99")
+METHODS = ("0.2:2:1", "0.3:4:1", "0.25:4:1", "0.25:5:1", "0.3:4:1+0.7:99")
 
 
 def parse(method: str) -> Fast:

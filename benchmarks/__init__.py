@@ -1,1 +1,1 @@
-"""Speed and memory against the reference library, on the machine at hand: `python -m benchmarks --help`."""
+"""Speed and memory use on this machine, compared with the reference library: `python -m benchmarks --help`."""

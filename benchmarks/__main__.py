@@ -25,7 +25,7 @@ GROUPS = (*CPU, "draft", "memory", "startup", "schedulers", "coreml", "bulk", "e
 
 
 def checkpoint(family: str) -> Path:
-    """A full-size checkpoint with random weights, written once: the largest in half precision, others in float32."""
+    """Return a full-size checkpoint with random weights, written on first use; the largest is in half precision."""
     folder = Path("out") / f"benchmark-{family}"
     if not (folder / "model_index.json").is_file():
         sys.path.insert(0, "recipes")
@@ -37,7 +37,7 @@ def checkpoint(family: str) -> Path:
 
 
 def run(group: str, folder: Path, machine: Machine, runs: int) -> list[Result]:
-    """One group of benchmarks."""
+    """Run one group of benchmarks."""
     from benchmarks import bulk, calls, coreml, draft, eight_bit, growth, pictures, schedulers, startup, xl
 
     match group:
@@ -74,7 +74,7 @@ def run(group: str, folder: Path, machine: Machine, runs: int) -> list[Result]:
 
 
 def main() -> None:
-    """Parse, run, keep, print."""
+    """Run the named groups, store their results and print the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("groups", nargs="*", help=f"any of cpu (that is {', '.join(CPU)}), {', '.join(GROUPS)}")
     parser.add_argument("--runs", type=int, default=5, help="counted runs of each, after one to warm up")

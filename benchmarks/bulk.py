@@ -1,4 +1,4 @@
-"""Bulk jobs: a million rows without drawing (planning, opening the ledger, status), and the rate beside `generate`."""
+"""Bulk jobs: a million rows that are not drawn (planning, ledger, status), and speed compared with `generate`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ STATUS = ("from sfumato.bulk.report import status", "assert status(Path(sys.argv
 
 
 def bulk(rows: int = ROWS) -> list[Result]:
-    """Planning, a run whose executor draws nothing, opening its ledger, and its status."""
+    """Measure planning, a run whose executor draws nothing, opening the ledger, and the status."""
     with tempfile.TemporaryDirectory() as folder:
         source, job = Path(folder) / "rows.jsonl", Path(folder) / "job"
         with source.open("w") as file:
@@ -66,7 +66,7 @@ def bulk(rows: int = ROWS) -> list[Result]:
 
 
 def rate(runs: int = 2, images: int = IMAGES) -> Result:
-    """Seconds of a bulk job and of `sfumato generate --count` for the same images, start included."""
+    """Return the seconds of a bulk job and of `sfumato generate --count` for the same images, including the start."""
     ours, theirs = list[float](), list[float]()
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.jsonl"
@@ -94,7 +94,7 @@ def _timed(code: tuple[str, str], source: Path, job: Path) -> tuple[float, float
 
 
 def nobody(queue: Queue, ledger: Ledger, ending: Ending) -> Iterator[Drawn]:
-    """An executor that says every picture is drawn."""
+    """An executor that reports every image as drawn."""
     from sfumato.bulk.ledger import Entry
 
     while (batch := queue.take()) is not None:

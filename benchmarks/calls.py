@@ -1,4 +1,4 @@
-"""Single calls of the U-Net and the VAE's decoder, everyone's in one process and in turn."""
+"""Single calls of the U-Net and of the VAE's decoder, alternated between the libraries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONVERTED = Path("out") / "openvino"
 
 
 def unet(folder: Path, machine: Machine, runs: int) -> list[Result]:
-    """Ours in half precision against everyone, then in float32."""
+    """Compare a U-Net call with every other library, in half precision and in float32."""
     plain = Case(name="", work="unet", device=machine.device, size=machine.size)
     half = replace(plain, dtype=machine.half)
     default = timed(reference.call(plain, folder))
@@ -43,7 +43,7 @@ def unet(folder: Path, machine: Machine, runs: int) -> list[Result]:
 
 
 def vae(folder: Path, machine: Machine, runs: int) -> list[Result]:
-    """Decoding one picture, everyone in processes of their own: how the C library keeps memory is part of the speed."""
+    """Compare decoding one image. Each library runs in its own process, because reused memory affects speed."""
     plain = Case(name="", work="vae", device=machine.device, size=machine.size)
     half = replace(plain, dtype=machine.half)
     cases = {
@@ -66,7 +66,7 @@ def vae(folder: Path, machine: Machine, runs: int) -> list[Result]:
 
 
 def _openvino(case: Case, folder: Path) -> Callable[[], object]:
-    """Its call of a network that another process converts if need be: converting takes gigabytes that it keeps."""
+    """Return a call of the converted network. Another process converts it, because that leaves gigabytes behind."""
     converted = CONVERTED / folder.name
     if not (converted / f"{case.work}-{case.size}.xml").is_file():
         measure(Job(replace(case, name="openvino", library="openvino"), str(folder), None, str(converted)))

@@ -1,4 +1,4 @@
-"""Core ML on any system: what converting takes, how large packages are, and how fast the portable runtime runs them."""
+"""Core ML on any system: time and memory of conversion, sizes of packages, and speed of the portable runtime."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ print(json.dumps({"peak": peak_memory() - before}))
 
 
 def conversion(folder: Path) -> list[Result]:
-    """Each case converted in a process of its own, and then proved in another."""
+    """Convert each case in its own process, and verify it in another."""
     results = []
     weights = open_source(folder).sizes.unet.parameters * 2
     for name, options in CASES.items():
@@ -94,7 +94,7 @@ def conversion(folder: Path) -> list[Result]:
 
 
 def _proving(folder: Path, name: str) -> list[Result]:
-    """What the proof of all that a case converted takes, in a process of its own; no picture is drawn for it."""
+    """Measure the verification of everything that a case converted, in its own process and without drawing an image."""
     place = PLACE / name.replace(", ", "-")
     found = _run(COMMAND, "coreml", "verify", str(place), "--against", str(folder), "--no-picture", "--quiet")
     what = f"proving {'all four networks' if name == 'split_einsum' else 'the U-Net'}, {name}"
@@ -105,7 +105,7 @@ def _proving(folder: Path, name: str) -> list[Result]:
 
 
 def memory(folder: Path) -> list[Result]:
-    """A U-Net call's peak in a process of its own, above what Python and torch take, against what must be held."""
+    """Measure the peak memory of a U-Net call above that of Python and torch, compared with the least needed."""
     results = []
     for name in ("split_einsum", "original"):
         path = _unet(name)
@@ -146,7 +146,7 @@ def largest_live_set(function: Function) -> int:
 
 
 def execution(folder: Path, runs: int) -> list[Result]:
-    """The U-Net's package in the portable runtime against the network it was made from, in torch, both in float32."""
+    """Compare the U-Net's package in the portable runtime with its original in torch, both in float32."""
     source = open_source(folder)
     network = source.load("unet", torch.float32)
     results = []

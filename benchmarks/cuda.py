@@ -38,7 +38,7 @@ LAST_START = 105.0
 
 
 def cuda(began: float | None = None) -> int:
-    """Print the table, row by row. Returns the exit status."""
+    """Print the table row by row, and return the exit status."""
     if not torch.cuda.is_available():
         print(NOTHING)
         return 1
@@ -64,7 +64,7 @@ def cuda(began: float | None = None) -> int:
 
 
 def _against_reference(ours: dict[int, float], began: float) -> None:
-    """The reference's rows: eager first, then compiled, which takes long."""
+    """Print the rows that compare with the reference: first eager, then compiled, which takes longer."""
     try:
         reference = _reference()
     except ImportError:
@@ -86,7 +86,7 @@ def _against_reference(ours: dict[int, float], began: float) -> None:
 
 
 def pipeline_of(family: str, device: str, dtype: torch.dtype) -> Any:
-    """A pipeline of a family's full size, its weights random and made on the device."""
+    """Return a full-size pipeline of a family, with random weights made on the device."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
     from random_checkpoint import SIZES, parts_of
 
@@ -106,7 +106,7 @@ def _request(count: int, side: int, steps: int) -> GenerateRequest:
 
 
 def guided_steps(pipeline: Any, count: int, side: int, steps: int = STEPS) -> float:
-    """Steps per second of a run, without its first ones: the median time between two events on the device."""
+    """Return the steps per second, from the median time between events on the device, without the first steps."""
     marks = []
     stream = pipeline.stream(_request(count, side, steps))
     for step in stream:
@@ -118,7 +118,7 @@ def guided_steps(pipeline: Any, count: int, side: int, steps: int = STEPS) -> fl
 
 
 def pictures(pipeline: Any, side: int, steps: int, runs: int = 3) -> float:
-    """Seconds from a prompt to the picture: the median, after one to warm up."""
+    """Return the median seconds from prompt to image, after a warm-up."""
     times = []
     for _ in range(1 + runs):
         torch.cuda.synchronize()
@@ -130,7 +130,7 @@ def pictures(pipeline: Any, side: int, steps: int, runs: int = 3) -> float:
 
 
 def _reference() -> Any:
-    """The reference's U-Net of Stable Diffusion 1.5, channels last."""
+    """Return the reference's U-Net of Stable Diffusion 1.5, channels last."""
     import diffusers
 
     values = {name: value for name, value in FAMILIES["sd15"].unet.items() if not name.startswith("_")}
@@ -145,7 +145,7 @@ def _reference() -> Any:
 
 
 def _loop(unet: Any, called: Any, count: int) -> tuple[Callable[[Any, torch.Tensor], torch.Tensor], torch.Tensor]:
-    """One guided step as the reference's pipeline does it, and the latents to begin with."""
+    """Return a function for one guided step, as in the reference's pipeline, and the first latents."""
     from diffusers import DPMSolverMultistepScheduler
 
     scheduler: Any = DPMSolverMultistepScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
@@ -164,7 +164,7 @@ def _loop(unet: Any, called: Any, count: int) -> tuple[Callable[[Any, torch.Tens
 
 @torch.no_grad()
 def _rate(step: Any, x: torch.Tensor) -> float:
-    """Steps per second of the reference's loop, counted like ours."""
+    """Return the steps per second of the reference's loop, measured like ours."""
     marks = []
     for t in step.timesteps:
         x = step(t, x)
@@ -186,7 +186,7 @@ def _per_second(marks: list[torch.cuda.Event]) -> float:
 def _row(
     what: str, ours: float, theirs: float | None = None, *, least: float | None = None, most: float | None = None
 ) -> None:
-    """One line. least: of the ratio, if there is one, else of ours; most: of ours."""
+    """Print one row. least: lower bound of the ratio, or else of our value; most: upper bound of our value."""
     value = ours if theirs is None or most is not None else ours / theirs
     missed = (least is not None and value < least) or (most is not None and value > most)
     words = f"≥ {least:g}" if least is not None else f"≤ {most:g} s" if most is not None else ""

@@ -1,4 +1,4 @@
-"""A draft of a whole picture against one guided call of its U-Net, and the built-in model's."""
+"""Drafts: SD-Turbo's, compared with one guided U-Net call, and the built-in model's, compared with its full image."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ APPLE = GenerateRequest(prompt="a red apple, 3d", seed=7)
 
 
 def draft(folder: Path, machine: Machine, runs: int) -> list[Result]:
-    """SD-Turbo's draft in one step with a tiny decoder, end to end after loading; and the built-in model's, warm."""
+    """Measure SD-Turbo's draft in one step with a tiny decoder, from prompt to image, and the built-in model's."""
     if not TINY.is_dir():
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -57,7 +57,7 @@ def draft(folder: Path, machine: Machine, runs: int) -> list[Result]:
 
 
 def _again(call: Callable[[], object]) -> Callable[[], float]:
-    """The seconds of a second call: the first one after another's packs the weights for its own batch."""
+    """Return a function for the seconds of a second call. The first call after another kind packs the weights anew."""
 
     def run() -> float:
         call()

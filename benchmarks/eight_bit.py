@@ -1,4 +1,4 @@
-"""Weights in 8 bits against exact ones: the time and the error of a call, memory, and how near the pictures are."""
+"""Weights in 8 bits compared with exact ones: time and error of a call, memory, and distance between the images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROMPTS = Path("recipes") / "mini" / "prompts.txt"
 
 
 def eight_bit(folder: Path, machine: Machine, runs: int) -> list[Result]:
-    """One call of the U-Net, the peak of a command, and 64 pictures by the built-in model."""
+    """Measure a U-Net call, the peak memory of a command, and 64 images of the built-in model."""
     case = Case(name="", work="unet", device="cpu", dtype="float32", size=machine.size)
     calls = {name: _call(case, folder, light=name == "8 bits") for name in ("8 bits", "exact")}
     light, exact = (call() for call in calls.values())
@@ -56,7 +56,7 @@ def _call(case: Case, folder: Path, *, light: bool):
 
 
 def _near() -> list[float]:
-    """The PSNR of each picture."""
+    """Return the PSNR of each image."""
     light, exact = (load(device="cpu", dtype=torch.float32, eight_bit=one) for one in (True, False))
     near: list[float] = []
     for index, prompt in enumerate(PROMPTS.read_text(encoding="utf-8").splitlines()[:64]):

@@ -1,4 +1,4 @@
-"""How the time of a U-Net call grows with the picture: attention's share, and the rest per pixel."""
+"""How the time of a U-Net call grows with the size of the image: attention, and everything else."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["growth"]
 
 
 def growth(folder: Path, machine: Machine, runs: int) -> list[Result]:
-    """One call at the machine's size and at twice that: seconds a megapixel of both parts, larger / smaller."""
+    """Compare the seconds per megapixel of both parts, at the machine's usual size and at twice that."""
     small = Case(name="", work="unet", device=machine.device, dtype=machine.half, size=machine.size)
     large = replace(small, size=2 * small.size)
     times = alternate({"small": _split(small, folder), "large": _split(large, folder)}, runs)
@@ -48,7 +48,7 @@ def growth(folder: Path, machine: Machine, runs: int) -> list[Result]:
 
 
 def _split(case: Case, folder: Path) -> Callable[[], tuple[float, float]]:
-    """A function that calls the U-Net and returns the seconds of attention and of everything else."""
+    """Return a function that calls the U-Net and returns the seconds of attention and of everything else."""
     pipeline = ours.ready(case, folder)
     inputs = call_inputs(case, folder)
     guidance = Guidance(unet=pipeline.unet, conditioning=ours.conditioning(inputs, pipeline), scale=ours.SCALE)

@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, from what was kept: between `<!-- results: GROUP … -->` and `<!-- end -->`."""
+"""Tables of docs/performance.md, made from stored results: between `<!-- results: GROUP … -->` and `<!-- end -->`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PLACE = re.compile(r"(<!-- results: ([\w -]+) -->\n).*?(<!-- end -->)", re.DOTAL
 
 
 def fill(text: str) -> str:
-    """The text with the newest results of each group; a place none of whose groups was measured stays as it is."""
+    """Return the text with the newest results of each group. Tables without any measured group stay unchanged."""
 
     def filled(place: re.Match[str]) -> str:
         tables = _tables(place[2].split())
@@ -24,12 +24,12 @@ def fill(text: str) -> str:
 
 
 def write_page() -> None:
-    """Write the page anew."""
+    """Update the page."""
     PAGE.write_text(fill(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def _tables(groups: list[str]) -> str:
-    """One table for all groups that were measured at the same time and place."""
+    """Return one table for all groups that were measured on the same day and machine."""
     found: dict[str, list] = {}
     for group in groups:
         if (one := kept(group)) is not None:

@@ -1,4 +1,4 @@
-"""Whole pictures, each in a fresh process: seconds against the reference, and the peak of memory."""
+"""Complete images, each in a fresh process: seconds compared with the reference, and peak memory."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _measured(case: Case, folder: Path) -> Callable[[], Measurement]:
 
 
 def peak(folder: Path, machine: Machine) -> list[Result]:
-    """What `sfumato generate` holds for one picture, as a ratio to the bytes of its weights."""
+    """Measure the peak memory of `sfumato generate` for one image, as a ratio to the bytes of the weights."""
     weights = DTYPE_BYTES[machine.half] * sum(getattr(read_sizes(folder), part).parameters for part in PARTS)
     held = peak_of_command(folder, machine.size, 1, machine.half)
     what = f"peak memory of a picture, {machine.size}², {machine.half} (bytes of the {machine.half} weights)"
@@ -68,7 +68,7 @@ def peak(folder: Path, machine: Machine) -> list[Result]:
 
 
 def memory(folder: Path) -> Iterator[Result]:
-    """The plan's peak against what `sfumato generate` really holds, one step each."""
+    """Compare the planned peak with the measured one of `sfumato generate`, for one step each."""
     sizes = read_sizes(folder)
     for dtype in DTYPES:
         for size in SIZES:
@@ -79,7 +79,7 @@ def memory(folder: Path) -> Iterator[Result]:
 def planned_and_held(
     folder: Path, sizes: Sizes, size: int, count: int, dtype: str, offload: str | None = None, *, light: bool = False
 ) -> Result:
-    """The plan's peak of one step against the real one; offload: a wish of both; light: weights in 8 bits."""
+    """Compare the planned peak of one step with the measured one. offload: used by both; light: 8-bit weights."""
     request = GenerateRequest(prompt="a fox", width=size, height=size, count=count, steps=1)
     wishes = Wishes(device="cpu", dtype=dtype, offload=offload, eight_bit=light, once=True)
     planned = plan(read_facts("cpu"), sizes, request, wishes).peak_bytes
@@ -92,7 +92,7 @@ def planned_and_held(
 
 
 def peak_of_command(folder: Path, size: int, count: int, dtype: str, *more: str) -> int:
-    """Bytes that `sfumato generate` held at most for one step; more: further words of its command line."""
+    """Return the peak memory in bytes of `sfumato generate` for one step. more: further command-line arguments."""
     words = ["generate", "a fox", "--model", folder.resolve(), "--width", size, "--height", size, "--count", count]
     words += ["--dtype", dtype, "--device", "cpu", "--steps", 1, "--quiet", *more]
     with tempfile.TemporaryDirectory(prefix="sfumato-benchmarks-") as place:

@@ -1,4 +1,4 @@
-"""What a benchmark found, as rows of a table, kept in a file that the page is written from."""
+"""Results of benchmarks: rows of a table, stored in a file from which the page is written."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KEPT = Path("out") / "benchmarks.json"
 
 @dataclass(frozen=True)
 class Result:
-    """One row: both sides in words, the ratio ours / theirs, and the targets it should lie between."""
+    """One row: both values as text, their ratio (ours / theirs), and the bounds of its target."""
 
     what: str
     ours: str
@@ -35,12 +35,12 @@ class Result:
 
     @classmethod
     def of_times(cls, what: str, ours: list[float], theirs: list[float], most: float | None = None) -> Result:
-        """Medians of alternated runs, and the median of the ratios of their pairs."""
+        """Return a row with the medians of alternated runs and the median of their pairwise ratios."""
         return cls(what, seconds(median(ours)), seconds(median(theirs)), ratio(ours, theirs), len(ours), most=most)
 
     @property
     def target(self) -> str:
-        """The target in words, and whether it was missed."""
+        """The target as text, with a remark if it was missed."""
         if self.most is None:
             return ""
         words = f"≤ {self.most:g}" if self.least is None else f"{self.least:g} to {self.most:g}"
@@ -49,7 +49,7 @@ class Result:
 
 
 def table(results: list[Result]) -> str:
-    """The results in Markdown."""
+    """Return the results as a Markdown table."""
     lines = ["| what | sfumato | compared with | ratio | target | runs |", "|---|---|---|---|---|---|"]
     for one in results:
         lines.append(f"| {one.what} | {one.ours} | {one.theirs} | {one.ratio:.2f} | {one.target} | {one.runs} |")
@@ -57,14 +57,14 @@ def table(results: list[Result]) -> str:
 
 
 def keep(group: str, results: list[Result]) -> None:
-    """Put the results of a group in the place of those it had."""
+    """Store the results of a group, replacing earlier ones."""
     KEPT.parent.mkdir(exist_ok=True)
     rows = [dataclasses.asdict(result) for result in results]
     write_json(KEPT, _read() | {group: {"date": str(date.today()), "machine": _machine(), "rows": rows}})
 
 
 def kept(group: str) -> tuple[str, list[Result]] | None:
-    """When and where a group was measured last, in words, and what it found; None if it was not."""
+    """Return when and where a group was last measured, as text, and its results, or None."""
     found = _read().get(group)
     if found is None:
         return None
@@ -72,7 +72,7 @@ def kept(group: str) -> tuple[str, list[Result]] | None:
 
 
 def seconds(value: float) -> str:
-    """A time in words."""
+    """Return a time as text."""
     return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.1f} ms" if value >= 1e-3 else f"{value * 1e6:.0f} µs"
 
 

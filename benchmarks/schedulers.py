@@ -1,4 +1,4 @@
-"""What one scheduler step costs beside the model, in `step()` and in our loop, against the reference."""
+"""Cost of a scheduler step without the model, in `step()` and in our loop, compared with the reference."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SHAPE = (1, 4, 64, 64)
 
 
 def step_overhead(runs: int, steps: int = 20) -> list[Result]:
-    """For each of the 14: seconds a step of a whole run, scaling of the model's input included."""
+    """Measure the seconds per step of each of the 14 schedulers, including scaling of the model's input."""
     import diffusers
 
     import sfumato

@@ -1,4 +1,4 @@
-"""From process start to `import sfumato`, to `--help` and to the first denoising step, in fresh processes."""
+"""Time from process start to `import sfumato`, `--help` and the first denoising step, in fresh processes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ except Done:
 
 
 def startup(checkpoint: Path, runs: int) -> list[Result]:
-    """Wall time of whole processes."""
+    """Measure the wall time of whole processes."""
     ours = FIRST_STEP.format(library="sfumato", pipeline="StableDiffusionPipeline", more="")
     theirs = FIRST_STEP.format(library="diffusers", pipeline="StableDiffusionPipeline", more=", safety_checker=None")
     empty = _python("pass")

@@ -1,4 +1,4 @@
-"""The studio's bars: shell to page, request to disk, step to event, cancelling, a process alone, a full folder.
+"""Response times of the studio: start, accepted jobs, events, cancellation, overhead, and a large folder.
 
     python -m benchmarks.studio out/studio
 
@@ -27,7 +27,7 @@ APPLE = {"prompt": "a red apple, 3d"}
 
 
 class Studio:
-    """A server as a user starts it, in a process of its own."""
+    """A server, started in its own process as a user would."""
 
     def __init__(self, folder: Path) -> None:
         words = ["studio", "--no-browser", "--port", "0", "--output", str(folder), "--device", "cpu"]
@@ -37,7 +37,7 @@ class Studio:
         self.port = int(re.search(r":(\d+)[ /]", self.process.stdout.readline())[1])
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
-        """An answer, over a connection of its own."""
+        """Send a request over a new connection and return the response."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         data = None if body is None else json.dumps(body)
         connection.request(method, path, data, {"Content-Type": "application/json"})
@@ -46,13 +46,13 @@ class Studio:
         return json.loads(found) if found[:1] in b"{[" else found
 
     def ended(self, job: dict[str, Any]) -> dict[str, Any]:
-        """A job, once it has ended."""
+        """Wait for a job to end, and return it."""
         while (found := self.ask("GET", f"/api/jobs/{job['id']}"))["state"] not in ("done", "failed", "cancelled"):
             time.sleep(0.05)  # asking more often would take a core from the worker
         return found
 
     def events(self) -> Iterator[tuple[float, str, dict[str, Any]]]:
-        """Events, each with when it came."""
+        """Yield events, each with its time of arrival."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         connection.request("GET", "/api/events")
         name = ""
@@ -63,11 +63,11 @@ class Studio:
                 yield time.time(), name, json.loads(line[6:])
 
     def warm(self) -> None:
-        """Wait until the worker has drawn."""
+        """Wait until the worker has drawn an image."""
         self.ended(self.ask("POST", "/api/jobs", {"request": {**APPLE, "steps": 2}}))
 
     def end(self) -> None:
-        """End it."""
+        """Stop the server."""
         self.process.terminate()
         self.process.wait()
         assert self.process.stdout is not None
@@ -75,7 +75,7 @@ class Studio:
 
 
 def ready(folder: Path, runs: int) -> tuple[list[float], list[float]]:
-    """Seconds from the shell to the first answer of the server, and to the first image from then on."""
+    """Return the seconds from the shell command to the server's first response, and from there to the first image."""
     answers, images = [], []
     for run in range(runs):
         studio = Studio(folder / f"ready-{run}")
@@ -94,7 +94,7 @@ def ready(folder: Path, runs: int) -> tuple[list[float], list[float]]:
 
 
 def accepted(studio: Studio, runs: int) -> list[float]:
-    """Seconds from a request to the answer that it is on the disk; half of them while the worker draws."""
+    """Return the seconds until a job is accepted and saved; half of the jobs are sent while the worker draws."""
     times, jobs = [], []
     for number in range(runs):
         began = time.perf_counter()
@@ -108,7 +108,7 @@ def accepted(studio: Studio, runs: int) -> list[float]:
 
 
 def lag(studio: Studio, steps: int) -> list[float]:
-    """Seconds from the end of a step in the worker to its event at a client."""
+    """Return the seconds from the end of a step in the worker until a client receives its event."""
     events = studio.events()
     next(events)
     studio.ask("POST", "/api/jobs", {"request": {**APPLE, "steps": steps, "seed": 1}})
@@ -122,7 +122,7 @@ def lag(studio: Studio, steps: int) -> list[float]:
 
 
 def cancelled(studio: Studio, runs: int) -> tuple[list[float], float]:
-    """Seconds from the wish to the end of a job, and the seconds of a step."""
+    """Return the seconds from a request to cancel until the job has ended, and the seconds of a step."""
     times, steps = [], []
     for number in range(runs):
         events = studio.events()
@@ -142,7 +142,7 @@ def cancelled(studio: Studio, runs: int) -> tuple[list[float], float]:
 
 
 def overhead(studio: Studio, folder: Path, runs: int) -> tuple[list[float], list[float]]:
-    """Seconds of one image, 20 steps, in the studio (with previews for a page that listens) and in a process alone."""
+    """Return the seconds of an image in the studio (with previews for a connected page) and in a separate process."""
     import torch
 
     from sfumato import GenerateRequest, load
@@ -168,7 +168,7 @@ def overhead(studio: Studio, folder: Path, runs: int) -> tuple[list[float], list
 
 
 def full_folder(folder: Path, count: int) -> dict[str, float]:
-    """Seconds of a folder of that many images: indexed at first, then opened again, first rows, a search."""
+    """Return the seconds for a folder of this many images: indexing, opening it again, first rows, a search."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
@@ -202,12 +202,12 @@ def full_folder(folder: Path, count: int) -> dict[str, float]:
 
 
 def p95(times: list[float]) -> float:
-    """The value that 95 % are below."""
+    """Return the 95th percentile."""
     return sorted(times)[int(0.95 * (len(times) - 1))]
 
 
 def main() -> None:
-    """Measure, and print a table."""
+    """Run all measurements and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--runs", type=int, default=10)

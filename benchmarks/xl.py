@@ -1,4 +1,4 @@
-"""Full-size Stable Diffusion XL: calls of its U-Net, what a picture of it holds, and what the plan says of that."""
+"""Full-size Stable Diffusion XL: U-Net calls, and the measured and planned peak memory of an image."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CASES = (
 
 
 def unet(folder: Path, machine: Machine, runs: int) -> list[Result]:
-    """One call with guidance, ours against the reference at its best in the same precision."""
+    """Compare a guided call with the reference at its best in the same precision."""
     case = Case(name="", work="unet", device=machine.device, dtype=machine.half, size=SIDE)
     calls = {
         "ours": timed(ours.call(case, folder)),
@@ -46,7 +46,7 @@ def unet(folder: Path, machine: Machine, runs: int) -> list[Result]:
 
 
 def peak(folder: Path, machine: Machine) -> list[Result]:
-    """What `sfumato generate` holds for one picture, as a ratio to the weights that are in memory together."""
+    """Measure the peak memory of `sfumato generate`, as a ratio to the weights that are in memory at the same time."""
     sizes = read_sizes(folder)
     weights = DTYPE_BYTES[machine.half] * max(getattr(sizes, part).parameters for part in PARTS)
     held = peak_of_command(folder, SIDE, 1, machine.half)
@@ -55,7 +55,7 @@ def peak(folder: Path, machine: Machine) -> list[Result]:
 
 
 def memory(folder: Path, machine: Machine) -> Iterator[Result]:
-    """The plan's peak against the real one, one step each."""
+    """Compare the planned peak with the measured one, for one step each."""
     sizes = read_sizes(folder)
     for size, count, dtype, offload in CASES:
         yield planned_and_held(folder, sizes, size, count, machine.half if dtype == "half" else dtype, offload)

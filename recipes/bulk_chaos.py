@@ -1,4 +1,4 @@
-"""A bulk job on several Ray nodes of this machine while workers, nodes and drivers are killed at random.
+"""Run a bulk job on several Ray nodes of this machine while workers, nodes and drivers are killed at random.
 
     python recipes/bulk_chaos.py out/chaos --pictures 20000 --kills 60 --size 16 --micro-batch 16
 
@@ -34,7 +34,7 @@ WARM, FLAT = 1_000, 0.05
 
 
 def main() -> None:
-    """Draw in peace and in chaos, compare."""
+    """Draw the job undisturbed and disturbed, and compare the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--pictures", type=int, default=300)
@@ -89,7 +89,7 @@ class Chaos:
     session: Path = Path()
 
     def run(self) -> None:
-        """Draw the job."""
+        """Run the job."""
         from ray.cluster_utils import Cluster
 
         options, chance, began = self.options, random.Random(self.options.seed), time.monotonic()
@@ -133,17 +133,17 @@ class Chaos:
         cluster.shutdown()
 
     def drive(self) -> subprocess.Popen[bytes]:
-        """A new driver."""
+        """Start a new driver."""
         words = [*COMMAND, *map(str, self.words), "--max-restarts", "10000"]
         with (self.folder / "job.log").open("a") as log:
             return subprocess.Popen(words, stdout=log, stderr=log)
 
     def there(self) -> int:
-        """Pictures that are there."""
+        """Return the number of images so far."""
         return len(pictures_of(self.folder / "job"))
 
     def watch(self) -> None:
-        """Note what processes hold now, and what Ray has spilled ever."""
+        """Record the memory of all processes, and how much Ray has spilled in total."""
         for name, found in (
             ("peace", [psutil.Process(self.peace.pid)] if self.peace.poll() is None else []),
             ("driver", [psutil.Process(self.driver.pid)] if self.driver and self.driver.poll() is None else []),
@@ -159,7 +159,7 @@ class Chaos:
 
 
 def begun(cluster: Any) -> Any:
-    """A new node; on a machine that is very busy, Ray gives some up before they have started."""
+    """Start a new node. On a busy machine, Ray gives up on some before they have started."""
     while True:
         try:
             return cluster.add_node(num_cpus=1, object_store_memory=STORE)
@@ -168,12 +168,12 @@ def begun(cluster: Any) -> Any:
 
 
 def pictures_of(job: Path) -> list[Path]:
-    """The pictures of a job."""
+    """Return the images of a job."""
     return list(job.glob("??/??/*.png"))
 
 
 def painters() -> list[psutil.Process]:
-    """The processes of our actors."""
+    """Return the processes of our actors."""
     found = []
     for one in psutil.Process().children(recursive=True):
         try:
@@ -185,7 +185,7 @@ def painters() -> list[psutil.Process]:
 
 
 def held(process: psutil.Process) -> int:
-    """What a process holds for itself, in bytes, without pages of files; 0 if it is new, and still loads, or gone."""
+    """Return the private memory of a process in bytes, without file pages, or 0 if it is still loading or has ended."""
     try:
         found = process.memory_info()
         return found.rss - found.shared if time.time() - process.create_time() > 120 else 0
@@ -194,7 +194,7 @@ def held(process: psutil.Process) -> int:
 
 
 def flat(name: str, samples: list[tuple[int, int]]) -> None:
-    """Say whether memory stayed as it was."""
+    """Print whether memory stayed constant."""
     sizes = sorted(size for pictures, size in samples if pictures >= WARM)
     if not sizes:
         print(f"memory of {name}: too few pictures to tell")
@@ -206,7 +206,7 @@ def flat(name: str, samples: list[tuple[int, int]]) -> None:
 
 
 def check(folder: Path, pictures: int) -> None:
-    """One row a key, and the bytes of the quiet run."""
+    """Check that there is one row per key, with the same bytes as in the undisturbed run."""
     from sfumato.bulk.ledger import read_ledger
 
     table = read_ledger(folder / "job")

@@ -23,7 +23,7 @@ SCENES = (
 
 
 def main() -> None:
-    """Generate the prompts in one batch, lay them out in rows, and say how to go on."""
+    """Generate the prompts in one batch, arrange the images in rows, and print the next steps."""
     pipeline = sfumato.load()
     result = pipeline.generate(sfumato.GenerateRequest(prompt=SCENES, seed=7, **pipeline.suggested))
     if sys.argv[1:] == ["--readme"]:
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def _command() -> str:
-    """How to call `sfumato` from here: by its name where that is on the PATH, else by its path."""
+    """Return the command that runs `sfumato`: its name if it is on the PATH, otherwise its path."""
     script = Path(sys.executable).with_name("sfumato.exe" if sys.platform == "win32" else "sfumato")
     found = shutil.which("sfumato")
     if found is not None and Path(found).samefile(script):

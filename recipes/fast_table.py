@@ -33,7 +33,7 @@ def parse(method: str) -> Fast:
 
 
 def row(pipeline: sfumato.DiffusionPipeline, request: GenerateRequest, fast: Fast, promise: int) -> str:
-    """The row of the table."""
+    """Return the row of the table."""
     methods = {key: value for key, value in fast.to_dict().items() if key != "promise"}
     words = ", ".join(f"{key} = {value}".replace("'", "").replace(": ", " = ") for key, value in methods.items())
     return (
@@ -45,7 +45,7 @@ def row(pipeline: sfumato.DiffusionPipeline, request: GenerateRequest, fast: Fas
 
 
 def told(near: list[float]) -> str:
-    """What was measured, in words."""
+    """Return the measured distances as text."""
     return f"{len(near)} images: median {median(near):.1f} dB, least {min(near):.1f} dB"
 
 

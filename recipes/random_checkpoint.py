@@ -49,7 +49,7 @@ SIZES = {"tiny": TINY} | {name: row for name, row in FAMILIES.items() if hasattr
 
 
 def build(folder: Path, size: str = "tiny", dtype: torch.dtype = torch.float32, seed: int = 0) -> Path:
-    """Write the checkpoint of this size into the folder, and return it."""
+    """Write a checkpoint of this size into the folder, and return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     row = SIZES[size]
     parts = parts_of(folder, row, dtype, seed)
@@ -60,7 +60,7 @@ def build(folder: Path, size: str = "tiny", dtype: torch.dtype = torch.float32, 
 
 
 def parts_of(folder: Path, row: Family, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> dict[str, Any]:
-    """The parts of a pipeline, with random weights made on the device; only tokenizers are written to the folder."""
+    """Return a pipeline's parts, with random weights made on the device. Only tokenizers are written to the folder."""
     parts: dict[str, Any] = {"scheduler": scheduler(row)}
     # The caller's random numbers and precision stay its own. Half precision is made as such: the float32 numbers of the
     # largest networks alone would be three times as large as what is written.
@@ -83,12 +83,12 @@ def parts_of(folder: Path, row: Family, dtype: torch.dtype, seed: int = 0, devic
 
 
 def scheduler(row: Family) -> Scheduler:
-    """The scheduler of a family."""
+    """Return the scheduler of a family."""
     return getattr(sfumato, row.scheduler["_class_name"]).from_config(row.scheduler)
 
 
 def pair_tokenizer(folder: Path, words: int = 514, pad: str = "<|endoftext|>") -> CLIPTokenizer:
-    """CLIP's tokenizer with that many words: every byte, start and end; the others are pairs, those of letters last."""
+    """Return CLIP's tokenizer with this many tokens: bytes, start, end, and pairs of bytes (letters last)."""
     folder.mkdir(parents=True, exist_ok=True)
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -107,7 +107,7 @@ def pair_tokenizer(folder: Path, words: int = 514, pad: str = "<|endoftext|>") -
 
 
 def main() -> None:
-    """Parse the command line and build."""
+    """Parse the command line and write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", choices=sorted(SIZES), default="tiny")

@@ -1,4 +1,4 @@
-"""A studio's server whose worker, or that itself, is killed (SIGKILL) at random moments while jobs come in.
+"""Run a studio server while its worker or the server itself is killed (SIGKILL) at random moments.
 
     python recipes/studio_chaos.py out/chaos --kills 200
 
@@ -29,19 +29,19 @@ ENDED = ("done", "failed", "cancelled")
 
 
 class Server:
-    """A server as a process of its own, which can be killed and started again."""
+    """A server in its own process, which can be killed and restarted."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.process, self.address = folder, None, ""
 
     def start(self) -> None:
-        """Start it, and wait until it listens."""
+        """Start the server and wait until it accepts connections."""
         self.process = subprocess.Popen([*COMMAND, self.folder], stdout=subprocess.PIPE, text=True)
         line = self.process.stdout.readline()
         self.address = re.search(r"http://\S+\d", line)[0]
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
-        """What it answers; None if it is not there, or goes away meanwhile."""
+        """Send a request and return the response, or None if the server is gone."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"}, method=method)
         try:
@@ -53,27 +53,27 @@ class Server:
             return None
 
     def workers(self) -> list[psutil.Process]:
-        """Its worker, if there is one now."""
+        """Return its worker processes."""
         try:
             return psutil.Process(self.process.pid).children()
         except psutil.NoSuchProcess:
             return []
 
     def kill(self) -> None:
-        """End it without a word."""
+        """Kill the server (SIGKILL)."""
         self.process.kill()
         self.process.wait()
         self.process.stdout.close()
 
     def stop(self) -> None:
-        """End it as Ctrl-C does."""
+        """Stop the server as Ctrl-C does."""
         self.process.terminate()
         self.process.wait(60)
         self.process.stdout.close()
 
 
 def chaos(server: Server, kills: int, chance: random.Random) -> tuple[dict[str, Any], dict[str, int]]:
-    """Kill one or the other until enough was killed; returns the jobs that were accepted, as they ended, and counts."""
+    """Kill worker or server, as often as asked. Return the accepted jobs in their final state, and the counts."""
     accepted, counts, drawn = dict[str, Any](), {"worker": 0, "server": 0}, -1
     server.start()
     while sum(counts.values()) < kills:
@@ -96,13 +96,13 @@ def chaos(server: Server, kills: int, chance: random.Random) -> tuple[dict[str, 
 
 
 def more(server: Server, drawn: int) -> int | None:
-    """How many images there are, if they are more than `drawn`."""
+    """Return the number of images if it is more than `drawn`."""
     found = (server.ask("GET", "/api/images?limit=1") or {}).get("total", 0)
     return found if found > drawn else None
 
 
 def submit(server: Server, accepted: dict[str, Any], chance: random.Random) -> None:
-    """Have a few jobs waiting. A job counts once the server has said so, and may be sent again before."""
+    """Keep a few jobs waiting. A job counts once the server has accepted it; until then it may be sent again."""
     waiting = server.ask("GET", "/api/jobs?state=queued&state=running") or {"jobs": []}
     for _ in range(3 - len(waiting["jobs"])):
         number = len(accepted)
@@ -118,13 +118,13 @@ def submit(server: Server, accepted: dict[str, Any], chance: random.Random) -> N
 
 
 def ended(server: Server, id: str) -> Any:
-    """A job that has ended; None if it has not."""
+    """Return a job that has ended, or None."""
     job = server.ask("GET", f"/api/jobs/{id}")
     return job if job is not None and job["state"] in ENDED else None
 
 
 def wait(look: Any, server: Server, seconds: float = 600) -> Any:
-    """What `look` finds, once it finds something."""
+    """Call `look` until it returns something, and return that."""
     end = time.monotonic() + seconds
     while not (found := look()):
         if server.process.poll() is not None:
@@ -136,7 +136,7 @@ def wait(look: Any, server: Server, seconds: float = 600) -> Any:
 
 
 def check(jobs: dict[str, Any], folder: Path, quiet: Server) -> None:
-    """What was promised, or an exit that says what is not so."""
+    """Check all promises, or exit with the one that was broken."""
     counts = {id: job["request"].get("count", 1) for id, job in jobs.items()}
     bad = [job for id, job in jobs.items() if (job["state"], len(job["images"])) != ("done", counts[id])]
     if bad:
@@ -160,7 +160,7 @@ def check(jobs: dict[str, Any], folder: Path, quiet: Server) -> None:
 
 
 def main() -> None:
-    """Disturb, check, tell."""
+    """Run the server, kill processes, check the results and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=20)

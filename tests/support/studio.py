@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Actor", "Client", "finishes", "serving"]
+__all__ = ["Actor", "Client", "finishes", "serving", "until"]
 
 
 def until(look: Any, holds: Any, seconds: float = 60) -> Any:
